@@ -1,0 +1,55 @@
+"""What an import does in a fresh interpreter: one name for each module, and nothing heavy."""
+
+import subprocess
+import sys
+
+import pytest
+
+import ocnopt.solvers  # noqa: F401 - loads what the last test looks at
+from tests.layout.tree import ROOT
+
+HEAVY = ("casadi", "matplotlib", "networkx", "pooch", "rich", "sklearn", "torchdiffeq", "typer")
+
+
+def python(code):
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("name", ["problems", "solvers"])
+def test_the_bare_name_is_refused(name):
+    result = python(f"import {name}")
+    assert result.returncode == 1
+    assert "ImportError" in result.stderr
+    assert f"ocnopt.{name}" in result.stderr.splitlines()[-1]
+
+
+def test_submodules_of_the_bare_name_are_refused_too():
+    assert "ImportError" in python("import solvers.solve").stderr
+
+
+def test_importing_the_package_stays_light():
+    result = python(f"import sys, ocnopt; print([name for name in {HEAVY!r} if name in sys.modules])")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[]"
+
+
+def test_every_module_has_one_name():
+    result = python(
+        "import sys, ocnopt, ocnopt.problems, ocnopt.solvers\n"
+        "print([name for name in sys.modules if name.split('.')[0] in ('problems', 'solvers')])"
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[]"
+
+
+def test_annotations_are_checked_while_the_tests_run():
+    """The hook must reach every module, those behind the links too: it replaces their loader."""
+    checked = {
+        name: type(module.__spec__.loader).__name__ == "_JaxtypingLoader"
+        for name, module in sys.modules.items()
+        # Packages hold names only, and pytest loads them itself where it collects their doctests.
+        if name.startswith("ocnopt.") and not hasattr(module, "__path__")
+    }
+    assert checked["ocnopt.ocp"]
+    assert any(name.startswith("ocnopt.solvers.") for name in checked)
+    assert all(checked.values()), [name for name, value in checked.items() if not value]
