@@ -1,0 +1,155 @@
+"""Checks at the door: everything a user hands in is read here, once, and refused with what came, what was expected and a cure.
+
+A problem's function is *called* to be checked: at the batch shape of the initial state and on two stacked rows, which must
+come out as the two rows alone do, since the library evaluates functions on extra leading axes.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ocnopt.errors import ProblemError
+
+Bounds = tuple[Tensor, Tensor]
+
+_FLOAT32_CURE = (
+    "a float32 tensor captured in a float64 problem is the usual cause: create it with dtype=torch.float64, or pass dtype=torch.float32"
+)
+
+
+def nearest(name: str, options: Iterable[str]) -> str:
+    """Return "; did you mean ...?" where an option resembles the name, else nothing."""
+    matches = get_close_matches(name, list(options), n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def shape(tensor: Tensor) -> str:
+    """A tensor's shape as a user writes it."""
+    return str(tuple(tensor.shape))
+
+
+def float_tensor(name: str, value: Any, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+    """Read numbers as a finite float tensor without a graph.
+
+    Raises:
+        ProblemError: not numbers, or not finite.
+    """
+    try:
+        tensor = torch.as_tensor(value, dtype=dtype, device=device).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ProblemError(f"{name} is {type(value).__name__}; expected numbers or a tensor ({error})") from error
+    if not bool(torch.isfinite(tensor).all()):
+        raise ProblemError(f"{name} holds NaN or infinity at {first_non_finite(tensor)}; expected finite numbers")
+    return tensor
+
+
+def first_non_finite(tensor: Tensor) -> tuple[int, ...]:
+    """Index of the first entry that is NaN or infinite."""
+    return tuple(int(i) for i in (~torch.isfinite(tensor)).nonzero()[0])
+
+
+def callable_or_none(name: str, function: Any, *, required: bool = False) -> None:
+    """Refuse what cannot be called."""
+    if function is None and not required:
+        return
+    if not callable(function):
+        raise ProblemError(f"{name} is {type(function).__name__}; expected a function of plain torch code")
+
+
+def bounds(name: str, value: Any, size: int, dtype: torch.dtype, device: torch.device) -> Bounds | None:
+    """Read ``(lower, upper)``, scalars or vectors, as two tensors ``(size,)``; None stays None.
+
+    Raises:
+        ProblemError: not a pair, wrong size, NaN, or a lower bound above its upper bound.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, Sequence | Tensor) or len(value) != 2:
+        raise ProblemError(f"{name} is {value!r}; expected a pair (lower, upper) of scalars or of vectors of {size} numbers")
+    lower, upper = (_bound(f"{name}[{i}]", side, size, dtype, device) for i, side in enumerate(value))
+    if bool((lower > upper).any()):
+        i = int((lower > upper).nonzero()[0])
+        raise ProblemError(f"{name}: lower {lower[i].item()} exceeds upper {upper[i].item()} at entry {i}; expected lower <= upper")
+    return lower, upper
+
+
+def _bound(name: str, value: Any, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    try:
+        side = torch.as_tensor(value, dtype=dtype, device=device).detach()
+        side = side.expand(size).clone()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ProblemError(f"{name} is {value!r}; expected a number or a vector of {size} numbers") from error
+    if bool(torch.isnan(side).any()):
+        raise ProblemError(f"{name} holds NaN; expected numbers (use float('inf') for a side without a bound)")
+    return side
+
+
+def call(name: str, signature: str, function: Callable[..., Any], *arguments: Tensor) -> Any:
+    """Call a user's function and turn whatever it raises into a ProblemError that says how it was called."""
+    try:
+        return function(*arguments)
+    except ProblemError:
+        raise
+    except Exception as error:
+        shapes = ", ".join(shape(argument) for argument in arguments)
+        cure = f" ({_FLOAT32_CURE})" if "dtype" in str(error) or "Double" in str(error) else ""
+        raise ProblemError(
+            f"{name}{signature} failed when called with arguments of shapes {shapes}: {type(error).__name__}: {error}{cure}; "
+            f"expected plain torch code over the last axis that takes {signature}"
+        ) from error
+
+
+def vector_output(name: str, value: Any, expected: tuple[int, ...] | None, lead: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Check a vector-valued output: shape ``expected``, or ``(*lead, any)`` where that is None; dtype; finiteness."""
+    output = _tensor_output(name, value, dtype)
+    fits = tuple(output.shape) == expected if expected is not None else output.ndim > 0 and tuple(output.shape[:-1]) == lead
+    if not fits:
+        wanted = str(expected) if expected is not None else f"{lead} and one last axis"
+        raise ProblemError(
+            f"{name} returned shape {shape(output)}; expected {wanted}: index the last axis (x[..., i]) and join the results with "
+            "torch.stack([...], dim=-1)"
+        )
+    return _finite(name, output)
+
+
+def scalar_output(name: str, value: Any, lead: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Check a cost: it must broadcast to ``lead``, the state's shape without its last axis."""
+    output = _tensor_output(name, torch.as_tensor(value, dtype=dtype) if isinstance(value, int | float) else value, dtype)
+    try:
+        output = output.expand(lead)
+    except RuntimeError as error:
+        raise ProblemError(
+            f"{name} returned shape {shape(output)}; expected one number per state, shape {lead}: sum over the last axis (sum(-1)) and drop it"
+        ) from error
+    return _finite(name, output)
+
+
+def _tensor_output(name: str, value: Any, dtype: torch.dtype) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise ProblemError(f"{name} returned {type(value).__name__}; expected a tensor: end with torch.stack([...], dim=-1) or a tensor sum")
+    if value.dtype != dtype:
+        raise ProblemError(f"{name} returned dtype {value.dtype}; expected {dtype}: {_FLOAT32_CURE}")
+    return value
+
+
+def _finite(name: str, output: Tensor) -> Tensor:
+    if not bool(torch.isfinite(output).all()):
+        index = first_non_finite(output)
+        raise ProblemError(
+            f"{name} returned {output[index].item()} at entry {index} of its output at the initial state; expected finite numbers: "
+            "start inside the function's domain"
+        )
+    return output
+
+
+def same_rows(name: str, together: Tensor, rows: Sequence[Tensor]) -> None:
+    """Refuse a function whose output on stacked rows differs from its output on each row."""
+    for i, row in enumerate(rows):
+        if not torch.allclose(together[i], row, rtol=1e-5, atol=1e-8, equal_nan=True):
+            raise ProblemError(
+                f"{name} gives other values on states stacked along a leading axis than on each alone (row {i}); expected the same: use the "
+                "last axis only (x[..., 0], sum(-1)), no index from the front, no randomness"
+            )

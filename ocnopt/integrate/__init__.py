@@ -1,0 +1,1 @@
+"""Runge-Kutta methods: tableaus as data, one step, fixed and adaptive walks."""

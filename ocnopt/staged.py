@@ -1,0 +1,341 @@
+r"""Problems in discrete time, and the way from continuous time to them.
+
+Minimise   Phi(x_N, p) + sum_k l_k(x_k, u_k, p)   subject to   x_{k+1} = f_k(x_k, u_k, p),   x_0 given,   k = 0..N-1.
+
+Shapes: x ``(*extra, *batch, n)``, u ``(*extra, *batch, m)``, p ``(*extra, *batch, q)`` (index ``p[..., i]``). Where one stage serves all N
+steps, k is an integer tensor that broadcasts against ``x[..., 0]``, so that many steps are evaluated at once; in a sequence of stages k
+is an int.
+
+A static control is a state whose first value is free: :func:`static_as_state` appends p to x, and a backward pass over states and
+staged controls needs nothing else.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ocnopt import checks
+from ocnopt.errors import ProblemError
+from ocnopt.integrate.runge_kutta import combine, stages
+from ocnopt.integrate.tableaus import get_tableau
+from ocnopt.lift import Lifted, lift
+from ocnopt.ocp import OCP, Function, read_start
+
+Index = int | Tensor
+Advance = Callable[[Index, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: ``dynamics(k, x, u[, p]) -> x_next`` and ``cost(k, x, u[, p])`` (none means zero) with m = ``control_dim``.
+
+    ``joint(k, x, u, p) -> (x_next, cost)`` replaces both where they share work.
+    """
+
+    dynamics: Function | None
+    cost: Function | None = None
+    control_dim: int = 0
+    joint: Advance | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """A run of steps start..stop-1 that one stage serves; ``single`` steps of a sequence get k as an int."""
+
+    stage: Stage
+    start: int
+    stop: int
+    single: bool
+
+
+@dataclass(frozen=True, eq=False, init=False)
+class StagedOCP:
+    """An optimal-control problem in discrete time.
+
+    Args:
+        stages: one :class:`Stage` that serves ``steps`` steps, or a sequence of stages whose sizes may vary.
+        terminal_cost: ``Phi(x[, p])``, anything that broadcasts to ``x.shape[:-1]``.
+        initial_state: x_0, ``(*batch, n)``.
+        steps: N, with one stage.
+        parameters: the static control p ``(q,)``; with it every function takes p as its last argument, indexed ``p[..., i]``.
+        control_bounds: ``(lower, upper)``, scalars or vectors ``(m,)``.
+        parameter_bounds: likewise, ``(q,)``.
+        path_constraint: ``c(k, x, u[, p]) -> (..., c)``, <= 0 at the nodes 0..N-1, and at N with the last control.
+        terminal_constraint: ``e(x[, p]) -> (..., e)``, == 0.
+        initial_guess: as in :class:`ocnopt.OCP`.
+        dtype: of all tensors.
+        origin: the continuous problem this one was transcribed from.
+
+    Raises:
+        ProblemError: a stage fails or returns a wrong shape, dtype or a non-finite value; bounds out of order.
+
+    Example:
+        >>> stage = Stage(lambda k, x, u: x + u, lambda k, x, u: (u**2).sum(-1), control_dim=1)
+        >>> StagedOCP(stage, lambda x: (x**2).sum(-1), initial_state=[1.0], steps=3).steps
+        3
+    """
+
+    groups: tuple[Group, ...]
+    terminal_cost: Function | None
+    initial_state: Tensor
+    parameters: Tensor | None
+    control_bounds: tuple[checks.Bounds | None, ...]
+    parameter_bounds: checks.Bounds | None
+    path_constraint: Function | None
+    terminal_constraint: Function | None
+    initial_guess: Any
+    dtype: torch.dtype
+    origin: Lifted | None
+
+    def __init__(
+        self,
+        stages: Stage | Sequence[Stage],
+        terminal_cost: Function | None = None,
+        *,
+        initial_state: Any,
+        steps: int | None = None,
+        parameters: Any = None,
+        control_bounds: Any = None,
+        parameter_bounds: Any = None,
+        path_constraint: Function | None = None,
+        terminal_constraint: Function | None = None,
+        initial_guess: Mapping[str, Any] | Function | None = None,
+        dtype: torch.dtype = torch.float64,
+        origin: Lifted | None = None,
+    ) -> None:
+        put = object.__setattr__
+        x0, p = read_start(initial_state, parameters, dtype)
+        groups = _groups(stages, steps)
+        put(self, "groups", groups)
+        put(self, "terminal_cost", terminal_cost)
+        put(self, "initial_state", x0)
+        put(self, "parameters", p)
+        dims = {group.stage.control_dim for group in groups}
+        bounds = {m: checks.bounds("control_bounds", control_bounds, m, dtype, x0.device) for m in dims}
+        put(self, "control_bounds", tuple(bounds[group.stage.control_dim] for group in groups))
+        q = 0 if p is None else p.shape[-1]
+        put(self, "parameter_bounds", checks.bounds("parameter_bounds", parameter_bounds, q, dtype, x0.device))
+        put(self, "path_constraint", path_constraint)
+        put(self, "terminal_constraint", terminal_constraint)
+        put(self, "initial_guess", initial_guess)
+        put(self, "dtype", dtype)
+        put(self, "origin", origin)
+        if origin is None:
+            _check(self)
+
+    @property
+    def steps(self) -> int:
+        """N."""
+        return self.groups[-1].stop
+
+    @property
+    def state_dim(self) -> int:
+        """n of the initial state."""
+        return self.initial_state.shape[-1]
+
+    @property
+    def parameter_dim(self) -> int:
+        """q, with T where this problem was transcribed from one with a free horizon."""
+        return 0 if self.parameters is None else self.parameters.shape[-1]
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The initial state's shape without its last axis."""
+        return tuple(self.initial_state.shape[:-1])
+
+    @property
+    def device(self) -> torch.device:
+        """The initial state's device."""
+        return self.initial_state.device
+
+    @property
+    def step_bounds(self) -> list[checks.Bounds | None]:
+        """The control bounds of each of the N steps."""
+        return [b for g, b in zip(self.groups, self.control_bounds, strict=True) for _ in range(g.start, g.stop)]
+
+    def advance(self, stage: Stage, k: Index, x: Tensor, u: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        """One step: the next state and the stage's cost, shaped like ``x[..., 0]``."""
+        if stage.joint is not None:
+            return stage.joint(k, x, u, p)
+        extra = () if self.parameters is None else (p,)
+        cost = x.new_zeros(()) if stage.cost is None else stage.cost(k, x, u, *extra)
+        # a Stage without joint always has dynamics: _check refuses any other.
+        x_next: Tensor = stage.dynamics(k, x, u, *extra)  # type: ignore[misc]
+        return x_next, torch.as_tensor(cost, dtype=x.dtype, device=x.device).expand(x.shape[:-1])
+
+    def terminal(self, x: Tensor, p: Tensor) -> Tensor:
+        """Phi(x_N, p), shaped like ``x[..., 0]``."""
+        if self.terminal_cost is None:
+            return x.new_zeros(x.shape[:-1])
+        value = self.terminal_cost(x) if self.parameters is None else self.terminal_cost(x, p)
+        return torch.as_tensor(value, dtype=x.dtype, device=x.device).expand(x.shape[:-1])
+
+    def start_parameters(self) -> Tensor:
+        """The first guess of p for each problem, ``(*batch, q)``."""
+        p = self.initial_state.new_zeros(0) if self.parameters is None else self.parameters
+        return p.expand(*self.batch_shape, p.shape[-1])
+
+
+def _groups(stages: Stage | Sequence[Stage], steps: int | None) -> tuple[Group, ...]:
+    if isinstance(stages, Stage):
+        if steps is None or steps < 1:
+            raise ProblemError(f"one Stage came with steps={steps}; expected steps=N >= 1, the number of times it is applied")
+        return (Group(stages, 0, steps, single=False),)
+    if not stages or not all(isinstance(stage, Stage) for stage in stages):
+        raise ProblemError(f"stages is {type(stages).__name__}; expected one oc.Stage with steps=N, or a non-empty sequence of oc.Stage")
+    if steps is not None and steps != len(stages):
+        raise ProblemError(f"{len(stages)} stages came with steps={steps}; expected no steps= beside a sequence")
+    return tuple(Group(stage, k, k + 1, single=True) for k, stage in enumerate(stages))
+
+
+def _check(problem: StagedOCP) -> None:
+    """Walk once along the stages with clipped zero controls; two stacked rows of the first must come out as each alone."""
+    x, p = problem.initial_state, problem.start_parameters()
+    tail = "" if problem.parameters is None else ", p"
+    lead = problem.batch_shape
+    extra = () if problem.parameters is None else (p,)
+    with torch.no_grad():
+        for group, bounds in zip(problem.groups, problem.control_bounds, strict=True):
+            stage = group.stage
+            name = f"stage {group.start}'s"
+            checks.callable_or_none(f"{name} dynamics", stage.dynamics, required=True)
+            u = x.new_zeros((*lead, stage.control_dim))
+            u = u if bounds is None else u.clamp(*bounds)
+            k: Index = group.start if group.single else torch.tensor(group.start, device=x.device)
+            x_next = checks.call(f"{name} dynamics", f"(k, x, u{tail})", stage.dynamics, k, x, u, *extra)  # type: ignore[arg-type]
+            rows = _stack_twice(k, x, u, *extra)
+            if stage.cost is not None:
+                cost = checks.call(f"{name} cost", f"(k, x, u{tail})", stage.cost, k, x, u, *extra)  # type: ignore[arg-type]
+                checks.scalar_output(f"{name} cost", cost, lead, problem.dtype)
+                together = checks.call(f"{name} cost", f"(k, x, u{tail})", stage.cost, *rows)
+                checks.scalar_output(f"{name} cost", together, (2, *lead), problem.dtype)
+            expected = tuple(x.shape) if not group.single else None
+            x_next = checks.vector_output(f"{name} dynamics", x_next, expected, lead, problem.dtype)
+            together = checks.call(f"{name} dynamics", f"(k, x, u{tail})", stage.dynamics, *rows)  # type: ignore[arg-type]
+            checks.same_rows(f"{name} dynamics", checks.vector_output(f"{name} dynamics", together, (2, *x_next.shape), (2, *lead), problem.dtype), [x_next, x_next])  # fmt: skip
+            x = x_next
+        if problem.terminal_cost is not None:
+            value = checks.call("terminal_cost", f"(x{tail})", problem.terminal_cost, x, *extra)
+            checks.scalar_output("terminal_cost", value, lead, problem.dtype)
+
+
+def _stack_twice(k: Index, *tensors: Tensor) -> list[Any]:
+    """The same arguments with a leading axis of two; a tensor k broadcasts against ``x[..., 0]``."""
+    rows: list[Any] = [torch.stack([tensor, tensor]) for tensor in tensors]
+    lead = tensors[0].ndim - 1
+    return [k if isinstance(k, int) else torch.stack([k, k]).reshape(2, *(1,) * lead), *rows]
+
+
+def transcribe(problem: OCP, steps: int, integrator: str = "rk4") -> StagedOCP:
+    """Cut a continuous problem into N equal steps with one constant control each; the integrator's stages carry the running cost along.
+
+    Args:
+        problem: the continuous problem; a free T becomes the last static control.
+        steps: N.
+        integrator: "euler", "midpoint", "rk4", or any tableau of :mod:`ocnopt.integrate.tableaus`.
+
+    Returns:
+        The discrete problem; its ``origin`` is the lifted continuous one.
+
+    Raises:
+        ProblemError: steps < 1, or an unknown integrator.
+    """
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise ProblemError(f"steps is {steps!r}; expected an integer >= 1")
+    tableau = get_tableau(integrator)
+    form = lift(problem)
+    h = (form.t1 - form.t0) / steps
+
+    def joint(k: Index, x: Tensor, u: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        seen = stages(tableau, lambda t, y: form.dynamics(t, y, u, p), form.t0 + k * h, h, x)
+        if problem.running_cost is None:
+            return combine(x, h, tableau.b, seen.slopes), x.new_zeros(x.shape[:-1])
+        used = [i for i, b in enumerate(tableau.b) if b != 0.0]
+        costs = [form.running_cost(seen.times[i], seen.points[i], u, p) for i in used]
+        zero = x.new_zeros(x.shape[:-1])
+        return combine(x, h, tableau.b, seen.slopes), combine(zero, h, [tableau.b[i] for i in used], costs)
+
+    has_parameters = form.parameter_dim > 0
+    path = problem.path_constraint and _arity(lambda k, x, u, p: form.path_constraint(form.t0 + k * h, x, u, p), has_parameters)
+    end = problem.terminal_constraint and _arity(form.terminal_constraint, has_parameters)
+    return StagedOCP(
+        Stage(None, None, problem.control_dim, joint),
+        problem.terminal_cost and _arity(form.terminal_cost, has_parameters),
+        initial_state=problem.initial_state,
+        steps=steps,
+        parameters=form.parameters if has_parameters else None,
+        control_bounds=problem.control_bounds,
+        parameter_bounds=form.parameter_bounds,
+        path_constraint=path,
+        terminal_constraint=end,
+        initial_guess=problem.initial_guess,
+        dtype=problem.dtype,
+        origin=form,
+    )
+
+
+def _arity(function: Function, has_parameters: bool) -> Function:
+    """A lifted function in the form of a StagedOCP: p is an argument only where the problem has one."""
+    if has_parameters:
+        return function
+    return lambda *arguments: function(*arguments, arguments[-1].new_zeros(0))
+
+
+def static_as_state(problem: StagedOCP) -> StagedOCP:
+    """The same problem with the state (x, p) and p_{k+1} = p_k; its initial state holds the first guess of p."""
+    q = problem.parameter_dim
+    if q == 0:
+        return problem
+
+    def widen(stage: Stage) -> Stage:
+        def joint(k: Index, z: Tensor, u: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+            x, p = z[..., :-q], z[..., -q:]
+            x_next, cost = problem.advance(stage, k, x, u, p)
+            return torch.cat([x_next, p], dim=-1), cost
+
+        return Stage(None, None, stage.control_dim, joint)
+
+    wide = object.__new__(StagedOCP)
+    for name in StagedOCP.__dataclass_fields__:
+        object.__setattr__(wide, name, getattr(problem, name))
+    cache = {id(group.stage): widen(group.stage) for group in problem.groups}
+    groups = tuple(Group(cache[id(g.stage)], g.start, g.stop, g.single) for g in problem.groups)
+    object.__setattr__(wide, "groups", groups)
+    object.__setattr__(wide, "initial_state", torch.cat([problem.initial_state, problem.start_parameters()], dim=-1))
+    object.__setattr__(wide, "parameters", None)
+    object.__setattr__(wide, "parameter_bounds", None)
+    object.__setattr__(wide, "terminal_cost", lambda z: problem.terminal(z[..., :-q], z[..., -q:]))
+    return wide
+
+
+class Path(NamedTuple):
+    """States x_0..x_N, controls u_0..u_{N-1} and the cost, stage by stage because sizes may vary."""
+
+    states: list[Tensor]
+    controls: list[Tensor]
+    cost: Tensor
+
+
+def rollout(
+    problem: StagedOCP,
+    policy: Callable[[int, Tensor], Tensor],
+    x0: Tensor,
+    p: Tensor | None = None,
+    after: Callable[[int, Tensor], Tensor] | None = None,
+) -> Path:
+    """Walk along the stages with ``u_k = policy(k, x_k)``; ``after(k, x_next)`` may move the next state (a gap, a disturbance)."""
+    p = problem.start_parameters() if p is None else p
+    states, controls = [x0], []
+    cost = x0.new_zeros(x0.shape[:-1])
+    for group in problem.groups:
+        for k in range(group.start, group.stop):
+            u = policy(k, states[-1])
+            index: Index = k if group.single or group.stage.joint is not None else torch.tensor(k, device=x0.device)
+            x_next, stage_cost = problem.advance(group.stage, index, states[-1], u, p)
+            states.append(x_next if after is None else after(k, x_next))
+            controls.append(u)
+            cost = cost + stage_cost
+    return Path(states, controls, cost + problem.terminal(states[-1], p))

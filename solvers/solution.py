@@ -1,0 +1,201 @@
+"""What a solver returns: one frozen record with a status sentence, a feedback policy and a closed-loop rollout.
+
+Shapes: ``...`` is the problem's batch shape; N steps, n states, m controls, q parameters (never counting T). Where sizes vary from stage
+to stage, ``states``, ``controls``, ``costates`` and the gains are tuples with one tensor a node or step.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ocnopt.errors import DataError, ProblemError
+from ocnopt.staged import StagedOCP, rollout
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Series = Tensor | tuple[Tensor, ...]
+_FORMAT = 1
+
+
+class Gains(NamedTuple):
+    """Feedforward ``k (..., N, m)`` and feedback ``K (..., N, m, n)`` of the last iteration: du = k + K dx."""
+
+    k: Series
+    K: Series
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """The result of one ``solve``.
+
+    Attributes:
+        times: ``(..., N + 1)``, in the problem's time unit; step numbers for a problem that was discrete from the start.
+        states: ``(..., N + 1, n)``.
+        controls: ``(..., N, m)``.
+        parameters: ``(..., q)``; T is in ``horizon``.
+        horizon: end time, ``(...)``.
+        cost: of the discrete problem, ``(...)``.
+        converged: ``(...)`` bool.
+        iterations: accepted steps, ``(...)`` int.
+        status: one sentence; a list of them in a batch.
+        costates: dJ/dx_k ``(..., N + 1, n)``, or None.
+        constraint_violation: the largest violated constraint, bound or gap, ``(...)``.
+        wall_time: seconds of the solve; build_time: seconds spent on building it (lowering, compiling).
+        history: per iteration, "cost", "step" and "regularisation" (what the solver has of them), ``(iterations, ...)``.
+        gains: :class:`Gains`, or None where a solver has none.
+    """
+
+    times: Tensor
+    states: Series
+    controls: Series
+    parameters: Tensor
+    horizon: Tensor
+    cost: Tensor
+    converged: Tensor
+    iterations: Tensor
+    status: str | list[str]
+    constraint_violation: Tensor
+    wall_time: float
+    build_time: float
+    history: Mapping[str, Tensor]
+    costates: Series | None = None
+    gains: Gains | None = None
+    control_bounds: tuple[Tensor, Tensor] | None = None
+    problem: StagedOCP | None = field(default=None, repr=False)
+
+    def policy(self, t: float | Tensor, x: Tensor) -> Tensor:
+        """The feedback law u_k + K_k (x - xbar(t)), clipped to the bounds; open loop without gains.
+
+        Args:
+            t: a time, or one for each problem of the batch.
+            x: the states there, ``(..., n)``.
+
+        Returns:
+            Controls ``(..., m)``; k is the step that contains t, xbar is linear between the nodes.
+
+        Raises:
+            ProblemError: x has another size, or sizes vary by stage.
+        """
+        states, controls = self._tensor("states"), self._tensor("controls")
+        if x.shape[-1] != states.shape[-1]:
+            raise ProblemError(f"policy got a state of shape {tuple(x.shape)}; expected (..., {states.shape[-1]})")
+        t = torch.as_tensor(t, dtype=states.dtype, device=states.device).expand(self.times.shape[:-1])
+        steps = controls.shape[-2]
+        k = (torch.searchsorted(self.times.contiguous(), t[..., None].contiguous(), right=True)[..., 0] - 1).clamp(0, steps - 1)
+        start, end = _pick(self.times, k, 0), _pick(self.times, k + 1, 0)
+        share = ((t - start) / (end - start))[..., None]
+        before = _pick(states, k, 1)
+        nominal = before + share * (_pick(states, k + 1, 1) - before)
+        u = _pick(controls, k, 1)
+        if self.gains is not None:
+            feedback = _pick(self._tensor("K"), k, 2)
+            u = u + (feedback @ (x - nominal)[..., None])[..., 0]
+        return u if self.control_bounds is None else u.clamp(*self.control_bounds)
+
+    def rollout(self, initial_state: Tensor, disturbance: Callable[[Tensor, Tensor], Tensor] | None = None) -> "Solution":
+        """Run the policy in closed loop on the discrete problem from another initial state.
+
+        Args:
+            initial_state: ``(..., n)``.
+            disturbance: ``disturbance(t, x) -> (..., n)``, added to the state after each step.
+
+        Returns:
+            A Solution with the new states, controls and cost; it keeps gains and parameters and makes no claim of convergence.
+
+        Raises:
+            ProblemError: the solution was loaded from a file without its problem.
+        """
+        if self.problem is None:
+            raise ProblemError("this solution has no problem to run; load it with oc.load_solution(path, problem=...)")
+        x0 = torch.as_tensor(initial_state, dtype=self.cost.dtype, device=self.cost.device)
+        nodes = self.times.movedim(-1, 0)
+        p = self._full_parameters()
+        after = None if disturbance is None else lambda k, x: x + disturbance(nodes[k + 1], x)
+        with torch.no_grad():
+            path = rollout(self.problem, lambda k, x: self.policy(nodes[k], x), x0.expand(*self.cost.shape, -1), p, after)
+        return Solution(
+            times=self.times,
+            states=series(path.states),
+            controls=series(path.controls),
+            parameters=self.parameters,
+            horizon=self.horizon,
+            cost=path.cost,
+            converged=torch.zeros_like(self.converged),
+            iterations=torch.zeros_like(self.iterations),
+            status="closed-loop rollout of a policy; nothing was optimised",
+            constraint_violation=torch.zeros_like(self.cost),
+            wall_time=0.0,
+            build_time=0.0,
+            history={},
+            gains=self.gains,
+            control_bounds=self.control_bounds,
+            problem=self.problem,
+        )
+
+    def plot(self, path: str | Path | None = None) -> "Figure":
+        """Draw states, controls, gains and convergence with matplotlib; write the picture to ``path`` if one is given."""
+        from ocnopt.solvers.plotting import plot_solution
+
+        return plot_solution(self, path)
+
+    def save(self, path: str | Path) -> None:
+        """Write everything but the problem's functions to one file, read again by ``oc.load_solution``."""
+        record = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("problem", "gains")}
+        record["history"] = dict(self.history)
+        record["gains"] = None if self.gains is None else tuple(self.gains)
+        torch.save({"format": _FORMAT, **record}, path)
+
+    def _full_parameters(self) -> Tensor:
+        """p as the discrete problem sees it: with T where the horizon was free."""
+        free = self.problem is not None and self.problem.origin is not None and self.problem.origin.free
+        return torch.cat([self.parameters, self.horizon[..., None]], dim=-1) if free else self.parameters
+
+    def _tensor(self, name: str) -> Tensor:
+        value = self.gains.K if name == "K" and self.gains is not None else getattr(self, name)
+        if not isinstance(value, Tensor):
+            raise ProblemError("sizes vary from stage to stage here; expected one state and one control size for a policy in time")
+        return value
+
+
+def _pick(values: Tensor, k: Tensor, tail: int) -> Tensor:
+    """values[..., k, <tail axes>] with an own k for each problem of the batch."""
+    axis = values.ndim - 1 - tail
+    index = k[(..., None, *(None,) * tail)].expand(*values.shape[:axis], 1, *values.shape[axis + 1 :])
+    return torch.gather(values, axis, index).squeeze(axis)
+
+
+def series(values: list[Tensor]) -> Series:
+    """Stack along the time axis, behind the batch; a tuple where sizes vary."""
+    core = {tuple(value.shape) for value in values}
+    if len(core) != 1:
+        return tuple(values)
+    return torch.stack(values, dim=-2)
+
+
+def load_solution(path: str | Path, problem: StagedOCP | None = None) -> Solution:
+    """Read a solution written by :meth:`Solution.save`.
+
+    Args:
+        path: the file.
+        problem: the discrete problem (``oc.transcribe(...)``), needed only for ``rollout``.
+
+    Raises:
+        DataError: not a solution, or of a newer format.
+    """
+    try:
+        record = torch.load(path, weights_only=True)
+        if record.pop("format") != _FORMAT:
+            raise DataError(f"{path} has another format than {_FORMAT}; expected a file written by this version's Solution.save")
+        gains = record.pop("gains")
+        return Solution(**record, gains=None if gains is None else Gains(*gains), problem=problem)
+    except DataError:
+        raise
+    except FileNotFoundError as error:
+        raise DataError(f"{path} does not exist; expected a file written by Solution.save") from error
+    except Exception as error:
+        raise DataError(f"{path} is not a saved solution ({type(error).__name__}: {error}); expected a file written by Solution.save") from error
