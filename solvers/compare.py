@@ -28,6 +28,12 @@ class Row:
     converged: bool
     status: str
 
+    def cells(self) -> tuple[str, ...]:
+        """The line as text, in the order of the table's head."""
+        numbers = (f"{self.cost:.10g}", f"{self.horizon:.6g}", str(self.iterations))
+        times = (f"{self.wall_time:.3f}", f"{self.build_time:.3f}")
+        return self.solver, *numbers, *times, f"{self.state_difference:.1e}", "yes" if self.converged else "no"
+
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
@@ -38,20 +44,15 @@ class Comparison:
 
     def __str__(self) -> str:
         head = ("solver", "cost", "T", "iterations", "time [s]", "build [s]", "max |dx|", "converged")
-        lines = [
-            (
-                r.solver, f"{r.cost:.10g}", f"{r.horizon:.6g}", str(r.iterations), f"{r.wall_time:.3f}", f"{r.build_time:.3f}",
-                f"{r.state_difference:.1e}", "yes" if r.converged else "no",
-            )
-            for r in self.rows
-        ]  # fmt: skip
-        widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
-        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in [head, *lines])
+        table = [head, *(row.cells() for row in self.rows)]
+        widths = [max(len(line[i]) for line in table) for i in range(len(head))]
+        padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in table]
+        return "\n".join("  ".join(line).rstrip() for line in padded)
 
 
 def compare(
     problem: OCP | StagedOCP,
-    solvers: "Sequence[str | Solver]" = ("ddp", "casadi"),
+    solvers: Sequence[str | Solver] = ("ddp", "casadi"),
     *,
     steps: int = 100,
     integrator: str = "rk4",

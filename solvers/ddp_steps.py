@@ -19,19 +19,27 @@ _NOISE = 64 * torch.finfo(torch.float64).eps
 
 def find_direction(problem: StagedOCP, iterate: Iterate, models: Sequence[StageModel], terminal: TerminalModel, mu: Tensor) -> Direction:
     """Sweep backwards over the local models, then minimise over the static controls."""
-    end = terminal_value(terminal)
-    gaps = [None] * len(models) if iterate.gaps is None else iterate.gaps
     rooms = [_room(bounds, u) for bounds, u in zip(problem.step_bounds, iterate.controls, strict=True)]
-    stages = [BellmanStage(*parts) for parts in zip(models, gaps, rooms, strict=True)]
-    value, gains = sweep(lambda stage, value: bellman_step(stage, value, mu), stages, end)
+    damping = {size: _damping(mu, size) for size in {u.shape[-1] for u in iterate.controls}}
+    stages = [
+        BellmanStage(model, room, damping[u.shape[-1]])
+        for model, room, u in zip(models, rooms, iterate.controls, strict=True)
+    ]
+    end = terminal_value(terminal)
+    value, gains = sweep(bellman_step, stages, end)
     q = problem.parameter_dim
     p = iterate.states[0][..., problem.state_dim :]
     dp = torch.zeros_like(p)
     if q > 0:
-        dp, value = minimise_start(value, q, mu, _room(problem.parameter_bounds, p))
-    costates = [gain.costate for gain in gains] + [end.x]
+        dp, value = minimise_start(value, q, _damping(mu, q), _room(problem.parameter_bounds, p))
     return Direction(
-        [g.k for g in gains], [g.K for g in gains], costates, dp, value.linear, value.quadratic, value.solvable & torch.isfinite(value.linear)
+        k=[gain.K[..., 0] for gain in gains],
+        K=[gain.K[..., 1:] for gain in gains],
+        costates=[*(gain.costate for gain in gains), end.J[..., 1:]],
+        dp=dp,
+        linear=value.linear,
+        quadratic=value.quadratic,
+        solvable=value.solvable & torch.isfinite(value.linear),
     )
 
 
@@ -89,3 +97,8 @@ def _try(problem: StagedOCP, iterate: Iterate, direction: Direction, alphas: Ten
 
 def _room(bounds: Bounds | None, value: Tensor) -> Bounds | None:
     return None if bounds is None else (bounds[0] - value, bounds[1] - value)
+
+
+def _damping(mu: Tensor, size: int) -> Tensor:
+    """Mu I, ``(..., size, size)``."""
+    return mu[..., None, None] * torch.eye(size, dtype=mu.dtype, device=mu.device)

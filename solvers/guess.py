@@ -1,7 +1,7 @@
 """Where a solver starts.
 
-A guess holds controls u_k ``(*batch, m)`` for each step, the static controls p ``(*batch, q)`` with T where the horizon is free, and, for
-solvers that can start infeasible, states x_0..x_N ``(*batch, n)`` that need not satisfy the dynamics.
+A guess holds controls u_k ``(*batch, m)`` for each step, the static controls p ``(*batch, q)`` with T where the horizon
+is free, and, for solvers that can start infeasible, states x_0..x_N ``(*batch, n)`` that need not satisfy the dynamics.
 """
 
 import warnings
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocnopt.checks import nearest, shape
+from ocnopt import checks
 from ocnopt.errors import ProblemError
 from ocnopt.solvers.solution import Solution
 from ocnopt.staged import StagedOCP, rollout
@@ -30,9 +30,9 @@ class Guess:
 
 
 def read_guess(problem: StagedOCP, given: Any) -> Guess:
-    """The start for every solver: what the caller gave, else the problem's own, else zero controls clipped to the bounds.
+    """The start of every solver: what the caller gave, else the problem's own, else zero controls clipped to bounds.
 
-    A default start with a zero gradient is perturbed (seeded) with a warning, since every solver would stop there at once.
+    A default start with a zero gradient is perturbed (seeded) with a warning, since every solver would stop there.
 
     Raises:
         ProblemError: unknown keys, wrong shapes, or non-finite numbers.
@@ -60,7 +60,8 @@ def _as_mapping(given: Any) -> Mapping[str, Any]:
     if isinstance(given, Mapping):
         for key in given:
             if key not in _KEYS:
-                raise ProblemError(f"initial_guess has the key {key!r}; expected any of {', '.join(_KEYS)}{nearest(str(key), _KEYS)}")
+                offer = checks.nearest(str(key), _KEYS)
+                raise ProblemError(f"initial_guess has the key {key!r}; expected any of {', '.join(_KEYS)}{offer}")
         return given
     return {"controls": given}
 
@@ -80,53 +81,69 @@ def _from_mapping(problem: StagedOCP, given: Mapping[str, Any]) -> Guess:
 
 
 def _series(name: str, value: Any, sizes: list[tuple[int, ...]], problem: StagedOCP) -> list[Tensor]:
-    """Read ``(..., length, size)`` as a list over time; a leading batch may be left out."""
+    """Read ``(..., length, size)``, or one tensor a step, as a list over time; a leading batch may be left out."""
+    name, unit = f"initial_guess {name}", "step" if name == "controls" else "node"
     if isinstance(value, tuple | list) and value and isinstance(value[0], Tensor):
-        rows = [torch.as_tensor(v, dtype=problem.dtype, device=problem.device) for v in value]
+        rows = [checks.float_tensor(name, row, problem.dtype, problem.device) for row in value]
+        came = f"{len(rows)} rows of sizes {sorted({row.shape[-1:].numel() for row in rows})}"
+        wanted = f"{len(sizes)} rows of sizes {sorted({size[-1] for size in sizes})}"
     else:
-        tensor = torch.as_tensor(value, dtype=problem.dtype, device=problem.device)
-        expected = f"(..., {len(sizes)}, {sizes[0][-1]})"
-        if tensor.ndim < 2 or tensor.shape[-2] != len(sizes) or tensor.shape[-1] != sizes[0][-1]:
-            raise ProblemError(f"initial_guess {name} has shape {shape(tensor)}; expected {expected}: one row per {'step' if name == 'controls' else 'node'}")
-        rows = list(tensor.unbind(-2))
-    if len(rows) != len(sizes) or any(row.shape[-1] != size[-1] for row, size in zip(rows, sizes, strict=False)):
-        raise ProblemError(f"initial_guess {name} has {len(rows)} rows; expected {len(sizes)} of sizes {sorted({s[-1] for s in sizes})}")
-    if not all(bool(torch.isfinite(row).all()) for row in rows):
-        raise ProblemError(f"initial_guess {name} holds NaN or infinity; expected finite numbers")
-    return [row.detach().expand(size).clone() for row, size in zip(rows, sizes, strict=True)]
+        tensor = checks.float_tensor(name, value, problem.dtype, problem.device)
+        rows = list(tensor.unbind(-2)) if tensor.ndim > 1 else []
+        came, wanted = f"shape {checks.shape(tensor)}", f"(..., {len(sizes)}, {sizes[0][-1]})"
+    if len(rows) != len(sizes) or any(row.shape[-1:] != size[-1:] for row, size in zip(rows, sizes, strict=True)):
+        raise ProblemError(f"{name} has {came}; expected {wanted}: one row per {unit}")
+    return [_expanded(name, row, size).clone() for row, size in zip(rows, sizes, strict=True)]
+
+
+def _expanded(name: str, value: Tensor, size: tuple[int, ...]) -> Tensor:
+    """The value for each problem of the batch."""
+    try:
+        return value.expand(size)
+    except RuntimeError as error:
+        raise ProblemError(
+            f"{name} has batch shape {tuple(value.shape[:-1])}; expected {size[:-1]}, or none: one start for all"
+        ) from error
 
 
 def _parameters(problem: StagedOCP, given: Mapping[str, Any]) -> Tensor:
     free = problem.origin is not None and problem.origin.free
-    p = problem.start_parameters().clone()
-    q = p.shape[-1] - int(free)
-    if given.get("parameters") is not None and q > 0:
-        value = torch.as_tensor(given["parameters"], dtype=p.dtype, device=p.device)
-        if value.shape[-1:] != (q,):
-            raise ProblemError(f"initial_guess parameters has shape {shape(value)}; expected (..., {q})")
-        p[..., :q] = value
-    if given.get("horizon") is not None and free:
-        p[..., -1] = torch.as_tensor(given["horizon"], dtype=p.dtype, device=p.device)
+    p = problem.start_parameters()
+    parts = {"parameters": p[..., :-1], "horizon": p[..., -1:]} if free else {"parameters": p}
+    for name, part in parts.items():
+        if given.get(name) is None or part.shape[-1] == 0:
+            continue
+        value = checks.float_tensor(f"initial_guess {name}", given[name], problem.dtype, problem.device)
+        value = value[..., None] if name == "horizon" else value
+        if value.shape[-1:] != part.shape[-1:]:
+            raise ProblemError(
+                f"initial_guess {name} has shape {checks.shape(value)}; expected (..., {part.shape[-1]})"
+            )
+        parts[name] = _expanded(f"initial_guess {name}", value, tuple(part.shape))
+    p = torch.cat(list(parts.values()), dim=-1)
     return p if problem.parameter_bounds is None else p.clamp(*problem.parameter_bounds)
 
 
 def _leave_stationary_point(problem: StagedOCP, guess: Guess) -> Guess:
-    """Perturb problems whose cost has a zero gradient at the default start; constrained problems are left to their solver."""
-    if problem.terminal_constraint is not None or problem.path_constraint is not None or sum(u.shape[-1] for u in guess.controls) == 0:
+    """Perturb problems whose cost has a zero gradient at the default start; constraints are left to their solver."""
+    constrained = problem.terminal_constraint is not None or problem.path_constraint is not None
+    if constrained or sum(u.shape[-1] for u in guess.controls) == 0:
         return guess
     controls = [u.clone().requires_grad_() for u in guess.controls]
     p = guess.parameters.clone().requires_grad_()
     with torch.enable_grad():
         cost = rollout(problem, lambda k, _: controls[k], problem.initial_state, p).cost
-    gradients = torch.autograd.grad(cost.sum(), [*controls, p], allow_unused=True, materialize_grads=True) if cost.requires_grad else ()
-    size = sum((g.abs().sum(-1) for g in gradients), cost.new_zeros(cost.shape))
+    size = torch.zeros_like(cost)
+    if cost.requires_grad:
+        gradients = torch.autograd.grad(cost.sum(), [*controls, p], allow_unused=True, materialize_grads=True)
+        size = sum((gradient.abs().sum(-1) for gradient in gradients), size)
     still = size <= 1e-12 * (1 + cost.detach().abs())
     if not bool(still.any()):
         return guess
     which = "" if not problem.batch_shape else f" in {int(still.sum())} of {still.numel()} problems"
     warnings.warn(
-        f"the default start (zero controls) is a stationary point{which}: its gradient is zero and no solver would move; a seeded perturbation is "
-        "used instead. Pass initial_guess= to choose the start",
+        f"the default start (zero controls) is a stationary point{which}: its gradient is zero and no solver would "
+        "move; a seeded perturbation is used instead. Pass initial_guess= to choose the start",
         stacklevel=4,
     )
     return replace(guess, controls=_perturbed(problem, guess.controls, still))

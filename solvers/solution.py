@@ -1,22 +1,19 @@
 """What a solver returns: one frozen record with a status sentence, a feedback policy and a closed-loop rollout.
 
-Shapes: ``...`` is the problem's batch shape; N steps, n states, m controls, q parameters (never counting T). Where sizes vary from stage
-to stage, ``states``, ``controls``, ``costates`` and the gains are tuples with one tensor a node or step.
+Shapes: ``...`` is the problem's batch shape; N steps, n states, m controls, q parameters (never counting T). Where
+sizes vary from stage to stage, ``states``, ``controls``, ``costates`` and gains are tuples, one tensor a node or step.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ocnopt.errors import DataError, ProblemError
 from ocnopt.staged import StagedOCP, rollout
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 Series = Tensor | tuple[Tensor, ...]
 _FORMAT = 1
@@ -34,7 +31,7 @@ class Solution:
     """The result of one ``solve``.
 
     Attributes:
-        times: ``(..., N + 1)``, in the problem's time unit; step numbers for a problem that was discrete from the start.
+        times: ``(..., N + 1)``, in the problem's time unit; step numbers where the problem was discrete from the start.
         states: ``(..., N + 1, n)``.
         controls: ``(..., N, m)``.
         parameters: ``(..., q)``; T is in ``horizon``.
@@ -46,7 +43,8 @@ class Solution:
         costates: dJ/dx_k ``(..., N + 1, n)``, or None.
         constraint_violation: the largest violated constraint, bound or gap, ``(...)``.
         wall_time: seconds of the solve; build_time: seconds spent on building it (lowering, compiling).
-        history: per iteration, "cost", "step" and "regularisation" (what the solver has of them), ``(iterations, ...)``.
+        history: "cost", "step" and "regularisation" (what the solver has of them) per iteration, the start first:
+            ``(iterations + 1, ...)``.
         gains: :class:`Gains`, or None where a solver has none.
     """
 
@@ -86,7 +84,9 @@ class Solution:
             raise ProblemError(f"policy got a state of shape {tuple(x.shape)}; expected (..., {states.shape[-1]})")
         t = torch.as_tensor(t, dtype=states.dtype, device=states.device).expand(self.times.shape[:-1])
         steps = controls.shape[-2]
-        k = (torch.searchsorted(self.times.contiguous(), t[..., None].contiguous(), right=True)[..., 0] - 1).clamp(0, steps - 1)
+        k = (torch.searchsorted(self.times.contiguous(), t[..., None].contiguous(), right=True)[..., 0] - 1).clamp(
+            0, steps - 1
+        )
         start, end = _pick(self.times, k, 0), _pick(self.times, k + 1, 0)
         share = ((t - start) / (end - start))[..., None]
         before = _pick(states, k, 1)
@@ -97,7 +97,9 @@ class Solution:
             u = u + (feedback @ (x - nominal)[..., None])[..., 0]
         return u if self.control_bounds is None else u.clamp(*self.control_bounds)
 
-    def rollout(self, initial_state: Tensor, disturbance: Callable[[Tensor, Tensor], Tensor] | None = None) -> "Solution":
+    def rollout(
+        self, initial_state: Tensor, disturbance: Callable[[Tensor, Tensor], Tensor] | None = None
+    ) -> "Solution":
         """Run the policy in closed loop on the discrete problem from another initial state.
 
         Args:
@@ -105,7 +107,8 @@ class Solution:
             disturbance: ``disturbance(t, x) -> (..., n)``, added to the state after each step.
 
         Returns:
-            A Solution with the new states, controls and cost; it keeps gains and parameters and makes no claim of convergence.
+            A Solution with the new states, controls and cost; it keeps gains and parameters and makes no claim of
+            convergence.
 
         Raises:
             ProblemError: the solution was loaded from a file without its problem.
@@ -117,7 +120,9 @@ class Solution:
         p = self._full_parameters()
         after = None if disturbance is None else lambda k, x: x + disturbance(nodes[k + 1], x)
         with torch.no_grad():
-            path = rollout(self.problem, lambda k, x: self.policy(nodes[k], x), x0.expand(*self.cost.shape, -1), p, after)
+            path = rollout(
+                self.problem, lambda k, x: self.policy(nodes[k], x), x0.expand(*self.cost.shape, -1), p, after
+            )
         return Solution(
             times=self.times,
             states=series(path.states),
@@ -137,8 +142,8 @@ class Solution:
             problem=self.problem,
         )
 
-    def plot(self, path: str | Path | None = None) -> "Figure":
-        """Draw states, controls, gains and convergence with matplotlib; write the picture to ``path`` if one is given."""
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Draw states, controls, gains and convergence; return matplotlib's figure, written to ``path`` if given."""
         from ocnopt.solvers.plotting import plot_solution
 
         return plot_solution(self, path)
@@ -158,7 +163,9 @@ class Solution:
     def _tensor(self, name: str) -> Tensor:
         value = self.gains.K if name == "K" and self.gains is not None else getattr(self, name)
         if not isinstance(value, Tensor):
-            raise ProblemError("sizes vary from stage to stage here; expected one state and one control size for a policy in time")
+            raise ProblemError(
+                "sizes vary from stage to stage here; expected one state and one control size for a policy in time"
+            )
         return value
 
 
@@ -190,7 +197,9 @@ def load_solution(path: str | Path, problem: StagedOCP | None = None) -> Solutio
     try:
         record = torch.load(path, weights_only=True)
         if record.pop("format") != _FORMAT:
-            raise DataError(f"{path} has another format than {_FORMAT}; expected a file written by this version's Solution.save")
+            raise DataError(
+                f"{path} has another format than {_FORMAT}; expected a file written by this version's Solution.save"
+            )
         gains = record.pop("gains")
         return Solution(**record, gains=None if gains is None else Gains(*gains), problem=problem)
     except DataError:
@@ -198,4 +207,6 @@ def load_solution(path: str | Path, problem: StagedOCP | None = None) -> Solutio
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist; expected a file written by Solution.save") from error
     except Exception as error:
-        raise DataError(f"{path} is not a saved solution ({type(error).__name__}: {error}); expected a file written by Solution.save") from error
+        raise DataError(
+            f"{path} is no saved solution ({type(error).__name__}: {error}); expected a file written by Solution.save"
+        ) from error

@@ -25,7 +25,7 @@ class Solver(Protocol):
 
 def solve(
     problem: OCP | StagedOCP,
-    solver: "str | Solver" = "ddp",
+    solver: str | Solver = "ddp",
     *,
     steps: int = 100,
     integrator: str = "rk4",
@@ -43,7 +43,8 @@ def solve(
         solver: "ddp", "casadi", or a solver object.
         steps: N equal steps with one constant control each.
         integrator: "euler", "midpoint", "rk4", ...
-        initial_guess: controls ``(..., N, m)``, a mapping with any of controls, states, parameters, horizon, or a Solution.
+        initial_guess: controls ``(..., N, m)``, a mapping with any of controls, states, parameters, horizon, or a
+            Solution.
         max_iterations: of the solver; its own default if None.
         tolerance: of the solver; its own default if None.
         strict: raise instead of returning what did not converge.
@@ -55,9 +56,8 @@ def solve(
         ConvergenceError: ``strict`` and not converged.
 
     Example:
-        >>> import torch
-        >>> from ocnopt.ocp import OCP
-        >>> problem = OCP(lambda t, x, u: u, lambda t, x, u: (x**2 + u**2).sum(-1), initial_state=[1.0], control_dim=1, horizon=1.0)
+        >>> cost = lambda t, x, u: (x**2 + u**2).sum(-1)
+        >>> problem = OCP(lambda t, x, u: u, cost, initial_state=[1.0], control_dim=1, horizon=1.0)
         >>> round(float(solve(problem, steps=200).cost), 4)  # tanh(1)
         0.7616
     """
@@ -70,21 +70,29 @@ def solve(
     return solution
 
 
-def make_solver(solver: "str | Solver", options: dict[str, Any]) -> Solver:
+def make_solver(solver: str | Solver, options: dict[str, Any]) -> Solver:
     """A solver object from a name and its options; an object is taken as it is."""
     if not isinstance(solver, str):
         if not isinstance(solver, Solver):
-            raise ProblemError(f"solver is {type(solver).__name__}; expected a name ({', '.join(_SOLVERS)}) or a solver object such as oc.solvers.DDP()")
+            raise ProblemError(
+                f"solver is {type(solver).__name__}; expected a name ({', '.join(_SOLVERS)}) or a solver object "
+                "such as oc.solvers.DDP()"
+            )
         if options:
-            raise ProblemError(f"options {', '.join(options)} came beside a solver object; expected them in its constructor")
+            raise ProblemError(
+                f"options {', '.join(options)} came beside a solver object; expected them in its constructor"
+            )
         return solver
     if solver not in _SOLVERS:
-        raise ProblemError(f"solver {solver!r} is unknown; expected one of {', '.join(_SOLVERS)}{nearest(solver, _SOLVERS)}")
+        raise ProblemError(
+            f"solver {solver!r} is unknown; expected one of {', '.join(_SOLVERS)}{nearest(solver, _SOLVERS)}"
+        )
     module, name = _SOLVERS[solver]
     kind = getattr(import_module(module), name)
     known = [f.name for f in fields(kind)]
     for option in options:
         if option not in known:
-            raise ProblemError(f"solver {solver!r} has no option {option!r}; expected one of {', '.join(known)}{nearest(option, known)}")
+            offer = nearest(option, known)
+            raise ProblemError(f"solver {solver!r} has no option {option!r}; expected one of {', '.join(known)}{offer}")
     made: Solver = kind(**options)
     return made

@@ -26,7 +26,7 @@ def make_solution(
     costates: list[Tensor] | None = None,
     gains: tuple[list[Tensor], list[Tensor]] | None = None,
 ) -> Solution:
-    """Collect results in the contract's shapes; ``parameters (*batch, q)`` are the discrete problem's, with T where it is free."""
+    """Collect results in a Solution's shapes; ``parameters (*batch, q)`` still hold T where the horizon is free."""
     form = problem.origin
     if form is None:
         times = torch.arange(problem.steps + 1, dtype=cost.dtype, device=cost.device).expand(*cost.shape, -1)

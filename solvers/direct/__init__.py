@@ -1,0 +1,1 @@
+"""Direct transcription: the problem becomes one nonlinear program, written in CasADi and solved by IPOPT."""

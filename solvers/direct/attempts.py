@@ -1,0 +1,175 @@
+"""One problem of a batch, from its first start to the outcome that is kept.
+
+IPOPT may end in a point that is no solution ("infeasible", a failed restoration phase, a NaN). Then it is started again
+from seeded perturbations of the start, small ones first; the first success is kept, else the most nearly feasible end.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import casadi
+import numpy as np
+import torch
+from torch import Tensor
+
+from ocnopt.solvers.direct.nlp import Outcome, Vector, evaluate, make_solver, run_solver
+from ocnopt.solvers.direct.path_program import PathProgram, assemble
+from ocnopt.solvers.direct.transcription import Lowered
+from ocnopt.solvers.guess import Guess
+from ocnopt.staged import StagedOCP
+
+if TYPE_CHECKING:
+    from ocnopt.solvers.direct.casadi_solver import CasADi
+
+_ADVICE = {
+    "Solve_Succeeded": "converged to IPOPT's tolerance",
+    "Solved_To_Acceptable_Level": "converged to IPOPT's acceptable level only; loosen tolerance= or rescale",
+    "Infeasible_Problem_Detected": "not converged: IPOPT found no feasible path near the start; check that constraints "
+    "and bounds can be met together, lengthen the horizon, or pass initial_guess=",
+    "Maximum_Iterations_Exceeded": "not converged: max_iterations= reached; raise it or start closer",
+    "Restoration_Failed": "not converged: IPOPT could not get back to feasible paths; pass initial_guess= with states, "
+    "or relax a constraint",
+    "Diverging_Iterates": "not converged: the unknowns grow without bound; add bounds or a cost on them",
+    "Invalid_Number_Detected": "not converged: a function or its derivative is NaN or infinite on the way; bound "
+    "controls and parameters, or start inside the functions' domain",
+    "Search_Direction_Becomes_Too_Small": "not converged: the steps became too small; rescale the problem or loosen "
+    "tolerance=",
+    "Error_In_Step_Computation": "not converged: no step could be computed; some constraints may repeat others",
+    "Not_Enough_Degrees_Of_Freedom": "not converged: more equality constraints than unknowns; drop some or add steps",
+    "Maximum_CpuTime_Exceeded": "not converged: out of the time that ipopt= allows",
+}
+_FINAL = ("Maximum_Iterations_Exceeded", "Maximum_CpuTime_Exceeded", "Not_Enough_Degrees_Of_Freedom", "Invalid_Option")
+_NOT_FINITE = "Invalid_Number_Detected"
+_NOISE = (0.1, 0.3, 1.0)
+
+
+class Attempt(NamedTuple):
+    """The outcome of one problem, in numbers."""
+
+    states: list[Vector]
+    controls: list[Vector]
+    costates: list[Vector]
+    parameters: Vector
+    cost: float
+    converged: bool
+    iterations: int
+    status: str
+    violation: float
+    wall_time: float
+    build_time: float
+    history: Mapping[str, list[float]]
+    not_finite: bool
+
+
+def solve_one(
+    solver: "CasADi",
+    problem: StagedOCP,
+    lowered: Lowered,
+    guess: Guess,
+    states: Sequence[Tensor],
+    row: int | None,
+    *,
+    progress: bool,
+) -> Attempt:
+    """Build and solve one problem of the batch, with restarts."""
+    began = time.perf_counter()
+    initial_state = row_of(problem.initial_state, row)
+    path = assemble(*lowered.rows(row), initial_state, problem.step_bounds, problem.parameter_bounds)
+    ipopt = make_solver(path.program, solver.options(), exact=solver.hessian == "exact", progress=progress)
+    built = time.perf_counter()
+    start = _start(path, guess, states, row)
+    if guess.states is None and _broken(path, start):
+        # The controls lead out of the functions' domain, but nothing asks for a start on a path: stay at x_0.
+        start = _start(path, guess, [states[0] if x.shape == states[0].shape else x for x in states], row)
+    outcomes = [run_solver(ipopt, path.program, start)]
+    for i in range(solver.restarts):
+        if outcomes[-1].succeeded or outcomes[-1].statistics["return_status"] in _FINAL:
+            break
+        outcomes.append(run_solver(ipopt, path.program, _perturbed(path, start, i)))
+    ended = time.perf_counter()
+    best = min(outcomes, key=lambda outcome: _rank(path, outcome))
+    broken = "" if best.succeeded else _broken(path, start)
+    return Attempt(
+        states=[best.unknowns[place] for place in path.states],
+        controls=[best.unknowns[place] for place in path.controls],
+        costates=path.costates(best.multipliers),
+        parameters=best.unknowns[path.parameters],
+        cost=best.cost,
+        converged=best.succeeded,
+        iterations=sum(int(outcome.statistics["iter_count"]) for outcome in outcomes),
+        status=_status(path, best, outcomes, broken),
+        violation=path.violation(best.constraints)[0],
+        wall_time=ended - built,
+        build_time=built - began,
+        history=_history(best),
+        not_finite=bool(broken),
+    )
+
+
+def row_of(values: Tensor, row: int | None) -> Vector:
+    """One problem's numbers ``(size,)`` out of ``(*batch, size)``."""
+    values = values if row is None else values.reshape(values.shape[:-1].numel(), values.shape[-1])[row]
+    return values.detach().to("cpu", torch.float64).numpy().copy()
+
+
+def _start(path: PathProgram, guess: Guess, states: Sequence[Tensor], row: int | None) -> Vector:
+    """The guess as a point; inner points of a step lie on the line between its nodes."""
+    start = np.zeros(path.program.shape[1])
+    nodes = [row_of(x, row) for x in states]
+    for k, place in enumerate(path.states):
+        start[place] = nodes[k]
+    for k, place in enumerate(path.controls):
+        start[place] = row_of(guess.controls[k], row)
+    for k, place in enumerate(path.inner):
+        if place.size:
+            tau = np.array(casadi.collocation_points(place.size // nodes[k].size, "legendre"))[:, None]
+            start[place] = ((1 - tau) * nodes[k] + tau * nodes[k + 1]).reshape(-1)
+    start[path.parameters] = row_of(guess.parameters, row)
+    return start
+
+
+def _broken(path: PathProgram, point: Vector) -> str:
+    """The first function without a finite value at the point; empty if there is none."""
+    cost, constraints = evaluate(path.program, point)
+    rows = np.flatnonzero(~np.isfinite(constraints))
+    if rows.size:
+        return path.place(int(rows[0]))
+    return "" if np.isfinite(cost) else "the cost"
+
+
+def _perturbed(path: PathProgram, start: Vector, attempt: int) -> Vector:
+    """Noise on everything but x_0, relative to the size of each unknown, or to half the width of its bounds."""
+    lower, upper = path.program.box
+    width = np.where(np.isfinite(upper - lower), 0.5 * (upper - lower), 1 + np.abs(start))
+    noise = np.random.default_rng(attempt).standard_normal(start.shape)
+    moved = start + _NOISE[min(attempt, len(_NOISE) - 1)] * width * noise
+    moved[path.states[0]] = start[path.states[0]]
+    return np.clip(moved, lower, upper)
+
+
+def _history(best: Outcome) -> dict[str, list[float]]:
+    own = {"cost": "obj", "infeasibility": "inf_pr", "step": "alpha_pr", "regularisation": "regularization_size"}
+    iterations: Mapping[str, Any] = best.statistics.get("iterations") or {}
+    return {name: list(iterations.get(key) or [float("nan")]) for name, key in own.items()}
+
+
+def _rank(path: PathProgram, outcome: Outcome) -> tuple[bool, bool, float]:
+    """Smaller is better: success, then finite numbers, then the smallest violation."""
+    violation, _ = path.violation(outcome.constraints)
+    return not outcome.succeeded, outcome.statistics["return_status"] == _NOT_FINITE, violation
+
+
+def _status(path: PathProgram, best: Outcome, outcomes: Sequence[Outcome], broken: str) -> str:
+    """One sentence: how it ended, what to do, where it is worst, and the restarts."""
+    reason = str(best.statistics["return_status"])
+    sentence = _ADVICE.get(reason, f"not converged: IPOPT ended with {reason}")
+    if broken:
+        sentence += f" (at the start: {broken})"
+    elif not best.succeeded:
+        violation, where = path.violation(best.constraints)
+        sentence += f" (largest violation {violation:.2g}: {where})" if where else ""
+    if len(outcomes) > 1:
+        first = str(outcomes[0].statistics["return_status"]).replace("_", " ").lower()
+        sentence += f"; after {len(outcomes) - 1} restart(s) from seeded perturbations, the given start ended '{first}'"
+    return sentence

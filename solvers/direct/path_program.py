@@ -1,0 +1,175 @@
+r"""The nonlinear program of a path.
+
+Unknowns, stage by stage: x_k, s_k (the inner points of a step, in collocation), u_k for k = 0..N-1; x_N; p. Minimise
+
+    sum_k l_k + Phi     subject to     x_0 given,   f_k - x_{k+1} = 0,   r_k = 0,   c_k <= 0,   e = 0,   c_N <= 0.
+
+A step's function is (k, x, s, u, p) -> (f, r, l, c), the end's (x, u, p) -> (Phi, e, c), both lowered from torch. The
+multiplier of f_k - x_{k+1} = 0 is the costate dJ/dx_{k+1}, that of x_0 its negative.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import casadi
+import numpy as np
+
+from ocnopt.checks import Bounds
+from ocnopt.solvers.direct.nlp import Piece, Positions, Program, Vector
+
+
+class Run(NamedTuple):
+    """Consecutive steps start..stop-1 that one function (k, x, s, u, p) -> (f, r, l, c) serves."""
+
+    function: casadi.Function
+    start: int
+    stop: int
+
+
+class Rows(NamedTuple):
+    """Constraints of one kind: rows ``(steps, width)``, the first step (-1: none), whether they are equalities."""
+
+    name: str
+    place: Positions
+    first: int
+    equality: bool
+
+
+@dataclass(frozen=True, eq=False)
+class PathProgram:
+    """The program, with the positions of x_k, s_k, u_k and p among the unknowns, and what each constraint is called."""
+
+    program: Program
+    states: list[Positions]
+    inner: list[Positions]
+    controls: list[Positions]
+    parameters: Positions
+    rows: list[Rows]
+
+    def costates(self, multipliers: Vector) -> list[Vector]:
+        """dJ/dx_k for k = 0..N."""
+        steps = [row for rows in self.rows if rows.name == "dynamics" for row in rows.place]
+        return [-multipliers[self.rows[0].place[0]], *(multipliers[row] for row in steps)]
+
+    def violation(self, g: Vector) -> tuple[float, str]:
+        """The largest violated constraint and its place."""
+        lower, upper = self.program.limits
+        size = np.maximum(np.maximum(lower - g, g - upper), 0.0)
+        size[~np.isfinite(g)] = np.inf
+        worst = int(size.argmax())
+        return float(size[worst]), self.place(worst) if size[worst] > 0 else ""
+
+    def place(self, row: int) -> str:
+        """A constraint in the user's words."""
+        for rows in self.rows:
+            if row in rows.place:
+                step, entry = (int(i[0]) for i in np.nonzero(rows.place == row))
+                return f"{rows.name}[{entry}]" + ("" if rows.first < 0 else f" at step {rows.first + step}")
+        return ""
+
+
+def assemble(
+    runs: Sequence[Run],
+    end: casadi.Function,
+    initial_state: Vector,
+    control_bounds: Sequence[Bounds | None],
+    parameter_bounds: Bounds | None,
+) -> PathProgram:
+    """Write the program down.
+
+    Args:
+        runs: cover the steps 0..N-1 in order.
+        end: (x, u, p) -> (Phi, e, c).
+        initial_state: x_0.
+        control_bounds: of each step.
+        parameter_bounds: of p.
+    """
+    sizes = [tuple(int(r.function.numel_in(i)) for i in (1, 2, 3)) for r in runs for _ in range(r.start, r.stop)]
+    states, inner, controls, p = _positions(sizes, int(end.numel_in(0)), int(end.numel_in(2)))
+    n = initial_state.size
+    rows = [Rows("initial_state", np.arange(n)[None], -1, equality=True)]
+    linear = [(np.arange(n), states[0], np.ones(n))]
+    pieces, height = [], n
+    for run in runs:
+        columns = np.stack([np.concatenate([states[k], inner[k], controls[k], p]) for k in range(run.start, run.stop)])
+        piece, kinds = _step_piece(run, columns, sizes[run.start], height)
+        following = np.concatenate(states[run.start + 1 : run.stop + 1])
+        linear.append((kinds[0].place.reshape(-1), following, -np.ones(following.size)))
+        pieces.append(piece)
+        rows += kinds
+        height += piece.rows.size
+    piece, kinds = _end_piece(end, np.concatenate([states[-1], controls[-1], p])[None], height)
+    pieces.append(piece)
+    rows += kinds
+    size = int(states[-1][-1]) + 1 + p.size
+    box = _box(size, [*zip(controls, control_bounds, strict=True), (p, parameter_bounds)])
+    matrix = tuple(np.concatenate(part) for part in zip(*linear, strict=True))
+    program = Program(pieces, matrix, box, _limits(rows, initial_state))  # type: ignore[arg-type]
+    return PathProgram(program, states, inner, controls, p, [kind for kind in rows if kind.place.size])
+
+
+def _positions(
+    sizes: Sequence[tuple[int, ...]], last: int, q: int
+) -> tuple[list[Positions], list[Positions], list[Positions], Positions]:
+    """Where x_k, s_k, u_k and p stand among the unknowns."""
+    columns: tuple[list[Positions], list[Positions], list[Positions]] = ([], [], [])
+    offset = 0
+    for step in sizes:
+        for column, size in zip(columns, step, strict=True):
+            column.append(np.arange(offset, offset + size))
+            offset += size
+    columns[0].append(np.arange(offset, offset + last))
+    return *columns, np.arange(offset + last, offset + last + q)
+
+
+def _step_piece(run: Run, columns: Positions, sizes: tuple[int, ...], height: int) -> tuple[Piece, list[Rows]]:
+    k, y = _symbols(run.function, columns.shape[1])
+    n, inner, m = sizes
+    f, r, cost, c = run.function(k, y[:n], y[n : n + inner], y[n + inner : n + inner + m], y[n + inner + m :])
+    names = (("dynamics", f, True), ("collocation", r, True), ("path_constraint", c, False))
+    rows, kinds = _rows(names, columns.shape[0], height, run.start)
+    function = casadi.Function("step", [k, y], [cost, casadi.vertcat(f, r, c)])
+    return Piece(function, np.arange(run.start, run.stop, dtype=float), columns, rows), kinds
+
+
+def _end_piece(end: casadi.Function, columns: Positions, height: int) -> tuple[Piece, list[Rows]]:
+    k, y = _symbols(end, columns.shape[1])
+    n, m = int(end.numel_in(0)), int(end.numel_in(1))
+    cost, e, c = end(y[:n], y[n : n + m], y[n + m :])
+    rows, kinds = _rows((("terminal_constraint", e, True), ("path_constraint at the end", c, False)), 1, height, -1)
+    return Piece(casadi.Function("end", [k, y], [cost, casadi.vertcat(e, c)]), np.zeros(1), columns, rows), kinds
+
+
+def _symbols(function: casadi.Function, size: int) -> tuple[Any, Any]:
+    kind = casadi.SX if function.is_a("SXFunction") else casadi.MX
+    return kind.sym("k"), kind.sym("y", size)
+
+
+def _rows(names: Sequence[tuple[str, Any, bool]], length: int, height: int, first: int) -> tuple[Positions, list[Rows]]:
+    """Number the constraints of each step one after another; say which are which."""
+    widths = [int(part.shape[0]) for _, part, _ in names]
+    rows = height + np.arange(length * sum(widths)).reshape(length, sum(widths))
+    splits = np.split(rows, np.cumsum(widths)[:-1], axis=1)
+    return rows, [Rows(name, part, first, equality) for (name, _, equality), part in zip(names, splits, strict=True)]
+
+
+def _box(size: int, pairs: Sequence[tuple[Positions, Bounds | None]]) -> tuple[Vector, Vector]:
+    """Bounds of the unknowns."""
+    box = (np.full(size, -np.inf), np.full(size, np.inf))
+    for place, bounds in pairs:
+        if bounds is not None:
+            for side, limit in zip(box, bounds, strict=True):
+                side[place] = limit.double().cpu().numpy()
+    return box
+
+
+def _limits(rows: Sequence[Rows], initial_state: Vector) -> tuple[Vector, Vector]:
+    """Bounds of the constraints."""
+    size = sum(kind.place.size for kind in rows)
+    lower, upper = np.zeros(size), np.zeros(size)
+    for kind in rows:
+        if not kind.equality:
+            lower[kind.place] = -np.inf
+    lower[: initial_state.size] = upper[: initial_state.size] = initial_state
+    return lower, upper

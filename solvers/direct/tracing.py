@@ -1,0 +1,163 @@
+"""A plain torch function as a graph of core ATen operators.
+
+Non-strict tracing simply runs the function, on tensors that have shapes but no values. What it cannot follow, a branch
+on a value or a detour through numpy or Python numbers, becomes a ProblemError that names it.
+
+There are two ways to the same graph. ``make_fx`` is quick and sees through torch.func. ``torch.export`` with
+``strict=False`` takes some eight times longer and turns writes in place into plain operators: it is used where the
+first fails, and its errors are the ones reported.
+"""
+
+import contextlib
+import functools
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ocnopt.errors import ProblemError
+from ocnopt.solvers.direct.expression import SHAPE_ONLY, is_mutable, operator_name
+
+Function = Callable[..., Any]
+
+ELSEWHERE = "solvers ddp and shooting take any torch code"
+_NUMPY = "it leaves torch for numpy, which a trace cannot follow; write it in torch"
+_HINTS = (
+    (".numpy()", _NUMPY),
+    ("numpy()", _NUMPY),
+    ("data is not allocated", "it builds a tensor from entries with torch.tensor([x[0], ..]); use torch.stack"),
+    ("zuf", "it turns a tensor into a Python number (float(x), x.item(), math.sin(x)); use torch.sin(x)"),
+    ("Eq(u", "it branches or loops on the value of a tensor (if, while); use torch.where"),
+    ("data-dependent", "it does something that depends on the value of a tensor; use torch.where"),
+    ("is mutated", "it writes into a tensor made outside; create the tensor inside the function, or clone it first"),
+)  # fmt: skip
+
+
+class _NotFunctionalError(Exception):
+    """The quick trace met a write in place."""
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A traced function: nodes in order, captured numbers and arguments by node name, the output in terms of nodes."""
+
+    name: str
+    nodes: list[torch.fx.Node]
+    captured: Mapping[str, Tensor]
+    arguments: list[str]
+    output: Any
+    dtype: torch.dtype
+
+
+class _Call(torch.nn.Module):
+    """torch.export wants a module. The function is no submodule of it: captured weights stay plain constants."""
+
+    def __init__(self, function: Function) -> None:
+        super().__init__()
+        self.__dict__["function"] = function
+
+    def forward(self, *arguments: Tensor) -> Any:
+        return self.__dict__["function"](*arguments)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch's own notes about a failing trace from the user, who gets a ProblemError instead."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def trace(function: Function, arguments: Sequence[Tensor], name: str) -> Program:
+    """Trace ``function`` at tensors of the shapes that it will see.
+
+    Args:
+        function: plain torch code of several tensors.
+        arguments: example tensors; only shapes and dtypes matter.
+        name: what the user calls the function, for messages.
+
+    Raises:
+        ProblemError: the function cannot be traced; the message says what it does and what to write instead.
+    """
+    dtype = next((a.dtype for a in arguments if a.is_floating_point()), torch.float64)
+    with _quiet(), torch.no_grad():
+        try:
+            return _quick(function, arguments, name, dtype)
+        except Exception:
+            pass
+        try:
+            return _export(function, arguments, name, dtype)
+        except ProblemError:
+            raise
+        except Exception as error:
+            raise ProblemError(_message(name, error)) from error
+
+
+def _message(name: str, error: Exception) -> str:
+    text = str(error).strip()
+    for sign, hint in _HINTS:
+        if sign in text:
+            return f"{name} cannot be translated to CasADi: {hint} ({ELSEWHERE})"
+    return (
+        f"{name} cannot be translated to CasADi: torch.export failed with {type(error).__name__}: "
+        f"{text.splitlines()[0] if text else ''}; expected plain torch code of tensors ({ELSEWHERE})"
+    )
+
+
+@functools.cache
+def _core_aten() -> dict[Any, Any]:
+    return dict(torch.export.default_decompositions().items())
+
+
+def _quick(function: Function, arguments: Sequence[Tensor], name: str, dtype: torch.dtype) -> Program:
+    run = make_fx(function, decomposition_table=_core_aten(), tracing_mode="fake", _allow_non_fake_inputs=True)
+    traced = run(*arguments)
+    nodes = list(traced.graph.nodes)
+    _check_functional(nodes)
+    constants = [node for node in nodes if node.op == "get_attr"]
+    captured = {node.name: getattr(traced, str(node.target)).detach().cpu() for node in constants}
+    inputs = [node.name for node in nodes if node.op == "placeholder"]
+    return Program(name, nodes[:-1], captured, inputs, nodes[-1].args[0], dtype)
+
+
+def _check_functional(nodes: Sequence[torch.fx.Node]) -> None:
+    """Writes in place are harmless only on tensors made from numbers inside the trace, as torch.func.jacrev does."""
+    outside: set[torch.fx.Node] = set()
+    for node in nodes:
+        reads = operator_name(node.target) not in SHAPE_ONLY and outside.intersection(node.all_input_nodes)
+        if node.op in ("placeholder", "get_attr") or reads:
+            outside.add(node)
+        if node in outside and is_mutable(node.target):
+            raise _NotFunctionalError(str(node.target))
+
+
+def _export(function: Function, arguments: Sequence[Tensor], name: str, dtype: torch.dtype) -> Program:
+    exported = torch.export.export(_Call(function), tuple(arguments), strict=False).run_decompositions()
+    signature = exported.graph_signature
+    kinds = [spec.kind for spec in signature.output_specs]
+    if OutputKind.USER_INPUT_MUTATION in kinds:
+        raise ProblemError(
+            f"{name} writes into its arguments; expected a function without side effects: clone them first"
+        )
+    inputs = [spec.arg.name for spec in signature.input_specs if spec.kind is InputKind.USER_INPUT]
+    values = {**exported.constants, **exported.state_dict}
+    captured = {
+        spec.arg.name: values[spec.target].detach().cpu() for spec in signature.input_specs if spec.target in values
+    }
+    nodes = list(exported.graph.nodes)
+    flat = [value for value, kind in zip(nodes[-1].args[0], kinds, strict=True) if kind is OutputKind.USER_OUTPUT]
+    output = torch.utils._pytree.tree_unflatten(flat, exported.call_spec.out_spec)
+    return Program(name, nodes[:-1], captured, inputs, output, dtype)

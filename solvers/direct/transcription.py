@@ -1,0 +1,211 @@
+"""From a discrete problem to the lowered steps of a nonlinear program.
+
+Multiple shooting takes the discrete problem's own steps, so its optimum is that of every other solver of the same
+problem. Collocation takes the continuous problem behind it: on each step the state is a polynomial that satisfies the
+differential equation at Legendre points, the control is constant, and the same points integrate the running cost.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import casadi
+import torch
+from torch import Tensor
+
+from ocnopt.errors import ProblemError
+from ocnopt.lift import Lifted
+from ocnopt.solvers.direct.lowering import Lowering, lower, scattered
+from ocnopt.solvers.direct.path_program import Run
+from ocnopt.solvers.guess import Guess
+from ocnopt.staged import Group, StagedOCP
+
+
+class Part(NamedTuple):
+    """Steps start..stop-1 and what serves them, lowered for the whole batch."""
+
+    lowering: Lowering
+    start: int
+    stop: int
+
+
+class Lowered(NamedTuple):
+    """A discrete problem in CasADi: ``rows`` makes the functions of one problem of the batch."""
+
+    parts: list[Part]
+    end: Lowering
+    inner: Callable[[casadi.Function], casadi.Function]
+
+    def rows(self, row: int | None) -> tuple[list[Run], casadi.Function]:
+        """Return the steps and the end of one problem."""
+        runs = [Run(self.inner(part.lowering.function(row)), part.start, part.stop) for part in self.parts]
+        return runs, self.end.function(row)
+
+
+def lower_shooting(problem: StagedOCP, guess: Guess, states: Sequence[Tensor]) -> Lowered:
+    """Lower the steps of the discrete problem itself.
+
+    Args:
+        problem: the discrete problem.
+        guess: controls and parameters near which the functions are checked against torch.
+        states: a path of the right sizes.
+
+    Raises:
+        ProblemError: a function cannot be lowered.
+    """
+    parts: list[Part] = []
+    for start, stop, group in _stretches(problem, states):
+        arguments = (states[start], guess.controls[start], guess.parameters)
+        parts += _lower_stretch(problem, group, start, stop, arguments)
+    return Lowered(parts, _lower_end(problem, guess, states), _without_inner)
+
+
+def lower_collocation(problem: StagedOCP, guess: Guess, states: Sequence[Tensor], degree: int) -> Lowered:
+    """Lower the continuous problem behind the discrete one.
+
+    Raises:
+        ProblemError: the problem was discrete from the start, or a function cannot be lowered.
+    """
+    form = problem.origin
+    if form is None:
+        raise ProblemError(
+            "method='collocation' got a problem that is discrete from the start; expected an oc.OCP, or "
+            "use method='multiple_shooting'"
+        )
+
+    def rates(k: Tensor, t: Tensor, x: Tensor, u: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return form.dynamics(t, x, u, p), form.running_cost(t, x, u, p), _path(problem, k, x, u, p)
+
+    k = states[0].new_tensor(1.0)
+    span = (form.t1 - form.t0) / problem.steps
+    points = _points(problem, (k, k * span, states[0], guess.controls[0], guess.parameters))
+    lowering = lower(rates, points, "dynamics, running_cost or path_constraint", problem.batch_shape)
+
+    def step(function: casadi.Function) -> casadi.Function:
+        return _collocation_step(function, form, problem.steps, degree)
+
+    return Lowered([Part(lowering, 0, problem.steps)], _lower_end(problem, guess, states), step)
+
+
+def _stretches(problem: StagedOCP, states: Sequence[Tensor]) -> Iterator[tuple[int, int, Group]]:
+    """Runs of steps that share a stage and its sizes."""
+    start = 0
+    for i, group in enumerate(problem.groups):
+        after = problem.groups[i + 1] if i + 1 < len(problem.groups) else None
+        same = after is not None and after.stage is group.stage and group.single and after.single
+        if not same or states[start].shape != states[group.stop].shape:
+            yield start, group.stop, group
+            start = group.stop
+
+
+def _lower_stretch(
+    problem: StagedOCP, group: Group, start: int, stop: int, arguments: tuple[Tensor, Tensor, Tensor]
+) -> list[Part]:
+    name = "dynamics, cost or path_constraint" + (f" of stage {start}" if group.single else "")
+    batch = problem.batch_shape
+
+    def at(k: Any, x: Tensor, u: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x_next, cost = problem.advance(group.stage, k, x, u, p)
+        return x_next, cost, _path(problem, k, x, u, p)
+
+    def ahead(k: Tensor, x: Tensor, u: Tensor, p: Tensor) -> tuple[Tensor, ...]:
+        # A leading axis turns a table lookup table[k] into an indexing that can be traced.
+        return tuple(v[0] for v in at(k.reshape((1,) * (1 + len(batch))), x[None], u[None], p[None]))
+
+    def counted(k: Tensor, x: Tensor, u: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return at(int(k), x, u, p)
+
+    joint, one = group.stage.joint is not None, stop - start == 1
+    if joint or not group.single:
+        # A transcribed step computes its time from k, and integer tensors times numbers would be float32.
+        k = arguments[0].new_tensor(start) if joint else torch.tensor(start, device=problem.device)
+        steps = torch.linspace(start, stop - 1, 4).round().tolist()
+        points = _points(problem, (k, *arguments), steps)
+        return [Part(lower(at if joint else ahead, points, name, batch), start, stop)]
+    if not one:
+        try:
+            points = _points(problem, (torch.tensor(start), *arguments), range(start, stop))
+            lowering = lower(ahead, points, name, batch, reference=counted)
+            lowering.function(None if not batch else 0)
+            return [Part(lowering, start, stop)]
+        except ProblemError:
+            # The stage does more with its number than a tensor can: one program per step.
+            pass
+    parts = []
+    for step in range(start, stop):
+        fixed = lambda k, x, u, p, step=step: at(step, x, u, p)  # noqa: E731
+        parts.append(
+            Part(lower(fixed, _points(problem, (torch.tensor(step), *arguments)), name, batch), step, step + 1)
+        )
+    return parts
+
+
+def _lower_end(problem: StagedOCP, guess: Guess, states: Sequence[Tensor]) -> Lowering:
+    steps: Any = problem.steps
+    extra = problem.parameters is not None
+    if not problem.groups[-1].single and problem.origin is None:
+        steps = torch.full((1,) * len(problem.batch_shape), steps, device=problem.device)
+
+    def end(x: Tensor, u: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        equal = x.new_zeros((*x.shape[:-1], 0))
+        if problem.terminal_constraint is not None:
+            equal = problem.terminal_constraint(x, p) if extra else problem.terminal_constraint(x)
+        return problem.terminal(x, p), equal, _path(problem, steps, x, u, p)
+
+    points = _points(problem, (states[-1], guess.controls[-1], guess.parameters))
+    return lower(end, points, "terminal_cost, terminal_constraint or path_constraint", problem.batch_shape)
+
+
+def _path(problem: StagedOCP, k: Any, x: Tensor, u: Tensor, p: Tensor) -> Tensor:
+    """c(k, x, u, p), empty without a path constraint."""
+    if problem.path_constraint is None:
+        return x.new_zeros((*x.shape[:-1], 0))
+    value: Tensor = problem.path_constraint(k, x, u, *(() if problem.parameters is None else (p,)))
+    return value
+
+
+def _points(problem: StagedOCP, arguments: tuple[Tensor, ...], steps: Sequence[float] = ()) -> list[Sequence[Tensor]]:
+    """Points around the arguments (.., u, p) within the bounds; ``steps`` are the values of a leading k."""
+    points: list[Sequence[Tensor]] = []
+    for i, point in enumerate(scattered(arguments, count=max(3, len(steps) - 1))):
+        *front, u, p = point
+        bounds = next((b for b in problem.control_bounds if b is not None and b[0].shape == u.shape[-1:]), None)
+        u = u if bounds is None else u.clamp(*bounds)
+        p = p if problem.parameter_bounds is None else p.clamp(*problem.parameter_bounds)
+        if steps:
+            front[0] = torch.full_like(arguments[0], steps[i % len(steps)])
+        points.append([*front, u, p])
+    return points
+
+
+def _without_inner(function: casadi.Function) -> casadi.Function:
+    """(k, x, u, p) -> (f, l, c) as a step without inner points."""
+    kind = _kind(function)
+    k, x, u, p = (kind.sym(name, function.numel_in(i)) for i, name in enumerate("kxup"))
+    f, cost, c = function(k, x, u, p)
+    return casadi.Function("step", [k, x, kind.sym("s", 0), u, p], [f, kind(0, 1), cost, c])
+
+
+def _kind(function: casadi.Function) -> Any:
+    return casadi.SX if function.is_a("SXFunction") else casadi.MX
+
+
+def _collocation_step(function: casadi.Function, form: Lifted, steps: int, degree: int) -> casadi.Function:
+    """A step whose inner points s = (X_1, .., X_d) satisfy the differential equation at Legendre points.
+
+    Source: Betts, Practical Methods for Optimal Control, 2010, section 4.5 (collocation at Gauss points).
+    """
+    tau = casadi.collocation_points(degree, "legendre")
+    slopes, ends, weights = casadi.collocation_coeff(tau)
+    n, m, q = (int(function.numel_in(i)) for i in (2, 3, 4))
+    h = (form.t1 - form.t0) / steps
+    kind = _kind(function)
+    k, x, u, p = (kind.sym(name, size) for name, size in zip("kxup", (1, n, m, q), strict=True))
+    inner = kind.sym("s", n * degree)
+    nodes = casadi.horzcat(x, casadi.reshape(inner, n, degree))
+    residual, cost = [], 0
+    for i in range(degree):
+        rate, running, _ = function(k, form.t0 + h * (k + tau[i]), nodes[:, i + 1], u, p)
+        residual.append(nodes @ slopes[:, i] - h * rate)
+        cost = cost + h * weights[i] * running
+    path = function(k, form.t0 + h * k, x, u, p)[2]
+    return casadi.Function("step", [k, x, inner, u, p], [nodes @ ends, casadi.vertcat(*residual), cost, path])
