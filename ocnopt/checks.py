@@ -1,11 +1,13 @@
-"""Checks at the door: everything a user hands in is read here, once, and refused with what came, what was expected and a cure.
+"""Checks at the door: what a user hands in is read here, once, or refused with what came, what was expected, a cure.
 
-A problem's function is *called* to be checked: at the batch shape of the initial state and on two stacked rows, which must
-come out as the two rows alone do, since the library evaluates functions on extra leading axes.
+A problem's function is *called* to be checked: at the batch shape of the initial state and on two stacked rows, which
+must come out as the two rows alone do, since the library evaluates functions on extra leading axes.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,7 +18,8 @@ from ocnopt.errors import ProblemError
 Bounds = tuple[Tensor, Tensor]
 
 _FLOAT32_CURE = (
-    "a float32 tensor captured in a float64 problem is the usual cause: create it with dtype=torch.float64, or pass dtype=torch.float32"
+    "a float32 tensor captured in a float64 problem is the usual cause: create it with dtype=torch.float64, or pass "
+    "dtype=torch.float32"
 )
 
 
@@ -67,12 +70,16 @@ def bounds(name: str, value: Any, size: int, dtype: torch.dtype, device: torch.d
     """
     if value is None:
         return None
-    if not isinstance(value, Sequence | Tensor) or len(value) != 2:
-        raise ProblemError(f"{name} is {value!r}; expected a pair (lower, upper) of scalars or of vectors of {size} numbers")
+    if not isinstance(value, Sequence | Tensor) or (isinstance(value, Tensor) and value.ndim == 0) or len(value) != 2:
+        raise ProblemError(
+            f"{name} is {value!r}; expected a pair (lower, upper) of scalars or of vectors of {size} numbers"
+        )
     lower, upper = (_bound(f"{name}[{i}]", side, size, dtype, device) for i, side in enumerate(value))
     if bool((lower > upper).any()):
         i = int((lower > upper).nonzero()[0])
-        raise ProblemError(f"{name}: lower {lower[i].item()} exceeds upper {upper[i].item()} at entry {i}; expected lower <= upper")
+        raise ProblemError(
+            f"{name}: lower {lower[i].item()} exceeds upper {upper[i].item()} at entry {i}; expected lower <= upper"
+        )
     return lower, upper
 
 
@@ -87,62 +94,70 @@ def _bound(name: str, value: Any, size: int, dtype: torch.dtype, device: torch.d
     return side
 
 
-def call(name: str, signature: str, function: Callable[..., Any], *arguments: Tensor) -> Any:
+def call(name: str, signature: str, function: Callable[..., Any], *arguments: Any) -> Any:
     """Call a user's function and turn whatever it raises into a ProblemError that says how it was called."""
     try:
         return function(*arguments)
     except ProblemError:
         raise
     except Exception as error:
-        shapes = ", ".join(shape(argument) for argument in arguments)
+        shapes = ", ".join(shape(torch.as_tensor(argument)) for argument in arguments)
         cure = f" ({_FLOAT32_CURE})" if "dtype" in str(error) or "Double" in str(error) else ""
         raise ProblemError(
-            f"{name}{signature} failed when called with arguments of shapes {shapes}: {type(error).__name__}: {error}{cure}; "
-            f"expected plain torch code over the last axis that takes {signature}"
+            f"{name}{signature} failed when called with arguments of shapes {shapes}: {type(error).__name__}: {error}"
+            f"{cure}; expected plain torch code over the last axis that takes {signature}"
         ) from error
 
 
-def vector_output(name: str, value: Any, expected: tuple[int, ...] | None, lead: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Check a vector-valued output: shape ``expected``, or ``(*lead, any)`` where that is None; dtype; finiteness."""
+def vector_output(
+    name: str, value: Any, expected: tuple[int, ...] | None, lead: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    """Check a vector-valued output: shape ``expected``, or ``(*lead, any)`` where that is None; dtype."""
     output = _tensor_output(name, value, dtype)
-    fits = tuple(output.shape) == expected if expected is not None else output.ndim > 0 and tuple(output.shape[:-1]) == lead
+    if expected is not None:
+        fits, wanted = tuple(output.shape) == expected, str(expected)
+    else:
+        fits, wanted = output.ndim > 0 and tuple(output.shape[:-1]) == lead, f"{lead} and one last axis"
     if not fits:
-        wanted = str(expected) if expected is not None else f"{lead} and one last axis"
         raise ProblemError(
-            f"{name} returned shape {shape(output)}; expected {wanted}: index the last axis (x[..., i]) and join the results with "
-            "torch.stack([...], dim=-1)"
+            f"{name} returned shape {shape(output)}; expected {wanted}: index the last axis (x[..., i]) and join the "
+            "results with torch.stack([...], dim=-1)"
         )
-    return _finite(name, output)
+    return output
 
 
 def scalar_output(name: str, value: Any, lead: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Check a cost: it must broadcast to ``lead``, the state's shape without its last axis."""
-    output = _tensor_output(name, torch.as_tensor(value, dtype=dtype) if isinstance(value, int | float) else value, dtype)
+    number = isinstance(value, int | float)
+    output = _tensor_output(name, torch.as_tensor(value, dtype=dtype) if number else value, dtype)
     try:
-        output = output.expand(lead)
+        return output.expand(lead)
     except RuntimeError as error:
         raise ProblemError(
-            f"{name} returned shape {shape(output)}; expected one number per state, shape {lead}: sum over the last axis (sum(-1)) and drop it"
+            f"{name} returned shape {shape(output)}; expected one number per state, shape {lead}: sum over the last "
+            "axis (sum(-1)) and drop it"
         ) from error
-    return _finite(name, output)
 
 
 def _tensor_output(name: str, value: Any, dtype: torch.dtype) -> Tensor:
     if not isinstance(value, Tensor):
-        raise ProblemError(f"{name} returned {type(value).__name__}; expected a tensor: end with torch.stack([...], dim=-1) or a tensor sum")
+        raise ProblemError(
+            f"{name} returned {type(value).__name__}; expected a tensor: end with torch.stack([...], dim=-1) or a sum "
+            "of tensors"
+        )
     if value.dtype != dtype:
         raise ProblemError(f"{name} returned dtype {value.dtype}; expected {dtype}: {_FLOAT32_CURE}")
     return value
 
 
-def _finite(name: str, output: Tensor) -> Tensor:
+def finite_output(name: str, output: Tensor) -> None:
+    """Refuse an output at the initial state that is not finite."""
     if not bool(torch.isfinite(output).all()):
         index = first_non_finite(output)
         raise ProblemError(
-            f"{name} returned {output[index].item()} at entry {index} of its output at the initial state; expected finite numbers: "
-            "start inside the function's domain"
+            f"{name} returned {output[index].item()} at entry {index} of its output at the initial state; expected "
+            "finite numbers: start inside the function's domain"
         )
-    return output
 
 
 def same_rows(name: str, together: Tensor, rows: Sequence[Tensor]) -> None:
@@ -150,6 +165,20 @@ def same_rows(name: str, together: Tensor, rows: Sequence[Tensor]) -> None:
     for i, row in enumerate(rows):
         if not torch.allclose(together[i], row, rtol=1e-5, atol=1e-8, equal_nan=True):
             raise ProblemError(
-                f"{name} gives other values on states stacked along a leading axis than on each alone (row {i}); expected the same: use the "
-                "last axis only (x[..., 0], sum(-1)), no index from the front, no randomness"
+                f"{name} gives other values on states stacked along a leading axis than on each alone (row {i}); "
+                "expected the same: use the last axis only (x[..., 0], sum(-1)), no index from the front, no randomness"
             )
+
+
+def times_in_order(times: Sequence[float]) -> None:
+    """Refuse times that do not run in one direction.
+
+    Raises:
+        ProblemError: fewer than two, not finite, or not strictly monotone.
+    """
+    gaps = [after - before for before, after in pairwise(times)]
+    if not gaps or not all(math.isfinite(gap) and gap * gaps[0] > 0 for gap in gaps):
+        raise ProblemError(
+            f"times {[*times]} do not run in one direction; expected a start and one or more further times, strictly "
+            "increasing or strictly decreasing: sort them and drop repeated ones"
+        )

@@ -1,12 +1,13 @@
 r"""The one form of a continuous problem that everything below is written for.
 
-Every function takes (t, x, u, p). Where the horizon is free, T is the last entry of p and time runs over the unit interval: with
-s = (t - t0)/(T - t0) the dynamics are (T - t0) F and the running cost (T - t0) l, so that no backward pass needs a special case for T.
+Every function takes (t, x, u, p). Where the horizon is free, T is the last entry of p and time runs over the unit
+interval: with s = (t - t0)/(T - t0) the dynamics are (T - t0) F and the running cost (T - t0) l, so that no backward
+pass needs a special case for T.
 
-Shapes: t broadcasts against ``x[..., 0]``, x ``(..., n)``, u ``(..., m)``, p ``(q,)`` or with the leading axes of x, ``(..., q)``.
+Shapes: t broadcasts against ``x[..., 0]``, x ``(..., n)``, u ``(..., m)``, p ``(q,)`` or with the leading axes of x,
+``(..., q)``.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -125,7 +126,8 @@ class Lifted:
             return function(*arguments, user_p)
         if self.batch_shape:
             raise ProblemError(
-                "a problem function reads p as one vector (q,), but a batched solve gives each problem its own p (*batch, q); index the last axis: p[..., i]"
+                "a problem function reads p as one vector (q,), but a batched solve gives each problem its own p "
+                "(*batch, q); expected functions that index the last axis: p[..., i]"
             )
         return _one_by_one(function, *arguments, user_p)
 
@@ -140,14 +142,16 @@ def _one_by_one(function: Function, *arguments: Tensor) -> Tensor:
 
 
 def lift(problem: OCP) -> Lifted:
-    """Bring a problem to the one form: T, where it is free, becomes the last static control and time runs from 0 to 1."""
+    """Bring a problem to the one form: a free T becomes the last static control, and time runs from 0 to 1."""
     x0, horizon = problem.initial_state, problem.horizon
     p = x0.new_zeros(0) if problem.parameters is None else problem.parameters
     if not isinstance(horizon, FreeHorizon):
         return Lifted(problem, horizon.t0, horizon.t1, p, problem.parameter_bounds, free=False)
     infinite = x0.new_full((problem.parameter_dim,), torch.inf)
     lower, upper = problem.parameter_bounds or (-infinite, infinite)
-    append: Callable[[Tensor, float], Tensor] = lambda v, end: torch.cat([v, v.new_tensor([end])])  # noqa: E731
-    return Lifted(
-        problem, 0.0, 1.0, append(p, horizon.initial), (append(lower, horizon.lower), append(upper, horizon.upper)), free=True
-    )
+    bounds = (_append(lower, horizon.lower), _append(upper, horizon.upper))
+    return Lifted(problem, 0.0, 1.0, _append(p, horizon.initial), bounds, free=True)
+
+
+def _append(vector: Tensor, number: float) -> Tensor:
+    return torch.cat([vector, vector.new_tensor([number])])

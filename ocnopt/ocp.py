@@ -4,16 +4,18 @@ Minimise over the staged control u(t) and the static control p (and over T where
 
     Phi(T, x(T), p) + integral_t0^T l(t, x, u, p) dt     subject to     dx/dt = F(t, x, u, p),   x(t0) given,
 
-with bounds u_lower <= u <= u_upper, p_lower <= p <= p_upper, path constraints c(t, x, u, p) <= 0 and terminal constraints e(T, x(T), p) = 0.
+with bounds u_lower <= u <= u_upper, p_lower <= p <= p_upper, path constraints c(t, x, u, p) <= 0 and terminal
+constraints e(T, x(T), p) = 0.
 
-Shapes: x ``(*extra, *batch, n)``, u ``(*extra, *batch, m)``, t broadcasts against ``x[..., 0]``. p is ``(q,)``, or ``(*batch, q)`` in a
-batched ``solve``. ``batch`` is the batch shape of the initial state: a function may capture per-sample data, so it is never mapped over
-samples, only evaluated on extra leading axes.
+Shapes: x ``(*extra, *batch, n)``, u ``(*extra, *batch, m)``, t broadcasts against ``x[..., 0]``. p is ``(q,)``, or
+``(*batch, q)`` in a batched ``solve``. ``batch`` is the batch shape of the initial state: a function may capture
+per-sample data, so it is never mapped over samples, only evaluated on extra leading axes.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from ocnopt import checks
 from ocnopt.errors import ProblemError
 
 Function = Callable[..., Any]
+_FUNCTIONS = ("dynamics", "running_cost", "terminal_cost", "path_constraint", "terminal_constraint")
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,9 @@ class Horizon:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.t0) and math.isfinite(self.t1)) or self.t0 == self.t1:
-            raise ProblemError(f"Horizon({self.t0}, {self.t1}) is empty or infinite; expected two different finite times")
+            raise ProblemError(
+                f"Horizon({self.t0}, {self.t1}) is empty or infinite; expected two different finite times"
+            )
 
 
 @dataclass(frozen=True)
@@ -58,8 +63,8 @@ class FreeHorizon:
         ends = (self.t0, self.lower, self.initial, self.upper)
         if not all(math.isfinite(end) for end in ends) or not self.t0 < self.lower <= self.initial <= self.upper:
             raise ProblemError(
-                f"FreeHorizon(initial={self.initial}, lower={self.lower}, upper={self.upper}, t0={self.t0}) is out of order; expected finite end "
-                "times with t0 < lower <= initial <= upper"
+                f"FreeHorizon(initial={self.initial}, lower={self.lower}, upper={self.upper}, t0={self.t0}) is out of "
+                "order; expected finite end times with t0 < lower <= initial <= upper"
             )
 
 
@@ -73,7 +78,9 @@ def read_horizon(value: Any) -> Horizon | FreeHorizon:
         return value
     if isinstance(value, int | float) and not isinstance(value, bool):
         return Horizon(0.0, float(value))
-    raise ProblemError(f"horizon is {value!r}; expected a number T, oc.Horizon(t0, t1) or oc.FreeHorizon(initial, lower, upper)")
+    raise ProblemError(
+        f"horizon is {value!r}; expected a number T, oc.Horizon(t0, t1) or oc.FreeHorizon(initial, lower, upper)"
+    )
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -87,20 +94,23 @@ class OCP:
         initial_state: x(t0), ``(*batch, n)``; its device is the problem's.
         control_dim: m; 0 for a problem without staged controls.
         horizon: T, :class:`Horizon` or :class:`FreeHorizon`.
-        parameters: the static control p ``(q,)``, an initial guess for ``solve``; with it every function takes p as its last argument.
+        parameters: the static control p ``(q,)``, an initial guess for ``solve``; with it every function takes p as
+            its last argument.
         control_bounds: ``(lower, upper)``, scalars or vectors ``(m,)``.
         parameter_bounds: likewise, ``(q,)``.
         path_constraint: ``c(t, x, u[, p]) -> (..., c)``, <= 0 at every node.
         terminal_constraint: ``e(T, x[, p]) -> (..., e)``, == 0.
-        initial_guess: where solvers start unless told otherwise; a mapping with any of ``controls``, ``states``, ``parameters``, ``horizon``,
-            or a function of the number of steps that returns one.
+        initial_guess: where solvers start unless told otherwise; a mapping with any of ``controls``, ``states``,
+            ``parameters``, ``horizon``, or a function of the number of steps that returns one.
         dtype: of all tensors.
 
     Raises:
-        ProblemError: a function fails, mixes leading axes or returns a wrong shape, dtype or a non-finite value; bounds or horizon out of order.
+        ProblemError: a function fails, mixes leading axes or returns a wrong shape, dtype or a non-finite value;
+            bounds or horizon out of order.
 
     Example:
-        >>> problem = OCP(lambda t, x, u: u, lambda t, x, u: (x**2 + u**2).sum(-1), initial_state=[1.0], control_dim=1, horizon=1.0)
+        >>> cost = lambda t, x, u: (x**2 + u**2).sum(-1)
+        >>> problem = OCP(lambda t, x, u: u, cost, initial_state=[1.0], control_dim=1, horizon=1.0)
         >>> problem.state_dim, problem.batch_shape
         (1, ())
     """
@@ -139,25 +149,20 @@ class OCP:
         dtype: torch.dtype = torch.float64,
     ) -> None:
         put = object.__setattr__
-        functions = {
-            "dynamics": dynamics,
-            "running_cost": running_cost,
-            "terminal_cost": terminal_cost,
-            "path_constraint": path_constraint,
-            "terminal_constraint": terminal_constraint,
-        }
-        for name, function in functions.items():
+        functions = (dynamics, running_cost, terminal_cost, path_constraint, terminal_constraint)
+        for name, function in zip(_FUNCTIONS, functions, strict=True):
             checks.callable_or_none(name, function, required=name == "dynamics")
             put(self, name, function)
         x0, p = read_start(initial_state, parameters, dtype)
-        if not isinstance(control_dim, int) or control_dim < 0:
+        if type(control_dim) is not int or control_dim < 0:
             raise ProblemError(f"control_dim is {control_dim!r}; expected an integer >= 0")
         put(self, "initial_state", x0)
         put(self, "control_dim", control_dim)
         put(self, "horizon", read_horizon(horizon))
         put(self, "parameters", p)
+        q = self.parameter_dim
         put(self, "control_bounds", checks.bounds("control_bounds", control_bounds, control_dim, dtype, x0.device))
-        put(self, "parameter_bounds", checks.bounds("parameter_bounds", parameter_bounds, self.parameter_dim, dtype, x0.device))
+        put(self, "parameter_bounds", checks.bounds("parameter_bounds", parameter_bounds, q, dtype, x0.device))
         put(self, "initial_guess", initial_guess)
         put(self, "dtype", dtype)
         _check_order(self)
@@ -195,70 +200,79 @@ def read_start(initial_state: Any, parameters: Any, dtype: torch.dtype) -> tuple
         return x0, None
     p = checks.float_tensor("parameters", parameters, dtype, x0.device)
     if p.ndim != 1 or p.shape[0] == 0:
-        raise ProblemError(f"parameters has shape {checks.shape(p)}; expected a flat vector (q,) with q >= 1: use torch.cat of flattened tensors")
+        raise ProblemError(
+            f"parameters has shape {checks.shape(p)}; expected a flat vector (q,) with q >= 1: use torch.cat of "
+            "flattened tensors"
+        )
     return x0, p
 
 
 def _check_order(problem: OCP) -> None:
     if isinstance(problem.horizon, Horizon) and problem.horizon.t1 <= problem.horizon.t0:
-        raise ProblemError(f"horizon runs from {problem.horizon.t0} to {problem.horizon.t1}; expected an end after the start")
+        raise ProblemError(
+            f"horizon runs from {problem.horizon.t0} to {problem.horizon.t1}; expected an end after the start"
+        )
     for name, given in (("parameter_bounds", problem.parameter_bounds), ("control_bounds", problem.control_bounds)):
         size = problem.parameter_dim if name == "parameter_bounds" else problem.control_dim
         if given is not None and size == 0:
-            raise ProblemError(f"{name} is given for a problem without such controls; expected none, or parameters= / control_dim=")
+            raise ProblemError(
+                f"{name} is given for a problem without such controls; expected none, or parameters= / control_dim="
+            )
 
 
 def _probe(problem: OCP) -> tuple[list[Tensor], list[Tensor]]:
-    """Arguments (t, x, u) of two rows: the initial state with controls clipped to their bounds, and a seeded point nearby."""
+    """Arguments (t, x, u) of two rows: the initial state, controls clipped to their bounds; a seeded point nearby."""
     generator = torch.Generator().manual_seed(0)
     x0 = problem.initial_state
     u0 = x0.new_zeros((*problem.batch_shape, problem.control_dim))
-    noise = [0.01 * torch.randn(v.shape, generator=generator, dtype=torch.float64).to(v) for v in (x0, u0)]
-    u1 = noise[1]
+    dx, u1 = (0.01 * torch.randn(v.shape, generator=generator, dtype=torch.float64).to(v) for v in (x0, u0))
     if problem.control_bounds is not None:
         u0, u1 = u0.clamp(*problem.control_bounds), (u0 + u1).clamp(*problem.control_bounds)
     end = problem.horizon.initial if isinstance(problem.horizon, FreeHorizon) else problem.horizon.t1
-    times = [x0.new_tensor(problem.horizon.t0), x0.new_tensor(end)]
-    return [times[0], x0, u0], [times[1], x0 + noise[0], u1]
+    return [x0.new_tensor(problem.horizon.t0), x0, u0], [x0.new_tensor(end), x0 + dx, u1]
 
 
 def _check_functions(problem: OCP) -> bool:
     """Call every function and check what it returns; return whether p may carry leading axes."""
-    rows = _probe(problem)
-    lead = (1,) * len(problem.batch_shape)
-    together = [torch.stack([a.reshape(lead) if a.ndim == 0 else a for a in pair]) for pair in zip(*rows, strict=True)]
-    p = problem.parameters
-    tail = "" if p is None else ", p"
-    broadcast = True
-    for name in ("dynamics", "running_cost", "terminal_cost", "path_constraint", "terminal_constraint"):
-        function = getattr(problem, name)
-        if function is None:
+    near, far = _probe(problem)
+    p, broadcast = problem.parameters, True
+    for name in _FUNCTIONS:
+        if getattr(problem, name) is None:
             continue
-        terminal = name.startswith("terminal")
-        signature = f"(t, x{tail})" if terminal else f"(t, x, u{tail})"
-        count = 2 if terminal else 3
-
-        def evaluate(
-            arguments: list[Tensor], parameters: Tensor | None, name: str = name, function: Function = function, signature: str = signature,
-            count: int = count,
-        ) -> Tensor:  # fmt: skip
-            extra = () if parameters is None else (parameters,)
-            value = checks.call(name, signature, function, *arguments[:count], *extra)
-            lead = tuple(arguments[1].shape[:-1])
-            if name.endswith("cost"):
-                return checks.scalar_output(name, value, lead, problem.dtype)
-            expected = tuple(arguments[1].shape) if name == "dynamics" else None
-            return checks.vector_output(name, value, expected, lead, problem.dtype)
-
+        # A terminal function belongs to the end: Phi may not even exist at t0.
+        rows = ([far[0], *near[1:]] if name.startswith("terminal") else near), far
+        evaluate = partial(_evaluate, problem, name)
         with torch.no_grad():
-            alone = evaluate(rows[0], p)
-            stacked = evaluate(together, p)
-            checks.same_rows(name, stacked, [alone, evaluate(rows[1], p)])
+            alone = [evaluate(row, p) for row in rows]
+            checks.finite_output(name, alone[0])
+            together = _stack(*rows)
+            checks.same_rows(name, evaluate(together, p), alone)
             broadcast = broadcast and (p is None or _accepts_leading_axes(evaluate, rows, together, p))
     return broadcast
 
 
-def _accepts_leading_axes(evaluate: Callable[..., Tensor], rows: tuple[list[Tensor], list[Tensor]], together: list[Tensor], p: Tensor) -> bool:
+def _stack(first: list[Tensor], second: list[Tensor]) -> list[Tensor]:
+    """Two rows of arguments on a leading axis; t broadcasts against ``x[..., 0]``."""
+    t, x, u = (torch.stack(pair) for pair in zip(first, second, strict=True))
+    return [t.reshape(-1, *(1,) * (x.ndim - 2)), x, u]
+
+
+def _evaluate(problem: OCP, name: str, arguments: list[Tensor], p: Tensor | None) -> Tensor:
+    """Call one function of the problem; check shape and dtype of what it returns."""
+    t, x, u = arguments
+    terminal = name.startswith("terminal")
+    signature = f"(t, x{'' if terminal else ', u'}{'' if p is None else ', p'})"
+    given = (t, x) if terminal else (t, x, u)
+    value = checks.call(name, signature, getattr(problem, name), *given, *(() if p is None else (p,)))
+    lead = tuple(x.shape[:-1])
+    if name.endswith("cost"):
+        return checks.scalar_output(name, value, lead, problem.dtype)
+    return checks.vector_output(name, value, tuple(x.shape) if name == "dynamics" else None, lead, problem.dtype)
+
+
+def _accepts_leading_axes(
+    evaluate: Callable[[list[Tensor], Tensor], Tensor], rows: Sequence[list[Tensor]], together: list[Tensor], p: Tensor
+) -> bool:
     """Whether p (2, *batch, q) with different rows gives what each row of p gives alone."""
     ps = torch.stack([p, p + 0.01 + 0.01 * p.abs()])
     batch = together[1].shape[1:-1]

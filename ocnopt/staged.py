@@ -2,12 +2,12 @@ r"""Problems in discrete time, and the way from continuous time to them.
 
 Minimise   Phi(x_N, p) + sum_k l_k(x_k, u_k, p)   subject to   x_{k+1} = f_k(x_k, u_k, p),   x_0 given,   k = 0..N-1.
 
-Shapes: x ``(*extra, *batch, n)``, u ``(*extra, *batch, m)``, p ``(*extra, *batch, q)`` (index ``p[..., i]``). Where one stage serves all N
-steps, k is an integer tensor that broadcasts against ``x[..., 0]``, so that many steps are evaluated at once; in a sequence of stages k
-is an int.
+Shapes: x ``(*extra, *batch, n)``, u ``(*extra, *batch, m)``, p ``(*extra, *batch, q)`` (index ``p[..., i]``). Where one
+stage serves all N steps, k is an integer tensor that broadcasts against ``x[..., 0]``, so that many steps are evaluated
+at once; in a sequence of stages k is an int.
 
-A static control is a state whose first value is free: :func:`static_as_state` appends p to x, and a backward pass over states and
-staged controls needs nothing else.
+A static control is a state whose first value is free: :func:`static_as_state` appends p to x, and a backward pass over
+states and staged controls needs nothing else.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +30,7 @@ Advance = Callable[[Index, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: ``dynamics(k, x, u[, p]) -> x_next`` and ``cost(k, x, u[, p])`` (none means zero) with m = ``control_dim``.
+    """One stage: ``dynamics(k, x, u[, p]) -> x_next`` and ``cost(k, x, u[, p])``, none means zero; m = ``control_dim``.
 
     ``joint(k, x, u, p) -> (x_next, cost)`` replaces both where they share work.
     """
@@ -39,6 +39,10 @@ class Stage:
     cost: Function | None = None
     control_dim: int = 0
     joint: Advance | None = None
+
+    def __post_init__(self) -> None:
+        if type(self.control_dim) is not int or self.control_dim < 0:
+            raise ProblemError(f"control_dim of a Stage is {self.control_dim!r}; expected an integer >= 0")
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,8 @@ class StagedOCP:
         terminal_cost: ``Phi(x[, p])``, anything that broadcasts to ``x.shape[:-1]``.
         initial_state: x_0, ``(*batch, n)``.
         steps: N, with one stage.
-        parameters: the static control p ``(q,)``; with it every function takes p as its last argument, indexed ``p[..., i]``.
+        parameters: the static control p ``(q,)``; with it every function takes p as its last argument, indexed
+            ``p[..., i]``.
         control_bounds: ``(lower, upper)``, scalars or vectors ``(m,)``.
         parameter_bounds: likewise, ``(q,)``.
         path_constraint: ``c(k, x, u[, p]) -> (..., c)``, <= 0 at the nodes 0..N-1, and at N with the last control.
@@ -182,55 +187,88 @@ class StagedOCP:
 def _groups(stages: Stage | Sequence[Stage], steps: int | None) -> tuple[Group, ...]:
     if isinstance(stages, Stage):
         if steps is None or steps < 1:
-            raise ProblemError(f"one Stage came with steps={steps}; expected steps=N >= 1, the number of times it is applied")
+            raise ProblemError(
+                f"one Stage came with steps={steps}; expected steps=N >= 1, the number of times it is applied"
+            )
         return (Group(stages, 0, steps, single=False),)
     if not stages or not all(isinstance(stage, Stage) for stage in stages):
-        raise ProblemError(f"stages is {type(stages).__name__}; expected one oc.Stage with steps=N, or a non-empty sequence of oc.Stage")
+        raise ProblemError(
+            f"stages is {type(stages).__name__}; expected one oc.Stage with steps=N, or one oc.Stage for each step"
+        )
     if steps is not None and steps != len(stages):
         raise ProblemError(f"{len(stages)} stages came with steps={steps}; expected no steps= beside a sequence")
     return tuple(Group(stage, k, k + 1, single=True) for k, stage in enumerate(stages))
 
 
 def _check(problem: StagedOCP) -> None:
-    """Walk once along the stages with clipped zero controls; two stacked rows of the first must come out as each alone."""
+    """Walk once along the stages with zero controls, clipped to their bounds, and check what every function returns."""
     x, p = problem.initial_state, problem.start_parameters()
-    tail = "" if problem.parameters is None else ", p"
-    lead = problem.batch_shape
-    extra = () if problem.parameters is None else (p,)
+    static = {} if problem.parameters is None else {"p": p}
     with torch.no_grad():
         for group, bounds in zip(problem.groups, problem.control_bounds, strict=True):
-            stage = group.stage
-            name = f"stage {group.start}'s"
-            checks.callable_or_none(f"{name} dynamics", stage.dynamics, required=True)
-            u = x.new_zeros((*lead, stage.control_dim))
-            u = u if bounds is None else u.clamp(*bounds)
+            u = x.new_zeros((*problem.batch_shape, group.stage.control_dim))
             k: Index = group.start if group.single else torch.tensor(group.start, device=x.device)
-            x_next = checks.call(f"{name} dynamics", f"(k, x, u{tail})", stage.dynamics, k, x, u, *extra)  # type: ignore[arg-type]
-            rows = _stack_twice(k, x, u, *extra)
-            if stage.cost is not None:
-                cost = checks.call(f"{name} cost", f"(k, x, u{tail})", stage.cost, k, x, u, *extra)  # type: ignore[arg-type]
-                checks.scalar_output(f"{name} cost", cost, lead, problem.dtype)
-                together = checks.call(f"{name} cost", f"(k, x, u{tail})", stage.cost, *rows)
-                checks.scalar_output(f"{name} cost", together, (2, *lead), problem.dtype)
-            expected = tuple(x.shape) if not group.single else None
-            x_next = checks.vector_output(f"{name} dynamics", x_next, expected, lead, problem.dtype)
-            together = checks.call(f"{name} dynamics", f"(k, x, u{tail})", stage.dynamics, *rows)  # type: ignore[arg-type]
-            checks.same_rows(f"{name} dynamics", checks.vector_output(f"{name} dynamics", together, (2, *x_next.shape), (2, *lead), problem.dtype), [x_next, x_next])  # fmt: skip
-            x = x_next
+            arguments = {"k": k, "x": x, "u": u if bounds is None else u.clamp(*bounds)}
+            x = _check_stage(problem, group, arguments, static if group.stage.joint is None else {"p": p})
         if problem.terminal_cost is not None:
-            value = checks.call("terminal_cost", f"(x{tail})", problem.terminal_cost, x, *extra)
-            checks.scalar_output("terminal_cost", value, lead, problem.dtype)
+            _check_function(problem, "terminal_cost", problem.terminal_cost, {"x": x, **static})
 
 
-def _stack_twice(k: Index, *tensors: Tensor) -> list[Any]:
-    """The same arguments with a leading axis of two; a tensor k broadcasts against ``x[..., 0]``."""
-    rows: list[Any] = [torch.stack([tensor, tensor]) for tensor in tensors]
-    lead = tensors[0].ndim - 1
-    return [k if isinstance(k, int) else torch.stack([k, k]).reshape(2, *(1,) * lead), *rows]
+def _check_stage(problem: StagedOCP, group: Group, arguments: dict[str, Any], static: dict[str, Tensor]) -> Tensor:
+    """Check one stage's functions and return its next state, which keeps its size where the stage is applied again."""
+    stage, name = group.stage, f"stage {group.start}'s"
+    dynamics, cost, joint = stage.dynamics, stage.cost, stage.joint
+    if joint is not None:
+        dynamics, cost = (lambda *given: joint(*given)[0]), (lambda *given: joint(*given)[1])
+    checks.callable_or_none(f"{name} dynamics", dynamics, required=True)
+    checks.callable_or_none(f"{name} cost", cost)
+    if cost is not None:
+        _check_function(problem, f"{name} cost", cost, {**arguments, **static})
+    size = None if group.single else arguments["x"].shape[-1]
+    return _check_function(problem, f"{name} dynamics", dynamics, {**arguments, **static}, size)
+
+
+def _check_function(
+    problem: StagedOCP, name: str, function: Any, arguments: dict[str, Any], size: int | None = None
+) -> Tensor:
+    """Call one function here and at a seeded point nearby: both rows stacked must come out as each alone."""
+    signature, lead = f"({', '.join(arguments)})", problem.batch_shape
+
+    def read(given: list[Any], lead: tuple[int, ...]) -> Tensor:
+        value = checks.call(name, signature, function, *given)
+        if name.endswith("cost"):
+            return checks.scalar_output(name, value, lead, problem.dtype)
+        return checks.vector_output(name, value, None if size is None else (*lead, size), lead, problem.dtype)
+
+    here = list(arguments.values())
+    generator = torch.Generator().manual_seed(0)
+    nearby = [_nearby(argument, generator) for argument in here]
+    alone = [read(here, lead), read(nearby, lead)]
+    checks.finite_output(name, alone[0])
+    together = [_stack(*pair, axes=len(lead)) for pair in zip(here, nearby, strict=True)]
+    checks.same_rows(name, read(together, (2, *lead)), alone)
+    return alone[0]
+
+
+def _nearby(argument: Index, generator: torch.Generator) -> Index:
+    """A point close by; k stays."""
+    if isinstance(argument, int) or not argument.is_floating_point():
+        return argument
+    return argument + 0.01 * torch.randn(argument.shape, generator=generator, dtype=torch.float64).to(argument)
+
+
+def _stack(first: Index, second: Index, axes: int) -> Index:
+    """Two rows on a leading axis; a tensor k broadcasts against ``x[..., 0]``, an int k stays."""
+    if isinstance(first, int) or isinstance(second, int):
+        return first
+    rows = torch.stack([first, second])
+    return rows.reshape(2, *(1,) * axes) if first.ndim == 0 else rows
 
 
 def transcribe(problem: OCP, steps: int, integrator: str = "rk4") -> StagedOCP:
-    """Cut a continuous problem into N equal steps with one constant control each; the integrator's stages carry the running cost along.
+    """Cut a continuous problem into N equal steps, each with one constant control.
+
+    The integrator's stages integrate the running cost along with the state.
 
     Args:
         problem: the continuous problem; a free T becomes the last static control.
@@ -243,14 +281,18 @@ def transcribe(problem: OCP, steps: int, integrator: str = "rk4") -> StagedOCP:
     Raises:
         ProblemError: steps < 1, or an unknown integrator.
     """
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+    if type(steps) is not int or steps < 1:
         raise ProblemError(f"steps is {steps!r}; expected an integer >= 1")
     tableau = get_tableau(integrator)
     form = lift(problem)
     h = (form.t1 - form.t0) / steps
 
+    def time(k: Index, x: Tensor) -> float | Tensor:
+        # an integer tensor times a float would be float32
+        return form.t0 + h * (k if isinstance(k, int) else k.to(x.dtype))
+
     def joint(k: Index, x: Tensor, u: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-        seen = stages(tableau, lambda t, y: form.dynamics(t, y, u, p), form.t0 + k * h, h, x)
+        seen = stages(tableau, lambda t, y: form.dynamics(t, y, u, p), time(k, x), h, x)
         if problem.running_cost is None:
             return combine(x, h, tableau.b, seen.slopes), x.new_zeros(x.shape[:-1])
         used = [i for i, b in enumerate(tableau.b) if b != 0.0]
@@ -259,7 +301,9 @@ def transcribe(problem: OCP, steps: int, integrator: str = "rk4") -> StagedOCP:
         return combine(x, h, tableau.b, seen.slopes), combine(zero, h, [tableau.b[i] for i in used], costs)
 
     has_parameters = form.parameter_dim > 0
-    path = problem.path_constraint and _arity(lambda k, x, u, p: form.path_constraint(form.t0 + k * h, x, u, p), has_parameters)
+    path = problem.path_constraint and _arity(
+        lambda k, x, u, p: form.path_constraint(time(k, x), x, u, p), has_parameters
+    )
     end = problem.terminal_constraint and _arity(form.terminal_constraint, has_parameters)
     return StagedOCP(
         Stage(None, None, problem.control_dim, joint),
@@ -326,7 +370,10 @@ def rollout(
     p: Tensor | None = None,
     after: Callable[[int, Tensor], Tensor] | None = None,
 ) -> Path:
-    """Walk along the stages with ``u_k = policy(k, x_k)``; ``after(k, x_next)`` may move the next state (a gap, a disturbance)."""
+    """Walk along the stages with ``u_k = policy(k, x_k)``.
+
+    ``after(k, x_next)`` may move the next state (a gap, a disturbance).
+    """
     p = problem.start_parameters() if p is None else p
     states, controls = [x0], []
     cost = x0.new_zeros(x0.shape[:-1])

@@ -15,8 +15,12 @@ _MU_MIN, _MU_MAX = 1e-6, 1e12
 # mu grows by _UP when nothing was accepted, falls by _DOWN after a step >= _LONG, rises by _DOWN after one < _SHORT; measured
 # on pendulum and cartpole swing-ups against the schedule of Tassa et al. 2012 (a fifth to a quarter fewer sweeps).
 _UP, _DOWN, _LONG, _SHORT = 10.0, 3.0, 0.5, 0.1
-_IDLE = 3
-_NOISE = 4 * torch.finfo(torch.float64).eps
+_IDLE = 5
+
+
+def rounding(cost: Tensor) -> Tensor:
+    """Costs closer than this cannot be told apart in floating point."""
+    return 64 * torch.finfo(cost.dtype).eps * (1 + cost.abs())
 
 
 def picker(mask: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
@@ -156,7 +160,7 @@ class Monitor:
         """Mark what has converged; whether nothing is left to do."""
         decrease = -(direction.linear + direction.quadratic)
         flat = (decrease.abs() <= self.tolerance**2 * (1 + iterate.cost.abs())) & (iterate.gap_size() <= self.tolerance)
-        # Gauss-Newton converges linearly and may creep on in the last digits: three steps below rounding are the end too.
+        # Gauss-Newton converges linearly and may creep on in the last digits: _IDLE steps below rounding are the end too.
         idle = (self._quiet >= _IDLE) & (iterate.gap_size() <= self.tolerance)
         self.converged = self.converged | (self.active & direction.solvable & ((flat & (self.mu <= _MU_MIN)) | idle))
         return not bool(self.active.any())
@@ -168,9 +172,9 @@ class Monitor:
         up = torch.maximum(_UP * self.mu, self._restart.clamp_min(_MU_MIN))
         down = torch.where(step >= _LONG, self.mu / _DOWN, torch.where(step >= _SHORT, self.mu, _DOWN * self.mu))
         down = torch.where(down < _MU_MIN, 0.0, down)
-        small = (self._rows[-1][0] - iterate.cost).abs() <= _NOISE * (1 + iterate.cost.abs())
-        predicted = -(direction.linear + direction.quadratic) <= 1e4 * _NOISE * (1 + iterate.cost.abs())
-        self._quiet = torch.where(moved & small & predicted & (step >= _LONG), self._quiet + 1, 0)
+        small = (self._rows[-1][0] - iterate.cost).abs() <= rounding(iterate.cost)
+        predicted = -(direction.linear + direction.quadratic) <= 1e3 * rounding(iterate.cost)
+        self._quiet = torch.where(moved & small & predicted, self._quiet + 1, 0)
         self._restart = torch.where(moved & (self.mu > 0), self.mu / _DOWN, self._restart)
         self.mu = torch.where(active, torch.where(moved, down, up), self.mu)
         self._stuck = self._stuck | (active & (self.mu > _MU_MAX))

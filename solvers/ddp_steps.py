@@ -9,12 +9,10 @@ from ocnopt.checks import Bounds
 from ocnopt.differential.bellman import BellmanStage, bellman_step, minimise_start, terminal_value
 from ocnopt.differential.sweep import sweep
 from ocnopt.expansion import StageModel, TerminalModel
-from ocnopt.solvers.ddp_state import Direction, Iterate
+from ocnopt.solvers.ddp_state import Direction, Iterate, rounding
 from ocnopt.staged import StagedOCP, rollout
 
 _ALPHAS = tuple(0.5**i for i in range(1, 14))
-# Costs closer than this cannot be told apart in floating point; a step predicted to gain less is taken if it loses no more.
-_NOISE = 64 * torch.finfo(torch.float64).eps
 
 
 def find_direction(problem: StagedOCP, iterate: Iterate, models: Sequence[StageModel], terminal: TerminalModel, mu: Tensor) -> Direction:
@@ -90,7 +88,8 @@ def _try(problem: StagedOCP, iterate: Iterate, direction: Direction, alphas: Ten
         weight = torch.maximum(weight, 2 * (direction.linear + direction.quadratic.clamp_min(0)) / infeasible.clamp_min(1e-300))
     slope = weight * infeasible - direction.linear
     actual = iterate.cost - trial.cost + weight * alpha * infeasible
-    noise = _NOISE * (1 + iterate.cost.abs())
+    # a step predicted to gain less than rounding is taken if it loses no more
+    noise = rounding(iterate.cost)
     enough = actual >= torch.minimum(1e-4 * alpha * slope, alpha * slope - noise)
     return trial._replace(weight=weight.expand_as(trial.cost)), enough & (slope >= 0) & trial.finite()
 

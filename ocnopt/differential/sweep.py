@@ -1,16 +1,17 @@
 """The one backward pass: a right fold over the stages of a path.
 
-A *stage* is a piece of the path (a control interval, an accepted Runge-Kutta step, a layer), a *value* a local model of the
-cost-to-go Q from that place on (its gradient, and for the second-order passes its Hessian). ``step`` carries the value from the
-end of a stage to its start and may read something out (gains, gradients, factors). The methods of this library differ in
-``step`` alone:
+A *stage* is a piece of the path (a control interval, an accepted Runge-Kutta step, a layer), a *value* a local model of
+the cost-to-go Q from that place on (its gradient, and for the second-order passes its Hessian). ``step`` carries the
+value from the end of a stage to its start and may read something out (gains, gradients, factors). The methods of this
+library differ in ``step`` alone:
 
     Bellman sweep            value (V, V_x, V_xx)                    reads out gains k, K
     discrete adjoint         value (Q_x, Q_p)                        replays one Runge-Kutta step
     continuous adjoint       value (Q_x, Q_p)                        integrates one interval
     second-order adjoint     value (Q_x, Q_p, Q_xx, Q_px, Q_pp)      integrates one interval
 
-What accumulates along the path (Q_p) is part of the value, so nothing of the size of the parameters is stored per stage.
+What accumulates along the path (Q_p) is part of the value, so nothing of the size of the parameters is stored per
+stage.
 """
 
 from collections.abc import Callable, Reversible

@@ -1,8 +1,8 @@
 """One explicit Runge-Kutta step.
 
-x_next = x + h sum_i b_i k_i with k_i = F(t + c_i h, x + h sum_{j<i} a_ij k_j). The state x is one tensor of any shape, h a
-number; the field F(t, x) returns a tensor shaped like x. Everything that walks along a path (transcription, Neural ODEs,
-the adjoints) takes its steps here.
+x_next = x + h sum_i b_i k_i with k_i = F(t + c_i h, x + h sum_{j<i} a_ij k_j). The state x is one tensor of any shape,
+h a number; the field F(t, x) returns a tensor shaped like x. Everything that walks along a path (transcription, Neural
+ODEs, the adjoints) takes its steps here.
 """
 
 from collections.abc import Callable, Sequence
@@ -61,7 +61,7 @@ def step(
 ) -> tuple[Tensor, Stages]:
     """Take one step of size h from x at time t: the next state and the stages.
 
-    With ``first_same_as_last`` the next state is the last stage's point, and its slope is the ``first`` of the next step.
+    With ``first_same_as_last`` the next state is the last stage's point, its slope the ``first`` of the next step.
     """
     seen = stages(tableau, field, t, h, x, first)
     if tableau.first_same_as_last:

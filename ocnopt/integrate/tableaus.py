@@ -1,8 +1,9 @@
 r"""Butcher tableaus of explicit Runge-Kutta methods, as data.
 
-Notation: stage i of a step of size h from x at time t sits at t + c_i h, y_i = x + h sum_{j<i} a_ij k_j, k_i = F(t + c_i h, y_i);
-x_next = x + h sum_i b_i k_i. ``b_error`` = b - b_hat estimates the local error. ``quadrature`` are weights >= 0 on the
-same nodes c_i, summing to one: b may hold negative weights, and an integral of outer products must stay positive semi-definite.
+Notation: stage i of a step of size h from x at time t sits at t + c_i h, y_i = x + h sum_{j<i} a_ij k_j,
+k_i = F(t + c_i h, y_i); x_next = x + h sum_i b_i k_i. ``b_error`` = b - b_hat estimates the local error. ``quadrature``
+are weights >= 0 on the same nodes c_i, summing to one: b may hold negative weights, and an integral of outer products
+must stay positive semi-definite.
 """
 
 from collections.abc import Mapping
@@ -120,5 +121,7 @@ def get_tableau(name: str) -> Tableau:
         ProblemError: there is none of that name; the nearest one is offered.
     """
     if name not in TABLEAUS:
-        raise ProblemError(f"integrator {name!r} is unknown; expected one of {', '.join(TABLEAUS)}{nearest(name, TABLEAUS)}")
+        raise ProblemError(
+            f"integrator {name!r} is unknown; expected one of {', '.join(TABLEAUS)}{nearest(name, TABLEAUS)}"
+        )
     return TABLEAUS[name]

@@ -6,7 +6,7 @@ from seeded perturbations of the start, small ones first; the first success is k
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import casadi
 import numpy as np
@@ -18,9 +18,6 @@ from ocnopt.solvers.direct.path_program import PathProgram, assemble
 from ocnopt.solvers.direct.transcription import Lowered
 from ocnopt.solvers.guess import Guess
 from ocnopt.staged import StagedOCP
-
-if TYPE_CHECKING:
-    from ocnopt.solvers.direct.casadi_solver import CasADi
 
 _ADVICE = {
     "Solve_Succeeded": "converged to IPOPT's tolerance",
@@ -63,30 +60,31 @@ class Attempt(NamedTuple):
 
 
 def solve_one(
-    solver: "CasADi",
     problem: StagedOCP,
     lowered: Lowered,
     guess: Guess,
     states: Sequence[Tensor],
     row: int | None,
     *,
+    ipopt: Mapping[str, Any],
+    restarts: int,
     progress: bool,
 ) -> Attempt:
-    """Build and solve one problem of the batch, with restarts."""
+    """Build and solve one problem of the batch, with restarts; ``row`` is None without a batch."""
     began = time.perf_counter()
     initial_state = row_of(problem.initial_state, row)
     path = assemble(*lowered.rows(row), initial_state, problem.step_bounds, problem.parameter_bounds)
-    ipopt = make_solver(path.program, solver.options(), exact=solver.hessian == "exact", progress=progress)
+    solver = make_solver(path.program, ipopt, progress=progress)
     built = time.perf_counter()
     start = _start(path, guess, states, row)
     if guess.states is None and _broken(path, start):
         # The controls lead out of the functions' domain, but nothing asks for a start on a path: stay at x_0.
         start = _start(path, guess, [states[0] if x.shape == states[0].shape else x for x in states], row)
-    outcomes = [run_solver(ipopt, path.program, start)]
-    for i in range(solver.restarts):
+    outcomes = [run_solver(solver, path.program, start)]
+    for i in range(restarts):
         if outcomes[-1].succeeded or outcomes[-1].statistics["return_status"] in _FINAL:
             break
-        outcomes.append(run_solver(ipopt, path.program, _perturbed(path, start, i)))
+        outcomes.append(run_solver(solver, path.program, _perturbed(path, start, i)))
     ended = time.perf_counter()
     best = min(outcomes, key=lambda outcome: _rank(path, outcome))
     broken = "" if best.succeeded else _broken(path, start)

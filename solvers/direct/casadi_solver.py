@@ -84,7 +84,12 @@ class CasADi:
         lowering_time = time.perf_counter() - began
         count = torch.Size(problem.batch_shape).numel()
         rows = range(count) if problem.batch_shape else [None]
-        attempts = [solve_one(self, problem, lowered, guess, states, row, progress=progress) for row in rows]
+        attempts = [
+            solve_one(
+                problem, lowered, guess, states, row, ipopt=self.options(), restarts=self.restarts, progress=progress
+            )
+            for row in rows
+        ]
         if not problem.batch_shape and attempts[0].not_finite:
             raise NonFiniteError(attempts[0].status)
         return _solution(problem, attempts, lowering_time)

@@ -2,12 +2,13 @@
 
 A traced function is interpreted on CasADi expressions: operators on numbers alone run in torch, the others by their
 rule. Arguments and outputs of a lowered function are columns in row-major order. In a batch ``(*batch, k)`` one problem
-is lowered at a time: functions may capture per-sample data, so the whole batch is traced, the other rows held at the
-first check point, and only the problem's own outputs kept.
+is lowered at a time: functions may capture per-sample data, so the whole batch is traced and interpreted once, and the
+problem's own inputs and outputs are kept.
 
 Every lowering is compared with torch at the given points: a trace silently freezes what it cannot see.
 """
 
+import functools
 import math
 import re
 from collections.abc import Sequence
@@ -40,6 +41,7 @@ RULES: dict[str, Rule] = entrywise.RULES | movement.RULES | joining.RULES
 WIDE = 16
 """Matrix products with more rows or columns than this are kept whole (MX) instead of being written out (SX)."""
 
+_ROWS = "and index the last axis only (x[..., i], sum(-1))"
 Point = Sequence[Tensor]
 
 
@@ -54,6 +56,12 @@ class Lowering:
     values: list[list[Tensor]]
     noise: list[list[Tensor]]
 
+    @functools.cached_property
+    def whole(self) -> tuple[list[Expression], list[Expression]]:
+        """Symbols for the arguments of the whole batch, and the outputs in terms of them."""
+        symbols = [symbol(self.kind, f"a{i}", argument.shape) for i, argument in enumerate(self.points[0])]
+        return symbols, interpret(self.program, self.kind, symbols)
+
     def function(self, row: int | None = None) -> casadi.Function:
         """Return the CasADi function, of one problem of the batch where there is a batch.
 
@@ -62,18 +70,20 @@ class Lowering:
         """
         name = self.program.name
         rows = [_rows(argument.shape, self.batch_shape, row) for argument in self.points[0]]
-        symbols = [symbol(self.kind, f"a{i}", (picked.numel(),)) for i, picked in enumerate(rows)]
-        inputs = [
-            _embed(free, picked, fixed) for free, picked, fixed in zip(symbols, rows, self.points[0], strict=True)
-        ]
-        outputs = interpret(self.program, self.kind, inputs)
+        inputs, outputs = self.whole
         kept = [_rows(output.shape, self.batch_shape, row) for output in outputs]
         columns = [gather(output.entries, picked) for output, picked in zip(outputs, kept, strict=True)]
-        lowered = casadi.Function(_identifier(name), [free.entries for free in symbols], columns)
+        if self.kind is casadi.MX and row is not None:
+            symbols, columns = _freeze(inputs, columns, rows, self.points[0])
+        else:
+            symbols = [gather(whole.entries, picked) for whole, picked in zip(inputs, rows, strict=True)]
+        try:
+            lowered = casadi.Function(_identifier(name), symbols, columns)
+        except RuntimeError as error:
+            raise ProblemError(f"{name}: a row of the batch depends on another; {_ROWS}") from error
         for point, values, noise in zip(self.points, self.values, self.noise, strict=True):
-            _compare(name, lowered, [_pick(a, r) for a, r in zip(point, rows, strict=True)], *(
-                [_pick(v, r) for v, r in zip(side, kept, strict=True)] for side in (values, noise)
-            ))  # fmt: skip
+            own = [[_pick(v, r) for v, r in zip(side, kept, strict=True)] for side in (values, noise)]
+            _compare(name, lowered, [_pick(a, r) for a, r in zip(point, rows, strict=True)], *own)
         return lowered
 
 
@@ -222,14 +232,19 @@ def _rows(shape: Sequence[int], batch_shape: tuple[int, ...], row: int | None) -
     return order.reshape(rows, order.numel() // rows)[row]
 
 
-def _embed(free: Expression, picked: Tensor, fixed: Tensor) -> Expression:
-    """The whole argument, with the entries of one row free and the others fixed."""
-    if picked.numel() == fixed.numel():
-        return Expression(free.entries, tuple(fixed.shape))
-    source = torch.arange(fixed.numel())
-    source[picked] = fixed.numel() + torch.arange(picked.numel())
-    pool = casadi.vertcat(constant(free.kind, fixed).entries, free.entries)
-    return Expression(gather(pool, source), tuple(fixed.shape))
+def _freeze(
+    inputs: Sequence[Expression], columns: Sequence[Any], rows: Sequence[Tensor], point: Point
+) -> tuple[list[Any], list[Any]]:
+    """Outputs in terms of one row's symbols, the other rows at the point: a matrix product cannot be cut into rows."""
+    symbols, arguments = [], []
+    for picked, fixed in zip(rows, point, strict=True):
+        free = casadi.MX.sym("row", picked.numel())
+        source = torch.arange(fixed.numel())
+        source[picked] = fixed.numel() + torch.arange(picked.numel())
+        arguments.append(gather(casadi.vertcat(constant(casadi.MX, fixed).entries, free), source))
+        symbols.append(free)
+    function = casadi.Function("whole", [whole.entries for whole in inputs], list(columns))
+    return symbols, list(function.call(arguments))
 
 
 def _pick(value: Tensor, picked: Tensor) -> Tensor:
@@ -242,7 +257,7 @@ def _evaluate(function: Function, point: Point, name: str) -> list[Tensor]:
     outputs = value if isinstance(value, list | tuple) else [value]
     if not all(isinstance(output, Tensor | int | float) for output in outputs):
         raise ProblemError(f"{name} returned {[type(output).__name__ for output in outputs]}; expected tensors")
-    return [torch.as_tensor(output, dtype=torch.float64) for output in outputs]
+    return [torch.as_tensor(output, dtype=torch.float64, device="cpu") for output in outputs]
 
 
 def _noise(function: Function, point: Point, values: Sequence[Tensor]) -> list[Tensor]:
@@ -254,8 +269,9 @@ def _noise(function: Function, point: Point, values: Sequence[Tensor]) -> list[T
 def _compare(
     name: str, lowered: casadi.Function, point: Point, values: Sequence[Tensor], noise: Sequence[Tensor]
 ) -> None:
-    results = lowered.call([casadi.DM(argument.to(torch.float64).numpy()) for argument in point])
-    precision = 1e-12 if all(argument.dtype == torch.float64 for argument in point) else 1e-4
+    results = lowered.call([casadi.DM(argument.to("cpu", torch.float64).numpy()) for argument in point])
+    exact = all(argument.dtype == torch.float64 for argument in point if argument.is_floating_point())
+    precision = 1e-12 if exact else 1e-4
     for result, value, rounding in zip(results, values, noise, strict=True):
         got = torch.from_numpy(result.full().reshape(-1))
         scale = 1 + value.abs().nan_to_num(0.0, 0.0, 0.0)
@@ -267,8 +283,8 @@ def _compare(
             i = int(wrong.nonzero()[0])
             raise ProblemError(
                 f"{name} gives {got[i].item():.12g} in CasADi and {value[i].item():.12g} in torch at entry {i} of "
-                "its output; expected the same: part of it was frozen while tracing (numpy, random, a counter), or a "
-                "row of the batch depends on another; write it in torch alone, without side effects"
+                "its output; expected the same: part of it was frozen while tracing (numpy, random, a counter) or "
+                f"a row of the batch depends on another; write it in torch alone without side effects, {_ROWS}"
             )
 
 

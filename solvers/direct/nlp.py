@@ -147,13 +147,12 @@ def _hessian(program: Program, w: Any, scale: Any, multipliers: Any) -> Any:
     return _sparse(parts, (program.shape[1], program.shape[1]))
 
 
-def make_solver(program: Program, ipopt: Mapping[str, Any], *, exact: bool = True, progress: bool = False) -> Any:
+def make_solver(program: Program, ipopt: Mapping[str, Any], *, progress: bool = False) -> Any:
     """Hand the program with its derivatives to IPOPT, which stays silent unless ``progress``.
 
     Args:
         program: the nonlinear program.
-        ipopt: IPOPT's options.
-        exact: whether second derivatives are wanted.
+        ipopt: IPOPT's options; second derivatives are left out where they ask for an approximation.
         progress: show IPOPT's table.
 
     Raises:
@@ -166,7 +165,7 @@ def make_solver(program: Program, ipopt: Mapping[str, Any], *, exact: bool = Tru
         "grad_f": casadi.Function("nlp_grad_f", [w, none], [f, _gradient(program, w)]),
         "jac_g": casadi.Function("nlp_jac_g", [w, none], [g, _jacobian(program, w)]),
     }
-    if exact:
+    if ipopt.get("hessian_approximation", "exact") == "exact":
         second = _hessian(program, w, scale, multipliers)
         derivatives["hess_lag"] = casadi.Function("nlp_hess_l", [w, none, scale, multipliers], [second])
     quiet = {} if progress else {"print_level": 0, "sb": "yes"}

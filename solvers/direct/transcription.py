@@ -123,7 +123,7 @@ def _lower_stretch(
         return [Part(lower(at if joint else ahead, points, name, batch), start, stop)]
     if not one:
         try:
-            points = _points(problem, (torch.tensor(start), *arguments), range(start, stop))
+            points = _points(problem, (torch.tensor(start), *arguments), [float(k) for k in range(start, stop)])
             lowering = lower(ahead, points, name, batch, reference=counted)
             lowering.function(None if not batch else 0)
             return [Part(lowering, start, stop)]

@@ -1,0 +1,24 @@
+"""Optimal control in PyTorch: training a network and steering a rocket are the same problem."""
+
+from ocnopt import problems as problems
+from ocnopt import solvers as solvers
+from ocnopt.differential.differentiate import differentiate as differentiate
+from ocnopt.differential.hvp import hvp as hvp
+from ocnopt.errors import ConvergenceError as ConvergenceError
+from ocnopt.errors import DataError as DataError
+from ocnopt.errors import NonFiniteError as NonFiniteError
+from ocnopt.errors import OcnoptError as OcnoptError
+from ocnopt.errors import ProblemError as ProblemError
+from ocnopt.neural.neural_ode import NeuralODE as NeuralODE
+from ocnopt.ocp import OCP as OCP
+from ocnopt.ocp import FreeHorizon as FreeHorizon
+from ocnopt.ocp import Horizon as Horizon
+from ocnopt.optim.snopt import SNOpt as SNOpt
+from ocnopt.solvers import Comparison as Comparison
+from ocnopt.solvers import Solution as Solution
+from ocnopt.solvers import compare as compare
+from ocnopt.solvers import load_solution as load_solution
+from ocnopt.solvers import solve as solve
+from ocnopt.staged import Stage as Stage
+from ocnopt.staged import StagedOCP as StagedOCP
+from ocnopt.staged import transcribe as transcribe

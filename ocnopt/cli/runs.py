@@ -1,0 +1,202 @@
+"""A run folder: what a run was asked, what it measured, and a checkpoint to go on from.
+
+    config.json     written first, never changed
+    metrics.jsonl   one line an iteration, appended
+    checkpoint.pt   replaced as a whole
+    plots/*.png, report.html
+
+A kill at any moment leaves a folder that can be resumed: every file but the metrics is written beside its place,
+flushed to the disk and moved there in one step; the metrics are cut back to the checkpoint when a run resumes.
+"""
+
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ocnopt.errors import DataError, ProblemError
+
+CONFIG, METRICS, CHECKPOINT, REPORT, PLOTS = "config.json", "metrics.jsonl", "checkpoint.pt", "report.html", "plots"
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Replace a file in one step: a reader, or a run after a kill, finds the old content or the new one, whole.
+
+    Args:
+        path: where the content goes.
+        write: writes it all to the path that it is given.
+    """
+    beside = path.with_name(f".{path.name}.part")
+    write(beside)
+    with beside.open("rb") as file:
+        os.fsync(file.fileno())
+    beside.replace(path)
+    _sync_folder(path.parent)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """:func:`replace_file` with bytes.
+
+    Args:
+        path: where the content goes.
+        content: all of it.
+    """
+    replace_file(path, lambda beside: beside.write_bytes(content))
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename survive a power cut, where the system lets a folder be opened."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def default_folder(command: str, name: str) -> Path:
+    """``runs/<command>-<name>-<time>`` in the working folder; a number is added where it exists.
+
+    Args:
+        command: of the command line.
+        name: of the problem.
+    """
+    stem = Path("runs") / f"{command}-{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    candidates = (stem, *(stem.with_name(f"{stem.name}-{i}") for i in range(2, 1000)))
+    return next(folder for folder in candidates if not folder.exists())
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run on the disk; make one with :meth:`create` or :meth:`open`."""
+
+    path: Path
+    config: Mapping[str, Any]
+
+    @classmethod
+    def create(cls, path: Path, config: Mapping[str, Any]) -> "RunFolder":
+        """Start a folder.
+
+        Args:
+            path: a folder that holds no run yet.
+            config: what the run was asked, plain JSON values.
+
+        Raises:
+            ProblemError: the folder holds a run already, or is a file.
+        """
+        if (path / CONFIG).exists():
+            raise ProblemError(
+                f"{path} holds a run already; expected a new folder: continue that run with --resume {path}"
+            )
+        if path.exists() and not path.is_dir():
+            raise ProblemError(f"{path} is a file; expected a folder that may be created: choose another --out")
+        (path / PLOTS).mkdir(parents=True, exist_ok=True)
+        versions = {"torch": torch.__version__, "python": platform.python_version()}
+        full = {**config, "threads": torch.get_num_threads(), "versions": versions}
+        write_atomically(path / CONFIG, json.dumps(full, indent=2).encode())
+        return cls(path, full)
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        """Read a folder back.
+
+        Args:
+            path: a folder made by :meth:`create`.
+
+        Raises:
+            DataError: no such folder, or its configuration is missing or unreadable.
+        """
+        try:
+            config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise DataError(
+                f"{path} holds no {CONFIG}; expected the folder of a run: give the one that the run printed as it began"
+            ) from error
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise DataError(
+                f"{path / CONFIG} is no JSON ({error}); expected what the run wrote: start a new run"
+            ) from error
+        if not isinstance(config, dict):
+            raise DataError(f"{path / CONFIG} holds {type(config).__name__}; expected an object: start a new run")
+        (path / PLOTS).mkdir(exist_ok=True)
+        return cls(path, config)
+
+    @property
+    def plots(self) -> Path:
+        """Where the plots go."""
+        return self.path / PLOTS
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Append one line of metrics.
+
+        Args:
+            record: plain JSON values.
+        """
+        with (self.path / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Every whole line of metrics; a last line that a kill cut short is left out.
+
+        Raises:
+            DataError: a line before the last is no JSON.
+        """
+        path = self.path / METRICS
+        if not path.exists():
+            return []
+        lines = path.read_bytes().split(b"\n")
+        records: list[dict[str, Any]] = []
+        for number, line in enumerate(lines[:-1], start=1):
+            try:
+                records.append(json.loads(line))
+            except ValueError as error:
+                raise DataError(
+                    f"{path}, line {number} is no JSON; expected one object a line: start a new run"
+                ) from error
+        return records
+
+    def keep_metrics(self, iterations: int) -> list[dict[str, Any]]:
+        """Cut the metrics back to the first iterations, those that a checkpoint knows of, and return them.
+
+        Args:
+            iterations: lines with a greater ``iteration`` are dropped.
+        """
+        kept = [record for record in self.metrics() if record.get("iteration", 0) <= iterations]
+        write_atomically(self.path / METRICS, "".join(json.dumps(record) + "\n" for record in kept).encode())
+        return kept
+
+    def save_checkpoint(self, state: Mapping[str, Any]) -> None:
+        """Replace the checkpoint, after the metrics that belong to it are on the disk.
+
+        Args:
+            state: tensors, numbers, strings, and lists and dicts of them.
+        """
+        metrics = self.path / METRICS
+        if metrics.exists():
+            with metrics.open("rb") as file:
+                os.fsync(file.fileno())
+        replace_file(self.path / CHECKPOINT, lambda beside: torch.save(dict(state), beside))
+
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """The last checkpoint, or None before the first. Nothing pickled but tensors and plain values is loaded.
+
+        Raises:
+            DataError: the file is damaged or holds other objects.
+        """
+        path = self.path / CHECKPOINT
+        if not path.exists():
+            return None
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            size = path.stat().st_size
+            raise DataError(
+                f"{path} ({size} bytes) cannot be read ({type(error).__name__}); expected a checkpoint written by this "
+                "library: delete the file to start the run again from its configuration"
+            ) from error

@@ -1,0 +1,320 @@
+"""A training run as a user would write it: one model, one optimiser, one loop, a checkpoint now and then.
+
+The order of the samples follows from the seed and the epoch, and a run keeps a random state of its own. So a run that
+was killed and resumed gives the numbers of an unbroken one, and several runs stepped in turn give those of each alone.
+
+Shapes: a batch is ``(B, ...)`` inputs and ``(B,)`` targets; samples at the end of an epoch that fill no batch are left
+out.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ocnopt.checks import nearest
+from ocnopt.cli.runs import RunFolder
+from ocnopt.errors import DataError, NonFiniteError, ProblemError
+from ocnopt.neural.neural_ode import NeuralODE
+from ocnopt.ocp import FreeHorizon
+from ocnopt.optim.horizon_policy import HorizonPolicy
+from ocnopt.optim.snopt import SNOpt
+from ocnopt.problems import LearningProblem, learning_task
+
+OPTIMIZERS = ("adam", "sgd", "snopt")
+RULES = ("fixed", "feedback", "adjoint")
+HORIZON = FreeHorizon(initial=1.0, lower=0.1, upper=2.0)
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What a training run was asked.
+
+    Args:
+        problem: name of a learning problem.
+        optimizer: "adam", "sgd" (momentum 0.9) or "snopt".
+        lr: learning rate.
+        horizon: "fixed" leaves T = 1; "feedback" moves it by the second-order policy, "adjoint" by the first-order one.
+        horizon_lr: step of the policy.
+        horizon_penalty: c of the cost (c/2) T^2 on the integration time.
+        iterations: steps in all.
+        batch_size: samples a step.
+        checkpoint_every: iterations between checkpoints.
+        seed: of the weights, the order of the samples and whatever the model draws.
+
+    Raises:
+        ProblemError: an unknown name or a number out of range.
+    """
+
+    problem: str
+    optimizer: str
+    lr: float
+    horizon: str = "fixed"
+    horizon_lr: float = 0.1
+    horizon_penalty: float = 0.1
+    iterations: int = 143
+    batch_size: int = 128
+    checkpoint_every: int = 20
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("optimizer", self.optimizer, OPTIMIZERS), ("horizon", self.horizon, RULES)):
+            if value not in known:
+                raise ProblemError(f"{name} is {value!r}; expected one of {', '.join(known)}{nearest(value, known)}")
+        for name in ("iterations", "batch_size", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ProblemError(f"{name} is {getattr(self, name)}; expected a whole number of at least 1")
+        for name in ("lr", "horizon_lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ProblemError(f"{name} is {getattr(self, name)}; expected a positive number")
+        if not 0 <= self.horizon_penalty < math.inf:
+            raise ProblemError(f"horizon_penalty is {self.horizon_penalty}; expected zero or a positive number")
+        learning_task(self.problem)
+
+
+class Trainer:
+    """Model, optimiser and policy of one run, advanced one iteration at a time.
+
+    Args:
+        problem: data, model and loss.
+        config: what to do with them.
+
+    Raises:
+        ProblemError: a batch larger than the training part.
+    """
+
+    def __init__(self, problem: LearningProblem, config: TrainConfig) -> None:
+        samples = len(problem.train_targets)
+        if config.batch_size > samples:
+            raise ProblemError(f"batch_size is {config.batch_size}; expected at most the {samples} training samples")
+        self.problem = problem
+        self.config = config
+        self.batches_per_epoch = samples // config.batch_size
+        self.iteration = 0
+        self.seconds = 0.0
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.model = problem.make_model(1.0 if config.horizon == "fixed" else HORIZON)
+            self._random_state = torch.get_rng_state()
+        self.optimizer = make_optimizer(self.model, config)
+        self.policy = make_policy(self.model, config)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all iterations are done."""
+        return self.iteration >= self.config.iterations
+
+    def step(self) -> dict[str, Any]:
+        """Train on one batch.
+
+        Returns:
+            The line of metrics: iteration, epoch, loss, T, forward and backward evaluations, seconds of training so
+            far, and at the end of an epoch the test accuracy.
+
+        Raises:
+            NonFiniteError: the loss is NaN or infinite; the weights are those before this step.
+        """
+        with self._own_random_state():
+            began = perf_counter()
+            inputs, targets = self.batch(self.iteration)
+            self.optimizer.zero_grad()
+            loss = self.problem.loss(self.model(inputs), targets)
+            self._check(loss)
+            loss.backward()
+            self.optimizer.step()
+            if self.policy is not None:
+                self.policy.step()
+            self.seconds += perf_counter() - began
+        self.iteration += 1
+        record: dict[str, Any] = {
+            "iteration": self.iteration,
+            "epoch": (self.iteration - 1) // self.batches_per_epoch,
+            "loss": loss.item(),
+            **self._solver_metrics(),
+            "seconds": self.seconds,
+        }
+        if self.iteration % self.batches_per_epoch == 0 or self.finished:
+            record["test_accuracy"] = self.accuracy(self.problem.test_inputs, self.problem.test_targets)
+        return record
+
+    def batch(self, iteration: int) -> tuple[Tensor, Tensor]:
+        """The samples of an iteration, from a new random order in each epoch.
+
+        Args:
+            iteration: counted from zero over all epochs.
+        """
+        epoch, position = divmod(iteration, self.batches_per_epoch)
+        generator = torch.Generator().manual_seed(1_000_003 * self.config.seed + epoch)
+        order = torch.randperm(len(self.problem.train_targets), generator=generator)
+        chosen = order[position * self.config.batch_size :][: self.config.batch_size]
+        return self.problem.train_inputs[chosen], self.problem.train_targets[chosen]
+
+    def accuracy(self, inputs: Tensor, targets: Tensor) -> float:
+        """The share of samples that the model classifies right.
+
+        Args:
+            inputs: ``(N, ...)``.
+            targets: ``(N,)`` classes.
+        """
+        self.model.eval()
+        with torch.no_grad(), self._own_random_state():
+            right = sum(
+                int((self.model(x).argmax(dim=1) == y).sum())
+                for x, y in zip(inputs.split(512), targets.split(512), strict=True)
+            )
+        self.model.train()
+        return right / len(targets)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on."""
+        return {
+            "format": _FORMAT,
+            "config": asdict(self.config),
+            "iteration": self.iteration,
+            "seconds": self.seconds,
+            "random_state": self._random_state,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "policy": None if self.policy is None else self.policy.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state written by a run with the same configuration.
+
+        Args:
+            state: of :meth:`state_dict`.
+
+        Raises:
+            DataError: another format or another configuration.
+        """
+        if state.get("format") != _FORMAT or state.get("config") != asdict(self.config):
+            raise DataError(
+                f"the checkpoint has format {state.get('format')} and configuration {state.get('config')}; expected "
+                f"format {_FORMAT} and {asdict(self.config)}: resume with the configuration that the run began with"
+            )
+        self.iteration, self.seconds = state["iteration"], state["seconds"]
+        self._random_state = state["random_state"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.policy is not None:
+            self.policy.load_state_dict(state["policy"])
+
+    def _check(self, loss: Tensor) -> None:
+        if not bool(torch.isfinite(loss)):
+            raise NonFiniteError(
+                f"the loss is {loss.item()} at iteration {self.iteration + 1}; expected a finite number: lower the "
+                f"learning rate (it is {self.config.lr}); the last checkpoint is kept"
+            )
+
+    def _solver_metrics(self) -> dict[str, float]:
+        """T and the field evaluations of the step, over every Neural ODE of the model."""
+        odes = neural_odes(self.model)
+        forward = sum(ode.statistics.forward for ode in odes)
+        backward = sum(ode.statistics.backward for ode in odes)
+        return {"T": end_time(odes[0]), "forward": forward, "backward": backward}
+
+    @contextmanager
+    def _own_random_state(self) -> Iterator[None]:
+        """Draw from this run's random state, and leave the global one alone."""
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(self._random_state)
+            yield
+            self._random_state = torch.get_rng_state()
+
+
+def neural_odes(model: nn.Module) -> list[NeuralODE]:
+    """The Neural ODEs inside a model.
+
+    Args:
+        model: any module.
+    """
+    return [module for module in model.modules() if isinstance(module, NeuralODE)]
+
+
+def end_time(ode: NeuralODE) -> float:
+    """T of a Neural ODE, whether fixed or free.
+
+    Args:
+        ode: any.
+    """
+    return float(ode.T) if isinstance(ode.horizon, FreeHorizon) else ode.horizon.t1
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimiser of a configuration.
+
+    Args:
+        model: whose parameters move.
+        config: names the optimiser and its learning rate.
+    """
+    if config.optimizer == "adam":
+        return torch.optim.Adam(model.parameters(), lr=config.lr)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=config.lr, momentum=0.9)
+    return SNOpt(model, lr=config.lr)
+
+
+def make_policy(model: nn.Module, config: TrainConfig) -> HorizonPolicy | None:
+    """The policy that moves T, or None where it is fixed.
+
+    Args:
+        model: with one Neural ODE of a free horizon.
+        config: names the rule.
+    """
+    if config.horizon == "fixed":
+        return None
+    (ode,) = neural_odes(model)
+    return HorizonPolicy(ode, rule=config.horizon, lr=config.horizon_lr, penalty=config.horizon_penalty)
+
+
+def open_trainer(folder: RunFolder) -> tuple[Trainer, list[dict[str, Any]]]:
+    """The trainer of a run folder, at its last checkpoint, and the metrics up to there.
+
+    Args:
+        folder: whose configuration holds a "train" part.
+
+    Raises:
+        DataError: the folder is of another command.
+    """
+    if "train" not in folder.config:
+        raise DataError(
+            f"{folder.path} was made by {folder.config.get('command')!r}; expected a folder of 'ocnopt train'"
+        )
+    config = TrainConfig(**folder.config["train"])
+    trainer = Trainer(learning_task(config.problem).build(), config)
+    state = folder.load_checkpoint()
+    if state is not None:
+        trainer.load_state_dict(state)
+    return trainer, folder.keep_metrics(trainer.iteration)
+
+
+def train(trainer: Trainer, folder: RunFolder, on_step: Callable[[dict[str, Any]], None] = lambda record: None) -> None:
+    """Train to the end, with metrics and checkpoints.
+
+    Args:
+        trainer: where the run stands.
+        folder: takes metrics and checkpoints.
+        on_step: called with each line of metrics.
+    """
+    while not trainer.finished:
+        on_step(advance(trainer, folder))
+
+
+def advance(trainer: Trainer, folder: RunFolder) -> dict[str, Any]:
+    """One iteration, its line of metrics, and a checkpoint where one is due.
+
+    Args:
+        trainer: where the run stands.
+        folder: takes metrics and checkpoints.
+    """
+    record = trainer.step()
+    folder.log(record)
+    if trainer.iteration % trainer.config.checkpoint_every == 0 or trainer.finished:
+        folder.save_checkpoint(trainer.state_dict())
+    return record

@@ -1,0 +1,140 @@
+r"""Derivatives of a problem's functions at one time, for the continuous backward passes.
+
+A function reads X ``(*batch, d)`` and the static control p ``(q,)``, which all samples share. X belongs to a sample,
+so one reverse pass differentiates all samples at once; a derivative in p keeps the samples apart in one of two ways:
+
+* functions that accept p with leading axes get a copy of p per sample, and p behaves as X does (``per_sample``);
+* for others p stays shared, and what is wanted in p comes entry by entry: q reverse passes, each for all samples.
+
+How: a function is evaluated once, at the batch's own shape, by plain autograd (it may use autograd inside and capture
+per-sample data); only the reverse passes through its graph are batched, over cotangents.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Cotangents in one batched reverse pass: more gains no speed, and memory grows with their number.
+_AT_ONCE = 128
+
+Function = Callable[[Tensor, Tensor], Tensor]
+
+
+class Linear(NamedTuple):
+    """F ``(..., n)``, F_X ``(..., n, d)``, F_p ``(..., n, q)``."""
+
+    value: Tensor
+    X: Tensor
+    p: Tensor
+
+
+class Quadratic(NamedTuple):
+    """Of a scalar: X ``(..., d)``, XX ``(..., d, d)``, pX ``(..., q, d)``; as sums p ``(q,)`` and the form r^T pp r."""
+
+    X: Tensor
+    p: Tensor
+    XX: Tensor
+    pX: Tensor
+    form: Tensor
+
+
+def flat(v: Tensor) -> Tensor:
+    """``(..., k)`` as ``(M, k)``, k = 0 included."""
+    return v.reshape(math.prod(v.shape[:-1]), v.shape[-1])
+
+
+def gradient(y: Tensor, inputs: Sequence[Tensor], *, create_graph: bool = False) -> list[Tensor]:
+    """Gradient of the sum of y; zeros where y does not depend on an input."""
+    if not y.requires_grad:
+        return [torch.zeros_like(v) for v in inputs]
+    return list(
+        torch.autograd.grad(y.sum(), inputs, create_graph=create_graph, allow_unused=True, materialize_grads=True)
+    )
+
+
+def pull(y: Tensor, inputs: Sequence[Tensor], cotangents: Tensor) -> list[Tensor]:
+    """Vector-Jacobian products of K cotangents ``(K, *y.shape)``, each ``(K, *input.shape)``; the graph stays."""
+    none = [v.new_zeros((len(cotangents), *v.shape)) for v in inputs]
+    if not y.requires_grad or not len(cotangents):
+        return none
+    parts = [
+        torch.autograd.grad(y, inputs, some, is_grads_batched=True, retain_graph=True, allow_unused=True)
+        for some in cotangents.split(_AT_ONCE)
+    ]
+    columns = zip(none, *parts, strict=True)
+    return [zero if product[0] is None else torch.cat(product) for zero, *product in columns]
+
+
+def jacobian(y: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Derivatives of y ``(..., k)``, for each input ``(..., j)`` as ``(..., k, j)``.
+
+    y has the samples' axes, or none where it is a sum over the samples.
+    """
+    k = y.shape[-1]
+    identity = torch.eye(k, dtype=y.dtype, device=y.device).reshape(k, *(1,) * (y.ndim - 1), k)
+    return [rows.movedim(0, -2) for rows in pull(y, inputs, identity.expand(k, *y.shape))]
+
+
+def leaves(X: Tensor, p: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
+    """X and p as the start of a graph."""
+    if per_sample:
+        p = p.expand(*X.shape[:-1], p.shape[-1]).clone()
+    return X.detach().requires_grad_(), p.detach().requires_grad_()
+
+
+@torch.enable_grad()
+def linearise(function: Function, X: Tensor, p: Tensor, *, per_sample: bool) -> Linear:
+    """Jacobians of ``function(X, p) -> (..., n)``."""
+    point, q = leaves(X, p, per_sample)
+    F = function(point, q)
+    if per_sample:
+        FX, Fp = jacobian(F, (point, q))
+    else:
+        (FX,) = jacobian(F, (point,))
+        # F_p w is linear in its weights w: its derivative in w is F_p, one entry of p a pass.
+        w = torch.zeros_like(F).requires_grad_()
+        (Fpw,) = gradient(F * w, (q,), create_graph=True)
+        Fp = jacobian(Fpw, (w,))[0].mT
+    return Linear(F.detach(), FX, Fp)
+
+
+@torch.enable_grad()
+def pull_back(function: Function, X: Tensor, p: Tensor, columns: Tensor, *, per_sample: bool) -> Linear:
+    """F, and the products F_X^T q_i ``(..., K, d)`` and F_p^T q_i ``(..., K, q)`` of K columns ``(..., K, n)``."""
+    if not per_sample:
+        F, FX, Fp = linearise(function, X, p, per_sample=False)
+        return Linear(F, columns @ FX, columns @ Fp)
+    point, q = leaves(X, p, True)
+    F = function(point, q)
+    products = pull(F, (point, q), columns.movedim(-2, 0))
+    return Linear(F.detach(), *(product.movedim(0, -2) for product in products))
+
+
+@torch.enable_grad()
+def expand(function: Function, X: Tensor, p: Tensor, r: Tensor, *, per_sample: bool) -> Quadratic:
+    """Gradient and second derivatives of ``function(X, p) -> (...)``, of the block pp its form in r alone."""
+    point, q = leaves(X, p, per_sample)
+    gX, gp = gradient(function(point, q), (point, q), create_graph=True)
+    (ppr,) = pull(gp, (q,), r.expand(1, *gp.shape))
+    if per_sample:
+        XX, Xp = jacobian(gX, (point, q))
+        pX, gp = Xp.mT, flat(gp).sum(0)
+    else:
+        (XX,), (pX,) = jacobian(gX, (point,)), jacobian(gp, (point,))
+    return Quadratic(gX.detach(), gp.detach(), XX, pX, (ppr * r).sum())
+
+
+@torch.enable_grad()
+def add_curvature_in_p(total: Tensor, weight: float, function: Function, X: Tensor, p: Tensor) -> None:
+    """Add the weighted Hessian in p of the samples' sum of ``function(X, p)`` to ``total`` ``(q, q)``, in place."""
+    q = p.shape[0]
+    p = p.detach().requires_grad_()
+    (gp,) = gradient(function(X.detach(), p), (p,), create_graph=True)
+    for start in range(0, q if gp.requires_grad else 0, _AT_ONCE):
+        rows = slice(start, min(start + _AT_ONCE, q))
+        unit = torch.zeros(rows.stop - start, q, dtype=p.dtype, device=p.device)
+        unit[:, rows].fill_diagonal_(1.0)
+        total[rows].add_(pull(gp, (p,), unit)[0], alpha=weight)

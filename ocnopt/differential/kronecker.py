@@ -1,0 +1,350 @@
+"""Kronecker-factored curvature of layers whose weights act many times: along a path in time, over the places of an image.
+
+A layer's parameters form one matrix per group, W ``(groups, b, a)``: b outputs, a inputs (a convolution's inputs are patches), a bias
+being the weight of an extra input 1. Sample i meets them at times t and locations r with inputs z_i(t, r) and receives the
+gradients g_i(t, r) at its outputs. In the "reduce" form each sample counts once, with
+
+    zbar_i = mean over t and r of z_i,    gbar_i = integral over t, sum over r of g_i,    gradient of sample i ~ gbar_i zbar_i^T
+    A = mean_i zbar_i zbar_i^T  (groups, a, a),   B = mean_i gbar_i gbar_i^T  (groups, b, b),   curvature of W ~ A (X) B
+
+so A and B are positive semi-definite whatever weights the time integral uses. In the eigenbases A = U_A E_A U_A^T and
+B = U_B E_B U_B^T a gradient reads Gt = U_B^T G U_A, its second moments s (first E_B E_A^T) are kept entry by entry, and the
+preconditioned step is U_B (Gt / (s + damping)^power) U_A^T; power 1 and s = E_B E_A^T is KFAC, vec(B^-1 G A^-1) = (A (X) B)^-1 vec(G).
+
+Sources: Liu, Chen, Theodorou, arXiv 2109.14158, eq. 11-13; Grosse, Martens, arXiv 1602.01407 (convolutions); George et al.,
+arXiv 1806.03884 (second moments in the eigenbasis); Eschenhagen et al., arXiv 2311.00636 (reduce form).
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
+
+Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def is_layer(module: nn.Module) -> TypeGuard[Layer]:
+    """Whether a module is a layer with Kronecker factors: its weight an ordinary parameter, its type one of ``LAYERS``."""
+    return isinstance(module, LAYERS) and "weight" in dict(module.named_parameters(recurse=False))
+
+
+def working_dtype(tensor: Tensor) -> torch.dtype:
+    """The precision of factors and moments: that of the parameter, at least float32."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def as_matrix(layer: Layer, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Weight and bias, or their gradients, as ``(groups, b, a)``."""
+    groups = _groups(layer)
+    matrix = weight.reshape(groups, weight.shape[0] // groups, -1)
+    if bias is not None:
+        matrix = torch.cat([matrix, bias.reshape(groups, -1, 1)], dim=2)
+    return matrix.to(working_dtype(weight))
+
+
+def input_samples(layer: Layer, z: Tensor, bias: bool) -> Tensor:
+    """Mean of a layer's inputs over locations ``(groups, n, a)``, for z with samples along its leading axis."""
+    z = z.detach().to(working_dtype(layer.weight))
+    if isinstance(layer, nn.Linear):
+        means = z.reshape(len(z) if z.ndim > 1 else 1, -1, layer.in_features).mean(1)
+    else:
+        spatial = layer.weight.ndim - 2
+        means = z.reshape(-1, *z.shape[-1 - spatial :])
+        for i in reversed(range(spatial)):
+            means = (means @ _patch_means(layer, i, z.shape[i - spatial]).to(z).mT).movedim(-1, 2)
+    samples = means.reshape(len(means), _groups(layer), -1).transpose(0, 1)
+    return functional.pad(samples, (0, 1), value=1.0) if bias else samples
+
+
+def gradient_samples(layer: Layer, g: Tensor) -> Tensor:
+    """Sum of the gradients at a layer's outputs over locations ``(groups, n, b)``."""
+    g = g.detach().to(working_dtype(layer.weight))
+    if isinstance(layer, nn.Linear):
+        sums = g.reshape(len(g) if g.ndim > 1 else 1, -1, layer.out_features).sum(1)
+    else:
+        sums = g.reshape(-1, *g.shape[1 - layer.weight.ndim :]).flatten(2).sum(2)
+    return sums.reshape(len(sums), _groups(layer), -1).transpose(0, 1)
+
+
+def _groups(layer: Layer) -> int:
+    return 1 if isinstance(layer, nn.Linear) else layer.groups
+
+
+def _patch_means(layer: Layer, axis: int, size: int) -> Tensor:
+    padding = layer.padding
+    span = layer.dilation[axis] * (layer.kernel_size[axis] - 1)
+    if isinstance(padding, str):
+        left = span // 2 if padding == "same" else 0
+        ends = (left, span - left if padding == "same" else 0)
+    else:
+        ends = (padding[axis], padding[axis])
+    return _offset_means(size, span + 1, layer.dilation[axis], layer.stride[axis], ends, layer.padding_mode)
+
+
+@lru_cache(maxsize=256)
+def _offset_means(size: int, span: int, dilation: int, stride: int, ends: tuple[int, int], mode: str) -> Tensor:
+    """Weights ``(kernel offsets, size)`` with which the places of one axis enter the mean over outputs, for each offset.
+
+    Padding an axis of indices, instead of the image, covers every padding mode; -1 marks a padded zero.
+    """
+    places = torch.arange(size, dtype=torch.float64)[None, None]
+    mode, fill = ("constant", -1.0) if mode == "zeros" else (mode, None)
+    padded = functional.pad(places, ends, mode=mode, value=fill)[0, 0].long()
+    met = padded.unfold(0, span, stride)[:, ::dilation]
+    return functional.one_hot(met + 1, size + 1)[..., 1:].double().mean(0)
+
+
+class Samples(NamedTuple):
+    """zbar ``(groups, n, a)`` and gbar ``(groups, n, b)`` of n samples at one layer."""
+
+    inputs: Tensor
+    gradients: Tensor
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B."""
+        n = self.inputs.shape[1]
+        return self.inputs.mT @ self.inputs / n, self.gradients.mT @ self.gradients / n
+
+
+class _Uses:
+    """What a layer met in one iteration: running sums over the uses by the present samples, and the samples before."""
+
+    def __init__(self, bias: bool, mean: bool) -> None:
+        self.bias, self.mean = bias, mean
+        self.closed: list[Samples] = []
+        self._inputs: Tensor | None = None
+        self._gradients: Tensor | None = None
+        self._weight = 0.0
+
+    def add(self, inputs: Tensor | None, weight: float, gradients: Tensor, factor: float) -> None:
+        """Add one use: inputs with a weight in their mean over time, gradients with a factor in their integral."""
+        if self._gradients is not None and self._gradients.shape != gradients.shape:
+            self.close()
+        sums = self._gradients
+        self._gradients = gradients * factor if sums is None else sums.add_(gradients, alpha=factor)
+        if inputs is not None:
+            means = self._inputs
+            self._inputs = inputs * weight if means is None else means.add_(inputs, alpha=weight)
+            self._weight += weight
+
+    def close(self) -> None:
+        """The present samples are complete."""
+        z, g = self._inputs, self._gradients
+        if z is not None and g is not None:
+            self.closed.append(Samples(z / self._weight, g * g.shape[1] if self.mean else g))
+        self._inputs = self._gradients = None
+        self._weight = 0.0
+
+
+class Collector:
+    """Gathers the samples of layers while it is attached, as forward hooks and as observer of Neural ODEs.
+
+    Args:
+        model: whose forward pass marks the beginning of new samples.
+        layers: the layers, and whether their bias counts as an input.
+        timed: those that act inside a Neural ODE; they count in :meth:`stage` alone, the others in every forward pass.
+        mean: the loss is a mean over the samples of a batch, not a sum.
+
+    A copy of a watched module is not watched: copying or pickling a collector makes one without layers.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: Mapping[nn.Module, bool], timed: Collection[nn.Module], *, mean: bool = True
+    ) -> None:
+        self._model, self._timed = model, frozenset(timed)
+        self._uses = {layer: _Uses(bias, mean) for layer, bias in layers.items()}
+        self._stage: tuple[float, float] | None = None
+
+    def attach(self) -> list[RemovableHandle]:
+        """Begin with nothing gathered, and watch until the handles are removed."""
+        self.take()
+        handles = [layer.register_forward_hook(self._see, with_kwargs=True) for layer in self._uses]
+        return [self._model.register_forward_pre_hook(self._begin), *handles]
+
+    @contextmanager
+    def stage(self, input_weight: float, gradient_weight: float) -> Iterator[None]:
+        """One stage of a backward pass: see :class:`ocnopt.differential.discrete.Observer`."""
+        self._stage = (input_weight, gradient_weight)
+        try:
+            yield
+        finally:
+            self._stage = None
+
+    def terminal(self, x: Tensor, slope: Tensor, costate: Tensor) -> None:
+        """Factors need nothing from the end of the path."""
+
+    def take(self) -> dict[nn.Module, Samples]:
+        """Hand over what was gathered at every layer that was used and received a gradient."""
+        self._begin()
+        taken = {}
+        for layer, uses in self._uses.items():
+            closed, uses.closed = uses.closed, []
+            if closed:
+                taken[layer] = closed[0] if len(closed) == 1 else Samples(*(torch.cat(part, 1) for part in zip(*closed)))
+        return taken
+
+    def _begin(self, *_: object) -> None:
+        # A backward pass since the last forward pass means that what follows are other samples (accumulated gradients).
+        for uses in self._uses.values():
+            uses.close()
+
+    def _see(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
+        uses = self._uses.get(layer)
+        weights = self._stage if layer in self._timed else (1.0, 1.0)
+        z = args[0] if args else kwargs.get("input")
+        if uses is None or weights is None or not (isinstance(z, Tensor) and isinstance(output, Tensor)):
+            return
+        if not (is_layer(layer) and output.requires_grad and _fits(layer, z, output)):
+            return
+        weight, factor = weights
+        pending = [z.detach()] if weight > 0.0 else []
+
+        # Counted as its gradient arrives: a forward pass without a backward pass leaves no trace, and until then autograd
+        # holds the input anyway.
+        def arrive(g: Tensor) -> None:
+            inputs = input_samples(layer, pending.pop(), uses.bias) if pending else None
+            uses.add(inputs, weight, gradient_samples(layer, g), factor)
+
+        output.register_hook(arrive)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Collector, (nn.Identity(), {}, ())
+
+
+def _fits(layer: Layer, z: Tensor, output: Tensor) -> bool:
+    """Whether input and output are those of the layer type; a subclass may take and return other things."""
+    if not z.numel():
+        return False
+    if isinstance(layer, nn.Linear):
+        return z.shape[-1:] == (layer.in_features,) and output.shape == (*z.shape[:-1], layer.out_features)
+    channel = 1 - layer.weight.ndim
+    shapes = z.ndim == output.ndim and -channel <= z.ndim <= 1 - channel
+    return shapes and z.shape[channel] == layer.in_channels and output.shape[channel] == layer.out_channels
+
+
+class Eigen(NamedTuple):
+    """Leading eigenvectors ``(groups, d, r)`` and eigenvalues ``(groups, r)`` of a factor scaled to trace one.
+
+    The other d - r directions are *the rest*, treated alike.
+    """
+
+    vectors: Tensor
+    values: Tensor
+
+    @property
+    def rest(self) -> int:
+        """The number of directions in the rest."""
+        return self.vectors.shape[-2] - self.vectors.shape[-1]
+
+
+class Basis(NamedTuple):
+    """Eigenbases of A, perhaps its leading part alone, and of B, complete. A matrix M ``(groups, b, a)`` is *turned* into
+    U_B^T M and its leading part U_B^T M U_A."""
+
+    input: Eigen
+    output: Eigen
+
+    def turn(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """U_B^T M ``(..., b, a)`` and U_B^T M U_A ``(..., b, r)``."""
+        turned = self.output.vectors.mT @ matrix
+        return turned, turned @ self.input.vectors
+
+    def spectrum(self) -> Tensor:
+        """Eigenvalues E_B E_A^T of the curvature, the mean over the rest as last column: ``(groups, b, r + 1)``."""
+        values = self.input.values
+        outside = (1.0 - values.sum(-1, keepdim=True)).clamp(min=0.0) / max(1, self.input.rest)
+        return self.output.values[..., :, None] * torch.cat([values, outside], -1)[..., None, :]
+
+    def squares(self, turned: Tensor, leading: Tensor) -> Tensor:
+        """Squared entries of a turned matrix, their mean over the rest as last column: ``(groups, b, r + 1)``."""
+        squares = leading.square()
+        outside = turned.square().sum(-1, keepdim=True) - squares.sum(-1, keepdim=True)
+        return torch.cat([squares, outside.clamp_(min=0.0).div_(max(1, self.input.rest))], -1)
+
+    def mean(self, moments: Tensor) -> Tensor:
+        """Mean of second moments over all directions: the trace of the curvature over its size."""
+        inside, outside = moments[..., :-1].sum(), moments[..., -1].sum()
+        return (inside + outside * self.input.rest) / (moments[..., -1].numel() * self.input.vectors.shape[-2])
+
+    def precondition(self, turned: Tensor, leading: Tensor, moments: Tensor, damping: float, power: float) -> Tensor:
+        """U_B (M / (s + damping * mean(s))^power) U_A^T of a turned matrix."""
+        floor = self.mean(moments) * damping + torch.finfo(moments.dtype).tiny
+        scales = (moments + floor).rsqrt_() if power == 0.5 else (moments + floor).pow_(-power)
+        inside, outside = scales[..., :-1], scales[..., -1:]
+        if not self.input.rest:
+            return self.output.vectors @ ((inside * leading) @ self.input.vectors.mT)
+        step = outside * turned + ((inside - outside) * leading) @ self.input.vectors.mT
+        return self.output.vectors @ step
+
+
+def eigenbasis(samples: Samples, rank: int, old: Basis | None = None, keep: float = 0.0) -> Basis:
+    """Eigenbasis of the factors of some samples, averaged with the factors behind an old basis.
+
+    Args:
+        samples: of one layer.
+        rank: how many eigenvectors of A to keep at most.
+        old: weighs ``keep`` in the average, the samples 1 - keep.
+        keep: see ``old``.
+
+    >>> eye = torch.eye(2)[None]
+    >>> eigenbasis(Samples(eye * torch.tensor([1.0, 3.0]), eye), rank=2).input.values
+    tensor([[0.9000, 0.1000]])
+    """
+    return Basis(
+        _leading(samples.inputs, rank, old and old.input, keep),
+        _leading(samples.gradients, samples.gradients.shape[-1], old and old.output, keep),
+    )
+
+
+def _leading(rows: Tensor, rank: int, old: Eigen | None, keep: float) -> Eigen:
+    """Leading eigenvectors of rows^T rows, for rows ``(groups, k, d)``."""
+    rows = rows / torch.linalg.matrix_norm(rows, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
+    if old is not None:
+        kept = (keep * old.values).sqrt()[..., None] * old.vectors.mT
+        rows = torch.cat([kept, (1.0 - keep) ** 0.5 * rows], -2)
+    if rows.shape[-2] < rows.shape[-1] and rank < rows.shape[-1]:
+        # Fewer rows than directions: a small eigenproblem in the span of the rows, by a stable route.
+        span, triangle = torch.linalg.qr(rows.mT)
+        values, small = _eigh(triangle @ triangle.mT)
+        vectors = span @ small
+    else:
+        values, vectors = _eigh(rows.mT @ rows)
+    return Eigen(vectors.flip(-1)[..., :rank].contiguous(), values.flip(-1)[..., :rank].clamp(min=0.0))
+
+
+def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    try:
+        return torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:
+        # Single precision can fail to converge on nearly equal eigenvalues.
+        values, vectors = torch.linalg.eigh(matrix.double())
+        return values.to(matrix), vectors.to(matrix)
+
+
+def first_moments(basis: Basis, gradient: Tensor) -> Tensor:
+    """Second moments to start from: the spectrum of the curvature, in the units of the squared gradient."""
+    squares, spectrum = basis.squares(*basis.turn(gradient)), basis.spectrum()
+    inside, shape = squares[..., :-1], spectrum[..., :-1]
+    unit = inside.sum((-2, -1), keepdim=True) / shape.sum((-2, -1), keepdim=True).clamp(min=torch.finfo(shape.dtype).tiny)
+    return torch.cat([shape * unit, squares[..., -1:]], -1)
+
+
+def carried_moments(moments: Tensor, old: Basis, new: Basis) -> Tensor:
+    """Second moments in a new eigenbasis.
+
+    Entries that are uncorrelated in the old basis, with second moments s, have in the new one the second moments
+    (R_B o R_B) s (R_A o R_A)^T with R_A = U_A'^T U_A, R_B = U_B'^T U_B; what leaves the leading part joins the rest.
+    """
+    inside, outside = moments[..., :-1], moments[..., -1:]
+    mixing = (new.input.vectors.mT @ old.input.vectors).square()
+    from_rest = (1.0 - mixing.sum(-1)).clamp(min=0.0)[..., None, :] if old.input.rest else mixing.new_zeros(())
+    moved = inside @ mixing.mT + outside * from_rest
+    total = inside.sum(-1, keepdim=True) + outside * old.input.rest
+    left = (total - moved.sum(-1, keepdim=True)).clamp(min=0.0) / max(1, new.input.rest)
+    return (new.output.vectors.mT @ old.output.vectors).square() @ torch.cat([moved, left], -1)

@@ -1,0 +1,211 @@
+"""A walk with error control.
+
+After each attempted step the estimated local error e = h sum_i (b_i - b_hat_i) k_i is measured in units of the
+tolerance, E = norm(e / (atol + rtol max(|x|, |x_next|))). E <= 1 accepts; either way the next length is 0.9 h
+E^(-1/order), at least h/5, at most 10 h and after a rejection at most h (Hairer, Norsett and Wanner, Solving ODEs I,
+II.4). The norm is taken over the whole tensor: one step size for all samples. A non-finite attempt counts as rejected,
+so a step that overshoots the field's domain is tried again, shorter.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ocnopt.checks import times_in_order
+from ocnopt.errors import ConvergenceError, NonFiniteError, ProblemError
+from ocnopt.integrate.runge_kutta import Field, Stages, step, weighted_sum
+from ocnopt.integrate.tableaus import DOPRI5, Tableau
+from ocnopt.integrate.walk import OnStep, Step, Walk
+
+Norm = Callable[[Tensor], Tensor]
+SAFETY, SHRINK, GROW = 0.9, 0.2, 10.0
+
+
+def root_mean_square(ratio: Tensor) -> Tensor:
+    """The norm of step control: the root mean square of all entries."""
+    return torch.linalg.vector_norm(ratio) / math.sqrt(max(ratio.numel(), 1))
+
+
+def integrate(
+    field: Field,
+    x: Tensor,
+    times: Sequence[float],
+    *,
+    tableau: Tableau = DOPRI5,
+    rtol: float = 1e-3,
+    atol: float = 1e-3,
+    norm: Norm = root_mean_square,
+    first: Tensor | None = None,
+    first_size: float | None = None,
+    on_step: OnStep | None = None,
+    max_evaluations: int | None = None,
+) -> Walk:
+    """Integrate dx/dt = F(t, x) from ``times[0]`` through ``times[1:]`` with controlled local error.
+
+    Args:
+        field: ``field(t, x)`` with t a float, shaped like x.
+        x: the state at ``times[0]``, one tensor of any shape; a graph that it carries is continued through accepted
+            steps.
+        times: start and outputs, in either direction.
+        tableau: an explicit method with an error estimate.
+        rtol: relative tolerance of one step.
+        atol: absolute tolerance of one step.
+        norm: maps the error, in units of the tolerance, to one number; what it skips takes no part in step control.
+        first: F at the start, where it is known already.
+        first_size: length of the first step; None asks Hairer's heuristic, at the price of one evaluation.
+        on_step: called with every accepted :class:`~ocnopt.integrate.walk.Step`.
+        max_evaluations: cap on evaluations of the field.
+
+    Raises:
+        ProblemError: the method has no error estimate, or times or tolerances make no sense.
+        NonFiniteError: the field is NaN or infinite however short the step.
+        ConvergenceError: the step underflows, or the cap was reached.
+
+    >>> walk = integrate(lambda t, x: -x, torch.ones(1, dtype=torch.float64), (0.0, 1.0), rtol=1e-9, atol=1e-9)
+    >>> bool(abs(walk.state[0] - math.exp(-1.0)) < 1e-8)
+    True
+    """
+    times_in_order(times)
+    if tableau.b_error is None:
+        raise ProblemError(
+            f"method {tableau.name!r} has no error estimate; expected dopri5 or bosh3, or a fixed grid: give steps="
+        )
+    if not (rtol >= 0 and atol >= 0 and rtol + atol > 0):
+        raise ProblemError(f"rtol={rtol}, atol={atol}; expected two tolerances >= 0, not both zero")
+    walker = _Walker(field, tableau, rtol, atol, norm, on_step, max_evaluations)
+    walker.start(times, x, first, first_size)
+    states = [walker.advance(output, end) for output, end in enumerate(times[1:], start=1)]
+    slope = walker.slope if tableau.first_same_as_last else None
+    return Walk(states, slope, walker.size, walker.steps, walker.rejected, walker.evaluations)
+
+
+class _Walker:
+    """Where an adaptive walk stands: t, x, F(t, x) if known, the length to try next, counts."""
+
+    def __init__(
+        self,
+        field: Field,
+        tableau: Tableau,
+        rtol: float,
+        atol: float,
+        norm: Norm,
+        on_step: OnStep | None,
+        max_evaluations: int | None,
+    ) -> None:
+        self.field, self.tableau, self.norm, self.on_step = field, tableau, norm, on_step
+        self.rtol, self.atol, self.max_evaluations = rtol, atol, max_evaluations
+        self.error_weights: Sequence[float] = tableau.b_error or ()
+        self.steps = self.rejected = self.evaluations = 0
+
+    def start(self, times: Sequence[float], x: Tensor, first: Tensor | None, size: float | None) -> None:
+        """Stand at the first time, with a first slope and a length to try."""
+        self.t, self.x, self.slope = times[0], x, first
+        self.direction = math.copysign(1.0, times[1] - times[0])
+        self.magnitude = x.detach().abs()
+        if self.slope is None:
+            self.slope = self.field(self.t, x)
+            self.evaluations += 1
+        self.size = self._first_size(self.slope.detach()) if size is None else abs(size)
+
+    def advance(self, output: int, end: float) -> Tensor:
+        """Step until ``end``; the state there."""
+        arrived = False
+        while not arrived:
+            remaining = abs(end - self.t)
+            arrived = remaining <= self.size * (1 + 1e-6)
+            # Two equal steps instead of a full one and a sliver.
+            length = remaining if arrived else min(self.size, remaining / 2)
+            arrived = self._attempt(length, end, output if arrived else None) and arrived
+        return self.x
+
+    def _attempt(self, length: float, end: float, output: int | None) -> bool:
+        """Try one step; whether it was accepted."""
+        h = self.direction * length
+        self._charge(len(self.tableau.c) - (self.slope is not None), h)
+        x, seen = step(self.tableau, self.field, self.t, h, self.x, self.slope)
+        error, magnitude = self._measure(h, x.detach(), seen)
+        accepted = error <= 1.0
+        factor = self._factor(error)
+        if accepted:
+            if self.on_step is not None:
+                self.on_step(Step(self.t, h, seen, output))
+            self.steps += 1
+            self.t += h
+            self.x, self.magnitude = x, magnitude
+            self.slope = seen.slopes[-1] if self.tableau.first_same_as_last else None
+            # A step cut short by an output says little about the length to try after it.
+            self.size = max(self.size, length * factor) if output is not None and factor >= 1 else length * factor
+        else:
+            self.rejected += 1
+            self.slope = seen.slopes[0]
+            self.size = length * min(factor, 1.0)
+            self._refuse_underflow(error, end)
+        return accepted
+
+    @torch.no_grad()
+    def _measure(self, h: float, x: Tensor, seen: Stages) -> tuple[float, Tensor]:
+        """The error in units of the tolerance, and |x_next|."""
+        weights, slopes = self.error_weights, [slope.detach() for slope in seen.slopes]
+        error = weighted_sum(h, weights, slopes)
+        magnitude = x.abs()
+        scale = torch.maximum(self.magnitude, magnitude).mul_(self.rtol).add_(self.atol)
+        return float(self.norm(error.div_(scale))), magnitude
+
+    def _factor(self, error: float) -> float:
+        """How much longer the next step may be."""
+        if not math.isfinite(error):
+            return SHRINK
+        if error == 0.0:
+            return GROW
+        return min(GROW, max(SHRINK, SAFETY * error ** (-1.0 / self.tableau.order)))
+
+    def _charge(self, evaluations: int, h: float) -> None:
+        self.evaluations += evaluations
+        if self.max_evaluations is not None and self.evaluations > self.max_evaluations:
+            raise ConvergenceError(
+                f"the integration would spend more than its {self.max_evaluations} evaluations of the field and stands "
+                f"at t = {self.t:.6g} with step {h:.3g}; expected to reach the end within max_evaluations: the field "
+                "has grown stiff or fast (watch the evaluations beside the loss, lower the learning rate, add weight "
+                "decay), the tolerance is too tight, or the cap too low"
+            )
+
+    @torch.no_grad()
+    def _first_size(self, slope: Tensor) -> float:
+        """A length whose Euler step stays well within the tolerance (Hairer, Norsett and Wanner, II.4)."""
+        x = self.x.detach()
+        scale = self.magnitude * self.rtol + self.atol
+        d0, d1 = float(self.norm(x / scale)), float(self.norm(slope / scale))
+        if not math.isfinite(d1):
+            raise NonFiniteError(_non_finite(self.t, "at the very start"))
+        h0 = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1
+        self._charge(1, h0)
+        h = self.direction * h0
+        bend = self.field(self.t + h, torch.add(x, slope, alpha=h)) - slope
+        d2 = float(self.norm(bend / scale)) / h0
+        if not math.isfinite(d2):
+            return 0.01 * h0
+        if max(d1, d2) <= 1e-15:
+            return max(1e-6, h0 * 1e-3)
+        return min(100 * h0, (0.01 / max(d1, d2)) ** (1.0 / self.tableau.order))
+
+    def _refuse_underflow(self, error: float, end: float) -> None:
+        if self.size > 1e-13 * max(abs(self.t), abs(end)):
+            return
+        if not math.isfinite(error):
+            raise NonFiniteError(_non_finite(self.t, f"for steps down to {self.size:.1e}"))
+        raise ConvergenceError(
+            f"underflow in dt: at t = {self.t:.6g} a step of {self.size:.1e} still has {error:.1e} times the error "
+            f"that rtol={self.rtol}, atol={self.atol} allow; expected a smooth field: it is discontinuous, explodes in "
+            "finite time or is extremely stiff there, or it is noisy (dropout under an adaptive method: use a fixed "
+            "grid, steps=), or the tolerance is below the rounding of the state's dtype"
+        )
+
+
+def _non_finite(t: float, when: str) -> str:
+    return (
+        f"the field returned NaN or infinity near t = {t:.6g} {when}; expected finite values: check the field's "
+        "parameters for NaN (a diverged optimiser: lower the learning rate, clip gradients), its input, and divisions, "
+        "logarithms and roots inside it"
+    )

@@ -1,0 +1,73 @@
+"""A walk on a fixed grid: every interval between two times is cut into equal steps."""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ocnopt.checks import times_in_order
+from ocnopt.errors import NonFiniteError, ProblemError
+from ocnopt.integrate.runge_kutta import Field, step
+from ocnopt.integrate.tableaus import RK4, Tableau
+from ocnopt.integrate.walk import OnStep, Step, Walk
+
+
+def integrate(
+    field: Field,
+    x: Tensor,
+    times: Sequence[float],
+    *,
+    step_size: float,
+    tableau: Tableau = RK4,
+    first: Tensor | None = None,
+    on_step: OnStep | None = None,
+) -> Walk:
+    """Integrate dx/dt = F(t, x) from ``times[0]`` through ``times[1:]`` in equal steps no longer than ``step_size``.
+
+    Args:
+        field: ``field(t, x)`` with t a float, shaped like x.
+        x: the state at ``times[0]``, one tensor of any shape; a graph that it carries is continued.
+        times: start and outputs, in either direction.
+        step_size: longest step, a positive length; each interval is cut into the least number of equal steps.
+        tableau: any explicit method.
+        first: F at the start, where it is known already.
+        on_step: called with every :class:`~ocnopt.integrate.walk.Step`.
+
+    Raises:
+        ProblemError: the times or the step size make no grid.
+        NonFiniteError: the path left the finite numbers.
+
+    >>> walk = integrate(lambda t, x: -x, torch.ones(1, dtype=torch.float64), (0.0, 1.0), step_size=0.01)
+    >>> walk.steps, walk.evaluations, bool(abs(walk.state[0] - math.exp(-1.0)) < 1e-10)
+    (100, 400, True)
+    """
+    times_in_order(times)
+    if not (math.isfinite(step_size) and step_size > 0):
+        raise ProblemError(f"step_size is {step_size}; expected a positive length of time")
+    states, slope, steps, evaluations = [], first, 0, 0
+    for output, (start, end) in enumerate(pairwise(times), start=1):
+        count = max(1, math.ceil(abs(end - start) / step_size - 1e-6))
+        h = (end - start) / count
+        t = start
+        for i in range(count):
+            evaluations += len(tableau.c) - (slope is not None)
+            x, seen = step(tableau, field, t, h, x, slope)
+            slope = seen.slopes[-1] if tableau.first_same_as_last else None
+            if on_step is not None:
+                on_step(Step(t, h, seen, output if i == count - 1 else None))
+            t += h
+        _require_finite(x, start, end, h)
+        steps += count
+        states.append(x)
+    return Walk(states, slope, step_size, steps, 0, evaluations)
+
+
+def _require_finite(x: Tensor, start: float, end: float, h: float) -> None:
+    if not bool(torch.isfinite(x.detach()).all()):
+        raise NonFiniteError(
+            f"the state became NaN or infinite between t = {start:.6g} and t = {end:.6g}, in steps of {h:.3g}; "
+            "expected a finite path: the field overflows or leaves its domain, or the steps are too long for it (more "
+            "steps, or an adaptive method such as dopri5)"
+        )

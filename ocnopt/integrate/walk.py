@@ -1,0 +1,82 @@
+"""What a walk along a path returns: accepted steps, states at the output times, counts.
+
+A walk goes from ``times[0]`` through ``times[1:]``, forwards or backwards, and stops at each of them: the last step of
+an interval is shortened to end there, nothing is interpolated. Step sizes h carry the sign of the direction.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from typing import Generic, NamedTuple, TypeVar
+
+from torch import Tensor
+
+from ocnopt.integrate.runge_kutta import Stages
+from ocnopt.integrate.tableaus import Tableau
+
+T = TypeVar("T")
+
+
+class Step(NamedTuple):
+    """One accepted step from ``time`` to ``time + size``; ``output`` is i where it ends at ``times[i]``."""
+
+    time: float
+    size: float
+    stages: Stages
+    output: int | None
+
+
+OnStep = Callable[[Step], None]
+
+
+class Walk(NamedTuple):
+    """A finished walk.
+
+    ``states`` are those at ``times[1:]``; ``slope`` is F at the end where the method knows it; ``next_size`` is the
+    step length that an adaptive walk would try next.
+    """
+
+    states: list[Tensor]
+    slope: Tensor | None
+    next_size: float
+    steps: int
+    rejected: int
+    evaluations: int
+
+    @property
+    def state(self) -> Tensor:
+        """The state at the last time."""
+        return self.states[-1]
+
+
+class StageLog(Generic[T]):
+    """What was noted at the evaluations of a walk, handed out for the stages of each accepted step.
+
+    Evaluations of rejected attempts and of the search for a first step drop out; with ``first_same_as_last`` the note
+    of a step's last stage is also that of the next step's first.
+    """
+
+    def __init__(self, tableau: Tableau) -> None:
+        self._first: T | None = None
+        self._rest: deque[T] = deque(maxlen=len(tableau.c) - 1)
+        self._reuse, self._retaken = tableau.first_same_as_last, 0
+
+    @property
+    def stage(self) -> int:
+        """Index of the stage that comes next, in a walk that was given the length of its first step."""
+        return 0 if self._first is None else 1 + self._retaken % max(1, self._rest.maxlen or 1)
+
+    def add(self, note: T) -> None:
+        """Note one evaluation."""
+        if self._first is None:
+            self._first = note
+        else:
+            self._rest.append(note)
+            self._retaken += 1
+
+    def accept(self) -> list[T]:
+        """The notes of the stages of the step just accepted."""
+        notes = [] if self._first is None else [self._first, *self._rest]
+        self._first = notes[-1] if self._reuse and notes else None
+        self._rest.clear()
+        self._retaken = 0
+        return notes

@@ -1,0 +1,250 @@
+"""A module whose output is the end of a path: dx/dt = F(t, x) from x(t0) = input to x(T) = output, F any module.
+
+The whole solve is one node of autograd. Its forward pass walks without a graph and keeps what the chosen adjoint needs;
+its backward pass runs that adjoint, through which observers (curvature, the horizon's policy) see what they need.
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ocnopt.checks import nearest, times_in_order
+from ocnopt.differential.discrete import Observer, Observers
+from ocnopt.errors import ProblemError
+from ocnopt.integrate import adaptive, fixed, torchdiffeq_bridge
+from ocnopt.integrate.tableaus import TABLEAUS
+from ocnopt.integrate.walk import Walk
+from ocnopt.neural.evaluation import Evaluation, Packing, State, Statistics, Surroundings
+from ocnopt.neural.solve import Job, solve
+from ocnopt.ocp import FreeHorizon, Horizon, read_horizon
+
+ADJOINTS = ("discrete", "continuous", "backprop")
+DEFAULT_STEPS = 20
+
+
+class NeuralODE(nn.Module):
+    """The flow of ``dx/dt = field(t, x)`` over a horizon, as a layer.
+
+    Args:
+        field: any module ``field(t, x) -> dx/dt`` with t a 0-d tensor; x a tensor of any shape or a tuple of tensors.
+        horizon: the end time T (from 0), ``Horizon(t0, t1)``, also backwards, or ``FreeHorizon``: then T is the buffer
+            ``T``, saved with the module and moved by a horizon policy.
+        method: ``"dopri5"``, ``"bosh3"``, ``"rk4"``, ``"kutta3"``, ``"heun"``, ``"midpoint"``, ``"euler"``, or any
+            method of torchdiffeq by its name.
+        rtol: relative tolerance of an adaptive method.
+        atol: absolute tolerance.
+        steps: cut the horizon into this many equal steps instead; 20 for a method without an error estimate.
+        adjoint: ``"discrete"``: the exact gradient of the steps taken, step sizes held. ``"continuous"``: integrates
+            the costate backwards, memory constant in the number of steps. ``"backprop"``: autograd through every step.
+        checkpoint_bytes: what "discrete" may keep of a path; a longer one is thinned to about the square root of its
+            steps and recomputed in stretches.
+        adjoint_params: tensors besides the field's parameters that it depends on and that need gradients, or a function
+            that returns them at every forward pass.
+        max_evaluations: cap on the evaluations of one adaptive walk.
+
+    Raises:
+        ProblemError: an argument is wrong, or the field's output does not fit the state.
+
+    Source: Chen et al., arXiv 1806.07366; the discrete adjoint is described in :mod:`ocnopt.differential.discrete`.
+
+    >>> decay = nn.Linear(1, 1, bias=False, dtype=torch.float64)
+    >>> _ = nn.init.constant_(decay.weight, -1.0)
+    >>> class Field(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.decay = decay
+    ...     def forward(self, t, x):
+    ...         return self.decay(x)
+    >>> ode = NeuralODE(Field(), horizon=2.0, rtol=1e-9, atol=1e-9)
+    >>> y = ode(torch.ones(1, 1, dtype=torch.float64))
+    >>> y.backward()
+    >>> bool(abs(y - math.exp(-2.0)) < 1e-8), bool(abs(decay.weight.grad - 2 * math.exp(-2.0)) < 1e-7)
+    (True, True)
+    """
+
+    T: Tensor
+
+    def __init__(
+        self,
+        field: nn.Module | Any,
+        horizon: float | Horizon | FreeHorizon = 1.0,
+        *,
+        method: str = "dopri5",
+        rtol: float = 1e-3,
+        atol: float = 1e-3,
+        steps: int | None = None,
+        adjoint: str = "discrete",
+        checkpoint_bytes: int = 256 * 2**20,
+        adjoint_params: Iterable[Tensor] | Callable[[], Iterable[Tensor]] | None = None,
+        max_evaluations: int | None = 100_000,
+    ) -> None:
+        super().__init__()
+        if not isinstance(field, nn.Module):
+            raise ProblemError(
+                f"field is {type(field).__name__}; expected an nn.Module called as field(t, x): put the function into "
+                "the forward method of a module, with its parameters"
+            )
+        _require_name("adjoint", adjoint, ADJOINTS)
+        if method not in TABLEAUS:
+            _require_name("method", method, (*TABLEAUS, *torchdiffeq_bridge.method_names()))
+        if steps is not None and (type(steps) is not int or steps < 1):
+            raise ProblemError(f"steps is {steps!r}; expected a positive whole number, or None for error control")
+        self.field = field
+        self.horizon = read_horizon(horizon)
+        self.method, self.rtol, self.atol, self.adjoint = method, rtol, atol, adjoint
+        self.steps, self.checkpoint_bytes, self.max_evaluations = steps, checkpoint_bytes, max_evaluations
+        self.adjoint_params = adjoint_params if callable(adjoint_params) else [*(adjoint_params or ())]
+        if isinstance(self.horizon, FreeHorizon):
+            self.register_buffer("T", torch.tensor(self.horizon.initial, dtype=torch.float64))
+        self.statistics = Statistics()
+        self._observers: OrderedDict[int, Observer] = OrderedDict()
+
+    def forward(self, x: State, times: Sequence[float] | Tensor | None = None) -> State:
+        """The state at the end of the horizon, or at ``times`` along a new leading axis.
+
+        Args:
+            x: the state at the start: a tensor, or a tuple of tensors.
+            times: where to report instead of at the end, strictly monotone; from the horizon's start, or, where they
+                run against the horizon, from its end. Their gradients are exact too.
+
+        Raises:
+            ProblemError: the state, the times or the field's output do not fit.
+            NonFiniteError: the path left the finite numbers.
+            ConvergenceError: the step underflowed, or ``max_evaluations`` were spent.
+        """
+        packing = Packing.of(x)
+        path, moving, from_start = self._path(times)
+        state = packing.join(x)
+        if len(path) == 1:
+            return packing.split(state.unsqueeze(0))
+        outputs = self._solve(packing, state, path, moving)
+        if times is None:
+            return packing.split(outputs[-1])
+        return packing.split(torch.stack([state, *outputs] if from_start else [*outputs]))
+
+    def observe(self, observer: Observer) -> RemovableHandle:
+        """Let ``observer`` watch the backward pass of every solve from now on, until ``handle.remove()``.
+
+        Raises:
+            ProblemError: the adjoint is not one of ours.
+        """
+        if self.method not in TABLEAUS or self.adjoint == "backprop":
+            raise ProblemError(
+                f"a solve with method={self.method!r}, adjoint={self.adjoint!r} cannot be observed; expected one of "
+                f'{", ".join(TABLEAUS)} with adjoint="discrete" or "continuous"'
+            )
+        handle = RemovableHandle(self._observers)
+        self._observers[handle.id] = observer
+        return handle
+
+    def extra_repr(self) -> str:
+        """What ``print(module)`` shows of the solve."""
+        control = f"steps={self.steps}" if self.steps else f"rtol={self.rtol}, atol={self.atol}"
+        return f"{self.horizon}, method={self.method!r}, {control}, adjoint={self.adjoint!r}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is a new module: whoever observes this one has not asked to observe that one.
+        return {**self.__dict__, "_observers": OrderedDict()}
+
+    def _path(self, times: Sequence[float] | Tensor | None) -> tuple[list[float], Tensor | None, bool]:
+        """Start and outputs as numbers, as a tensor if they need gradients, and whether the start is an output too."""
+        start, end, moving = self.horizon.t0, self._end(), None
+        if times is None:
+            if isinstance(self.horizon, FreeHorizon) and self.T.requires_grad:
+                moving = torch.stack([torch.full_like(self.T, start), self.T])
+            return [start, end], moving, False
+        wanted = times if isinstance(times, Tensor) else torch.tensor([*times], dtype=torch.float64)
+        if wanted.ndim != 1 or not wanted.numel() or not wanted.is_floating_point():
+            raise ProblemError(
+                f"times has shape {tuple(wanted.shape)} and dtype {wanted.dtype}; expected a vector of one or more "
+                "floating-point times: torch.linspace(0.0, 1.0, 5)"
+            )
+        values = wanted.tolist()
+        against = len(values) > 1 and (values[1] - values[0]) * (end - start) < 0
+        start = end if against else start
+        from_start = math.isclose(values[0], start, rel_tol=1e-6, abs_tol=1e-9)
+        if not from_start and (values[0] - start) * (end - self.horizon.t0) * (-1 if against else 1) <= 0:
+            raise ProblemError(
+                f"times begin at {values[0]}, behind the start {start} of the path; expected times that lead on from "
+                "there: set horizon=oc.Horizon(start, end)"
+            )
+        path = values if from_start else [start, *values]
+        if len(path) > 1:
+            times_in_order(path)
+        if wanted.requires_grad:
+            moving = wanted if from_start else torch.cat([wanted.new_full((1,), start), wanted])
+        return path, moving, from_start
+
+    def _end(self) -> float:
+        return float(self.T) if isinstance(self.horizon, FreeHorizon) else self.horizon.t1
+
+    def _differentiated(self) -> list[Tensor]:
+        extra = self.adjoint_params() if callable(self.adjoint_params) else self.adjoint_params
+        unique = {id(tensor): tensor for tensor in (*self.field.parameters(), *extra) if tensor.requires_grad}
+        return [*unique.values()]
+
+    def _solve(self, packing: Packing, x: Tensor, path: list[float], moving: Tensor | None) -> Sequence[Tensor]:
+        """The states at ``path[1:]``."""
+        surroundings = Surroundings(self.field, x.device)
+        evaluation = Evaluation(self.field, packing, self._differentiated(), surroundings, moving is not None)
+        self.statistics = evaluation.statistics
+        step_size = abs(self._end() - self.horizon.t0) / (self.steps or DEFAULT_STEPS)
+        if self.method not in TABLEAUS:
+            return self._through_torchdiffeq(evaluation, x, path, moving, step_size)
+        job = Job(evaluation, TABLEAUS[self.method], self._integrator(step_size), path, self._observer())
+        if torch.is_grad_enabled() and self.adjoint == "backprop" and moving is not None:
+            raise ProblemError(
+                'times that need gradients met adjoint="backprop", whose steps are plain numbers; expected "discrete" '
+                'or "continuous", or detached times'
+            )
+        if not torch.is_grad_enabled() or self.adjoint == "backprop":
+            return job.walk(x).states
+        return solve(job, x, moving, self.checkpoint_bytes if self.adjoint == "discrete" else None)
+
+    def _through_torchdiffeq(
+        self, evaluation: Evaluation, x: Tensor, path: list[float], moving: Tensor | None, step_size: float
+    ) -> Sequence[Tensor]:
+        continuous = self.adjoint == "continuous" and torch.is_grad_enabled()
+        if continuous:
+            evaluation.first(path[0], x)
+        states = torchdiffeq_bridge.integrate(
+            evaluation.at,
+            x,
+            torch.tensor(path, dtype=x.dtype, device=x.device) if moving is None else moving,
+            method=self.method,
+            rtol=self.rtol,
+            atol=self.atol,
+            step_size=step_size,
+            adjoint_parameters=evaluation.parameters if continuous else None,
+        )
+        evaluation.is_backward = True
+        return states.unbind(0)
+
+    def _integrator(self, step_size: float) -> partial[Walk]:
+        tableau = TABLEAUS[self.method]
+        if self.steps is not None or tableau.b_error is None:
+            return partial(fixed.integrate, tableau=tableau, step_size=step_size)
+        return partial(
+            adaptive.integrate,
+            tableau=tableau,
+            rtol=self.rtol,
+            atol=self.atol,
+            max_evaluations=self.max_evaluations,
+        )
+
+    def _observer(self) -> Observer | None:
+        observers = [*self._observers.values()]
+        return None if not observers else observers[0] if len(observers) == 1 else Observers(observers)
+
+
+def _require_name(what: str, name: str, options: Sequence[str]) -> None:
+    if name not in options:
+        raise ProblemError(
+            f"{what} {name!r} is unknown; expected one of {', '.join(options)}{nearest(str(name), options)}"
+        )

@@ -1,0 +1,205 @@
+"""A whole solve as one node of autograd: the walk forwards, the chosen adjoint backwards.
+
+``Discrete`` keeps the accepted steps and replays them, ``Continuous`` keeps the output states and integrates the
+costate. What must survive until the backward pass is saved through autograd, which frees it afterwards.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ocnopt.differential.adjoint import ContinuousStep, Interval
+from ocnopt.differential.discrete import (
+    Costate,
+    DiscreteStep,
+    Gradient,
+    Observer,
+    PullStep,
+    StagewisePull,
+    Trajectory,
+    WholePull,
+    shortened,
+)
+from ocnopt.differential.sweep import sweep
+from ocnopt.errors import OcnoptError
+from ocnopt.integrate import adaptive
+from ocnopt.integrate.tableaus import Tableau
+from ocnopt.integrate.walk import StageLog, Step, Walk
+from ocnopt.neural.evaluation import Evaluation, Noise
+
+
+@dataclass(frozen=True)
+class Job:
+    """One solve: the field, the method, the walk with method and tolerances bound, start and output times."""
+
+    evaluation: Evaluation
+    tableau: Tableau
+    integrate: partial[Walk]
+    path: Sequence[float]
+    observer: Observer | None
+
+    def walk(self, x: Tensor, first: Tensor | None = None, on_step: Callable[[Step], None] | None = None) -> Walk:
+        """Walk the path and note its statistics."""
+        walk = self.integrate(self.evaluation, x, self.path, first=first, on_step=on_step)
+        self.evaluation.statistics.steps, self.evaluation.statistics.rejected = walk.steps, walk.rejected
+        return walk
+
+    def tell_terminal(self, x: Tensor, slope: Tensor | None, costate: Tensor) -> None:
+        """Tell the observer about the end of the path."""
+        if self.observer is not None:
+            slope = self.evaluation(self.path[-1], x) if slope is None else slope
+            self.observer.terminal(x, slope, costate)
+
+
+class Discrete:
+    """The exact gradient of the accepted steps, which are kept within ``budget`` bytes."""
+
+    def __init__(self, job: Job, budget: int) -> None:
+        self.job, self._budget = job, budget
+        self._tableau = shortened(job.tableau)
+        self._stagewise = job.observer is not None or job.evaluation.moving
+        self._slope: Tensor | None = None
+
+    def forward(self, x: Tensor) -> tuple[Walk, list[Tensor]]:
+        """Walk, and what must be saved: x(T) if somebody watches, then the trajectory."""
+        evaluation, surroundings = self.job.evaluation, self.job.evaluation.surroundings
+        before = surroundings.noise()
+        first = evaluation.first(self.job.path[0], x)
+        noisy = surroundings.moved(before)
+        walk = self._walk(x, first, before if noisy else None)
+        if not noisy and surroundings.moved(before):
+            # The field drew its first random numbers on the way: walk again and note their states.
+            surroundings.set_noise(before)
+            walk = self._walk(x, first, before)
+        end = [] if self.job.observer is None else [walk.states[-1].clone()]
+        self._slope = None if self.job.observer is None else walk.slope
+        return walk, end + self._trajectory.release()
+
+    def _walk(self, x: Tensor, first: Tensor, noise: Noise | None) -> Walk:
+        job = self.job
+        log = job.evaluation.log = None if noise is None else StageLog(job.tableau)
+        if log is not None and noise is not None:
+            log.add(noise)
+        depth = len(self._tableau.c) if self._stagewise else 1
+        self._trajectory = Trajectory(job.tableau, depth, self._budget, job.evaluation, log)
+        walk = job.walk(x, first, self._trajectory.append)
+        job.evaluation.log = None
+        return walk
+
+    def backward(self, saved: Sequence[Tensor], terminal: Costate, jumps: dict[int, Tensor]) -> Costate:
+        """Replay the steps from the last to the first."""
+        job, moving = self.job, self.job.evaluation.moving
+        if job.observer is not None:
+            job.tell_terminal(saved[0], self._slope, terminal.x)
+            saved = saved[1:]
+        pull: PullStep = WholePull(self._tableau, job.evaluation)
+        if self._stagewise:
+            pull = StagewisePull(self._tableau, job.evaluation, job.observer, moving)
+        self._trajectory.restore(saved)
+        try:
+            return sweep(DiscreteStep(pull, jumps, job.path), self._trajectory, terminal)[0]
+        finally:
+            self._trajectory.release()
+
+
+class Continuous:
+    """The costate equation, integrated backwards."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self._slope: Tensor | None = None
+
+    def forward(self, x: Tensor) -> tuple[Walk, list[Tensor]]:
+        """Walk, and what must be saved: the output states."""
+        surroundings = self.job.evaluation.surroundings
+        before = surroundings.noise()
+        walk = self.job.walk(x, self.job.evaluation.first(self.job.path[0], x))
+        if surroundings.moved(before):
+            warnings.warn(
+                "the field draws random numbers (dropout?), and the continuous adjoint meets other ones on its way "
+                "back: "
+                'its gradient is not that of this forward pass; use adjoint="discrete"',
+                stacklevel=2,
+            )
+        self._slope = None if self.job.observer is None else walk.slope
+        # Half of what the path alone would bear: the costate may bend where the path does not.
+        self._size = 0.5 * walk.next_size
+        # The last output is the caller's, who may work on it in place.
+        return walk, [*walk.states[:-1], walk.states[-1].clone()]
+
+    def backward(self, saved: Sequence[Tensor], terminal: Costate, jumps: dict[int, Tensor]) -> Costate:
+        """Integrate from the last output to the start."""
+        job = self.job
+        job.tell_terminal(saved[-1], self._slope, terminal.x)
+        adaptively = job.integrate.func is adaptive.integrate
+        integrate = partial(job.integrate, first_size=self._size) if adaptively else job.integrate
+        ends = enumerate(zip(job.path[:-1], job.path[1:], saved, strict=True), start=1)
+        intervals = [Interval(start, end, i, state, jumps.get(i)) for i, (start, end, state) in ends]
+        # The sweep starts from zero, so that the last output's cotangent is a jump like any other.
+        last = intervals[-1]._replace(jump=terminal.x)
+        step = ContinuousStep(job.tableau, integrate, job.evaluation, job.observer, job.evaluation.moving)
+        nothing = terminal._replace(x=torch.zeros_like(terminal.x))
+        return sweep(step, [*intervals[:-1], last], nothing)[0]
+
+
+class _Node(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, adjoint: Discrete | Continuous, x: Tensor, moving: Tensor | None, *parameters: Tensor) -> Any:
+        walk, kept = adjoint.forward(x)
+        adjoint.job.evaluation.surroundings.forget_casts()
+        ctx.adjoint, ctx.count = adjoint, len(parameters)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, *parameters, *kept)
+        return tuple(walk.states)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        x, *saved = ctx.saved_tensors
+        parameters, kept = saved[: ctx.count], saved[ctx.count :]
+        end = torch.zeros_like(x) if cotangents[-1] is None else cotangents[-1].detach()
+        jumps = {i: jump.detach() for i, jump in enumerate(cotangents[:-1], start=1) if jump is not None}
+        times = end.new_zeros(len(cotangents) + 1, dtype=torch.float64)
+        with ctx.adjoint.job.evaluation.replaying():
+            costate = ctx.adjoint.backward(kept, Costate(end, Gradient(ctx.count), times), jumps)
+        gradients: tuple[Tensor | None, ...] = (
+            costate.x if ctx.needs_input_grad[1] else None,
+            costate.times if ctx.needs_input_grad[2] else None,
+            *costate.parameters.totals,
+        )
+        if torch.is_grad_enabled():
+            gradients = _Last.apply(len(gradients), *gradients, x, *parameters)
+        return None, *gradients
+
+
+class _Last(torch.autograd.Function):
+    """Passes gradients on and refuses to be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> Any:
+        return tuple(None if tensor is None else tensor.clone() for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        raise OcnoptError(
+            "the gradient of a NeuralODE was differentiated once more; its adjoint solve gives first derivatives only: "
+            "use "
+            'adjoint="backprop", or oc.hvp and oc.differentiate for second derivatives'
+        )
+
+
+def solve(job: Job, x: Tensor, moving: Tensor | None, budget: int | None) -> tuple[Tensor, ...]:
+    """The output states of a job, differentiable by the discrete adjoint, or the continuous one without a budget.
+
+    Args:
+        job: what to solve.
+        x: the state at the start.
+        moving: start and output times as a tensor where they need gradients.
+        budget: bytes of stage points that the discrete adjoint may keep.
+    """
+    adjoint = Continuous(job) if budget is None else Discrete(job, budget)
+    return _Node.apply(adjoint, x, moving, *job.evaluation.parameters)

@@ -1,0 +1,91 @@
+"""Every picture is written, with labelled axes; numbers behind the curves are right."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ocnopt.cli import plots
+from ocnopt.cli.control import draw
+from ocnopt.cli.learning import last_loss, reaches
+from ocnopt.errors import ProblemError
+from ocnopt.problems import control
+from ocnopt.solvers.solve import solve
+
+
+@pytest.fixture(scope="module")
+def solution():
+    return solve(control("mimo_lqr_two_masses").build(), "ddp", steps=8)
+
+
+def lines(count, T=1.0):
+    return [
+        {
+            "iteration": i + 1,
+            "epoch": i // 4,
+            "loss": 2.0 / (i + 1),
+            "T": T,
+            "forward": 20,
+            "backward": 18,
+            "seconds": 0.1 * i,
+        }
+        | ({"test_accuracy": 0.5} if i % 4 == 3 else {})
+        for i in range(count)
+    ]
+
+
+def assert_picture(path):
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        pixels = np.asarray(image.convert("L"))
+    assert pixels.shape[0] > 300
+    assert pixels.shape[1] > 600
+    assert pixels.min() < 100, "nothing is drawn"
+
+
+def test_pictures_of_a_control_problem(tmp_path, solution):
+    record = control("mimo_lqr_two_masses")
+    labels = (record.state_labels, record.control_labels)
+    images = draw(tmp_path, {"ddp": solution, "again": solution}, *labels, "time (s)", prefix="x-")
+    assert [image.path.split("/")[1] for image in images] == [
+        "x-states.png",
+        "x-controls.png",
+        "x-gains.png",
+        "x-convergence.png",
+    ]
+    for image in images:
+        assert image.caption
+        assert_picture(tmp_path / image.path.split("/")[1])
+
+
+def test_gains_of_a_solver_that_has_none(tmp_path, solution):
+    from dataclasses import replace
+
+    with pytest.raises(ProblemError, match="the solution has no gains; expected one of DDP"):
+        plots.plot_gains(tmp_path / "gains.png", replace(solution, gains=None), (), (), "time (s)")
+
+
+def test_pictures_of_training(tmp_path):
+    runs = {"Adam": [lines(12), lines(12)], "SNOpt": [lines(12, T=0.9)]}
+    for path in (
+        plots.plot_loss_against_time(tmp_path / "a.png", runs, 4),
+        plots.plot_loss_against_iteration(tmp_path / "b.png", runs, 1),
+        plots.plot_horizon(tmp_path / "c.png", runs),
+        plots.plot_accuracy(tmp_path / "d.png", runs),
+    ):
+        assert_picture(path)
+
+
+def test_a_mean_over_a_window():
+    values = torch.rand(20, dtype=torch.float64).tolist()
+    smoothed = plots.smooth(values, 5)
+    assert np.isnan(smoothed[:4]).all()
+    assert smoothed[4:] == pytest.approx([np.mean(values[i - 4 : i + 1]) for i in range(4, 20)])
+    assert plots.smooth([1.0], 3).tolist() == pytest.approx([np.nan], nan_ok=True)
+
+
+def test_when_a_loss_is_reached():
+    metrics = lines(10)
+    assert last_loss(metrics, 2) == pytest.approx((2 / 9 + 2 / 10) / 2)
+    assert reaches(metrics, 1.5, 2) == (2, pytest.approx(0.1))
+    assert reaches(metrics, 0.0, 2) is None

@@ -1,0 +1,63 @@
+"""Every example runs as a user would run it, and the README shows it as it is."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
+
+
+def run(name, capsys):
+    runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+    return capsys.readouterr().out
+
+
+def test_every_example_is_tested():
+    assert [path.name for path in SCRIPTS] == ["drop_in_snopt.py", "own_problem.py", "own_problem_against_casadi.py"]
+
+
+def test_own_problem(capsys):
+    output = run("own_problem.py", capsys)
+    assert "converged" in output
+    ends = {
+        name: (float(along), float(across))
+        for name, along, across in re.findall(
+            r"(with feedback|open loop) +through gusts: ends at \((.*?), (.*?)\) m", output
+        )
+    }
+    # feedback brings the boat to the dock, the open loop misses it by metres
+    assert abs(ends["with feedback"][0]) < 0.3
+    assert abs(ends["with feedback"][1] - 20) < 0.3
+    assert abs(ends["open loop"][0]) > 1
+
+
+def test_own_problem_against_casadi(capsys):
+    output = run("own_problem_against_casadi.py", capsys)
+    rows = {line.split()[0]: line.split() for line in output.splitlines() if line.startswith(("ddp ", "casadi "))}
+    assert float(rows["ddp"][1]) == pytest.approx(float(rows["casadi"][1]), rel=1e-6)
+    assert float(rows["ddp"][2]) == pytest.approx(float(rows["casadi"][2]), rel=1e-5)
+    assert rows["ddp"][-1] == rows["casadi"][-1] == "yes"
+
+
+def test_drop_in_snopt(capsys):
+    output = run("drop_in_snopt.py", capsys)
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", output)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_the_demo_and_the_example_solve_the_same_problem():
+    from ocnopt.cli import boat
+    from ocnopt.solvers.solve import solve
+
+    example = runpy.run_path(str(ROOT / "examples" / "own_problem.py"))["problem"]
+    costs = [float(solve(problem, "ddp", steps=20).cost) for problem in (example, boat.problem())]
+    assert costs[0] == costs[1]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_the_readme_shows_the_example(path):
+    body = path.read_text(encoding="utf-8").split('"""', 2)[2].strip()
+    assert body in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -1,0 +1,92 @@
+"""Names, records and the messages for names that do not exist."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from ocnopt import problems
+from ocnopt.errors import ProblemError
+from ocnopt.ocp import OCP, FreeHorizon
+from ocnopt.staged import StagedOCP
+
+CONTROL = problems.names("control")
+
+
+def test_the_names_of_the_first_part():
+    assert set(CONTROL) == {
+        "scalar_lqr",
+        "mimo_lqr_two_masses",
+        "double_integrator_min_energy",
+        "double_integrator_min_time",
+        "pendulum_swing_up",
+        "pendulum_swing_up_u5",
+        "cartpole_swing_up_soft",
+        "car_parking_tassa",
+        "brachistochrone",
+    }
+    assert problems.names("learning") == ("digits",)
+    assert problems.names() == (*CONTROL, "digits")
+
+
+def test_an_unknown_name_offers_the_nearest():
+    with pytest.raises(ProblemError, match="no problem is called 'pendulum_swingup'; did you mean 'pendulum_swing_up'"):
+        problems.get("pendulum_swingup")
+
+
+def test_an_unknown_kind():
+    with pytest.raises(ProblemError, match="kind is 'discrete'; expected 'control' or 'learning'"):
+        problems.names("discrete")
+
+
+def test_a_problem_of_the_other_kind():
+    with pytest.raises(ProblemError, match="'digits' is a learning problem; expected a control problem: train it"):
+        problems.control("digits")
+    with pytest.raises(ProblemError, match="'scalar_lqr' is a control problem; expected a learning problem: solve it"):
+        problems.learning_task("scalar_lqr")
+
+
+@pytest.mark.parametrize("name", CONTROL)
+def test_a_record_is_complete(name):
+    record = problems.control(name)
+    problem = record.build()
+    assert record.name == name
+    assert record.kind == "control"
+    assert record.summary
+    assert record.source
+    assert record.start
+    assert record.tolerance > 0
+    assert len(record.state_labels) == problem.state_dim
+    free = isinstance(problem, OCP) and isinstance(problem.horizon, FreeHorizon)
+    assert (record.T_star is not None) == free
+
+
+@pytest.mark.parametrize("name", CONTROL)
+@pytest.mark.parametrize("steps", [3, 50])
+def test_a_start_fits_the_number_of_steps(name, steps):
+    record = problems.control(name)
+    guess = record.initial_guess
+    if guess is None:
+        return
+    n, m = record.build().state_dim, len(record.control_labels)
+    shapes = {key: tuple(value.shape) for key, value in guess(steps).items()}
+    assert shapes["controls"] == (steps, m)
+    assert shapes.get("states", (steps + 1, n)) == (steps + 1, n)
+    assert all(value.dtype == torch.float64 for value in guess(steps).values())
+
+
+@pytest.mark.parametrize("name", CONTROL)
+def test_a_problem_takes_a_batch_of_initial_states(name):
+    record = problems.control(name)
+    single = record.build()
+    batch = record.build(initial_state=single.initial_state.expand(2, 3, -1))
+    assert batch.batch_shape == (2, 3)
+    assert isinstance(batch, OCP | StagedOCP)
+
+
+def test_a_second_copy_of_the_package_is_refused():
+    path = Path(problems.__file__)
+    spec = importlib.util.spec_from_file_location("problems", path)
+    with pytest.raises(ImportError, match="imported as 'problems'; expected 'ocnopt.problems'"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
