@@ -5,7 +5,7 @@ must come out as the two rows alone do, since the library evaluates functions on
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import pairwise
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocnopt.errors import ProblemError
+from ocnopt.errors import NonFiniteError, ProblemError
 
 Bounds = tuple[Tensor, Tensor]
 
@@ -170,6 +170,62 @@ def same_rows(name: str, together: Tensor, rows: Sequence[Tensor]) -> None:
             )
 
 
+def function_rows(
+    name: str,
+    function: Callable[..., Any],
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    batch: tuple[int, ...],
+    dtype: torch.dtype,
+    size: int | None = None,
+) -> Tensor:
+    """Call one function on two rows of named arguments, alone and stacked; return what it gives on the first.
+
+    Args:
+        name: ends in "cost" for a function that returns one number a state.
+        function: the user's.
+        rows: arguments at the start and at a point nearby; an int stays as it is, a 0-d tensor (a time, a step) is
+            stacked to broadcast against ``x[..., 0]``.
+        batch: the initial state's batch shape.
+        dtype: expected of what comes back.
+        size: expected of the last axis; any if None.
+
+    Raises:
+        ProblemError: it fails, mixes leading axes, or returns a wrong shape, dtype or a non-finite value.
+    """
+    signature = f"({', '.join(rows[0])})"
+
+    def read(given: Sequence[Any], lead: tuple[int, ...]) -> Tensor:
+        value = call(name, signature, function, *given)
+        if name.endswith("cost"):
+            return scalar_output(name, value, lead, dtype)
+        return vector_output(name, value, None if size is None else (*lead, size), lead, dtype)
+
+    with torch.no_grad():
+        alone = [read(tuple(row.values()), batch) for row in rows]
+        finite_output(name, alone[0])
+        together = [stack_rows(pair, len(batch)) for pair in zip(*(row.values() for row in rows), strict=True)]
+        same_rows(name, read(together, (len(rows), *batch)), alone)
+    return alone[0]
+
+
+def stack_rows(values: Sequence[Any], axes: int) -> Any:
+    """Rows on a leading axis; a 0-d tensor broadcasts against ``x[..., 0]``, an int or a shared vector stays."""
+    first = values[0]
+    if isinstance(first, int) or (first is values[1] and first.ndim > 0):
+        return first
+    rows = torch.stack(list(values))
+    return rows.reshape(len(values), *(1,) * axes) if first.ndim == 0 else rows
+
+
+def nearby(argument: Any) -> Any:
+    """A seeded point close by; what is not floating-point stays."""
+    if isinstance(argument, int) or not argument.is_floating_point():
+        return argument
+    generator = torch.Generator().manual_seed(0)
+    return argument + 0.01 * torch.randn(argument.shape, generator=generator, dtype=torch.float64).to(argument)
+
+
 def times_in_order(times: Sequence[float]) -> None:
     """Refuse times that do not run in one direction.
 
@@ -182,3 +238,52 @@ def times_in_order(times: Sequence[float]) -> None:
             f"times {[*times]} do not run in one direction; expected a start and one or more further times, strictly "
             "increasing or strictly decreasing: sort them and drop repeated ones"
         )
+
+
+def start(initial_state: Any, parameters: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Read x(t0) ``(*batch, n)`` and p ``(q,)``."""
+    if not dtype.is_floating_point:
+        raise ProblemError(f"dtype is {dtype}; expected a floating-point dtype such as torch.float64")
+    x0 = float_tensor("initial_state", initial_state, dtype)
+    if x0.ndim == 0 or x0.shape[-1] == 0:
+        raise ProblemError(f"initial_state has shape {shape(x0)}; expected (*batch, n) with n >= 1")
+    if parameters is None:
+        return x0, None
+    p = float_tensor("parameters", parameters, dtype, x0.device)
+    if p.ndim != 1 or p.shape[0] == 0:
+        raise ProblemError(
+            f"parameters has shape {shape(p)}; expected a flat vector (q,) with q >= 1: use torch.cat of "
+            "flattened tensors"
+        )
+    return x0, p
+
+
+def finite_path(steps: Sequence[Tensor], cost: Tensor) -> None:
+    """Refuse a first path that is not finite: ``steps`` are its states, or the gaps of an infeasible start.
+
+    Raises:
+        NonFiniteError: names the step and the component.
+    """
+    for k, x in enumerate(steps):
+        if not bool(torch.isfinite(x).all()):
+            index = first_non_finite(x)
+            raise NonFiniteError(
+                f"dynamics led to {x[index].item()} in state component {index[-1]} at step {k} of {len(steps) - 1} of the first "
+                "path; expected finite states: pass initial_guess= (controls, or states for an infeasible start), or "
+                "take more steps"
+            )
+    if not bool(torch.isfinite(cost).all()):
+        raise NonFiniteError(
+            f"the cost of the first path is {cost.item()}; expected a finite number: pass initial_guess=, or look for a "
+            "division by zero or the root of a negative number in running_cost and terminal_cost"
+        )
+
+
+def no_constraints(problem: Any, solver: str) -> None:
+    """Refuse terminal and path constraints for a solver without multipliers."""
+    for name in ("terminal_constraint", "path_constraint"):
+        if getattr(problem, name) is not None:
+            raise ProblemError(
+                f"the problem has a {name}; solver {solver!r} has no multipliers for it: use solver='casadi', or a "
+                "penalty in the cost"
+            )

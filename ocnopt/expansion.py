@@ -65,7 +65,9 @@ class TerminalModel(NamedTuple):
     L: Tensor
 
 
-def expand_path(problem: StagedOCP, states: Sequence[Tensor], controls: Sequence[Tensor], *, second_order: bool) -> list[StageModel]:
+def expand_path(
+    problem: StagedOCP, states: Sequence[Tensor], controls: Sequence[Tensor], *, second_order: bool
+) -> list[StageModel]:
     """Model every stage along a path.
 
     Args:
@@ -74,7 +76,9 @@ def expand_path(problem: StagedOCP, states: Sequence[Tensor], controls: Sequence
         controls: u_0..u_{N-1}, each ``(*batch, m)``.
         second_order: keep f_ww.
     """
-    return [model for group in problem.groups for model in _expand_group(problem, group, states, controls, second_order)]
+    return [
+        model for group in problem.groups for model in _expand_group(problem, group, states, controls, second_order)
+    ]
 
 
 def expand_terminal(problem: StagedOCP, x: Tensor) -> TerminalModel:
@@ -163,5 +167,7 @@ def _gradient(rows: Tensor, point: Tensor, *, create_graph: bool) -> Tensor:
     """Gradient of the sum of ``rows``; zeros where nothing depends on the point."""
     if not rows.requires_grad:
         return torch.zeros_like(point)
-    (gradient,) = torch.autograd.grad(rows.sum(), point, create_graph=create_graph, allow_unused=True, materialize_grads=True)
+    (gradient,) = torch.autograd.grad(
+        rows.sum(), point, create_graph=create_graph, allow_unused=True, materialize_grads=True
+    )
     return gradient

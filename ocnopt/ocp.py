@@ -10,10 +10,14 @@ constraints e(T, x(T), p) = 0.
 Shapes: x ``(*extra, *batch, n)``, u ``(*extra, *batch, m)``, t broadcasts against ``x[..., 0]``. p is ``(q,)``, or
 ``(*batch, q)`` in a batched ``solve``. ``batch`` is the batch shape of the initial state: a function may capture
 per-sample data, so it is never mapped over samples, only evaluated on extra leading axes.
+
+:func:`lift` brings a problem to the one form that everything below is written for. Every function takes (t, x, u, p). Where
+the horizon is free, T is the last entry of p and time runs over the unit interval: with s = (t - t0)/(T - t0) the dynamics
+are (T - t0) F and the running cost (T - t0) l, so that no backward pass needs a special case for T.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ocnopt import checks
+from ocnopt.checks import Bounds
 from ocnopt.errors import ProblemError
 
 Function = Callable[..., Any]
@@ -122,8 +127,8 @@ class OCP:
     control_dim: int
     horizon: Horizon | FreeHorizon
     parameters: Tensor | None
-    control_bounds: checks.Bounds | None
-    parameter_bounds: checks.Bounds | None
+    control_bounds: Bounds | None
+    parameter_bounds: Bounds | None
     path_constraint: Function | None
     terminal_constraint: Function | None
     initial_guess: Any
@@ -153,7 +158,7 @@ class OCP:
         for name, function in zip(_FUNCTIONS, functions, strict=True):
             checks.callable_or_none(name, function, required=name == "dynamics")
             put(self, name, function)
-        x0, p = read_start(initial_state, parameters, dtype)
+        x0, p = checks.start(initial_state, parameters, dtype)
         if type(control_dim) is not int or control_dim < 0:
             raise ProblemError(f"control_dim is {control_dim!r}; expected an integer >= 0")
         put(self, "initial_state", x0)
@@ -189,24 +194,6 @@ class OCP:
         return self.initial_state.device
 
 
-def read_start(initial_state: Any, parameters: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Read x(t0) ``(*batch, n)`` and p ``(q,)``."""
-    if not dtype.is_floating_point:
-        raise ProblemError(f"dtype is {dtype}; expected a floating-point dtype such as torch.float64")
-    x0 = checks.float_tensor("initial_state", initial_state, dtype)
-    if x0.ndim == 0 or x0.shape[-1] == 0:
-        raise ProblemError(f"initial_state has shape {checks.shape(x0)}; expected (*batch, n) with n >= 1")
-    if parameters is None:
-        return x0, None
-    p = checks.float_tensor("parameters", parameters, dtype, x0.device)
-    if p.ndim != 1 or p.shape[0] == 0:
-        raise ProblemError(
-            f"parameters has shape {checks.shape(p)}; expected a flat vector (q,) with q >= 1: use torch.cat of "
-            "flattened tensors"
-        )
-    return x0, p
-
-
 def _check_order(problem: OCP) -> None:
     if isinstance(problem.horizon, Horizon) and problem.horizon.t1 <= problem.horizon.t0:
         raise ProblemError(
@@ -220,65 +207,187 @@ def _check_order(problem: OCP) -> None:
             )
 
 
-def _probe(problem: OCP) -> tuple[list[Tensor], list[Tensor]]:
-    """Arguments (t, x, u) of two rows: the initial state, controls clipped to their bounds; a seeded point nearby."""
-    generator = torch.Generator().manual_seed(0)
-    x0 = problem.initial_state
+def _rows(problem: OCP) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Arguments of two rows: the initial state, controls clipped to their bounds; a seeded point nearby, at the end."""
+    x0, horizon = problem.initial_state, problem.horizon
     u0 = x0.new_zeros((*problem.batch_shape, problem.control_dim))
-    dx, u1 = (0.01 * torch.randn(v.shape, generator=generator, dtype=torch.float64).to(v) for v in (x0, u0))
+    u1 = checks.nearby(u0)
     if problem.control_bounds is not None:
-        u0, u1 = u0.clamp(*problem.control_bounds), (u0 + u1).clamp(*problem.control_bounds)
-    end = problem.horizon.initial if isinstance(problem.horizon, FreeHorizon) else problem.horizon.t1
-    return [x0.new_tensor(problem.horizon.t0), x0, u0], [x0.new_tensor(end), x0 + dx, u1]
+        u0, u1 = u0.clamp(*problem.control_bounds), u1.clamp(*problem.control_bounds)
+    end = horizon.initial if isinstance(horizon, FreeHorizon) else horizon.t1
+    near = {"t": x0.new_tensor(horizon.t0), "x": x0, "u": u0}
+    return near, {"t": x0.new_tensor(end), "x": checks.nearby(x0), "u": u1}
 
 
 def _check_functions(problem: OCP) -> bool:
     """Call every function and check what it returns; return whether p may carry leading axes."""
-    near, far = _probe(problem)
     p, broadcast = problem.parameters, True
     for name in _FUNCTIONS:
-        if getattr(problem, name) is None:
+        function = getattr(problem, name)
+        if function is None:
             continue
-        # A terminal function belongs to the end: Phi may not even exist at t0.
-        rows = ([far[0], *near[1:]] if name.startswith("terminal") else near), far
-        evaluate = partial(_evaluate, problem, name)
-        with torch.no_grad():
-            alone = [evaluate(row, p) for row in rows]
-            checks.finite_output(name, alone[0])
-            together = _stack(*rows)
-            checks.same_rows(name, evaluate(together, p), alone)
-            broadcast = broadcast and (p is None or _accepts_leading_axes(evaluate, rows, together, p))
+        near, far = _rows(problem)
+        if name.startswith("terminal"):
+            # Phi may not even exist at t0, and it has no control.
+            near["t"] = far["t"]
+            del near["u"], far["u"]
+        static = {} if p is None else {"p": p}
+        size = problem.state_dim if name == "dynamics" else None
+        check = partial(checks.function_rows, name, function, batch=problem.batch_shape, dtype=problem.dtype, size=size)
+        value = check([{**near, **static}, {**far, **static}])
+        broadcast = broadcast and (p is None or _accepts_leading_axes(check, near, far, p, value))
     return broadcast
 
 
-def _stack(first: list[Tensor], second: list[Tensor]) -> list[Tensor]:
-    """Two rows of arguments on a leading axis; t broadcasts against ``x[..., 0]``."""
-    t, x, u = (torch.stack(pair) for pair in zip(first, second, strict=True))
-    return [t.reshape(-1, *(1,) * (x.ndim - 2)), x, u]
-
-
-def _evaluate(problem: OCP, name: str, arguments: list[Tensor], p: Tensor | None) -> Tensor:
-    """Call one function of the problem; check shape and dtype of what it returns."""
-    t, x, u = arguments
-    terminal = name.startswith("terminal")
-    signature = f"(t, x{'' if terminal else ', u'}{'' if p is None else ', p'})"
-    given = (t, x) if terminal else (t, x, u)
-    value = checks.call(name, signature, getattr(problem, name), *given, *(() if p is None else (p,)))
-    lead = tuple(x.shape[:-1])
-    if name.endswith("cost"):
-        return checks.scalar_output(name, value, lead, problem.dtype)
-    return checks.vector_output(name, value, tuple(x.shape) if name == "dynamics" else None, lead, problem.dtype)
-
-
 def _accepts_leading_axes(
-    evaluate: Callable[[list[Tensor], Tensor], Tensor], rows: Sequence[list[Tensor]], together: list[Tensor], p: Tensor
+    check: Callable[..., Tensor], near: dict[str, Tensor], far: dict[str, Tensor], p: Tensor, value: Tensor
 ) -> bool:
-    """Whether p (2, *batch, q) with different rows gives what each row of p gives alone."""
-    ps = torch.stack([p, p + 0.01 + 0.01 * p.abs()])
-    batch = together[1].shape[1:-1]
-    stacked = ps.reshape(2, *(1,) * len(batch), -1).expand(2, *batch, -1)
+    """Whether p with the leading axes of x, other in each row, gives what a shared p (q,) gives (the value)."""
+    wide = p.expand(*near["x"].shape[:-1], -1)
     try:
-        checks.same_rows("", evaluate(together, stacked), [evaluate(row, q) for row, q in zip(rows, ps, strict=True)])
+        return torch.allclose(check([{**near, "p": wide}, {**far, "p": wide + 0.01 + 0.01 * wide.abs()}]), value)
     except ProblemError:
         return False
-    return True
+
+
+@dataclass(frozen=True, eq=False)
+class Lifted:
+    """A problem in the one form; q counts T where the horizon is free."""
+
+    problem: OCP
+    t0: float
+    t1: float
+    parameters: Tensor
+    parameter_bounds: Bounds | None
+    free: bool
+
+    @property
+    def state_dim(self) -> int:
+        """n."""
+        return self.problem.state_dim
+
+    @property
+    def control_dim(self) -> int:
+        """m."""
+        return self.problem.control_dim
+
+    @property
+    def parameter_dim(self) -> int:
+        """q, with T."""
+        return self.parameters.shape[-1]
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The initial state's batch shape."""
+        return self.problem.batch_shape
+
+    @property
+    def initial_state(self) -> Tensor:
+        """x(t0), ``(*batch, n)``."""
+        return self.problem.initial_state
+
+    @property
+    def control_bounds(self) -> Bounds | None:
+        """Two tensors ``(m,)``."""
+        return self.problem.control_bounds
+
+    def split(self, p: Tensor) -> tuple[Tensor, Tensor]:
+        """The user's parameters ``(..., q)`` and the end time ``(...)``."""
+        if self.free:
+            return p[..., :-1], p[..., -1]
+        return p, p.new_tensor(self.t1)
+
+    def times(self, steps: int, p: Tensor) -> Tensor:
+        """Node times ``(..., steps + 1)`` in the user's time."""
+        start = self.problem.horizon.t0
+        _, end = self.split(p)
+        return start + (end[..., None] - start) * torch.linspace(0, 1, steps + 1, dtype=p.dtype, device=p.device)
+
+    def dynamics(self, t: float | Tensor, x: Tensor, u: Tensor, p: Tensor) -> Tensor:
+        """dx/ds, ``(..., n)``."""
+        time, scale = self._time(t, p)
+        slope = self._call(self.problem.dynamics, time, x, u, p)
+        return slope if scale is None else scale[..., None] * slope
+
+    def field(self, u: Tensor, p: Tensor) -> Callable[[float | Tensor, Tensor], Tensor]:
+        """F(t, x) for fixed controls: what a Runge-Kutta step takes."""
+        return lambda t, x: self.dynamics(t, x, u, p)
+
+    def running_cost(self, t: float | Tensor, x: Tensor, u: Tensor, p: Tensor) -> Tensor:
+        """dl/ds, ``(...)``; zeros without a running cost."""
+        if self.problem.running_cost is None:
+            return x.new_zeros(x.shape[:-1])
+        time, scale = self._time(t, p)
+        cost = self._scalar(self.problem.running_cost, time, x, u, p)
+        return cost if scale is None else scale * cost
+
+    def terminal_cost(self, x: Tensor, p: Tensor) -> Tensor:
+        """Phi at the end time, ``(...)``; zeros without a terminal cost."""
+        if self.problem.terminal_cost is None:
+            return x.new_zeros(x.shape[:-1])
+        return self._scalar(self.problem.terminal_cost, self.split(p)[1], x, None, p)
+
+    def path_constraint(self, t: float | Tensor, x: Tensor, u: Tensor, p: Tensor) -> Tensor:
+        """c <= 0, ``(..., c)``; empty without one."""
+        if self.problem.path_constraint is None:
+            return x.new_zeros((*x.shape[:-1], 0))
+        return self._call(self.problem.path_constraint, self._time(t, p)[0], x, u, p)
+
+    def terminal_constraint(self, x: Tensor, p: Tensor) -> Tensor:
+        """e == 0, ``(..., e)``; empty without one."""
+        if self.problem.terminal_constraint is None:
+            return x.new_zeros((*x.shape[:-1], 0))
+        return self._call(self.problem.terminal_constraint, self.split(p)[1], x, None, p)
+
+    def _time(self, s: float | Tensor, p: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The user's time at s, and dt/ds where it is not one."""
+        s = torch.as_tensor(s, dtype=p.dtype, device=p.device)
+        if not self.free:
+            return s, None
+        start = self.problem.horizon.t0
+        scale = self.split(p)[1] - start
+        return start + s * scale, scale
+
+    def _scalar(self, function: Function, t: Tensor, x: Tensor, u: Tensor | None, p: Tensor) -> Tensor:
+        cost = self._call(function, t, x, u, p)
+        return torch.as_tensor(cost, dtype=x.dtype, device=x.device).expand(x.shape[:-1])
+
+    def _call(self, function: Function, t: Tensor, x: Tensor, u: Tensor | None, p: Tensor) -> Tensor:
+        """Call a user's function, with p only where the problem has parameters."""
+        arguments = (t, x) if u is None else (t, x, u)
+        if self.problem.parameters is None:
+            return function(*arguments)
+        user_p = self.split(p)[0]
+        if user_p.ndim == 1 or self.problem.parameters_broadcast:
+            return function(*arguments, user_p)
+        if self.batch_shape:
+            raise ProblemError(
+                "a problem function reads p as one vector (q,), but a batched solve gives each problem its own p "
+                "(*batch, q); expected functions that index the last axis: p[..., i]"
+            )
+        return _one_by_one(function, *arguments, user_p)
+
+
+def _one_by_one(function: Function, *arguments: Tensor) -> Tensor:
+    """Map a function written for p (q,) over extra leading axes; without a batch it captures no per-sample data."""
+    t, *rest = arguments
+    lead = torch.broadcast_shapes(t.shape, *(v.shape[:-1] for v in rest))
+    flat = [t.expand(lead).reshape(-1), *(v.expand(*lead, v.shape[-1]).reshape(-1, v.shape[-1]) for v in rest)]
+    value = torch.vmap(function)(*flat)
+    return value.reshape(*lead, *value.shape[1:])
+
+
+def lift(problem: OCP) -> Lifted:
+    """Bring a problem to the one form: a free T becomes the last static control, and time runs from 0 to 1."""
+    x0, horizon = problem.initial_state, problem.horizon
+    p = x0.new_zeros(0) if problem.parameters is None else problem.parameters
+    if not isinstance(horizon, FreeHorizon):
+        return Lifted(problem, horizon.t0, horizon.t1, p, problem.parameter_bounds, free=False)
+    infinite = x0.new_full((problem.parameter_dim,), torch.inf)
+    lower, upper = problem.parameter_bounds or (-infinite, infinite)
+    bounds = (_append(lower, horizon.lower), _append(upper, horizon.upper))
+    return Lifted(problem, 0.0, 1.0, _append(p, horizon.initial), bounds, free=True)
+
+
+def _append(vector: Tensor, number: float) -> Tensor:
+    return torch.cat([vector, vector.new_tensor([number])])

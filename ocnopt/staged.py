@@ -21,8 +21,7 @@ from ocnopt import checks
 from ocnopt.errors import ProblemError
 from ocnopt.integrate.runge_kutta import combine, stages
 from ocnopt.integrate.tableaus import get_tableau
-from ocnopt.lift import Lifted, lift
-from ocnopt.ocp import OCP, Function, read_start
+from ocnopt.ocp import OCP, Function, Lifted, lift
 
 Index = int | Tensor
 Advance = Callable[[Index, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -112,7 +111,7 @@ class StagedOCP:
         origin: Lifted | None = None,
     ) -> None:
         put = object.__setattr__
-        x0, p = read_start(initial_state, parameters, dtype)
+        x0, p = checks.start(initial_state, parameters, dtype)
         groups = _groups(stages, steps)
         put(self, "groups", groups)
         put(self, "terminal_cost", terminal_cost)
@@ -204,17 +203,16 @@ def _check(problem: StagedOCP) -> None:
     """Walk once along the stages with zero controls, clipped to their bounds, and check what every function returns."""
     x, p = problem.initial_state, problem.start_parameters()
     static = {} if problem.parameters is None else {"p": p}
-    with torch.no_grad():
-        for group, bounds in zip(problem.groups, problem.control_bounds, strict=True):
-            u = x.new_zeros((*problem.batch_shape, group.stage.control_dim))
-            k: Index = group.start if group.single else torch.tensor(group.start, device=x.device)
-            arguments = {"k": k, "x": x, "u": u if bounds is None else u.clamp(*bounds)}
-            x = _check_stage(problem, group, arguments, static if group.stage.joint is None else {"p": p})
-        if problem.terminal_cost is not None:
-            _check_function(problem, "terminal_cost", problem.terminal_cost, {"x": x, **static})
+    for group, bounds in zip(problem.groups, problem.control_bounds, strict=True):
+        u = x.new_zeros((*problem.batch_shape, group.stage.control_dim))
+        k: Index = group.start if group.single else torch.tensor(group.start, device=x.device)
+        arguments = {"k": k, "x": x, "u": u if bounds is None else u.clamp(*bounds)}
+        x = _check_stage(problem, group, {**arguments, **(static if group.stage.joint is None else {"p": p})})
+    if problem.terminal_cost is not None:
+        _check_function(problem, "terminal_cost", problem.terminal_cost, {"x": x, **static})
 
 
-def _check_stage(problem: StagedOCP, group: Group, arguments: dict[str, Any], static: dict[str, Tensor]) -> Tensor:
+def _check_stage(problem: StagedOCP, group: Group, arguments: dict[str, Any]) -> Tensor:
     """Check one stage's functions and return its next state, which keeps its size where the stage is applied again."""
     stage, name = group.stage, f"stage {group.start}'s"
     dynamics, cost, joint = stage.dynamics, stage.cost, stage.joint
@@ -223,46 +221,16 @@ def _check_stage(problem: StagedOCP, group: Group, arguments: dict[str, Any], st
     checks.callable_or_none(f"{name} dynamics", dynamics, required=True)
     checks.callable_or_none(f"{name} cost", cost)
     if cost is not None:
-        _check_function(problem, f"{name} cost", cost, {**arguments, **static})
+        _check_function(problem, f"{name} cost", cost, arguments)
     size = None if group.single else arguments["x"].shape[-1]
-    return _check_function(problem, f"{name} dynamics", dynamics, {**arguments, **static}, size)
+    return _check_function(problem, f"{name} dynamics", dynamics, arguments, size)
 
 
 def _check_function(
-    problem: StagedOCP, name: str, function: Any, arguments: dict[str, Any], size: int | None = None
+    problem: StagedOCP, name: str, function: Any, here: dict[str, Any], size: int | None = None
 ) -> Tensor:
-    """Call one function here and at a seeded point nearby: both rows stacked must come out as each alone."""
-    signature, lead = f"({', '.join(arguments)})", problem.batch_shape
-
-    def read(given: list[Any], lead: tuple[int, ...]) -> Tensor:
-        value = checks.call(name, signature, function, *given)
-        if name.endswith("cost"):
-            return checks.scalar_output(name, value, lead, problem.dtype)
-        return checks.vector_output(name, value, None if size is None else (*lead, size), lead, problem.dtype)
-
-    here = list(arguments.values())
-    generator = torch.Generator().manual_seed(0)
-    nearby = [_nearby(argument, generator) for argument in here]
-    alone = [read(here, lead), read(nearby, lead)]
-    checks.finite_output(name, alone[0])
-    together = [_stack(*pair, axes=len(lead)) for pair in zip(here, nearby, strict=True)]
-    checks.same_rows(name, read(together, (2, *lead)), alone)
-    return alone[0]
-
-
-def _nearby(argument: Index, generator: torch.Generator) -> Index:
-    """A point close by; k stays."""
-    if isinstance(argument, int) or not argument.is_floating_point():
-        return argument
-    return argument + 0.01 * torch.randn(argument.shape, generator=generator, dtype=torch.float64).to(argument)
-
-
-def _stack(first: Index, second: Index, axes: int) -> Index:
-    """Two rows on a leading axis; a tensor k broadcasts against ``x[..., 0]``, an int k stays."""
-    if isinstance(first, int) or isinstance(second, int):
-        return first
-    rows = torch.stack([first, second])
-    return rows.reshape(2, *(1,) * axes) if first.ndim == 0 else rows
+    rows = [here, {key: checks.nearby(argument) for key, argument in here.items()}]
+    return checks.function_rows(name, function, rows, batch=problem.batch_shape, dtype=problem.dtype, size=size)
 
 
 def transcribe(problem: OCP, steps: int, integrator: str = "rk4") -> StagedOCP:
@@ -363,26 +331,64 @@ class Path(NamedTuple):
     cost: Tensor
 
 
+class FeedbackLaw(NamedTuple):
+    """u_k = clip(ubar_k + alpha k_k + K_k (x - xbar_k)); alpha has the leading axes that the step sizes need."""
+
+    states: Sequence[Tensor]
+    controls: Sequence[Tensor]
+    k: Sequence[Tensor]
+    K: Sequence[Tensor]
+    alpha: Tensor
+    bounds: Sequence[checks.Bounds | None]
+
+    def __call__(self, k: int, x: Tensor) -> Tensor:
+        """The control at step k in state x."""
+        feedback = (self.K[k] @ (x - self.states[k])[..., None])[..., 0]
+        u = self.controls[k] + self.alpha * self.k[k] + feedback
+        bound = self.bounds[k]
+        return u if bound is None else u.clamp(*bound)
+
+
 def rollout(
     problem: StagedOCP,
-    policy: Callable[[int, Tensor], Tensor],
+    policy: Callable[[int, Tensor], Tensor] | Sequence[Tensor],
     x0: Tensor,
     p: Tensor | None = None,
+    gaps: Sequence[Tensor] | None = None,
     after: Callable[[int, Tensor], Tensor] | None = None,
 ) -> Path:
-    """Walk along the stages with ``u_k = policy(k, x_k)``.
+    """Walk along the stages with ``u_k = policy(k, x_k)``, or with given controls.
 
-    ``after(k, x_next)`` may move the next state (a gap, a disturbance).
+    The next state is f(x_k, u_k) - gap_k where ``gaps`` are given; ``after(k, x_next)`` may move it (a disturbance).
     """
     p = problem.start_parameters() if p is None else p
     states, controls = [x0], []
     cost = x0.new_zeros(x0.shape[:-1])
     for group in problem.groups:
         for k in range(group.start, group.stop):
-            u = policy(k, states[-1])
-            index: Index = k if group.single or group.stage.joint is not None else torch.tensor(k, device=x0.device)
-            x_next, stage_cost = problem.advance(group.stage, index, states[-1], u, p)
+            u = policy(k, states[-1]) if callable(policy) else policy[k]
+            x_next, stage_cost = problem.advance(group.stage, _index(group, k, x0), states[-1], u, p)
+            x_next = x_next if gaps is None else x_next - gaps[k]
             states.append(x_next if after is None else after(k, x_next))
             controls.append(u)
             cost = cost + stage_cost
     return Path(states, controls, cost + problem.terminal(states[-1], p))
+
+
+def shoot(
+    problem: StagedOCP, states: Sequence[Tensor], controls: Sequence[Tensor], p: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """Start every stage at its own given state: the gaps f(x_k, u_k) - x_{k+1} and the cost of the broken path."""
+    gaps: list[Tensor] = []
+    cost = problem.terminal(states[-1], p)
+    for group in problem.groups:
+        for k in range(group.start, group.stop):
+            x_next, stage_cost = problem.advance(group.stage, _index(group, k, states[k]), states[k], controls[k], p)
+            gaps.append(x_next - states[k + 1])
+            cost = cost + stage_cost
+    return gaps, cost
+
+
+def _index(group: Group, k: int, like: Tensor) -> Index:
+    """Step k as a stage's functions expect it."""
+    return k if group.single or group.stage.joint is not None else torch.tensor(k, device=like.device)

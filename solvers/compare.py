@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from ocnopt.ocp import OCP
-from ocnopt.solvers.guess import read_guess
 from ocnopt.solvers.solution import Solution
-from ocnopt.solvers.solve import Solver, solve
+from ocnopt.solvers.solve import Solver, read_guess, solve
 from ocnopt.staged import StagedOCP, transcribe
 
 

@@ -21,7 +21,9 @@ def plot_solution(solution: Solution, path: str | Path | None = None) -> Figure:
         ProblemError: sizes vary from stage to stage.
     """
     if not isinstance(solution.states, Tensor) or not isinstance(solution.controls, Tensor):
-        raise ProblemError("sizes vary from stage to stage here; expected one state and one control size for a plot over time")
+        raise ProblemError(
+            "sizes vary from stage to stage here; expected one state and one control size for a plot over time"
+        )
     time = "time" if solution.problem is None or solution.problem.origin is not None else "step"
     figure = Figure(figsize=(10, 6.5), layout="constrained")
     panels = figure.subplots(2, 2)
@@ -43,7 +45,14 @@ def _lines(axis: Axes, times: Tensor, values: Tensor, letter: str, *, step: bool
     for j in range(size):
         for i in range(len(v)):
             style = {"drawstyle": "steps-post"} if step else {}
-            axis.plot(t[i], v[i, :, j], color=f"C{j}", label=f"{letter}{j}" if i == 0 else None, alpha=1 if len(v) == 1 else 0.4, **style)
+            axis.plot(
+                t[i],
+                v[i, :, j],
+                color=f"C{j}",
+                label=f"{letter}{j}" if i == 0 else None,
+                alpha=1 if len(v) == 1 else 0.4,
+                **style,
+            )
     if size > 1:
         axis.legend(fontsize="small")
 
@@ -70,7 +79,14 @@ def _convergence(axis: Axes, solution: Solution) -> None:
     gap = (costs - final).abs() / (1 + final.abs())
     for column in gap.unbind(-1):
         shown = column[column > 0]
-        axis.semilogy((column > 0).nonzero()[:, 0].numpy(), shown.numpy(), marker="o", markersize=3, color="C0", alpha=1 if gap.shape[-1] == 1 else 0.4)
+        axis.semilogy(
+            (column > 0).nonzero()[:, 0].numpy(),
+            shown.numpy(),
+            marker="o",
+            markersize=3,
+            color="C0",
+            alpha=1 if gap.shape[-1] == 1 else 0.4,
+        )
     _labels(axis, "distance from the final cost, relative", "iteration")
 
 

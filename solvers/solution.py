@@ -1,4 +1,4 @@
-"""What a solver returns: one frozen record with a status sentence, a feedback policy and a closed-loop rollout.
+"""What a solver starts from and what it returns: one frozen record with a status sentence, a feedback policy and a closed-loop rollout.
 
 Shapes: ``...`` is the problem's batch shape; N steps, n states, m controls, q parameters (never counting T). Where
 sizes vary from stage to stage, ``states``, ``controls``, ``costates`` and gains are tuples, one tensor a node or step.
@@ -24,6 +24,18 @@ class Gains(NamedTuple):
 
     k: Series
     K: Series
+
+
+@dataclass(frozen=True, eq=False)
+class Guess:
+    """Where a solver starts: controls u_k ``(*batch, m)``, p ``(*batch, q)`` with T where it is free, and, or None, states.
+
+    States x_0..x_N ``(*batch, n)`` need not satisfy the dynamics.
+    """
+
+    controls: list[Tensor]
+    parameters: Tensor
+    states: list[Tensor] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +133,7 @@ class Solution:
         after = None if disturbance is None else lambda k, x: x + disturbance(nodes[k + 1], x)
         with torch.no_grad():
             path = rollout(
-                self.problem, lambda k, x: self.policy(nodes[k], x), x0.expand(*self.cost.shape, -1), p, after
+                self.problem, lambda k, x: self.policy(nodes[k], x), x0.expand(*self.cost.shape, -1), p, after=after
             )
         return Solution(
             times=self.times,
@@ -182,6 +194,59 @@ def series(values: list[Tensor]) -> Series:
     if len(core) != 1:
         return tuple(values)
     return torch.stack(values, dim=-2)
+
+
+def make_solution(
+    problem: StagedOCP,
+    *,
+    states: list[Tensor],
+    controls: list[Tensor],
+    parameters: Tensor,
+    cost: Tensor,
+    converged: Tensor,
+    iterations: Tensor,
+    status: str | list[str],
+    constraint_violation: Tensor,
+    wall_time: float,
+    build_time: float,
+    history: Mapping[str, Tensor],
+    costates: list[Tensor] | None = None,
+    gains: tuple[list[Tensor], list[Tensor]] | None = None,
+) -> Solution:
+    """Collect results in a Solution's shapes; ``parameters (*batch, q)`` still hold T where the horizon is free."""
+    form = problem.origin
+    if form is None:
+        times = torch.arange(problem.steps + 1, dtype=cost.dtype, device=cost.device).expand(*cost.shape, -1)
+        p, horizon = parameters, torch.full_like(cost, float(problem.steps))
+    else:
+        p, end = form.split(parameters)
+        horizon = end.expand(cost.shape)
+        times = form.times(problem.steps, parameters).expand(*cost.shape, -1)
+    same = len({group.stage.control_dim for group in problem.groups}) == 1
+    return Solution(
+        times=times,
+        states=series(states),
+        controls=series(controls),
+        parameters=p,
+        horizon=horizon,
+        cost=cost,
+        converged=converged,
+        iterations=iterations,
+        status=status,
+        constraint_violation=constraint_violation,
+        wall_time=wall_time,
+        build_time=build_time,
+        history=history,
+        costates=None if costates is None else series(costates),
+        gains=None if gains is None else Gains(series(gains[0]), _matrices(gains[1])),
+        control_bounds=problem.control_bounds[0] if same else None,
+        problem=problem,
+    )
+
+
+def _matrices(values: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
+    """Stack (..., m, n) along the time axis in front of the matrix axes."""
+    return torch.stack(values, dim=-3) if len({tuple(v.shape) for v in values}) == 1 else tuple(values)
 
 
 def load_solution(path: str | Path, problem: StagedOCP | None = None) -> Solution:

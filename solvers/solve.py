@@ -1,16 +1,21 @@
 """``solve``: a problem and a solver's name in, a :class:`Solution` out. Thin: read, transcribe, delegate."""
 
-from dataclasses import fields
+import warnings
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from importlib import import_module
 from typing import Any, Protocol, runtime_checkable
 
-from ocnopt.checks import nearest
+import torch
+from torch import Tensor
+
+from ocnopt import checks
 from ocnopt.errors import ConvergenceError, ProblemError
 from ocnopt.ocp import OCP
-from ocnopt.solvers.guess import Guess, read_guess
-from ocnopt.solvers.solution import Solution
-from ocnopt.staged import StagedOCP, transcribe
+from ocnopt.solvers.solution import Guess, Solution
+from ocnopt.staged import StagedOCP, rollout, transcribe
 
+_KEYS = ("controls", "states", "parameters", "horizon")
 _SOLVERS = {"ddp": ("ocnopt.solvers.ddp", "DDP"), "casadi": ("ocnopt.solvers.direct.casadi_solver", "CasADi")}
 
 
@@ -85,14 +90,144 @@ def make_solver(solver: str | Solver, options: dict[str, Any]) -> Solver:
         return solver
     if solver not in _SOLVERS:
         raise ProblemError(
-            f"solver {solver!r} is unknown; expected one of {', '.join(_SOLVERS)}{nearest(solver, _SOLVERS)}"
+            f"solver {solver!r} is unknown; expected one of {', '.join(_SOLVERS)}{checks.nearest(solver, _SOLVERS)}"
         )
     module, name = _SOLVERS[solver]
     kind = getattr(import_module(module), name)
     known = [f.name for f in fields(kind)]
     for option in options:
         if option not in known:
-            offer = nearest(option, known)
+            offer = checks.nearest(option, known)
             raise ProblemError(f"solver {solver!r} has no option {option!r}; expected one of {', '.join(known)}{offer}")
     made: Solver = kind(**options)
     return made
+
+
+def read_guess(problem: StagedOCP, given: Any) -> Guess:
+    """The start of every solver: what the caller gave, else the problem's own, else zero controls clipped to bounds.
+
+    A default start with a zero gradient is perturbed (seeded) with a warning, since every solver would stop there.
+
+    Raises:
+        ProblemError: unknown keys, wrong shapes, or non-finite numbers.
+    """
+    own = problem.initial_guess if given is None else given
+    if callable(own):
+        own = own(problem.steps)
+    if own is not None:
+        return _from_mapping(problem, _as_mapping(own))
+    return _leave_stationary_point(problem, default_guess(problem))
+
+
+def default_guess(problem: StagedOCP) -> Guess:
+    """Zero controls clipped to the bounds, and the problem's parameters."""
+    controls = []
+    for group, bounds in zip(problem.groups, problem.control_bounds, strict=True):
+        u = problem.initial_state.new_zeros((*problem.batch_shape, group.stage.control_dim))
+        controls += [u if bounds is None else u.clamp(*bounds)] * (group.stop - group.start)
+    return Guess(controls, problem.start_parameters())
+
+
+def _as_mapping(given: Any) -> Mapping[str, Any]:
+    if isinstance(given, Solution):
+        return {key: getattr(given, key) for key in _KEYS}
+    if isinstance(given, Mapping):
+        for key in given:
+            if key not in _KEYS:
+                offer = checks.nearest(str(key), _KEYS)
+                raise ProblemError(f"initial_guess has the key {key!r}; expected any of {', '.join(_KEYS)}{offer}")
+        return given
+    return {"controls": given}
+
+
+def _from_mapping(problem: StagedOCP, given: Mapping[str, Any]) -> Guess:
+    start = default_guess(problem)
+    controls, states = start.controls, None
+    if given.get("controls") is not None:
+        controls = _series("controls", given["controls"], [tuple(u.shape) for u in start.controls], problem)
+        controls = [u if b is None else u.clamp(*b) for u, b in zip(controls, problem.step_bounds, strict=True)]
+    if given.get("states") is not None:
+        with torch.no_grad():
+            sizes = [tuple(x.shape) for x in rollout(problem, controls, problem.initial_state).states]
+        states = _series("states", given["states"], sizes, problem)
+        states[0] = problem.initial_state
+    return Guess(controls, _parameters(problem, given), states)
+
+
+def _series(name: str, value: Any, sizes: list[tuple[int, ...]], problem: StagedOCP) -> list[Tensor]:
+    """Read ``(..., length, size)``, or one tensor a step, as a list over time; a leading batch may be left out."""
+    name, unit = f"initial_guess {name}", "step" if name == "controls" else "node"
+    if isinstance(value, tuple | list) and value and isinstance(value[0], Tensor):
+        rows = [checks.float_tensor(name, row, problem.dtype, problem.device) for row in value]
+        came = f"{len(rows)} rows of sizes {sorted({row.shape[-1:].numel() for row in rows})}"
+        wanted = f"{len(sizes)} rows of sizes {sorted({size[-1] for size in sizes})}"
+    else:
+        tensor = checks.float_tensor(name, value, problem.dtype, problem.device)
+        rows = list(tensor.unbind(-2)) if tensor.ndim > 1 else []
+        came, wanted = f"shape {checks.shape(tensor)}", f"(..., {len(sizes)}, {sizes[0][-1]})"
+    if len(rows) != len(sizes) or any(row.shape[-1:] != size[-1:] for row, size in zip(rows, sizes, strict=True)):
+        raise ProblemError(f"{name} has {came}; expected {wanted}: one row per {unit}")
+    return [_expanded(name, row, size).clone() for row, size in zip(rows, sizes, strict=True)]
+
+
+def _expanded(name: str, value: Tensor, size: tuple[int, ...]) -> Tensor:
+    """The value for each problem of the batch."""
+    try:
+        return value.expand(size)
+    except RuntimeError as error:
+        raise ProblemError(
+            f"{name} has batch shape {tuple(value.shape[:-1])}; expected {size[:-1]}, or none: one start for all"
+        ) from error
+
+
+def _parameters(problem: StagedOCP, given: Mapping[str, Any]) -> Tensor:
+    free = problem.origin is not None and problem.origin.free
+    p = problem.start_parameters()
+    parts = {"parameters": p[..., :-1], "horizon": p[..., -1:]} if free else {"parameters": p}
+    for name, part in parts.items():
+        if given.get(name) is None or part.shape[-1] == 0:
+            continue
+        value = checks.float_tensor(f"initial_guess {name}", given[name], problem.dtype, problem.device)
+        value = value[..., None] if name == "horizon" else value
+        if value.shape[-1:] != part.shape[-1:]:
+            raise ProblemError(
+                f"initial_guess {name} has shape {checks.shape(value)}; expected (..., {part.shape[-1]})"
+            )
+        parts[name] = _expanded(f"initial_guess {name}", value, tuple(part.shape))
+    p = torch.cat(list(parts.values()), dim=-1)
+    return p if problem.parameter_bounds is None else p.clamp(*problem.parameter_bounds)
+
+
+def _leave_stationary_point(problem: StagedOCP, guess: Guess) -> Guess:
+    """Perturb problems whose cost has a zero gradient at the default start; constraints are left to their solver."""
+    constrained = problem.terminal_constraint is not None or problem.path_constraint is not None
+    if constrained or sum(u.shape[-1] for u in guess.controls) == 0:
+        return guess
+    controls = [u.clone().requires_grad_() for u in guess.controls]
+    p = guess.parameters.clone().requires_grad_()
+    with torch.enable_grad():
+        cost = rollout(problem, controls, problem.initial_state, p).cost
+    size = torch.zeros_like(cost)
+    if cost.requires_grad:
+        gradients = torch.autograd.grad(cost.sum(), [*controls, p], allow_unused=True, materialize_grads=True)
+        size = sum((gradient.abs().sum(-1) for gradient in gradients), size)
+    still = size <= 1e-12 * (1 + cost.detach().abs())
+    if not bool(still.any()):
+        return guess
+    which = "" if not problem.batch_shape else f" in {int(still.sum())} of {still.numel()} problems"
+    warnings.warn(
+        f"the default start (zero controls) is a stationary point{which}: its gradient is zero and no solver would "
+        "move; a seeded perturbation is used instead. Pass initial_guess= to choose the start",
+        stacklevel=4,
+    )
+    return replace(guess, controls=_perturbed(problem, guess.controls, still))
+
+
+def _perturbed(problem: StagedOCP, controls: list[Tensor], where: Tensor) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    moved = []
+    for u, b in zip(controls, problem.step_bounds, strict=True):
+        noise = 0.1 * torch.randn(u.shape[-1:], generator=generator, dtype=torch.float64).to(u)
+        v = torch.where(where[..., None], u + noise, u)
+        moved.append(v if b is None else v.clamp(*b))
+    return moved

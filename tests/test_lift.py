@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ocnopt.errors import ProblemError
-from ocnopt.lift import lift
-from ocnopt.ocp import OCP, FreeHorizon, Horizon
+from ocnopt.ocp import OCP, FreeHorizon, Horizon, lift
 from tests.oracles.compare import assert_close
 
 T0, T = 0.5, 2.0

@@ -102,7 +102,7 @@ def plot_convergence(path: Path, solutions: Mapping[str, Solution]) -> Path:
     return _write(figure, path)
 
 
-def smooth(losses: Sequence[float], window: int) -> np.ndarray:
+def smooth(losses: Sequence[int | float], window: int) -> np.ndarray:
     """The mean over the last ``window`` entries; NaN before there are as many.
 
     Args:
@@ -284,7 +284,7 @@ def _closed(values: np.ndarray) -> np.ndarray:
     return np.concatenate([values, values[-1:]])
 
 
-def _column(metrics: Metrics, name: str) -> list[float]:
+def _column(metrics: Metrics, name: str) -> list[int | float]:
     return [record[name] for record in metrics]
 
 

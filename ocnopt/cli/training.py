@@ -212,7 +212,7 @@ class Trainer:
                 f"learning rate (it is {self.config.lr}); the last checkpoint is kept"
             )
 
-    def _solver_metrics(self) -> dict[str, float]:
+    def _solver_metrics(self) -> dict[str, int | float]:
         """T and the field evaluations of the step, over every Neural ODE of the model."""
         odes = neural_odes(self.model)
         forward = sum(ode.statistics.forward for ode in odes)

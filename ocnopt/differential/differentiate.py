@@ -54,7 +54,7 @@ def differentiate(
     *,
     parameters: Tensor | None = None,
     controls: Tensor | None = None,
-    horizon: float | None = None,
+    horizon: float | Tensor | None = None,
     curvature: str | None = None,
     representation: str = "dense",
     rank: int | None = None,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ocnopt.differential import jacobians
 from ocnopt.differential.jacobians import Function, Linear, Quadratic
-from ocnopt.lift import Lifted
+from ocnopt.ocp import Lifted
 
 
 @dataclass(frozen=True, eq=False)

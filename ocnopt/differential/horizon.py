@@ -35,7 +35,7 @@ def horizon_derivatives(
     problem: OCP,
     *,
     parameters: Tensor | None = None,
-    horizon: float | None = None,
+    horizon: float | Tensor | None = None,
     rtol: float = 1e-8,
     atol: float = 1e-8,
 ) -> HorizonDerivatives:

@@ -46,7 +46,7 @@ def hvp(
     v: Tensor,
     *,
     controls: Tensor | None = None,
-    horizon: float | None = None,
+    horizon: float | Tensor | None = None,
     rtol: float = 1e-8,
     atol: float = 1e-8,
 ) -> Tensor:

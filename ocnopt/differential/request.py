@@ -9,8 +9,7 @@ from torch import Tensor
 from ocnopt import checks
 from ocnopt.differential.flow import Flow
 from ocnopt.errors import ProblemError
-from ocnopt.lift import Lifted, lift
-from ocnopt.ocp import OCP
+from ocnopt.ocp import OCP, Lifted, lift
 
 
 class Request(NamedTuple):

@@ -56,27 +56,27 @@ class StageLog(Generic[T]):
     """
 
     def __init__(self, tableau: Tableau) -> None:
-        self._first: T | None = None
+        self._first: list[T] = []
         self._rest: deque[T] = deque(maxlen=len(tableau.c) - 1)
-        self._reuse, self._retaken = tableau.first_same_as_last, 0
+        self._reuse, self._later, self._retaken = tableau.first_same_as_last, len(tableau.c) - 1, 0
 
     @property
     def stage(self) -> int:
         """Index of the stage that comes next, in a walk that was given the length of its first step."""
-        return 0 if self._first is None else 1 + self._retaken % max(1, self._rest.maxlen or 1)
+        return 1 + self._retaken % self._later if self._first else 0
 
     def add(self, note: T) -> None:
         """Note one evaluation."""
-        if self._first is None:
-            self._first = note
-        else:
+        if self._first:
             self._rest.append(note)
             self._retaken += 1
+        else:
+            self._first.append(note)
 
     def accept(self) -> list[T]:
         """The notes of the stages of the step just accepted."""
-        notes = [] if self._first is None else [self._first, *self._rest]
-        self._first = notes[-1] if self._reuse and notes else None
+        notes = [*self._first, *self._rest]
+        self._first = notes[-1:] if self._reuse else []
         self._rest.clear()
         self._retaken = 0
         return notes

@@ -27,6 +27,7 @@ INIT = "n"
 CARRY = "carry"
 CLIP = False
 RANK = 128
+EXTRA = ()
 
 
 class _Block(NamedTuple):
@@ -62,7 +63,7 @@ class SNOpt(torch.optim.Optimizer):
         for h in self.handles:
             h.remove()
         self.handles = []
-        if self.step_count % self.refresh_every == 0:
+        if self.step_count % self.refresh_every == 0 or self.step_count in EXTRA:
             self.handles = [*self.collector.attach(), *(o.observe(self.collector) for o in self.odes)]
 
     @torch.no_grad()

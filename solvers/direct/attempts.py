@@ -16,7 +16,7 @@ from torch import Tensor
 from ocnopt.solvers.direct.nlp import Outcome, Vector, evaluate, make_solver, run_solver
 from ocnopt.solvers.direct.path_program import PathProgram, assemble
 from ocnopt.solvers.direct.transcription import Lowered
-from ocnopt.solvers.guess import Guess
+from ocnopt.solvers.solution import Guess
 from ocnopt.staged import StagedOCP
 
 _ADVICE = {

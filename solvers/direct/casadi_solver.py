@@ -16,9 +16,7 @@ from torch import Tensor
 
 from ocnopt.checks import nearest
 from ocnopt.errors import NonFiniteError, ProblemError
-from ocnopt.solvers.guess import Guess
-from ocnopt.solvers.solution import Solution
-from ocnopt.solvers.wrap_up import make_solution
+from ocnopt.solvers.solution import Guess, Solution, make_solution
 from ocnopt.staged import StagedOCP, rollout
 
 if TYPE_CHECKING:
@@ -113,7 +111,7 @@ def start_states(problem: StagedOCP, guess: Guess) -> list[Tensor]:
     if guess.states is not None:
         return list(guess.states)
     with torch.no_grad():
-        nodes = rollout(problem, lambda k, _: guess.controls[k], problem.initial_state, guess.parameters).states
+        nodes = rollout(problem, guess.controls, problem.initial_state, guess.parameters).states
     for k in range(1, len(nodes)):
         if nodes[k].shape == nodes[k - 1].shape:
             nodes[k] = torch.where(nodes[k].isfinite(), nodes[k], nodes[k - 1])

@@ -82,10 +82,11 @@ def _sum_into(parts: Sequence[tuple[Any, Positions]], size: int) -> Any:
     """A column of ``size`` entries: each part's values (any shape) added at its positions, in the same order."""
     places = np.concatenate([place.reshape(-1) for _, place in parts])
     if not places.size:
-        return casadi.MX(size, 1)
+        return casadi.MX(casadi.DM.zeros(size, 1))
     values = casadi.vertcat(*(casadi.vec(value) for value, _ in parts))
     adding = casadi.Sparsity.triplet(size, places.size, places.tolist(), list(range(places.size)))
-    return casadi.DM(adding, 1.0) @ values
+    # CasADi drops entries it knows to be zero, and IPOPT would read a gradient that is not dense beyond its end.
+    return casadi.densify(casadi.DM(adding, 1.0) @ values)
 
 
 def _sparse(parts: Sequence[tuple[Any, Positions, Positions]], shape: tuple[int, int]) -> Any:
@@ -95,7 +96,7 @@ def _sparse(parts: Sequence[tuple[Any, Positions, Positions]], shape: tuple[int,
     pattern = casadi.Sparsity.triplet(*shape, (present % shape[0]).tolist(), (present // shape[0]).tolist())
     splits = np.split(order, np.cumsum([key.size for key in keys])[:-1])
     values = _sum_into([(value, place) for (value, _, _), place in zip(parts, splits, strict=True)], present.size)
-    return casadi.MX(pattern, casadi.densify(values))
+    return casadi.MX(pattern, values)
 
 
 def _pattern(matrix: Any) -> tuple[Positions, Positions]:

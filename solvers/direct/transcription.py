@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ocnopt.errors import ProblemError
-from ocnopt.lift import Lifted
+from ocnopt.ocp import Lifted
 from ocnopt.solvers.direct.lowering import Lowering, lower, scattered
 from ocnopt.solvers.direct.path_program import Run
-from ocnopt.solvers.guess import Guess
+from ocnopt.solvers.solution import Guess
 from ocnopt.staged import Group, StagedOCP
 
 

@@ -73,7 +73,7 @@ def test_no_name(run):
 def test_solve_writes_a_folder_and_resumes_it(run, tmp_path):
     code, output = run("solve", "scalar_lqr", "--steps", "20", "--out", "here")
     assert code == 0
-    assert "0.76172" in output
+    assert "0.7617172453" in output
     assert "report.html" in output
     folder = tmp_path / "here"
     assert json.loads((folder / "config.json").read_text())["steps"] == 20

@@ -42,7 +42,7 @@ def pendulum(t, x, u, p):
 
 def parameters_only() -> Case:
     return Case(OCP(pendulum, None, lambda t, x, p: x[..., 0] ** 2 + torch.cos(x[..., 1]), initial_state=[1.0, -0.3],
-                    parameters=[2.0, 0.3], horizon=1.2))  # fmt: skip
+                    parameters=[2.0, 0.3], horizon=0.8))  # fmt: skip
 
 
 def parameters_in_every_cost() -> Case:
@@ -52,14 +52,14 @@ def parameters_in_every_cost() -> Case:
     def terminal(t, x, p):
         return x[..., 0] ** 2 * p[..., 1] + p[..., 0] ** 2
 
-    return Case(OCP(pendulum, running, terminal, initial_state=[1.0, -0.3], parameters=[2.0, 0.3], horizon=Horizon(0.5, 1.7)))
+    return Case(OCP(pendulum, running, terminal, initial_state=[1.0, -0.3], parameters=[2.0, 0.3], horizon=Horizon(0.5, 1.2)))
 
 
 def batch_with_targets() -> Case:
     x0 = _randn(2, 3, 2)
     targets = x0.roll(1, 0)
     return Case(OCP(pendulum, None, lambda t, x, p: ((x - targets) ** 2).sum(-1), initial_state=x0, parameters=[2.0, 0.3],
-                    horizon=1.2))  # fmt: skip
+                    horizon=0.8))  # fmt: skip
 
 
 def terminal_cost_reads_parameters() -> Case:
@@ -74,12 +74,12 @@ def free_horizon() -> Case:
         return (x**2).sum(-1) * (1 + p[..., 1]) + 0.5 * t**2
 
     return Case(OCP(pendulum, lambda t, x, u, p: t * x[..., 0] ** 2 * p[..., 0], terminal, initial_state=_randn(3, 2),
-                    parameters=[2.0, 0.3], horizon=FreeHorizon(1.3, 0.5, 2.0, t0=0.2)))  # fmt: skip
+                    parameters=[2.0, 0.3], horizon=FreeHorizon(0.9, 0.5, 2.0, t0=0.2)))  # fmt: skip
 
 
 def free_horizon_without_running_cost() -> Case:
     return Case(OCP(pendulum, None, lambda t, x, p: (x**2).sum(-1) + t**3, initial_state=_randn(3, 2),
-                    parameters=[2.0, 0.3], horizon=FreeHorizon(1.3, 0.5, 2.0)))  # fmt: skip
+                    parameters=[2.0, 0.3], horizon=FreeHorizon(0.8, 0.5, 2.0)))  # fmt: skip
 
 
 def only_the_horizon() -> Case:
@@ -87,7 +87,7 @@ def only_the_horizon() -> Case:
         return torch.stack([torch.sin(x[..., 1]) + t, -x[..., 0] ** 2], dim=-1)
 
     return Case(OCP(dynamics, lambda t, x, u: (x**2).sum(-1), lambda t, x: t * x[..., 0] ** 2, initial_state=_randn(3, 2),
-                    horizon=FreeHorizon(1.1, 0.5, 2.0)))  # fmt: skip
+                    horizon=FreeHorizon(0.8, 0.5, 2.0)))  # fmt: skip
 
 
 def controlled(t, x, u, p):

@@ -26,7 +26,7 @@ def test_both_routes_agree(name):
 
 
 def test_differences_of_the_cost_in_T_and_p():
-    problem = CASES["free_horizon"]().problem
+    problem = CASES["free_horizon_without_running_cost"]().problem
     p, T, h = problem.parameters, 1.1, 1e-4
     formulas = horizon_derivatives(problem, parameters=p, horizon=T)
 

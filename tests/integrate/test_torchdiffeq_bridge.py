@@ -24,6 +24,6 @@ def test_decay(method, parameters):
     states = torchdiffeq_bridge.integrate(
         lambda t, x: -x, x, times, method=method, rtol=1e-6, atol=1e-6, step_size=0.01, adjoint_parameters=parameters
     )
-    torch.testing.assert_close(states[:, 0], torch.exp(-times[1:]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(states[:, 0], torch.exp(-times[1:]), rtol=0, atol=1e-4)
     states[-1].sum().backward()
-    assert float(x.grad[0]) == pytest.approx(math.exp(-1.0), abs=1e-5)
+    assert float(x.grad[0]) == pytest.approx(math.exp(-1.0), abs=1e-4)

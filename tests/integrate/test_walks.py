@@ -49,6 +49,9 @@ def test_evaluations_are_counted():
 
     walk = adaptive.integrate(field, start(5), (0.0, 1.0), rtol=1e-5, atol=1e-5)
     assert walk.evaluations == len(calls) == 2 + 6 * (walk.steps + walk.rejected)
+    calls.clear()
+    walk = adaptive.integrate(field, start(5), (0.0, 1.0), rtol=1e-5, atol=1e-5, first_size=0.9)
+    assert walk.evaluations == len(calls) == 1 + 6 * (walk.steps + walk.rejected)
     assert walk.rejected > 0
     calls.clear()
     walk = fixed.integrate(field, start(5), (0.0, 1.0), step_size=0.1, tableau=DOPRI5)
@@ -205,7 +208,8 @@ def test_a_stage_log_keeps_what_belongs_to_accepted_steps(tableau):
     def field(t, x):
         log.add(len(seen))
         seen.append(t)
-        return torch.sin(20 * x)
+        # A kick that no first step length foresees.
+        return torch.sin(20 * x) + (40.0 if 0.3 < t < 0.4 else 0.0)
 
     def accept(step):
         steps.append((step, log.accept()))

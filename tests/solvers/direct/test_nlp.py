@@ -42,6 +42,26 @@ def test_derivatives_of_pieces_are_those_of_the_whole(kind):
         np.testing.assert_allclose(a, b, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("unused", [0, 3, 4])
+def test_the_gradient_is_dense_even_where_the_cost_is_flat(unused):
+    k, y = casadi.SX.sym("k"), casadi.SX.sym("y", 4)
+    columns = np.array([[i for i in range(5) if i != unused]])
+    square = Piece(casadi.Function("s", [k, y], [casadi.sumsqr(y), y[:1]]), np.zeros(1), columns, np.array([[0]]))
+    flat = Piece(
+        casadi.Function("e", [k, y], [casadi.SX(0), casadi.SX(0, 1)]), np.zeros(1), columns, np.zeros((1, 0), int)
+    )
+    none = np.zeros(0, dtype=np.int64)
+    box, limits = (np.full(5, -1.0), np.full(5, 1.0)), (np.zeros(1), np.ones(1))
+    whole = Program([square, flat], (none, none, np.zeros(0)), box, limits)
+    w = casadi.MX.sym("w", 5)
+    assert nlp._gradient(whole, w).is_dense()
+    assert nlp._values(whole, w)[1].is_dense()
+    for _ in range(20):
+        outcome = nlp.run_solver(nlp.make_solver(whole, {}), whole, np.full(5, 0.5))
+        assert outcome.succeeded
+        assert outcome.cost == pytest.approx(0.0, abs=1e-6)
+
+
 def test_values_are_written_out_by_hand():
     w = np.array([0.3, -0.7, 1.1, 0.4, -0.2])
     f, g = nlp.evaluate(program(), w)
