@@ -268,14 +268,14 @@ def finite_path(steps: Sequence[Tensor], cost: Tensor) -> None:
         if not bool(torch.isfinite(x).all()):
             index = first_non_finite(x)
             raise NonFiniteError(
-                f"dynamics led to {x[index].item()} in state component {index[-1]} at step {k} of {len(steps) - 1} of the first "
-                "path; expected finite states: pass initial_guess= (controls, or states for an infeasible start), or "
-                "take more steps"
+                f"dynamics led to {x[index].item()} in state component {index[-1]} at step {k} of {len(steps) - 1} of "
+                "the first path; expected finite states: pass initial_guess= (controls, or states for an infeasible "
+                "start), or take more steps"
             )
     if not bool(torch.isfinite(cost).all()):
         raise NonFiniteError(
-            f"the cost of the first path is {cost.item()}; expected a finite number: pass initial_guess=, or look for a "
-            "division by zero or the root of a negative number in running_cost and terminal_cost"
+            f"the cost of the first path is {cost.item()}; expected a finite number: pass initial_guess=, or look for "
+            "a division by zero or the root of a negative number in running_cost and terminal_cost"
         )
 
 

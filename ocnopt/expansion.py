@@ -1,17 +1,18 @@
 r"""Local models of a discrete problem along a path: first and second derivatives of every stage at once.
 
-With w = (x, u) of size d = n + m, a stage's dynamics f and cost l expand to f_w (n', d), l_w (d), l_ww (d, d) and, for exact curvature,
-f_ww (n', d, d). They are kept in homogeneous coordinates (1, dw), where the gap g = f(x_k, u_k) - x_{k+1} of an infeasible path is one more
-column and a quadratic function is one symmetric matrix:
+With w = (x, u) of size d = n + m, a stage's dynamics f and cost l expand to f_w (n', d), l_w (d), l_ww (d, d) and, for
+exact curvature, f_ww (n', d, d). They are kept in homogeneous coordinates (1, dw), where the gap g = f(x_k, u_k) -
+x_{k+1} of an infeasible path is one more column and a quadratic function is one symmetric matrix:
 
     F = [1  0  ]  (1 + n', 1 + d)        L = [0    l_w^T]  (1 + d, 1 + d),   cost change = 1/2 (1, dw) L (1, dw)^T
         [g  f_w]                             [l_w  l_ww ]
 
 All carry the batch axes in front.
 
-How: functions may capture per-sample data, so they are evaluated on extra leading axes, never mapped over samples. The n' + 1 outputs and
-the d directions become two leading axes of replicas; one forward pass and one or two reverse passes over all steps of a group give every
-row of every Jacobian and Hessian (a replicated reverse pass was measured faster than vmap of jacrev or jacfwd).
+How: functions may capture per-sample data, so they are evaluated on extra leading axes, never mapped over samples. The
+n' + 1 outputs and the d directions become two leading axes of replicas; one forward pass and one or two reverse passes
+over all steps of a group give every row of every Jacobian and Hessian (a replicated reverse pass was measured faster
+than vmap of jacrev or jacfwd).
 """
 
 import math
@@ -144,9 +145,10 @@ def _quadratic(gradient: Tensor, hessian: Tensor) -> Tensor:
 
 
 def derivatives(function: Function, w: Tensor, *, hessian: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Value ``(..., o)``, Jacobian ``(..., o, d)`` and Hessian ``(..., o, d, d)`` of ``function(w (*extra, ..., d)) -> (*extra, ..., o)``.
+    """Value ``(..., o)``, Jacobian ``(..., o, d)`` and Hessian ``(..., o, d, d)`` of a function of w ``(..., d)``.
 
-    Without ``hessian`` the third result is empty. A function that does not depend on w has zero derivatives.
+    The function accepts leading axes: ``(*extra, ..., d) -> (*extra, ..., o)``. Without ``hessian`` the third result is
+    empty. A function that does not depend on w has zero derivatives.
     """
     d = w.shape[-1]
     with torch.no_grad():

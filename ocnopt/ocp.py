@@ -11,9 +11,9 @@ Shapes: x ``(*extra, *batch, n)``, u ``(*extra, *batch, m)``, t broadcasts again
 ``(*batch, q)`` in a batched ``solve``. ``batch`` is the batch shape of the initial state: a function may capture
 per-sample data, so it is never mapped over samples, only evaluated on extra leading axes.
 
-:func:`lift` brings a problem to the one form that everything below is written for. Every function takes (t, x, u, p). Where
-the horizon is free, T is the last entry of p and time runs over the unit interval: with s = (t - t0)/(T - t0) the dynamics
-are (T - t0) F and the running cost (T - t0) l, so that no backward pass needs a special case for T.
+:func:`lift` brings a problem to the one form that everything below is written for. Every function takes (t, x, u, p).
+Where the horizon is free, T is the last entry of p and time runs over the unit interval: with s = (t - t0)/(T - t0) the
+dynamics are (T - t0) F and the running cost (T - t0) l, so that no backward pass needs a special case for T.
 """
 
 import math

@@ -331,7 +331,8 @@ class Path(NamedTuple):
     cost: Tensor
 
 
-class FeedbackLaw(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class FeedbackLaw:
     """u_k = clip(ubar_k + alpha k_k + K_k (x - xbar_k)); alpha has the leading axes that the step sizes need."""
 
     states: Sequence[Tensor]

@@ -1,11 +1,12 @@
 r"""Differential dynamic programming.
 
-One iteration: expand the path (local models of every stage), sweep backwards (gains), search along the step (roll the feedback law out),
-accept or raise the regularisation. Static controls and a free T are part of the state with a free first value; an infeasible start keeps
-gaps g_k = f(x_k, u_k) - x_{k+1}, which a step of size alpha shrinks to (1 - alpha) g_k. Problems of a batch are independent: each has its
-own step size, regularisation and stop.
+One iteration: expand the path (local models of every stage), sweep backwards (gains), search along the step (roll the
+feedback law out), accept or raise the regularisation. Static controls and a free T are part of the state with a free
+first value; an infeasible start keeps gaps g_k = f(x_k, u_k) - x_{k+1}, which a step of size alpha shrinks to (1 -
+alpha) g_k. Problems of a batch are independent: each has its own step size, regularisation and stop.
 
-Source: Mayne 1966; Tassa, Mansard and Todorov, ICRA 2014 (bounds, regularisation schedule); Mastalli et al., ICRA 2020 (gaps).
+Source: Mayne 1966; Tassa, Mansard and Todorov, ICRA 2014 (bounds, regularisation schedule); Mastalli et al., ICRA 2020
+(gaps).
 """
 
 import time
@@ -25,9 +26,10 @@ from ocnopt.solvers.solution import Guess, Solution, make_solution
 from ocnopt.staged import FeedbackLaw, StagedOCP, rollout, shoot, static_as_state
 
 _MU_MIN, _MU_MAX = 1e-6, 1e12
-# mu grows by _UP when nothing was accepted, falls by _DOWN after a step >= _LONG, rises by _DOWN after one < _SHORT; measured
-# on pendulum and cartpole swing-ups against the schedule of Tassa et al. 2012 (a fifth to a quarter fewer sweeps).
+# mu grows by _UP when nothing was accepted, falls by _DOWN after a step >= _LONG, rises by _DOWN after one < _SHORT:
+# a fifth to a quarter fewer sweeps than the schedule of Tassa et al. 2012 on pendulum and cartpole swing-ups.
 _UP, _DOWN, _LONG, _SHORT = 10.0, 3.0, 0.5, 0.1
+# Gauss-Newton converges linearly and may creep on in the last digits: so many steps below rounding are the end too.
 _IDLE = 5
 # step sizes tried after the full step
 _ALPHAS = tuple(0.5**i for i in range(1, 14))
@@ -41,7 +43,7 @@ def rounding(cost: Tensor) -> Tensor:
 
 
 def picker(mask: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """Choose for each problem of the batch: the first tensor where the mask holds, else the second; further axes follow the batch's."""
+    """Choose for each problem of the batch: the first tensor where the mask holds, else the second."""
 
     def pick(a: Tensor, b: Tensor) -> Tensor:
         return torch.where(mask.reshape((*mask.shape, *(1,) * (a.ndim - mask.ndim))), a, b)
@@ -63,12 +65,12 @@ class Direction(NamedTuple):
     def where(self, mask: Tensor, other: "Direction") -> "Direction":
         """This direction where the mask holds, the other elsewhere."""
         pick = picker(mask)
-        lists = [[pick(a, b) for a, b in zip(x, y, strict=True)] for x, y in zip(self[:3], other[:3], strict=True)]
-        return Direction(*lists, *(pick(a, b) for a, b in zip(self[3:], other[3:], strict=True)))
+        k, K, costates = (list(map(pick, mine, others)) for mine, others in zip(self[:3], other[:3], strict=True))
+        return Direction(k, K, costates, *map(pick, self[3:], other[3:]))
 
 
 class Iterate(NamedTuple):
-    """A path (states hold the static controls too), its cost, its gaps (None once closed) and the merit's weight on them."""
+    """A path (states hold the static controls too), its cost, its gaps or None, and the merit's weight on them."""
 
     states: list[Tensor]
     controls: list[Tensor]
@@ -259,7 +261,6 @@ class Monitor:
         """Mark what has converged; whether nothing is left to do."""
         decrease = -(direction.linear + direction.quadratic)
         flat = (decrease.abs() <= self.tolerance**2 * (1 + iterate.cost.abs())) & (iterate.gap_size() <= self.tolerance)
-        # Gauss-Newton converges linearly and may creep on in the last digits: _IDLE steps below rounding are the end too.
         idle = (self._quiet >= _IDLE) & (iterate.gap_size() <= self.tolerance)
         self.converged = self.converged | (self.active & direction.solvable & ((flat & (self.mu <= _MU_MIN)) | idle))
         return not bool(self.active.any())
@@ -278,9 +279,8 @@ class Monitor:
         self.mu = torch.where(active, torch.where(moved, down, up), self.mu)
         self._stuck = self._stuck | (active & (self.mu > _MU_MAX))
         self._rows.append((iterate.cost, step, self.mu))
-        self._report(
-            f"{len(self._rows) - 1:4d}  cost {float(iterate.cost.mean()):.10g}  step {float(step.mean()):.3g}  mu {float(self.mu.max()):.1e}"
-        )
+        cost, size, mu = float(iterate.cost.mean()), float(step.mean()), float(self.mu.max())
+        self._report(f"{len(self._rows) - 1:4d}  cost {cost:.10g}  step {size:.3g}  mu {mu:.1e}")
 
     def history(self) -> dict[str, Tensor]:
         """cost, step and regularisation, ``(iterations + 1, ...)``, the start first."""
@@ -307,8 +307,10 @@ def _sentence(converged: bool, failed: bool, stuck: bool, iterations: int, gap: 
         return "given up: the first path is not finite; pass another initial_guess"
     gaps = f"; gaps up to {gap:.1e} are still open" if gap > 0 else ""
     if stuck:
-        return f"stopped after {steps}: no step decreases the cost under the largest regularisation{gaps}; look at the functions' smoothness, or start elsewhere"
-    return f"stopped after {steps}: the iteration limit was reached{gaps}; raise max_iterations, or start from this solution"
+        reason = "no step decreases the cost under the largest regularisation"
+        return f"stopped after {steps}: {reason}{gaps}; look for a kink in the functions, or start elsewhere"
+    advice = "raise max_iterations, or start from this solution"
+    return f"stopped after {steps}: the iteration limit was reached{gaps}; {advice}"
 
 
 def _silent(_: str) -> None:
@@ -320,11 +322,13 @@ class DDP:
     """DDP with feedback gains, box bounds, infeasible start, static parameters, free T and batches.
 
     Attributes:
-        curvature: "exact" keeps the second derivatives of the dynamics; "gauss_newton" (iLQR) drops them; "auto" is exact, and Gauss-Newton in
-            iterations where the exact model is not convex. While gaps are open, "exact" does the same.
+        curvature: "exact" keeps the second derivatives of the dynamics; "gauss_newton" (iLQR) drops them; "auto" is
+            exact, and Gauss-Newton in iterations where the exact model is not convex. While gaps are open, "exact" does
+            the same.
         max_iterations: sweeps allowed.
-        tolerance: stop when the predicted decrease falls below ``tolerance**2 * (1 + |cost|)`` and every gap below ``tolerance``.
-        regularisation: first value of mu; it starts at zero and rises only when a sweep or a line search fails.
+        tolerance: stop when the predicted decrease falls below ``tolerance**2 * (1 + |cost|)`` and every gap below
+            ``tolerance``.
+        regularisation: first value of mu; it rises when a sweep or a line search fails.
     """
 
     curvature: Curvature = "auto"
@@ -335,13 +339,11 @@ class DDP:
     def __post_init__(self) -> None:
         known = ("exact", "gauss_newton", "auto")
         if self.curvature not in known:
-            raise ProblemError(
-                f"curvature is {self.curvature!r}; expected one of {', '.join(known)}{nearest(str(self.curvature), known)}"
-            )
+            hint = nearest(str(self.curvature), known)
+            raise ProblemError(f"curvature is {self.curvature!r}; expected one of {', '.join(known)}{hint}")
         if self.max_iterations < 1 or self.tolerance <= 0 or self.regularisation < 0:
             raise ProblemError(
-                f"DDP(max_iterations={self.max_iterations}, tolerance={self.tolerance}, regularisation={self.regularisation}); expected a positive "
-                "number of iterations, a positive tolerance and a regularisation >= 0"
+                f"{self} has an option out of range; expected max_iterations >= 1, tolerance > 0, regularisation >= 0"
             )
 
     def solve(self, problem: StagedOCP, guess: Guess, *, progress: bool = False) -> Solution:

@@ -14,7 +14,7 @@ def plot_solution(solution: Solution, path: str | Path | None = None) -> Figure:
     """Draw four panels and write them to ``path`` if one is given.
 
     Args:
-        solution: of one problem, of a batch with one axis (its problems are drawn on top of each other), all stages of one size.
+        solution: of one problem or of a batch, drawn on top of each other; all stages of one size.
         path: a file whose ending names the format.
 
     Raises:
@@ -44,14 +44,14 @@ def _lines(axis: Axes, times: Tensor, values: Tensor, letter: str, *, step: bool
     t, v = times.reshape(-1, times.shape[-1]).cpu().numpy(), values.reshape(-1, *values.shape[-2:]).cpu().numpy()
     for j in range(size):
         for i in range(len(v)):
-            style = {"drawstyle": "steps-post"} if step else {}
+            style = "steps-post" if step else "default"
             axis.plot(
                 t[i],
                 v[i, :, j],
                 color=f"C{j}",
                 label=f"{letter}{j}" if i == 0 else None,
                 alpha=1 if len(v) == 1 else 0.4,
-                **style,
+                drawstyle=style,
             )
     if size > 1:
         axis.legend(fontsize="small")

@@ -1,4 +1,4 @@
-"""What a solver starts from and what it returns: one frozen record with a status sentence, a feedback policy and a closed-loop rollout.
+"""What a solver starts from and what it returns: a record with a status sentence, a policy and a closed-loop rollout.
 
 Shapes: ``...`` is the problem's batch shape; N steps, n states, m controls, q parameters (never counting T). Where
 sizes vary from stage to stage, ``states``, ``controls``, ``costates`` and gains are tuples, one tensor a node or step.
@@ -28,9 +28,9 @@ class Gains(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Guess:
-    """Where a solver starts: controls u_k ``(*batch, m)``, p ``(*batch, q)`` with T where it is free, and, or None, states.
+    """Where a solver starts: controls u_k ``(*batch, m)``, p ``(*batch, q)`` with T where it is free.
 
-    States x_0..x_N ``(*batch, n)`` need not satisfy the dynamics.
+    States x_0..x_N ``(*batch, n)``, where given, need not satisfy the dynamics.
     """
 
     controls: list[Tensor]

@@ -1,20 +1,24 @@
 r"""The Bellman sweep: staged controls minimised out, stage by stage, from the end.
 
-In homogeneous coordinates (1, dx) the cost-to-go is one symmetric matrix V, twice the predicted change of cost at V[0, 0], V_x beside it,
-V_xx below; a stage is F and L (see :mod:`ocnopt.expansion`). Splitting (1, dx, du) into s = (1, dx) and u, a stage's step reads
+In homogeneous coordinates (1, dx) the cost-to-go is one symmetric matrix V: twice the predicted change of cost in
+its corner, V_x beside it, V_xx below. A stage is F and L (see :mod:`ocnopt.expansion`). Splitting (1, dx, du) into
+s = (1, dx) and u, a stage's step reads
 
     Q   = L + F^T V' F          (+ V'_x . f_ww on the block of w, exact curvature)
     K   = argmin over du = K s in the box of  du^T Q_us s + 1/2 du^T (Q_uu + mu I) du,   K = [k  K]
     V   = Q_ss + K^T Q_uu K + K^T Q_us + Q_us^T K
 
-with the last line in its general form because K may be regularised or clamped. Under a step of size alpha (alpha g, alpha k, K) the cost
-changes by alpha * linear + alpha^2 * quadratic to second order. V_x holds second-order terms of g and k, so the linear part needs the plain
-gradient under the feedback beside it: the row J = (linear, J_x) with J = j_s + K^T j_u, j = (0, l_w) + F^T J'.
+with the last line in its general form because K may be regularised or clamped. Under a step of size alpha (alpha g,
+alpha k, K) the cost changes by alpha * linear + alpha^2 * quadratic to second order. V_x holds second-order terms of g
+and k, so the linear part needs the plain gradient under the feedback beside it: the row J = (linear, J_x) with J = j_s
++ K^T j_u, j = (0, l_w) + F^T J'.
 
-Static controls are part of the state here and need no line of their own until the first stage, where :func:`minimise_start` chooses them.
+Static controls are part of the state here and need no line of their own until the first stage, where
+:func:`minimise_start` chooses them.
 
-Shapes, the batch in front: V ``(1 + n, 1 + n)``, K ``(m, 1 + n)``, J ``(1 + n)``; mu has the batch shape. Source: Tassa, Mansard and Todorov,
-"Control-limited differential dynamic programming", ICRA 2014; Mastalli et al., "Crocoddyl", ICRA 2020 (gaps).
+Shapes, the batch in front: V ``(1 + n, 1 + n)``, K ``(m, 1 + n)``, J ``(1 + n)``; mu has the batch shape. Source:
+Tassa, Mansard and Todorov, "Control-limited differential dynamic programming", ICRA 2014; Mastalli et al., "Crocoddyl",
+ICRA 2020 (gaps).
 """
 
 from typing import NamedTuple
@@ -39,7 +43,7 @@ class BellmanStage(NamedTuple):
 
 
 class CostToGo(NamedTuple):
-    """V and J; ``solvable`` is False once a Q_uu was not positive definite (what comes before it is meaningless then)."""
+    """V and J; ``solvable`` is False once a Q_uu was not positive definite, and V, J are meaningless then."""
 
     V: Tensor
     J: Tensor
@@ -86,7 +90,7 @@ def bellman_step(stage: BellmanStage, value: CostToGo) -> tuple[CostToGo, StageG
 
 
 def minimise_start(value: CostToGo, q: int, damping: Tensor, room: Bounds | None) -> tuple[Tensor, CostToGo]:
-    """Choose the static controls: minimise V over the last q entries of the first state, whose other entries are fixed."""
+    """Choose the static controls: minimise V over the last q entries of the first state; the others are fixed."""
     Vpp, Vp = value.V[..., -q:, -q:], value.V[..., -q:, :1]
     dp, fine = minimise_box(Vpp + damping, Vp, room)
     V, J = value.V.clone(), value.J.clone()
@@ -98,8 +102,8 @@ def minimise_start(value: CostToGo, q: int, damping: Tensor, room: Bounds | None
 def minimise_box(H: Tensor, G: Tensor, room: Bounds | None) -> tuple[Tensor, Tensor]:
     r"""Minimise d^T (g + H_x x) + 1/2 d^T H d over lower <= d <= upper at x = 0, with the minimiser's response to x.
 
-    Projected Newton steps (Bertsekas 1982; Tassa et al. 2014, section III). d = k + K x with K = -H_ff^-1 H_x on the free
-    entries, zero on the clamped.
+    Projected Newton steps (Bertsekas 1982; Tassa et al. 2014, section III). d = k + K x with K = -H_ff^-1 H_x on the
+    free entries, zero on the clamped.
 
     Args:
         H: ``(..., m, m)``; the leading axes are independent problems.

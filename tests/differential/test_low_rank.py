@@ -24,6 +24,9 @@ PLAIN = [
     "no_dependence",
 ]
 
+# The matrices' own steps are held to 1e-8.
+SAME = 3e-8
+
 
 def low_rank(problem, **options):
     return differentiate(problem, curvature="gauss_newton", representation="low_rank", **options)
@@ -32,22 +35,22 @@ def low_rank(problem, **options):
 @pytest.mark.parametrize("name", PLAIN)
 def test_factors_give_the_matrices(name):
     problem, controls = CASES[name]()
-    flow, u = read_request(problem, None, controls, None, 1e-9, 1e-9)
+    flow, u = read_request(problem, None, controls, None, 1e-8, 1e-8)
     matrices, readouts = by_matrices(flow, trace(flow, u)[0], exact=False)
-    result, q = low_rank(problem, controls=controls, rtol=1e-9, atol=1e-9), problem.parameter_dim
+    result, q = low_rank(problem, controls=controls), problem.parameter_dim
     X, p, s = result.x_factors, result.p_factors, result.signs[..., None]
-    assert relative_error(X.mT @ (s * X), matrices.XX) <= 1e-8
-    assert relative_error(p.mT @ (s * X), matrices.pX[..., :q, :]) <= 1e-8
+    assert relative_error(X.mT @ (s * X), matrices.XX) <= SAME
+    assert relative_error(p.mT @ (s * X), matrices.pX[..., :q, :]) <= SAME
     total = (p.mT @ (s * p)).reshape(-1, q, q).mean(0)
-    assert relative_error(total, matrices.pp[:q, :q] / flow.samples) <= 1e-8
-    assert relative_error(result.x, matrices.X) <= 1e-8
-    assert relative_error(result.p, matrices.p[:q] / flow.samples) <= 1e-8
+    assert relative_error(total, matrices.pp[:q, :q] / flow.samples) <= SAME
+    assert relative_error(result.x, matrices.X) <= SAME
+    assert relative_error(result.p, matrices.p[:q] / flow.samples) <= SAME
     assert result.xx is result.px is result.pp is None
     if result.u is not None:
-        assert relative_error(result.uu, torch.stack([r.uu for r in readouts], -3)) <= 1e-8
+        assert relative_error(result.uu, torch.stack([r.uu for r in readouts], -3)) <= SAME
     if result.T is not None:
-        assert relative_error(result.TT, matrices.pp[-1, -1] / flow.samples) <= 1e-8
-        assert relative_error(result.Tp, matrices.pp[-1, :-1] / flow.samples) <= 1e-8
+        assert relative_error(result.TT, matrices.pp[-1, -1] / flow.samples) <= SAME
+        assert relative_error(result.Tp, matrices.pp[-1, :-1] / flow.samples) <= SAME
 
 
 @pytest.mark.parametrize("name", PLAIN[:3])

@@ -1,0 +1,292 @@
+"""Gradients: discrete against back-propagation, continuous against a tight solve, both against differences and torchdiffeq."""
+
+import pytest
+import torch
+
+from ocnopt.integrate.tableaus import TABLEAUS
+from ocnopt.neural.neural_ode import NeuralODE
+from ocnopt.ocp import FreeHorizon, Horizon
+from tests.neural.cases import Coupled, Plain, Tanh, distance, gradients, loss, start
+
+METHODS = [(name, 4) for name in sorted(TABLEAUS)] + [("dopri5", None), ("bosh3", None)]
+ROUTES = [
+    (1.0, None),
+    (Horizon(0.5, -1.0), None),
+    (FreeHorizon(0.8, 0.1, 2.0), None),
+    (1.0, [0.2, 0.5, 1.3]),
+    (1.0, [0.0, 0.7]),
+    (1.0, [1.0, 0.4, 0.0]),
+    (1.0, [0.6]),
+]
+
+
+class Watcher:
+    """An observer that only counts."""
+
+    def __init__(self):
+        self.weights = []
+
+    def stage(self, input_weight, gradient_weight):
+        self.weights.append((input_weight, gradient_weight))
+        return torch.enable_grad()
+
+    def terminal(self, x, slope, costate):
+        self.end = (x, slope, costate)
+
+
+@pytest.mark.parametrize(("method", "steps"), METHODS)
+@pytest.mark.parametrize(("horizon", "times"), ROUTES)
+def test_discrete_is_back_propagation_through_the_same_steps(method, steps, horizon, times):
+    field, x = Tanh(), start(4, 3)
+    control = {"method": method, "steps": steps, "rtol": 1e-4, "atol": 1e-4}
+    value, expected = gradients(NeuralODE(field, horizon, adjoint="backprop", **control), x, times)
+    ode = NeuralODE(field, horizon, **control)
+    ours, gradient = gradients(ode, x, times)
+    assert torch.equal(ours, value)
+    assert distance(gradient, expected) < 1e-12
+    watcher = Watcher()
+    ode.observe(watcher)
+    _, watched = gradients(ode, x, times)
+    assert distance(watched, expected) < 1e-12
+
+
+@pytest.mark.parametrize(("method", "steps"), METHODS)
+def test_thinned_checkpoints_change_nothing(method, steps):
+    field, x = Tanh(), start(4, 3)
+    control = {"method": method, "steps": steps and 37, "rtol": 1e-9, "atol": 1e-9}
+    _, expected = gradients(NeuralODE(field, 2.0, **control), x)
+    one_state = x.numel() * 8
+    for budget in (0, one_state, 10 * one_state):
+        ode = NeuralODE(field, 2.0, checkpoint_bytes=budget, **control)
+        assert torch.equal(gradients(ode, x)[1], expected)
+        assert ode.statistics.steps > 10
+        ode.observe(Watcher())
+        assert distance(gradients(ode, x)[1], expected) < 1e-12
+
+
+def test_thinning_keeps_about_the_square_root():
+    field, x = Tanh(), start(1, 3)
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        NeuralODE(field, method="euler", steps=400, checkpoint_bytes=0)(x)
+    states = [tensor for tensor in kept if tensor.shape == x.shape]
+    assert 14 <= len(states) <= 30
+
+
+@pytest.mark.parametrize(("horizon", "times"), ROUTES)
+@pytest.mark.parametrize("method", ["dopri5", "bosh3"])
+def test_continuous_meets_a_tight_solve(horizon, times, method):
+    field, x = Tanh(), start(4, 3)
+    _, expected = gradients(NeuralODE(field, horizon, rtol=1e-12, atol=1e-12), x, times)
+    tolerance = 1e-9 if method == "dopri5" else 1e-8
+    _, gradient = gradients(
+        NeuralODE(field, horizon, method=method, rtol=tolerance, atol=tolerance, adjoint="continuous"), x, times
+    )
+    assert distance(gradient, expected) < 1e-6
+
+
+def test_continuous_converges_on_a_grid():
+    field, x = Tanh(), start(4, 3)
+    _, expected = gradients(NeuralODE(field, rtol=1e-12, atol=1e-12), x)
+    errors = []
+    for steps in (10, 20):
+        ode = NeuralODE(field, method="rk4", steps=steps, adjoint="continuous")
+        errors.append(distance(gradients(ode, x)[1], expected))
+    assert errors[1] < 1e-7
+    assert 10 < errors[0] / errors[1] < 24
+
+
+def test_continuous_does_not_care_for_the_scale_of_the_loss():
+    field, x = Tanh(), start(4, 3)
+    ode = NeuralODE(field, adjoint="continuous")
+    found = []
+    for scale in (1.0, 1e-8):
+        (scale * loss(ode(x))).backward()
+        found.append(torch.cat([p.grad.flatten() for p in field.parameters()]) / scale)
+        field.zero_grad()
+    assert distance(found[1], found[0]) < 1e-12
+
+
+def test_continuous_keeps_nothing_per_step():
+    field, x = Tanh(), start(4, 3)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        NeuralODE(field, method="rk4", steps=50, adjoint="continuous")(x)
+    assert len([tensor for tensor in kept if tensor.shape == x.shape]) == 2
+
+
+@pytest.mark.parametrize("adjoint", ["discrete", "continuous", "backprop"])
+def test_a_tuple_state(adjoint):
+    torchdiffeq = pytest.importorskip("torchdiffeq")
+    field, x = Coupled(), (start(4, 2), start(4, 2, 3), start(4))
+    ode = NeuralODE(field, rtol=1e-9, atol=1e-9, adjoint=adjoint)
+    output, gradient = gradients(ode, x, [0.0, 0.5, 1.0])
+    parts = tuple(part.clone().requires_grad_() for part in x)
+    times = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
+    exact = torchdiffeq.odeint(field, parts, times, rtol=1e-11, atol=1e-11)
+    for ours, theirs in zip(output, exact, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-7)
+    expected = torch.autograd.grad(loss(exact), (*parts, *field.parameters()))
+    assert distance(gradient, torch.cat([part.flatten() for part in expected])) < 1e-6
+
+
+def test_a_tuple_without_a_common_leading_axis():
+    def function(t, state):
+        x, clock = state
+        return x * clock, torch.ones_like(clock)
+
+    x, clock = start(5), torch.zeros((), dtype=torch.float64)
+    ends = NeuralODE(Plain(function), 2.0, rtol=1e-9, atol=1e-9)((x, clock))
+    assert float(ends[1]) == pytest.approx(2.0)
+    torch.testing.assert_close(ends[0], x * torch.tensor(2.0, dtype=torch.float64).exp(), rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("method", ["euler", "rk4", "dopri5"])
+def test_discrete_against_finite_differences(method):
+    weight = torch.tensor([[0.3, -0.8], [0.5, 0.2]], dtype=torch.float64)
+    x = start(2)
+    field = Plain(lambda t, x: torch.tanh(field.weight @ x) * (1 + t), weight=weight)
+    ode = NeuralODE(field, method=method, steps=3)
+    assert torch.autograd.gradcheck(lambda x: ode(x), (x.clone().requires_grad_(),))
+    _, gradient = gradients(ode, x)
+    eps = 1e-6
+    for i in range(4):
+        ends = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                field.weight.view(-1)[i] += sign * eps
+                ends.append(loss(ode(x)))
+                field.weight.view(-1)[i] -= sign * eps
+        assert float((ends[0] - ends[1]) / (2 * eps)) == pytest.approx(float(gradient[2 + i]), rel=1e-7, abs=1e-9)
+
+
+@pytest.mark.parametrize("adjoint", ["discrete", "continuous"])
+@pytest.mark.parametrize("times", [[0.0, 0.4, 1.0], [0.3, 0.9], [1.0, 0.2]])
+def test_gradients_of_times(adjoint, times):
+    field, x = Tanh(), start(4, 3)
+    # Few steps of a rough method: only the exact gradient of the discrete solve meets the differences then.
+    control = {"method": "heun", "steps": 7} if adjoint == "discrete" else {"rtol": 1e-10, "atol": 1e-10}
+    ode = NeuralODE(field, adjoint=adjoint, **control)
+    moving = torch.tensor(times, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(loss(ode(x, moving)), moving)
+    eps = 1e-5
+    # A first output that is the start moves the start with it: see the next test.
+    for i in range(times[0] in (0.0, 1.0), len(times)):
+        shift = torch.zeros(len(times), dtype=torch.float64)
+        shift[i] = eps
+        plus, minus = (loss(ode(x, (moving + sign * shift).detach())) for sign in (1, -1))
+        assert float((plus - minus) / (2 * eps)) == pytest.approx(float(gradient[i]), rel=1e-6, abs=1e-8)
+
+
+@pytest.mark.parametrize("adjoint", ["discrete", "continuous"])
+def test_gradient_of_a_moving_start(adjoint):
+    field, x = Tanh(), start(4, 3)
+
+    def end(first):
+        ode = NeuralODE(field, Horizon(first, 1.0), method="rk4", steps=6)
+        return loss(ode(x, torch.tensor([first, 1.0], dtype=torch.float64)))
+
+    ode = NeuralODE(field, Horizon(0.2, 1.0), method="rk4", steps=6 if adjoint == "discrete" else 60, adjoint=adjoint)
+    moving = torch.tensor([0.2, 1.0], dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(loss(ode(x, moving)), moving)
+    expected = float((end(0.2 + 1e-5) - end(0.2 - 1e-5)) / 2e-5)
+    assert float(gradient[0]) == pytest.approx(expected, rel=1e-6 if adjoint == "discrete" else 1e-4)
+
+
+@pytest.mark.parametrize("adjoint", ["discrete", "continuous"])
+def test_gradient_of_a_free_horizon(adjoint):
+    field, x = Tanh(), start(4, 3)
+    ode = NeuralODE(field, FreeHorizon(0.8, 0.1, 2.0), rtol=1e-10, atol=1e-10, adjoint=adjoint)
+    ode.T.requires_grad_()
+    y = ode(x)
+    (by_end, by_y) = torch.autograd.grad(loss(y), (ode.T, y))
+    slope = field(ode.T.detach(), y)
+    assert float(by_end) == pytest.approx(float((by_y * slope).sum()), rel=1e-7)
+
+
+def test_agrees_with_torchdiffeq():
+    torchdiffeq = pytest.importorskip("torchdiffeq")
+    field, x = Tanh(), start(4, 3)
+    times = torch.linspace(0.0, 2.0, 4, dtype=torch.float64)
+    ours, gradient = gradients(NeuralODE(field, rtol=1e-10, atol=1e-10), x, times)
+    leaf = x.clone().requires_grad_()
+    theirs = torchdiffeq.odeint(field, leaf, times, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-7)
+    expected = torch.autograd.grad(loss(theirs), (leaf, *field.parameters()))
+    assert distance(gradient, torch.cat([part.flatten() for part in expected])) < 1e-7
+
+
+@pytest.mark.parametrize("adjoint", ["discrete", "continuous", "backprop"])
+@pytest.mark.parametrize("method", ["dopri8", "implicit_adams"])
+def test_any_method_of_torchdiffeq(adjoint, method):
+    pytest.importorskip("torchdiffeq")
+    field, x = Tanh(), start(4, 3)
+    _, expected = gradients(NeuralODE(field, rtol=1e-10, atol=1e-10), x, [0.5, 1.0])
+    ode = NeuralODE(field, method=method, rtol=1e-7, atol=1e-7, steps=200, adjoint=adjoint)
+    _, gradient = gradients(ode, x, [0.5, 1.0])
+    assert distance(gradient, expected) < 1e-3
+    assert ode.statistics.forward > 0
+    assert (ode.statistics.backward > 0) == (adjoint == "continuous")
+    with torch.no_grad():
+        ode(x)
+
+
+@pytest.mark.parametrize("adjoint", ["discrete", "continuous"])
+def test_frozen_and_unused_parameters_get_no_gradient(adjoint):
+    field, x = Tanh(), start(4, 3)
+    field.spare = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
+    field.inner.weight.requires_grad_(False)
+    NeuralODE(field, adjoint=adjoint)(x).sum().backward()
+    assert field.inner.weight.grad is None
+    assert field.spare.grad is None
+    assert field.inner.bias.grad is not None
+
+
+@pytest.mark.parametrize("adjoint", ["discrete", "continuous"])
+def test_only_one_output_counts(adjoint):
+    field, x = Tanh(), start(4, 3)
+    ode = NeuralODE(field, rtol=1e-10, atol=1e-10, adjoint=adjoint)
+    states = ode(x, [0.3, 0.6, 1.0])
+    found = torch.autograd.grad(states[1].sum(), [*field.parameters()])
+    expected = torch.autograd.grad(NeuralODE(field, 0.6, rtol=1e-10, atol=1e-10)(x).sum(), [*field.parameters()])
+    for ours, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, right, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("adjoint", ["discrete", "continuous"])
+def test_a_field_that_ignores_its_state(adjoint):
+    field = Plain(lambda t, x: field.speed.expand_as(x), speed=torch.tensor(2.0, dtype=torch.float64))
+    x = start(3).requires_grad_()
+    NeuralODE(field, 1.5, adjoint=adjoint)(x).sum().backward()
+    torch.testing.assert_close(x.grad, torch.ones_like(x))
+    assert float(field.speed.grad) == pytest.approx(4.5)
+
+
+def test_a_constant_field_and_a_moving_end():
+    field, x = Plain(lambda t, x: torch.ones_like(x)), start(3)
+    moving = torch.tensor([0.0, 2.0], dtype=torch.float64, requires_grad=True)
+    for adjoint in ("discrete", "continuous"):
+        (gradient,) = torch.autograd.grad(NeuralODE(field, adjoint=adjoint)(x, moving)[-1].sum(), moving)
+        torch.testing.assert_close(gradient, torch.tensor([-3.0, 3.0], dtype=torch.float64))
+
+
+def test_two_backward_passes_agree():
+    field, x = Tanh(), start(4, 3).requires_grad_()
+    for adjoint in ("discrete", "continuous"):
+        y = NeuralODE(field, adjoint=adjoint)(x).sum()
+        first = torch.autograd.grad(y, x, retain_graph=True)[0]
+        assert torch.equal(torch.autograd.grad(y, x)[0], first)
+
+
+def test_shared_field_in_two_solves():
+    field, x = Tanh(), start(4, 3)
+    both = torch.nn.Sequential(NeuralODE(field), torch.nn.ReLU(inplace=True), NeuralODE(field))
+    plain = torch.nn.Sequential(NeuralODE(field, adjoint="backprop"), torch.nn.ReLU(), NeuralODE(field, adjoint="backprop"))
+    found, expected = (torch.autograd.grad(loss(model(x)), [*field.parameters()]) for model in (both, plain))
+    for ours, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, right, rtol=1e-12, atol=1e-14)

@@ -1,0 +1,285 @@
+"""The module around the solve: shapes, times, buffers, copies, modes, statistics, messages."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from ocnopt.errors import ConvergenceError, NonFiniteError, OcnoptError, ProblemError
+from ocnopt.neural.neural_ode import NeuralODE
+from ocnopt.ocp import FreeHorizon, Horizon
+from tests.neural.cases import Plain, Tanh, start
+
+
+@given(
+    batch=st.lists(st.integers(0, 3), max_size=3),
+    adjoint=st.sampled_from(["discrete", "continuous", "backprop"]),
+    outputs=st.integers(0, 3),
+)
+def test_any_batch_shape(batch, adjoint, outputs):
+    field, x = Tanh(), torch.ones(*batch, 3, dtype=torch.float64, requires_grad=True)
+    times = torch.linspace(0.1, 1.0, outputs, dtype=torch.float64) if outputs else None
+    y = NeuralODE(field, adjoint=adjoint)(x, times)
+    assert y.shape == ((outputs,) if outputs else ()) + x.shape
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+
+
+@given(sizes=st.lists(st.integers(0, 3), min_size=1, max_size=3), rows=st.integers(0, 2), together=st.booleans())
+def test_any_tuple(sizes, rows, together):
+    x = tuple(torch.ones(rows if together else rows + i, size, dtype=torch.float64) for i, size in enumerate(sizes))
+    field = Plain(lambda t, x: tuple(-part for part in x))
+    at_times = NeuralODE(field, method="rk4")(x, [0.0, 1.0])
+    for part, end in zip(x, at_times, strict=True):
+        assert end.shape == (2, *part.shape)
+        torch.testing.assert_close(end[1], part * torch.tensor(-1.0, dtype=torch.float64).exp(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_time_is_a_0d_tensor_of_the_state_s_dtype(dtype):
+    seen = []
+
+    def function(t, x):
+        seen.append((t.shape, t.dtype, x.dtype))
+        return -x
+
+    y = NeuralODE(Plain(function))(torch.ones(2, dtype=dtype))
+    assert y.dtype == dtype
+    assert set(seen) == {(torch.Size([]), dtype, dtype)}
+
+
+def test_backwards_undoes_forwards():
+    field, x = Tanh(), start(4, 3)
+    tight = {"rtol": 1e-10, "atol": 1e-10}
+    y = NeuralODE(field, 1.5, **tight)(x)
+    back = NeuralODE(field, Horizon(1.5, 0.0), **tight)(y)
+    torch.testing.assert_close(back, x, rtol=0, atol=1e-8)
+    # Times that run against the horizon start from its end.
+    both = NeuralODE(field, 1.5, **tight)(y, [1.5, 0.0])
+    torch.testing.assert_close(both, torch.stack([y, x]), rtol=0, atol=1e-8)
+    only = NeuralODE(field, 1.5, **tight)(y, [0.7, 0.0])
+    torch.testing.assert_close(only[1], x, rtol=0, atol=1e-8)
+
+
+def test_times_need_not_start_at_the_start():
+    field, x = Tanh(), start(4, 3)
+    ode = NeuralODE(field, rtol=1e-9, atol=1e-9)
+    late = ode(x, [0.5, 1.0])
+    torch.testing.assert_close(late, ode(x, [0.0, 0.5, 1.0])[1:], rtol=0, atol=0)
+    torch.testing.assert_close(late[1], ode(x), rtol=0, atol=1e-7)
+    torch.testing.assert_close(ode(x, torch.tensor([0.5], dtype=torch.float64)), late[:1], rtol=0, atol=1e-7)
+    assert torch.equal(ode(x, [0.0]), x[None])
+
+
+def test_a_free_horizon_is_a_buffer():
+    ode = NeuralODE(Tanh(), FreeHorizon(0.8, 0.1, 2.0))
+    assert set(ode.state_dict()) == {"T", *(f"field.{name}" for name in ode.field.state_dict())}
+    ode.T.fill_(1.3)
+    other = NeuralODE(Tanh(), FreeHorizon(0.8, 0.1, 2.0))
+    other.load_state_dict(ode.state_dict())
+    x = start(4, 3)
+    assert torch.equal(other(x), ode(x))
+    assert "T" not in NeuralODE(Tanh(), 1.0).state_dict()
+    fixed = NeuralODE(ode.field, 1.3)
+    torch.testing.assert_close(fixed(x), ode(x), rtol=0, atol=0)
+    assert ode.float().T.dtype == torch.float32
+    assert "FreeHorizon" in repr(ode)
+
+
+def test_copies_work_and_are_not_observed():
+    ode, x = NeuralODE(Tanh(), FreeHorizon(0.8, 0.1, 2.0)), start(4, 3)
+
+    class Refuses:
+        def stage(self, input_weight, gradient_weight):
+            raise AssertionError("observed")
+
+        def terminal(self, x, slope, costate):
+            raise AssertionError("observed")
+
+    handle = ode.observe(Refuses())
+    expected = NeuralODE(ode.field, 0.8)(x)
+    file = io.BytesIO()
+    handle_free = copy.deepcopy(ode)
+    torch.save(handle_free, file)
+    file.seek(0)
+    for twin in (handle_free, torch.load(file, weights_only=False)):
+        y = twin(x)
+        assert torch.equal(y, expected)
+        y.sum().backward()
+        assert twin.field.inner.weight.grad is not None
+        assert twin.field is not ode.field
+    with pytest.raises(AssertionError, match="observed"):
+        ode(x).sum().backward()
+    handle.remove()
+    ode(x).sum().backward()
+
+
+def test_a_module_with_a_picklable_field_pickles():
+    ode = NeuralODE(Tanh())
+    x = start(4, 3)
+    assert torch.equal(pickle.loads(pickle.dumps(ode))(x), ode(x))  # noqa: S301
+
+
+@pytest.mark.parametrize("adjoint", ["discrete", "continuous", "backprop"])
+def test_no_grad_and_eval(adjoint):
+    ode, x = NeuralODE(Tanh(), adjoint=adjoint), start(4, 3)
+    expected = ode(x).detach()
+    with torch.no_grad():
+        assert torch.equal(ode(x), expected)
+        assert not ode(x).requires_grad
+    with torch.inference_mode():
+        assert torch.equal(ode(x), expected)
+    assert torch.equal(ode.eval()(x), expected)
+    # Nothing needs gradients: nothing is kept.
+    ode.requires_grad_(False)
+    assert not ode(x).requires_grad
+
+
+def test_statistics_are_those_of_the_last_call():
+    ode, x = NeuralODE(Tanh()), start(4, 3)
+    first = ode(x)
+    before = ode.statistics
+    assert before.forward == 2 + 6 * (before.steps + before.rejected)
+    assert before.backward == 0
+    ode(x, [0.1, 0.2, 0.3])
+    assert ode.statistics.steps == 3
+    first.sum().backward()
+    assert before.backward == 6 * before.steps
+    assert ode.statistics.backward == 0
+
+
+def test_the_cap_on_evaluations():
+    ode = NeuralODE(Plain(lambda t, x: 1e4 * torch.sin(x)), max_evaluations=100)
+    with pytest.raises(ConvergenceError, match="more than its 100 evaluations"):
+        ode(start(5))
+
+
+def test_a_nan_in_the_weights_is_named():
+    ode = NeuralODE(Tanh())
+    with torch.no_grad():
+        ode.field.inner.weight[0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match="NaN or infinity near t = 0 at the very start.*lower the learning rate"):
+        ode(start(4, 3))
+
+
+def test_the_field_must_be_a_module():
+    with pytest.raises(ProblemError, match="field is function; expected an nn.Module called as field"):
+        NeuralODE(lambda t, x: x)
+
+
+def test_unknown_names_offer_the_nearest():
+    with pytest.raises(ProblemError, match="method 'dopry5' is unknown; expected one of .*did you mean 'dopri5'"):
+        NeuralODE(Tanh(), method="dopry5")
+    with pytest.raises(ProblemError, match="adjoint 'discret' is unknown.*did you mean 'discrete'"):
+        NeuralODE(Tanh(), adjoint="discret")
+
+
+@pytest.mark.parametrize("steps", [0, -3, True])
+def test_steps_must_be_positive(steps):
+    with pytest.raises(ProblemError, match="steps is .*; expected a positive whole number, or None"):
+        NeuralODE(Tanh(), steps=steps)
+
+
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [
+        ([], r"times has shape \(0,\)"),
+        (torch.ones(2, 2, dtype=torch.float64), r"times has shape \(2, 2\)"),
+        (torch.tensor([0, 1]), "dtype torch.int64; expected a vector"),
+        ([-0.5, 1.0], "times begin at -0.5, behind the start 0.0 of the path; .*horizon=oc.Horizon"),
+        ([2.0, 1.0], "times begin at 2.0, behind the start 1.0"),
+        ([0.5, 0.5, 1.0], "do not run in one direction"),
+        ([0.2, 0.5, 0.4], "do not run in one direction"),
+    ],
+)
+def test_wrong_times(times, message):
+    with pytest.raises(ProblemError, match=message):
+        NeuralODE(Tanh())(start(4, 3), times)
+
+
+def test_states_of_the_wrong_kind():
+    with pytest.raises(ProblemError, match="the state holds a tensor of torch.int64; expected a floating-point tensor"):
+        NeuralODE(Tanh())(torch.ones(2, 3, dtype=torch.int64))
+    with pytest.raises(ProblemError, match="parts of the state differ: .*float32.*float64"):
+        NeuralODE(Tanh())((torch.ones(2), torch.ones(2, dtype=torch.float64)))
+
+
+@pytest.mark.parametrize(
+    ("function", "came"),
+    [(lambda t, x: x[:, :1], r"\[\(2, 1\)\]"), (lambda t, x: (x, x), r"\['tuple'\]"), (lambda t, x: 3.0, r"\['float'\]")],
+)
+def test_fields_that_return_the_wrong_shape(function, came):
+    with pytest.raises(ProblemError, match=rf"the field returned {came}; expected .*shapes \[\(2, 3\)\]"):
+        NeuralODE(Plain(function))(torch.ones(2, 3))
+
+
+def test_a_tuple_field_that_returns_the_wrong_parts():
+    with pytest.raises(ProblemError, match=r"the field returned \[\(2,\)\]; expected .*shapes \[\(2,\), \(2,\)\]"):
+        NeuralODE(Plain(lambda t, x: (x[0],)))((torch.ones(2), torch.ones(2)))
+
+
+def test_what_cannot_be_observed_says_so():
+    watcher = type("W", (), {"stage": lambda *a: None, "terminal": lambda *a: None})()
+    with pytest.raises(ProblemError, match="adjoint='backprop' cannot be observed; expected one of .*discrete"):
+        NeuralODE(Tanh(), adjoint="backprop").observe(watcher)
+    pytest.importorskip("torchdiffeq")
+    with pytest.raises(ProblemError, match="method='dopri8', .* cannot be observed"):
+        NeuralODE(Tanh(), method="dopri8").observe(watcher)
+
+
+def test_backprop_has_no_gradient_for_times_and_says_so():
+    times = torch.tensor([0.0, 1.0], dtype=torch.float64, requires_grad=True)
+    with pytest.raises(ProblemError, match='times that need gradients met adjoint="backprop"'):
+        NeuralODE(Tanh(), adjoint="backprop")(start(4, 3), times)
+
+
+@pytest.mark.parametrize("adjoint", ["discrete", "continuous"])
+def test_second_derivatives_are_refused(adjoint):
+    field, x = Tanh(), start(4, 3).requires_grad_()
+    # A linear loss: its gradient does not depend on the output, and still must not pass for a constant.
+    (gradient,) = torch.autograd.grad(NeuralODE(field, adjoint=adjoint)(x).sum(), x, create_graph=True)
+    with pytest.raises(OcnoptError, match='differentiated once more.*use adjoint="backprop", or oc.hvp'):
+        gradient.sum().backward()
+
+
+def test_second_derivatives_through_backprop():
+    field, x = Tanh(), start(3)
+    ode = NeuralODE(field, method="rk4", steps=3, adjoint="backprop")
+    assert torch.autograd.gradgradcheck(lambda x: ode(x), (x.requires_grad_(),))
+
+
+def test_exchanged_parameters_are_refused():
+    ode, x = NeuralODE(Tanh()), start(4, 3)
+    other = {name: p.detach().clone().requires_grad_() for name, p in ode.named_parameters()}
+    y = torch.func.functional_call(ode, other, (x,))
+    with pytest.raises(OcnoptError, match="parameters were exchanged between the forward and the backward pass"):
+        y.sum().backward()
+
+
+def test_parameters_changed_in_place_are_refused():
+    ode, x = NeuralODE(Tanh()), start(4, 3)
+    y = ode(x)
+    with torch.no_grad():
+        ode.field.inner.weight += 1.0
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_a_freed_graph_is_freed():
+    ode, x = NeuralODE(Tanh()), start(4, 3)
+    y = ode(x).sum()
+    y.backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        y.backward()
+
+
+def test_a_field_without_parameters():
+    x = start(4, 3)
+    assert not NeuralODE(Plain(lambda t, x: -x))(x).requires_grad
+    with pytest.raises(ProblemError, match="field is type; expected an nn.Module"):
+        NeuralODE(nn.Linear)

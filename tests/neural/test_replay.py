@@ -1,0 +1,226 @@
+"""What a backward pass must find as the forward pass did: random numbers, autocast, flags, buffers, captured tensors."""
+
+import pytest
+import torch
+from torch import nn
+
+from ocnopt.errors import ProblemError
+from ocnopt.neural.neural_ode import NeuralODE
+from tests.neural.cases import Plain, Tanh, distance, gradients, start
+
+CONTROLS = [{"method": "rk4", "steps": 5}, {"method": "dopri5", "steps": 5}, {"rtol": 1e-1, "atol": 1e-1}]
+
+
+class Dropping(nn.Module):
+    """A field with a little dropout, so that error control still gets through."""
+
+    def __init__(self, from_time=-1.0):
+        super().__init__()
+        self.net, self.drop, self.from_time = Tanh(3, 32), nn.Dropout(0.2), from_time
+
+    def forward(self, t, x):
+        y = self.net(t, x)
+        return 0.1 * (self.drop(y) if t > self.from_time else y)
+
+
+class Watcher:
+    def stage(self, input_weight, gradient_weight):
+        return torch.enable_grad()
+
+    def terminal(self, x, slope, costate):
+        pass
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+@pytest.mark.parametrize("from_time", [-1.0, 0.5])
+@pytest.mark.parametrize("budget", [2**20, 0])
+@pytest.mark.parametrize("watched", [False, True])
+def test_dropout(control, from_time, budget, watched):
+    field, x = Dropping(from_time), start(8, 3)
+    torch.manual_seed(1)
+    value, expected = gradients(NeuralODE(field, adjoint="backprop", **control), x)
+    after = torch.get_rng_state()
+    torch.manual_seed(1)
+    ode = NeuralODE(field, checkpoint_bytes=budget, **control)
+    if watched:
+        ode.observe(Watcher())
+    ours, gradient = gradients(ode, x)
+    assert torch.equal(ours, value)
+    assert distance(gradient, expected) < 1e-12
+    assert torch.equal(torch.get_rng_state(), after)
+    torch.manual_seed(2)
+    assert not torch.equal(ode(x), value)
+
+
+def test_dropout_and_the_continuous_adjoint_warn():
+    with pytest.warns(UserWarning, match='draws random numbers .*use adjoint="discrete"'):
+        NeuralODE(Dropping(), method="rk4", adjoint="continuous")(start(8, 3))
+
+
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("control", CONTROLS)
+def test_autocast(control, watched):
+    torch.manual_seed(0)
+    field, x = Tanh(3, 16).float(), torch.randn(8, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value, expected = gradients(NeuralODE(field, adjoint="backprop", **control), x)
+        ode = NeuralODE(field, **control)
+        if watched:
+            ode.observe(Watcher())
+        leaf = x.clone().requires_grad_()
+        ours = ode(leaf)
+    assert ours.dtype == torch.float32
+    assert torch.equal(ours, value)
+    # The backward pass runs outside the region.
+    found = torch.autograd.grad(torch.sin(ours + 0.3).pow(2).sum(), (leaf, *field.parameters()))
+    gradient = torch.cat([part.flatten() for part in found])
+    exact = gradients(NeuralODE(field, adjoint="backprop", **control), x)[1]
+    # Back-propagation sums in bfloat16 where several stages share one cast weight; both are that far from float32.
+    assert distance(gradient, expected) < 5e-3
+    assert distance(expected, exact) < 3e-2
+    assert distance(gradient, exact) < 3e-2
+
+
+def test_weights_cast_without_a_graph_are_forgotten():
+    field, x = Tanh().float(), torch.randn(4, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = NeuralODE(field)(x)
+        again = field(torch.tensor(0.0), x)
+    again.float().sum().backward()
+    assert field.inner.weight.grad is not None
+    assert y.requires_grad
+
+
+def test_training_flags_are_those_of_the_forward_pass():
+    field, x = Dropping(), start(8, 3)
+    control = {"method": "rk4", "steps": 5}
+    torch.manual_seed(1)
+    expected = gradients(NeuralODE(field, adjoint="backprop", **control), x)[1]
+    torch.manual_seed(1)
+    leaf = x.clone().requires_grad_()
+    y = NeuralODE(field, **control)(leaf)
+    field.eval()
+    found = torch.autograd.grad(torch.sin(y + 0.3).pow(2).sum(), (leaf, *field.parameters()))
+    assert distance(torch.cat([part.flatten() for part in found]), expected) < 1e-12
+    assert not field.drop.training
+
+
+def test_batch_statistics_move_once():
+    def make():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).double()
+        return Plain(lambda t, x: field.net(x)), net
+
+    field, net = make()
+    field.net = net
+    x = start(16, 3)
+    value, expected = gradients(NeuralODE(field, method="rk4", steps=4, adjoint="backprop"), x)
+    moved = net[1].running_mean.clone()
+    net[1].reset_running_stats()
+    ours, gradient = gradients(NeuralODE(field, method="rk4", steps=4), x)
+    # One evaluation more than back-propagation has never happened: the look at the start is the first of them.
+    torch.testing.assert_close(net[1].running_mean, moved, rtol=0, atol=1e-15)
+    assert torch.equal(ours, value)
+    assert distance(gradient, expected) < 1e-12
+
+
+@pytest.mark.parametrize("adjoint", ["discrete", "continuous"])
+class TestCapturedTensors:
+    def test_a_leaf_is_an_error_with_its_name(self, adjoint):
+        field = Tanh()
+        field.scale = torch.ones(1, dtype=torch.float64, requires_grad=True)
+        outer = Plain(lambda t, x: field(t, x) * field.scale)
+        outer.net = field
+        with pytest.raises(ProblemError, match=r"'net.scale' of shape \(1,\).*adjoint_params=\[\.\.\.\]"):
+            NeuralODE(outer, adjoint=adjoint)(start(4, 3))
+
+    def test_what_was_computed_outside_is_an_error(self, adjoint):
+        encoder, field = nn.Linear(2, 3).double(), Tanh()
+        context = encoder(start(4, 2))
+        with pytest.raises(ProblemError, match=r"a tensor of shape \(3.*its gradient would be lost"):
+            NeuralODE(Plain(lambda t, x: field(t, x) + context), adjoint=adjoint)(start(4, 3))
+
+    def test_even_where_nothing_else_needs_gradients(self, adjoint):
+        scale = torch.ones(1, dtype=torch.float64, requires_grad=True)
+        with pytest.raises(ProblemError, match="its gradient would be lost"):
+            NeuralODE(Plain(lambda t, x: x * scale), adjoint=adjoint)(start(4, 3))
+
+    def test_adjoint_params_give_its_gradient(self, adjoint):
+        scale = torch.ones(1, dtype=torch.float64, requires_grad=True)
+        net = Tanh()
+        field = Plain(lambda t, x: net(t, x) * scale)
+        field.net = net
+        x = start(4, 3)
+        tight = {"rtol": 1e-9, "atol": 1e-9}
+        expected = gradients(NeuralODE(field, adjoint="backprop", **tight), x, extra=[scale])[1]
+        ode = NeuralODE(field, adjoint=adjoint, adjoint_params=[scale], **tight)
+        assert distance(gradients(ode, x, extra=[scale])[1], expected) < (1e-12 if adjoint == "discrete" else 1e-6)
+
+    def test_adjoint_params_may_change_with_every_call(self, adjoint):
+        encoder, net = nn.Linear(2, 3).double(), Tanh()
+        held = {}
+        field = Plain(lambda t, x: net(t, x) + held["context"])
+        field.net = net
+        x, z = start(4, 3), start(4, 2)
+        tight = {"rtol": 1e-9, "atol": 1e-9}
+        found = []
+        for ode in (
+            NeuralODE(field, adjoint="backprop", **tight),
+            NeuralODE(field, adjoint=adjoint, adjoint_params=lambda: [held["context"]], **tight),
+        ):
+            for _ in range(2):
+                held["context"] = torch.tanh(encoder(z))
+                found.append(gradients(ode, x, extra=[*encoder.parameters()])[1])
+        assert distance(found[3], found[0]) < (1e-12 if adjoint == "discrete" else 1e-6)
+        assert torch.equal(found[3], found[2])
+
+    def test_without_gradients_nothing_is_lost(self, adjoint):
+        scale = torch.ones(1, dtype=torch.float64, requires_grad=True)
+        with torch.no_grad():
+            NeuralODE(Plain(lambda t, x: x * scale), adjoint=adjoint)(start(4, 3))
+
+
+def test_back_propagation_through_torchdiffeq_needs_no_adjoint_params():
+    pytest.importorskip("torchdiffeq")
+    scale = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    field = Plain(lambda t, x: -x * scale)
+    NeuralODE(field, method="dopri8")(start(4, 3)).sum().backward()
+    assert scale.grad is not None
+    with pytest.raises(ProblemError, match="its gradient would be lost"):
+        NeuralODE(field, method="dopri8", adjoint="continuous")(start(4, 3))
+
+
+class Potential(nn.Module):
+    """A field that differentiates inside: the negative gradient of a scalar network, and its divergence."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+
+    def forward(self, t, state):
+        x, _ = state
+        if not x.requires_grad:
+            x.requires_grad_()
+        slope = -torch.autograd.grad(self.net(x).sum(), x, create_graph=True)[0]
+        rows = [torch.autograd.grad(slope[:, i].sum(), x, create_graph=True)[0][:, i] for i in range(2)]
+        return slope, -sum(rows)
+
+
+@pytest.mark.parametrize("adjoint", ["discrete", "continuous"])
+def test_a_field_may_differentiate_inside(adjoint):
+    field, x = Potential(), (start(3, 2), torch.zeros(3, dtype=torch.float64))
+    tight = {"rtol": 1e-9, "atol": 1e-9}
+    value, expected = gradients(NeuralODE(field, adjoint="backprop", **tight), x)
+    ours, gradient = gradients(NeuralODE(field, adjoint=adjoint, **tight), x)
+    torch.testing.assert_close(ours, value, rtol=1e-12, atol=1e-12)
+    assert distance(gradient, expected) < (1e-12 if adjoint == "discrete" else 1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(NeuralODE(field, **tight)(x), value, rtol=1e-12, atol=1e-12)
+
+
+def test_errors_of_the_field_pass_through():
+    def function(t, x):
+        raise RuntimeError("mine")
+
+    with torch.no_grad(), pytest.raises(RuntimeError, match="mine"):
+        NeuralODE(Plain(function))(start(3))
