@@ -260,7 +260,7 @@ def transcribe(problem: OCP, steps: int, integrator: str = "rk4") -> StagedOCP:
         return form.t0 + h * (k if isinstance(k, int) else k.to(x.dtype))
 
     def joint(k: Index, x: Tensor, u: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-        seen = stages(tableau, lambda t, y: form.dynamics(t, y, u, p), time(k, x), h, x)
+        seen = stages(tableau, form.field(u, p), time(k, x), h, x)
         if problem.running_cost is None:
             return combine(x, h, tableau.b, seen.slopes), x.new_zeros(x.shape[:-1])
         used = [i for i, b in enumerate(tableau.b) if b != 0.0]

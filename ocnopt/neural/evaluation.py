@@ -116,7 +116,7 @@ class Surroundings:
         """As in the forward pass; afterwards as before, with buffers untouched."""
         changed = [(module, was) for module, was in self.training if module.training != was]
         noise = self.noise()
-        buffers = [(buffer, buffer._version, buffer.clone()) for buffer in self.field.buffers()]
+        buffers = [(buffer, buffer.clone()) for buffer in self.field.buffers()]
         try:
             for module, was in changed:
                 module.training = was
@@ -126,10 +126,10 @@ class Surroundings:
             for module, was in changed:
                 module.training = not was
             self.set_noise(noise)
-            for buffer, version, value in buffers:
-                if buffer._version != version:
-                    with torch.no_grad():
-                        buffer.copy_(value)
+            for buffer, value in buffers:
+                if not torch.equal(buffer, value):
+                    # Through .data: batch normalisation moves its statistics without telling autograd, and so do we.
+                    buffer.data.copy_(value)
 
     def _autocasting(self) -> ExitStack:
         stack = ExitStack()

@@ -182,7 +182,7 @@ class NeuralODE(nn.Module):
         return path, moving, from_start
 
     def _end(self) -> float:
-        return float(self.T) if isinstance(self.horizon, FreeHorizon) else self.horizon.t1
+        return self.T.item() if isinstance(self.horizon, FreeHorizon) else self.horizon.t1
 
     def _differentiated(self) -> list[Tensor]:
         extra = self.adjoint_params() if callable(self.adjoint_params) else self.adjoint_params

@@ -1,6 +1,7 @@
 """Walks on a grid and with error control, against closed forms and torchdiffeq."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def test_steps_join_and_end_at_the_outputs(walk):
     result = walk.integrate(pendulum, start(2), times, on_step=steps.append, **options)
     assert len(steps) == result.steps
     assert steps[0].time == 1.0
-    for before, after in zip(steps, steps[1:], strict=False):
+    for before, after in pairwise(steps):
         assert after.time == pytest.approx(before.time + before.size, abs=1e-12)
     ends = {step.output: step.time + step.size for step in steps if step.output is not None}
     assert ends == pytest.approx({1: 0.25, 2: -1.0})

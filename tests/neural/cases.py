@@ -61,7 +61,9 @@ def gradients(ode: NeuralODE, x: Any, times: Any = None, extra: Any = ()) -> tup
     wanted = [*parts, *(p for p in ode.parameters() if p.requires_grad), *extra]
     output = ode(tuple(parts) if isinstance(x, tuple) else parts[0], times)
     found = torch.autograd.grad(loss(output), wanted, allow_unused=True)
-    return output, torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(wanted, found, strict=True)])
+    return output, torch.cat(
+        [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(wanted, found, strict=True)]
+    )
 
 
 def distance(actual: Tensor, expected: Tensor) -> float:

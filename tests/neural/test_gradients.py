@@ -1,4 +1,4 @@
-"""Gradients: discrete against back-propagation, continuous against a tight solve, both against differences and torchdiffeq."""
+"""Gradients: discrete against back-propagation, continuous against a tight solve, both against torchdiffeq."""
 
 import pytest
 import torch
@@ -53,13 +53,14 @@ def test_discrete_is_back_propagation_through_the_same_steps(method, steps, hori
 @pytest.mark.parametrize(("method", "steps"), METHODS)
 def test_thinned_checkpoints_change_nothing(method, steps):
     field, x = Tanh(), start(4, 3)
-    control = {"method": method, "steps": steps and 37, "rtol": 1e-9, "atol": 1e-9}
+    tolerance = 1e-9 if method == "dopri5" else 1e-5
+    control = {"method": method, "steps": steps and 37, "rtol": tolerance, "atol": tolerance}
     _, expected = gradients(NeuralODE(field, 2.0, **control), x)
     one_state = x.numel() * 8
     for budget in (0, one_state, 10 * one_state):
         ode = NeuralODE(field, 2.0, checkpoint_bytes=budget, **control)
         assert torch.equal(gradients(ode, x)[1], expected)
-        assert ode.statistics.steps > 10
+        assert ode.statistics.steps > 8
         ode.observe(Watcher())
         assert distance(gradients(ode, x)[1], expected) < 1e-12
 
@@ -179,7 +180,7 @@ def test_gradients_of_times(adjoint, times):
     for i in range(times[0] in (0.0, 1.0), len(times)):
         shift = torch.zeros(len(times), dtype=torch.float64)
         shift[i] = eps
-        plus, minus = (loss(ode(x, (moving + sign * shift).detach())) for sign in (1, -1))
+        plus, minus = (loss(ode(x, (moving + sign * shift).detach())).detach() for sign in (1, -1))
         assert float((plus - minus) / (2 * eps)) == pytest.approx(float(gradient[i]), rel=1e-6, abs=1e-8)
 
 
@@ -189,7 +190,7 @@ def test_gradient_of_a_moving_start(adjoint):
 
     def end(first):
         ode = NeuralODE(field, Horizon(first, 1.0), method="rk4", steps=6)
-        return loss(ode(x, torch.tensor([first, 1.0], dtype=torch.float64)))
+        return loss(ode(x, torch.tensor([first, 1.0], dtype=torch.float64))).detach()
 
     ode = NeuralODE(field, Horizon(0.2, 1.0), method="rk4", steps=6 if adjoint == "discrete" else 60, adjoint=adjoint)
     moving = torch.tensor([0.2, 1.0], dtype=torch.float64, requires_grad=True)
@@ -286,7 +287,9 @@ def test_two_backward_passes_agree():
 def test_shared_field_in_two_solves():
     field, x = Tanh(), start(4, 3)
     both = torch.nn.Sequential(NeuralODE(field), torch.nn.ReLU(inplace=True), NeuralODE(field))
-    plain = torch.nn.Sequential(NeuralODE(field, adjoint="backprop"), torch.nn.ReLU(), NeuralODE(field, adjoint="backprop"))
+    plain = torch.nn.Sequential(
+        NeuralODE(field, adjoint="backprop"), torch.nn.ReLU(), NeuralODE(field, adjoint="backprop")
+    )
     found, expected = (torch.autograd.grad(loss(model(x)), [*field.parameters()]) for model in (both, plain))
     for ours, right in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, right, rtol=1e-12, atol=1e-14)

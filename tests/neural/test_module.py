@@ -211,7 +211,11 @@ def test_states_of_the_wrong_kind():
 
 @pytest.mark.parametrize(
     ("function", "came"),
-    [(lambda t, x: x[:, :1], r"\[\(2, 1\)\]"), (lambda t, x: (x, x), r"\['tuple'\]"), (lambda t, x: 3.0, r"\['float'\]")],
+    [
+        (lambda t, x: x[:, :1], r"\[\(2, 1\)\]"),
+        (lambda t, x: (x, x), r"\['tuple'\]"),
+        (lambda t, x: 3.0, r"\['float'\]"),
+    ],
 )
 def test_fields_that_return_the_wrong_shape(function, came):
     with pytest.raises(ProblemError, match=rf"the field returned {came}; expected .*shapes \[\(2, 3\)\]"):

@@ -1,0 +1,36 @@
+"""The two walks that the layout must keep short: one solve, one training step.
+
+At most nine files each (checks, errors and tableaus aside), and no two files that call each other both ways.
+"""
+
+import torch
+
+import ocnopt as oc
+from tests.layout.walk import Walk, walk
+
+ASIDE = ("ocnopt/checks.py", "ocnopt/errors.py", "ocnopt/integrate/tableaus.py")
+
+
+def check(path: Walk) -> None:
+    visited = path.visited(aside=ASIDE)
+    assert len(visited) <= 9, visited
+    assert path.both_ways() == ()
+
+
+def test_from_a_problem_to_its_feedback_gains() -> None:
+    def reach_soon() -> oc.Solution:
+        problem = oc.OCP(
+            lambda t, x, u: torch.stack([x[..., 1], u[..., 0]], dim=-1),
+            lambda t, x, u: 0.1 * u[..., 0] ** 2,
+            lambda t, x: t + 20 * ((x[..., 0] - 1) ** 2 + x[..., 1] ** 2),
+            initial_state=[0.0, 0.0],
+            control_dim=1,
+            control_bounds=(-3.0, 3.0),
+            horizon=oc.FreeHorizon(2.0, 0.1, 10.0),
+        )
+        return oc.solve(problem, steps=20)
+
+    path = walk(reach_soon)
+    assert bool(path.result.converged)
+    assert path.result.gains is not None
+    check(path)
