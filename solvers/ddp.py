@@ -31,7 +31,8 @@ _MU_MIN, _MU_MAX = 1e-6, 1e12
 _UP, _DOWN, _LONG, _SHORT = 10.0, 3.0, 0.5, 0.1
 # Gauss-Newton converges linearly and may creep on in the last digits: so many steps below rounding are the end too.
 _IDLE = 5
-# step sizes tried after the full step
+# Step sizes beside the full one; tried in the same rollout where a batch is so small that calls, not numbers, cost time.
+_SMALL = 64
 _ALPHAS = tuple(0.5**i for i in range(1, 14))
 
 Curvature = Literal["exact", "gauss_newton", "auto"]
@@ -186,13 +187,14 @@ def find_direction(
 
 
 def line_search(problem: StagedOCP, iterate: Iterate, direction: Direction, active: Tensor) -> tuple[Iterate, Tensor]:
-    """Try the full step, then all shorter ones at once; each problem takes the longest that decreases its merit enough.
+    """Try the full step and shorter ones, many at once; each problem takes the longest that decreases its merit enough.
 
     Returns:
         The new iterate and the step taken, zero where none was.
     """
     step = torch.zeros_like(iterate.cost)
-    for alphas in ((1.0,), _ALPHAS):
+    small = iterate.cost.numel() <= _SMALL
+    for alphas in ((1.0, *_ALPHAS),) if small else ((1.0,), _ALPHAS):
         open_ = active & (step == 0)
         if not bool(open_.any()):
             break

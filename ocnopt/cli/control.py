@@ -84,7 +84,7 @@ def run_solve(folder: RunFolder) -> Solution:
     if saved.exists():
         solution = load_solution(saved)
     else:
-        folder.keep_metrics(0)
+        folder.keep_metrics(-1)
         solution = solve(
             _build(record, asked["steps"]),
             asked["solver"],
@@ -109,7 +109,7 @@ def run_compare(folder: RunFolder) -> Comparison:
     asked = folder.config
     record = control(asked["problem"])
     problem = _build(record, asked["steps"])
-    folder.keep_metrics(0)
+    folder.keep_metrics(-1)
     comparison = compare(problem, asked["solvers"], steps=asked["steps"], integrator=asked["integrator"])
     for name, solution in comparison.solutions.items():
         _keep(folder, f"{name}.pt", solution, name)
@@ -236,7 +236,7 @@ def _keep(folder: RunFolder, file: str, solution: Solution, solver: str) -> None
     history = {key: values.reshape(len(values), -1)[:, 0].tolist() for key, values in solution.history.items()}
     for i in range(max((len(values) for values in history.values()), default=0)):
         line = {key: values[i] for key, values in history.items() if i < len(values)}
-        folder.log({"solver": solver, "iteration": i + 1, **line})
+        folder.log({"solver": solver, "iteration": i, **line})
     replace_file(folder.path / file, solution.save)
 
 

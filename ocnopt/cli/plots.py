@@ -95,7 +95,7 @@ def plot_convergence(path: Path, solutions: Mapping[str, Solution]) -> Path:
         cost = _array(solution.history["cost"]).reshape(-1)
         gap = np.abs(cost - float(solution.cost)) / max(1.0, abs(float(solution.cost)))
         gap = np.where(gap > 0, gap, np.nan)
-        axis.semilogy(range(1, len(cost) + 1), gap, **look, marker="o", ms=3, label=name)
+        axis.semilogy(range(len(cost)), gap, **look, marker="o", ms=3, label=name)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     _finish(axis, "iteration", "distance from the final cost, relative")
     _legend(figure, axis, len(solutions))

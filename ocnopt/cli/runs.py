@@ -162,10 +162,10 @@ class RunFolder:
         return records
 
     def keep_metrics(self, iterations: int) -> list[dict[str, Any]]:
-        """Cut the metrics back to the first iterations, those that a checkpoint knows of, and return them.
+        """Cut the metrics back to those that a checkpoint knows of, and return them.
 
         Args:
-            iterations: lines with a greater ``iteration`` are dropped.
+            iterations: lines with a greater ``iteration`` are dropped; -1 drops all.
         """
         kept = [record for record in self.metrics() if record.get("iteration", 0) <= iterations]
         write_atomically(self.path / METRICS, "".join(json.dumps(record) + "\n" for record in kept).encode())

@@ -111,6 +111,11 @@ class Samples(NamedTuple):
         n = self.inputs.shape[1]
         return self.inputs.mT @ self.inputs / n, self.gradients.mT @ self.gradients / n
 
+    def finite(self) -> "Samples":
+        """The samples without NaN and infinity: a batch that was skipped may have left others."""
+        keep = torch.cat(self, -1).isfinite().all(-1).all(0)
+        return self if bool(keep.all()) else Samples(self.inputs[:, keep], self.gradients[:, keep])
+
 
 class _Uses:
     """What a layer met in one iteration: running sums over the uses by the present samples, and the samples before."""
@@ -185,8 +190,9 @@ class Collector:
         taken = {}
         for layer, uses in self._uses.items():
             closed, uses.closed = uses.closed, []
-            if closed:
-                taken[layer] = closed[0] if len(closed) == 1 else Samples(*(torch.cat(part, 1) for part in zip(*closed)))
+            finite = [kept for kept in map(Samples.finite, closed) if kept.inputs.shape[1]]
+            if finite:
+                taken[layer] = Samples(*(torch.cat(part, 1) for part in zip(*finite, strict=True)))
         return taken
 
     def _begin(self, *_: object) -> None:
@@ -331,7 +337,9 @@ def first_moments(basis: Basis, gradient: Tensor) -> Tensor:
     """Second moments to start from: the spectrum of the curvature, in the units of the squared gradient."""
     squares, spectrum = basis.squares(*basis.turn(gradient)), basis.spectrum()
     inside, shape = squares[..., :-1], spectrum[..., :-1]
-    unit = inside.sum((-2, -1), keepdim=True) / shape.sum((-2, -1), keepdim=True).clamp(min=torch.finfo(shape.dtype).tiny)
+    unit = inside.sum((-2, -1), keepdim=True) / shape.sum((-2, -1), keepdim=True).clamp(
+        min=torch.finfo(shape.dtype).tiny
+    )
     return torch.cat([shape * unit, squares[..., -1:]], -1)
 
 

@@ -14,8 +14,9 @@ moves by more than about lr / sqrt(1 - beta). All other parameters move by the s
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -39,11 +40,13 @@ from ocnopt.differential.kronecker import (
 from ocnopt.errors import NonFiniteError, ProblemError
 from ocnopt.neural.neural_ode import NeuralODE
 
-RANK = 128  # leading eigenvectors of A that are kept: as good as all of them on the image workload
+RANK = 128  # eigenvectors of A that are kept, at most
 MOMENTS_DECAY = 0.95  # beta
 FACTORS_KEEP = 0.5  # share of the old factors in a refresh
-FIRST_GAP = 5  # the first refreshes come at 0, 5, 10, 20, 40, ...: the curvature changes fastest at the start
+FIRST_GAP = 5  # the first refreshes come at steps 0, 5, 10, 20, 40, ...: the curvature changes fastest at the start
 EPSILON = 1e-8  # keeps the first-order update of a parameter without gradients at zero
+
+Groups = Mapping[Tensor, dict[str, Any]]
 
 
 class Block(NamedTuple):
@@ -113,7 +116,9 @@ class SNOpt(torch.optim.Optimizer):
         _check_choice("curvature", curvature, ("empirical",))
         _check_choice("reduction", reduction, ("mean", "sum"))
         if isinstance(refresh_every, bool) or not isinstance(refresh_every, int) or refresh_every < 1:
-            raise ProblemError(f"refresh_every is {refresh_every!r}; expected a whole number of at least 1, 100 by default")
+            raise ProblemError(
+                f"refresh_every is {refresh_every!r}; expected a whole number of at least 1, 100 by default"
+            )
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         self._model, self._everywhere, self._mean = model, everywhere, reduction == "mean"
         self._refresh_every, self._step_count = refresh_every, 0
@@ -160,20 +165,21 @@ class SNOpt(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._require_finite()
         samples = self._collector.take()
-        gradients = self._gradients()
-        moments = {parameter: self.state[parameter]["momentum"] for parameter in gradients}
-        rates = {parameter: group["lr"] for group in self.param_groups for parameter in group["params"]}
+        groups = {parameter: group for group in self.param_groups for parameter in group["params"]}
+        gradients, momenta = self._gradients()
         left = dict(gradients)
         for block in self._blocks:
             if all(parameter in gradients for parameter in block.parameters):
                 gradient = block.matrix(gradients)
-                self._refresh(block, samples.get(block.layer), gradient)
+                if self._handles:
+                    self._refresh(block, samples.get(block.layer), gradient)
                 if "moments" in self.state[block.weight]:
-                    self._move(block, gradient, block.matrix(moments), rates)
+                    self._move(block, gradient, block.matrix(momenta), groups)
                     for parameter in block.parameters:
                         del left[parameter]
-        self._move_others(left, rates)
+        self._move_others(left, momenta)
         self._step_count += 1
         self._watch()
         return loss
@@ -225,7 +231,8 @@ class SNOpt(torch.optim.Optimizer):
     def _warn_of_others(self) -> None:
         inside = {parameter for block in self._blocks for parameter in block.parameters}
         places = [self._model] if self._everywhere else self._odes
-        meant = {parameter for place in places for parameter in _unsupported(place)} - inside
+        alone = {m.bias for m in self._model.modules() if is_layer(m) and not _is_live(m.weight)}  # of frozen weights
+        meant = {parameter for place in places for parameter in place.parameters()} - inside - alone
         names = [self._names[p] for group in self.param_groups for p in group["params"] if p in meant and _is_live(p)]
         if names:
             warnings.warn(
@@ -249,21 +256,162 @@ class SNOpt(torch.optim.Optimizer):
         if self._is_refresh():
             self._handles = [*self._collector.attach(), *(ode.observe(self._collector) for ode in self._odes)]
 
-    def _gradients(self) -> dict[Tensor, Tensor]:
-        """Gradients with weight decay, in working precision; the momentum moves along."""
-        self._require_finite()
-        gradients = {}
+    def _gradients(self) -> tuple[dict[Tensor, Tensor], dict[Tensor, Tensor]]:
+        """Gradients with weight decay, and their running means, in working precision."""
+        gradients, momenta = {}, {}
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            found = [parameter.grad.to(working_dtype(parameter)) for parameter in parameters]
+            if group["weight_decay"] and parameters:
+                weights = [parameter.to(gradient) for parameter, gradient in zip(parameters, found, strict=True)]
+                found = [*torch._foreach_add(found, weights, alpha=group["weight_decay"])]
+            means = [
+                self._entry(parameter, "momentum", gradient)
+                for parameter, gradient in zip(parameters, found, strict=True)
+            ]
+            if parameters:
+                torch._foreach_lerp_(means, found, 1.0 - group["momentum"])
+            gradients.update(zip(parameters, found, strict=True))
+            momenta.update(zip(parameters, means, strict=True))
+        return gradients, momenta
+
+    def _entry(self, parameter: Tensor, key: str, first: Tensor) -> Tensor:
+        """An entry of a parameter's state, which starts as a copy of ``first``."""
+        state = self.state[parameter]
+        if key not in state:
+            state[key] = first.clone()
+        return state[key]
+
+    def _require_finite(self) -> None:
+        found = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        sparse = [self._names[parameter] for parameter in found if parameter.grad.is_sparse]
+        if sparse:
+            raise ProblemError(
+                f"the gradients of {_listed(sparse)} are sparse; expected dense ones: build the layer with sparse=False"
+            )
+        sizes = torch._foreach_norm([parameter.grad for parameter in found], math.inf) if found else ()
+        if found and not bool(torch.stack([size.to(sizes[0]) for size in sizes]).isfinite().all()):
+            names = [self._names[p] for p, size in zip(found, sizes, strict=True) if not bool(size.isfinite())]
+            raise NonFiniteError(
+                f"the gradients of {_listed(names)} hold NaN or infinity at step {self._step_count}; expected finite numbers. Parameters "
+                "and state are as before this step: catch this error to skip the batch; if it comes again, lower lr or raise damping"
+            )
+
+    def _refresh(self, block: Block, samples: Samples | None, gradient: Tensor) -> None:
+        """A new eigenbasis for a layer, if samples came."""
+        state = self.state[block.weight]
+        if samples is None:
+            self._warn_unseen(block)
+            return
+        if "moments" in state:
+            old = _basis(state)
+            new = eigenbasis(samples, RANK, old, FACTORS_KEEP)
+            state["moments"] = carried_moments(state["moments"], old, new)
+        else:
+            new = eigenbasis(samples, RANK)
+            state["moments"] = first_moments(new, gradient)
+        (state["input_vectors"], state["input_values"]), (state["output_vectors"], state["output_values"]) = new
+
+    def _warn_unseen(self, block: Block) -> None:
+        """Say once that a layer has gradients but was never seen at work."""
+        if "moments" not in self.state[block.weight] and block.name not in self._unseen:
+            self._unseen.add(block.name)
+            warnings.warn(
+                f"the layer {block.name!r} received a gradient without a forward pass that SNOpt could see: its weights are used "
+                "without calling it, or its inputs are not those of its type; expected the layer itself to be called; it gets the "
+                "first-order update",
+                stacklevel=4,
+            )
+
+    def _move(self, block: Block, gradient: Tensor, momentum: Tensor, groups: Groups) -> None:
+        """The preconditioned step of a layer."""
+        state, group = self.state[block.weight], groups[block.weight]
+        basis, moments = _basis(state), state["moments"]
+        turned, leading = basis.turn(torch.stack((gradient, momentum)))
+        moments.lerp_(basis.squares(turned[0], leading[0]), 1.0 - MOMENTS_DECAY)
+        step = basis.precondition(turned[1], leading[1], moments, group["damping"], power=0.5)
+        if block.bias is not None:
+            block.bias.sub_(step[..., -1].reshape(block.bias.shape), alpha=groups[block.bias]["lr"])
+            step = step[..., :-1]
+        block.weight.sub_(step.reshape(block.weight.shape), alpha=group["lr"])
+
+    def _move_others(self, gradients: Mapping[Tensor, Tensor], momenta: Mapping[Tensor, Tensor]) -> None:
+        """The first-order step: the same rule without a basis."""
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter in gradients]
             if not parameters:
                 continue
-            found = [parameter.grad.to(working_dtype(parameter)) for parameter in parameters]
-            if group["weight_decay"]:
-                found = torch._foreach_add(found, [p.to(g) for p, g in zip(parameters, found, strict=True)], alpha=group["weight_decay"])
-            for parameter, gradient in zip(parameters, found, strict=True):
-                if "momentum" not in self.state[parameter]:
-                    self.state[parameter]["momentum"] = gradient.clone()
-            momenta = [self.state[parameter]["momentum"] for parameter in parameters]
-            torch._foreach_lerp_(momenta, found, 1.0 - group["momentum"])
-            gradients.update(zip(parameters, found, strict=True))
-        return gradients
+            found = [gradients[parameter] for parameter in parameters]
+            squares = [
+                self._entry(parameter, "squares", gradient.square())
+                for parameter, gradient in zip(parameters, found, strict=True)
+            ]
+            torch._foreach_mul_(squares, MOMENTS_DECAY)
+            torch._foreach_addcmul_(squares, found, found, value=1.0 - MOMENTS_DECAY)
+            roots = torch._foreach_sqrt(squares)
+            torch._foreach_add_(roots, EPSILON)
+            steps = torch._foreach_div([momenta[parameter] for parameter in parameters], roots)
+            for parameter, step in zip(parameters, steps, strict=True):
+                parameter.sub_(step, alpha=group["lr"])
+
+
+def _basis(state: Mapping[str, Tensor]) -> Basis:
+    return Basis(
+        Eigen(state["input_vectors"], state["input_values"]), Eigen(state["output_vectors"], state["output_values"])
+    )
+
+
+def _is_live(parameter: Tensor) -> bool:
+    return parameter.requires_grad
+
+
+def _blocks(model: nn.Module, trained: Collection[Tensor]) -> list[Block]:
+    """The layers whose weight is trained and belongs to them alone, with their bias if it is trained too."""
+    layers = {name: module for name, module in model.named_modules() if is_layer(module)}
+    owners = Counter(parameter for layer in layers.values() for parameter in layer.parameters(recurse=False))
+
+    def is_own(parameter: Tensor | None) -> TypeGuard[nn.Parameter]:
+        return parameter is not None and parameter.requires_grad and parameter in trained and owners[parameter] == 1
+
+    return [
+        Block(name, layer, layer.weight, layer.bias if is_own(layer.bias) else None)
+        for name, layer in layers.items()
+        if is_own(layer.weight)
+    ]
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise ProblemError(
+            f"model is {type(model).__name__}; expected the nn.Module that is trained, not its parameters: SNOpt(model, lr=0.01)"
+        )
+    if not any(map(_is_live, model.parameters())):
+        raise ProblemError("the model has no trainable parameter; expected one or more with requires_grad=True")
+
+
+def _check_choice(what: str, value: object, options: tuple[str, ...]) -> None:
+    if value not in options:
+        raise ProblemError(
+            f"{what} is {value!r}; expected {' or '.join(map(repr, options))}{nearest(str(value), options)}"
+        )
+
+
+def _check_options(group: Mapping[str, Any]) -> None:
+    """Refuse numbers out of range."""
+    ranges = {
+        "lr": "a number >= 0",
+        "momentum": "a number in [0, 1)",
+        "weight_decay": "a number >= 0",
+        "damping": "a number >= 0",
+    }
+    for name, expected in ranges.items():
+        value = group[name]
+        fits = isinstance(value, int | float) and 0.0 <= value < (1.0 if name == "momentum" else math.inf)
+        if not fits:
+            raise ProblemError(f"{name} is {value!r}; expected {expected}")
+
+
+def _listed(names: list[str]) -> str:
+    """At most eight names and the number of the rest."""
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(map(repr, names[:8])) + more

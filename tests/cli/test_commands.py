@@ -83,7 +83,7 @@ def test_solve_writes_a_folder_and_resumes_it(run, tmp_path):
         "gains.png",
         "convergence.png",
     }
-    assert [record["iteration"] for record in RunFolder.open(folder).metrics()] == [1]
+    assert [record["iteration"] for record in RunFolder.open(folder).metrics()] == [0, 1]
     page = (folder / "report.html").read_text()
     assert all(f"plots/{name}.png" in page for name in ("states", "controls", "gains", "convergence"))
 
@@ -96,7 +96,7 @@ def test_solve_writes_a_folder_and_resumes_it(run, tmp_path):
 
     (folder / "checkpoint.pt").unlink()  # killed before it was written: solved again
     assert run("solve", "--resume", "here")[0] == 0
-    assert [record["iteration"] for record in RunFolder.open(folder).metrics()] == [1]
+    assert [record["iteration"] for record in RunFolder.open(folder).metrics()] == [0, 1]
 
 
 def test_a_solve_that_does_not_converge(run):

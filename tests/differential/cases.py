@@ -1,11 +1,13 @@
 """A table of small problems that between them have every feature a derivative pass must handle."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ocnopt.differential.differentiate import Expansion, differentiate
 from ocnopt.from_module import from_module
 from ocnopt.ocp import OCP, FreeHorizon, Horizon
 
@@ -37,7 +39,9 @@ def _randn(*shape: int) -> Tensor:
 
 
 def pendulum(t, x, u, p):
-    return torch.stack([x[..., 1], -p[..., 0] * torch.sin(x[..., 0]) - p[..., 1] * x[..., 1] + torch.cos(2 * t)], dim=-1)
+    return torch.stack(
+        [x[..., 1], -p[..., 0] * torch.sin(x[..., 0]) - p[..., 1] * x[..., 1] + torch.cos(2 * t)], dim=-1
+    )
 
 
 def parameters_only() -> Case:
@@ -52,7 +56,9 @@ def parameters_in_every_cost() -> Case:
     def terminal(t, x, p):
         return x[..., 0] ** 2 * p[..., 1] + p[..., 0] ** 2
 
-    return Case(OCP(pendulum, running, terminal, initial_state=[1.0, -0.3], parameters=[2.0, 0.3], horizon=Horizon(0.5, 1.2)))
+    return Case(
+        OCP(pendulum, running, terminal, initial_state=[1.0, -0.3], parameters=[2.0, 0.3], horizon=Horizon(0.5, 1.2))
+    )
 
 
 def batch_with_targets() -> Case:
@@ -84,14 +90,16 @@ def free_horizon_without_running_cost() -> Case:
 
 def only_the_horizon() -> Case:
     def dynamics(t, x, u):
-        return torch.stack([torch.sin(x[..., 1]) + t, -x[..., 0] ** 2], dim=-1)
+        return torch.stack([torch.sin(x[..., 1]) + t, -(x[..., 0] ** 2)], dim=-1)
 
     return Case(OCP(dynamics, lambda t, x, u: (x**2).sum(-1), lambda t, x: t * x[..., 0] ** 2, initial_state=_randn(3, 2),
                     horizon=FreeHorizon(0.8, 0.5, 2.0)))  # fmt: skip
 
 
 def controlled(t, x, u, p):
-    return torch.stack([x[..., 1] * p[..., 1], -torch.sin(x[..., 0]) + p[..., 0] * u[..., 0] + u[..., 1] ** 2 * x[..., 0]], dim=-1)
+    return torch.stack(
+        [x[..., 1] * p[..., 1], -torch.sin(x[..., 0]) + p[..., 0] * u[..., 0] + u[..., 1] ** 2 * x[..., 0]], dim=-1
+    )
 
 
 def staged_controls() -> Case:
@@ -142,7 +150,16 @@ def autograd_inside() -> Case:
             (slope,) = torch.autograd.grad(energy(point, p).sum(), point, create_graph=tracked)
         return torch.stack([slope[..., 1], -slope[..., 0]], dim=-1)
 
-    return Case(OCP(dynamics, None, lambda t, x, p: x[..., 0] ** 3, initial_state=_randn(3, 2), parameters=_randn(4), horizon=0.8))
+    return Case(
+        OCP(
+            dynamics,
+            None,
+            lambda t, x, p: x[..., 0] ** 3,
+            initial_state=_randn(3, 2),
+            parameters=_randn(4),
+            horizon=0.8,
+        )
+    )
 
 
 def network() -> Case:
@@ -178,3 +195,17 @@ CASES: dict[str, Callable[[], Case]] = {
         no_dependence,
     )
 }
+
+
+@functools.cache
+def case(name: str) -> Case:
+    """A case, made once."""
+    return CASES[name]()
+
+
+@functools.cache
+def expansion(name: str, curvature: str) -> Expansion:
+    """Its derivatives: by matrices to 1e-7, by columns to the default."""
+    problem, controls = case(name)
+    options = {} if curvature == "gauss_newton" and problem.running_cost is None else {"rtol": 1e-7, "atol": 1e-7}
+    return differentiate(problem, controls=controls, curvature=curvature, **options)

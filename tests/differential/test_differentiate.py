@@ -10,32 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.integrate import solve_ivp
 
-from ocnopt.differential.differentiate import Expansion, differentiate
+from ocnopt.differential.differentiate import differentiate
 from ocnopt.differential.hvp import hvp
 from ocnopt.differential.path import trace
 from ocnopt.differential.request import read_request
 from ocnopt.errors import NonFiniteError
 from ocnopt.ocp import OCP, FreeHorizon
-from tests.differential.cases import CASES, Case, autograd_inside, pendulum
+from tests.differential.cases import CASES, autograd_inside, case, expansion, pendulum
 from tests.differential.dense import Dense, Oracle
 from tests.oracles.compare import relative_error
 
 BOTH = pytest.mark.parametrize("curvature", ["exact", "gauss_newton"])
 EVERY = pytest.mark.parametrize("name", CASES)
 WITH_CONTROLS = [name for name, make in CASES.items() if make().controls is not None]
-# The largest error relative to the largest entry, at the default tolerances of 1e-8.
-EXACT, GAUSS_NEWTON = 5e-8, 1e-8
-
-
-@functools.cache
-def case(name: str) -> Case:
-    return CASES[name]()
-
-
-@functools.cache
-def expansion(name: str, curvature: str) -> Expansion:
-    problem, controls = case(name)
-    return differentiate(problem, controls=controls, curvature=curvature)
+# The largest error allowed, relative to the largest entry.
+MATRICES, COLUMNS = 1e-6, 1e-8
 
 
 @functools.cache
@@ -52,7 +41,7 @@ def check(actual, expected, limit):
 @EVERY
 def test_state_and_parameters(name, curvature):
     result, right, problem = expansion(name, curvature), oracle(name, curvature), case(name).problem
-    limit = EXACT if curvature == "exact" or problem.running_cost is not None else GAUSS_NEWTON
+    limit = MATRICES if curvature == "exact" or problem.running_cost is not None else COLUMNS
     for block in ("value", "x", "xx"):
         check(getattr(result, block), getattr(right, block), limit)
     q = problem.parameter_dim
@@ -71,10 +60,10 @@ def test_end_time(name, curvature):
     if not isinstance(problem.horizon, FreeHorizon):
         assert result.T is result.TT is result.Tp is None
         return
-    check(result.T, right.p[-1], EXACT)
-    check(result.TT, right.pp[-1, -1], EXACT)
+    check(result.T, right.p[-1], MATRICES)
+    check(result.TT, right.pp[-1, -1], MATRICES)
     if problem.parameter_dim:
-        check(result.Tp, right.pp[-1, :-1], EXACT)
+        check(result.Tp, right.pp[-1, :-1], MATRICES)
 
 
 @BOTH
@@ -85,9 +74,9 @@ def test_staged_controls(name, curvature):
     assert result.u.shape == (*case(name).problem.batch_shape, steps, case(name).problem.control_dim)
     for k in range(steps):
         right = oracle(name, curvature, k)
-        check(result.u[..., k, :], right.u, EXACT)
-        check(result.uu[..., k, :, :], right.uu, EXACT)
-        check(result.ux[..., k, :, :], right.ux, EXACT)
+        check(result.u[..., k, :], right.u, MATRICES)
+        check(result.uu[..., k, :, :], right.uu, MATRICES)
+        check(result.ux[..., k, :, :], right.ux, MATRICES)
 
 
 def test_without_staged_controls_there_are_none():
@@ -101,7 +90,7 @@ def test_hessian_vector_products(name):
     H = oracle(name, "exact").pp
     for size in {problem.parameter_dim, H.shape[0]} - {0}:
         v = torch.randn(size, dtype=torch.float64)
-        check(hvp(problem, None, v, controls=controls), H[:size, :size] @ v, EXACT)
+        check(hvp(problem, None, v, controls=controls, rtol=1e-7, atol=1e-7), H[:size, :size] @ v, MATRICES)
 
 
 def test_gradient_against_differences_of_scipy():
@@ -124,7 +113,9 @@ def test_gradient_against_differences_of_scipy():
 
     p = problem.parameters
     gradient = torch.tensor([difference(cost, p, i, 3e-3) for i in range(2)])
-    assert relative_error(expansion("parameters_in_every_cost", "exact").p, gradient) <= 1e-8
+    result = differentiate(problem)
+    assert relative_error(result.p, gradient) <= 1e-8
+    assert relative_error(result.pp, oracle("parameters_in_every_cost", "exact").pp) <= 2e-8
 
 
 def test_hessian_against_differences_of_the_gradient():
@@ -140,11 +131,15 @@ def test_hessian_against_differences_of_the_gradient():
 def test_functions_may_use_autograd_inside():
     problem = autograd_inside().problem
     assert not problem.parameters_broadcast
-    v, h = torch.ones(4, dtype=torch.float64), 1e-4
-    result = differentiate(problem)
-    ahead, behind = (differentiate(problem, parameters=problem.parameters + s * h * v, curvature="gauss_newton") for s in (1, -1))
-    assert relative_error(result.pp @ v, (ahead.p - behind.p) / (2 * h)) <= 1e-6
-    assert relative_error(hvp(problem, problem.parameters, v), result.pp @ v) <= 1e-7
+    v, h = torch.ones(4, dtype=torch.float64), 1e-3
+    result = differentiate(problem, rtol=1e-6, atol=1e-6)
+
+    def gradient(p):
+        return differentiate(problem, parameters=p, curvature="gauss_newton", rtol=1e-6, atol=1e-6).p
+
+    p = problem.parameters
+    assert relative_error(result.pp @ v, (gradient(p + h * v) - gradient(p - h * v)) / (2 * h)) <= 1e-4
+    assert relative_error(hvp(problem, p, v, rtol=1e-6, atol=1e-6), result.pp @ v) <= 1e-5
 
 
 def test_the_point_can_be_given():
@@ -216,13 +211,13 @@ def test_means_over_a_batch_are_means_of_single_samples(batch, seed):
         return OCP(pendulum, lambda t, x, u, p: p[..., 0] * x[..., 0] ** 2, lambda t, x, p: (x**2).sum(-1), initial_state=x,
                    parameters=[1.0, 0.2], horizon=0.5)  # fmt: skip
 
-    together = differentiate(make(x0), rtol=1e-6, atol=1e-6)
-    alone = [differentiate(make(x), rtol=1e-6, atol=1e-6) for x in x0.reshape(-1, 2)]
+    together = differentiate(make(x0), rtol=1e-4, atol=1e-4)
+    alone = [differentiate(make(x), rtol=1e-4, atol=1e-4) for x in x0.reshape(-1, 2)]
     for block in ("value", "p", "pp"):
-        check(getattr(together, block), torch.stack([getattr(one, block) for one in alone]).mean(0), 1e-5)
+        check(getattr(together, block), torch.stack([getattr(one, block) for one in alone]).mean(0), 1e-3)
     for block in ("x", "xx", "px"):
         stacked = torch.stack([getattr(one, block) for one in alone])
-        check(getattr(together, block), stacked.reshape(*batch, *stacked.shape[1:]), 1e-5)
+        check(getattr(together, block), stacked.reshape(*batch, *stacked.shape[1:]), 1e-3)
 
 
 def test_a_result_is_frozen_and_carries_no_graph():
@@ -234,6 +229,12 @@ def test_a_result_is_frozen_and_carries_no_graph():
 
 
 def test_a_path_that_leaves_the_finite_numbers_is_an_error():
-    problem = OCP(lambda t, x, u: torch.sqrt(1.0 - t)[..., None] * x, None, lambda t, x: x[..., 0], initial_state=[1.0], horizon=1.0)
+    problem = OCP(
+        lambda t, x, u: torch.sqrt(1.0 - t)[..., None] * x,
+        None,
+        lambda t, x: x[..., 0],
+        initial_state=[1.0],
+        horizon=1.0,
+    )
     with pytest.raises(NonFiniteError, match="NaN or infinity near t = 1"):
         differentiate(problem, horizon=3.0, rtol=1e-3, atol=1e-3)

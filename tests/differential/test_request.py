@@ -13,21 +13,38 @@ from tests.differential.cases import CASES
 
 
 def one(**options):
-    return OCP(lambda t, x, u, *p: -x, None, lambda t, x, *p: x[..., 0] ** 2, **{"initial_state": [1.0], "horizon": 1.0, **options})
+    return OCP(
+        lambda t, x, u, *p: -x,
+        None,
+        lambda t, x, *p: x[..., 0] ** 2,
+        **{"initial_state": [1.0], "horizon": 1.0, **options},
+    )
 
 
 @pytest.mark.parametrize(
     ("problem", "options", "message"),
     [
         (one(), {"parameters": torch.ones(1)}, "parameters are given for a problem without any; expected none"),
-        (one(parameters=[1.0]), {"parameters": torch.ones(2)}, r"parameters have shape \(2,\); expected \(1,\).*without T"),
+        (
+            one(parameters=[1.0]),
+            {"parameters": torch.ones(2)},
+            r"parameters have shape \(2,\); expected \(1,\).*without T",
+        ),
         (one(parameters=[1.0]), {"parameters": torch.tensor([torch.nan])}, "parameters holds NaN"),
         (one(), {"horizon": 0.0}, r"horizon is 0.0; expected one end time T after the start 0.0"),
         (one(), {"controls": torch.ones(3, 1)}, "controls are given for a problem without any"),
-        (one(control_dim=2), {}, r"no controls are given for a problem with 2 staged ones; expected controls= \(\.\.\., N, 2\)"),
+        (
+            one(control_dim=2),
+            {},
+            r"no controls are given for a problem with 2 staged ones; expected controls= \(\.\.\., N, 2\)",
+        ),
         (one(control_dim=2), {"controls": torch.ones(3, 1)}, r"controls have shape \(3, 1\); expected \(N, 2\)"),
         (one(control_dim=1), {"controls": torch.ones(0, 1)}, r"controls have shape \(0, 1\); .* N >= 1"),
-        (one(control_dim=1), {"controls": torch.ones(2, 3, 1)}, r"expected \(N, 1\) or \(\*batch, N, 1\) with batch \(\)"),
+        (
+            one(control_dim=1),
+            {"controls": torch.ones(2, 3, 1)},
+            r"expected \(N, 1\) or \(\*batch, N, 1\) with batch \(\)",
+        ),
         (one(), {"rtol": 0.0}, "rtol is 0.0; expected a number > 0"),
         (one(), {"atol": -1e-3}, "atol is -0.001; expected a number > 0"),
     ],
@@ -66,7 +83,9 @@ def large():
 
 def test_dense_matrices_that_do_not_fit_are_refused_and_the_alternatives_work():
     problem, options = large(), {"rtol": 1e-4, "atol": 1e-4}
-    with pytest.raises(ProblemError, match=r"dense pp \(400000, 400000\) .* GiB; expected less: use representation='low_rank'.*oc.hvp"):
+    with pytest.raises(
+        ProblemError, match=r"dense pp \(400000, 400000\) .* GiB; expected less: use representation='low_rank'.*oc.hvp"
+    ):
         differentiate(problem, **options)
     result = differentiate(problem, curvature="gauss_newton", representation="low_rank", **options)
     assert result.p_factors.shape == (1, 400_000)

@@ -219,3 +219,16 @@ def test_errors_of_the_field_pass_through():
 
     with torch.no_grad(), pytest.raises(RuntimeError, match="mine"):
         NeuralODE(Plain(function))(start(3))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("budget", [2**20, 0])
+def test_dropout_on_a_gpu(budget):
+    field, x = Dropping().cuda(), start(8, 3).cuda()
+    control = {"method": "dopri5", "steps": 5}
+    torch.manual_seed(1)
+    value, expected = gradients(NeuralODE(field, adjoint="backprop", **control), x)
+    torch.manual_seed(1)
+    ours, gradient = gradients(NeuralODE(field, checkpoint_bytes=budget, **control), x)
+    assert torch.equal(ours, value)
+    assert distance(gradient, expected) < 1e-12

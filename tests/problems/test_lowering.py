@@ -1,4 +1,4 @@
-"""Every function of every control problem means the same to CasADi as to torch: values, Jacobians, Hessians to 1e-12."""
+"""Every function of every control problem means the same to CasADi as to torch: values, Jacobians and Hessians."""
 
 import casadi
 import numpy as np

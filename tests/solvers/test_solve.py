@@ -1,0 +1,259 @@
+"""`solve`: names, options, strictness, and the starts that it reads or finds by itself."""
+
+import inspect
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+import ocnopt as oc
+from ocnopt.ocp import OCP, FreeHorizon
+from ocnopt.solvers.ddp import DDP
+from ocnopt.solvers.solve import make_solver, read_guess, solve
+from ocnopt.staged import Stage, StagedOCP, transcribe
+from tests.oracles.compare import assert_close
+
+
+def regulator(**options):
+    settings = {"initial_state": [1.0, 0.0], "control_dim": 1, "horizon": 1.0} | options
+    return OCP(
+        lambda t, x, u: torch.stack([x[..., 1], u[..., 0]], dim=-1),
+        lambda t, x, u: (x**2).sum(-1) + (u**2).sum(-1),
+        **settings,
+    )
+
+
+def pendulum(initial_state=(0.0, 0.0), **options):
+    """Hanging at zero: at rest there, zero controls are a stationary point."""
+    return OCP(
+        lambda t, x, u: torch.stack([x[..., 1], u[..., 0] - torch.sin(x[..., 0])], dim=-1),
+        lambda t, x, u: 0.01 * (u**2).sum(-1),
+        lambda t, x: 1 + torch.cos(x[..., 0]),
+        initial_state=initial_state,
+        control_dim=1,
+        horizon=2.0,
+        **options,
+    )
+
+
+class TestSolver:
+    def test_a_name_and_an_object_are_the_same(self):
+        named = solve(regulator(), "ddp", steps=5, curvature="gauss_newton", tolerance=1e-6, max_iterations=7)
+        object_ = solve(regulator(), DDP(curvature="gauss_newton", tolerance=1e-6, max_iterations=7), steps=5)
+        assert_close(named.states, object_.states, rtol=0.0)
+        assert oc.solvers.DDP is DDP
+
+    def test_options_reach_the_solver(self):
+        made = make_solver("ddp", {"curvature": "exact", "regularisation": 0.5})
+        assert made == DDP(curvature="exact", regularisation=0.5)
+
+    def test_a_discrete_problem_is_solved_as_it_is(self):
+        staged = transcribe(regulator(), 5, "euler")
+        assert_close(solve(staged).cost, solve(regulator(), steps=5, integrator="euler").cost, rtol=0.0)
+
+    def test_unknown_solver(self):
+        with pytest.raises(oc.ProblemError, match=r"solver 'dpp' is unknown; expected one of ddp, .*; did you mean 'ddp'\?"):
+            solve(regulator(), "dpp")
+
+    def test_unknown_option(self):
+        message = r"solver 'ddp' has no option 'curvture'; expected one of curvature, .*; did you mean 'curvature'\?"
+        with pytest.raises(oc.ProblemError, match=message):
+            solve(regulator(), "ddp", curvture="exact")
+
+    def test_options_beside_an_object(self):
+        with pytest.raises(oc.ProblemError, match="options tolerance came beside a solver object; expected them in its con"):
+            solve(regulator(), DDP(), tolerance=1e-3)
+
+    def test_neither_a_name_nor_a_solver(self):
+        with pytest.raises(oc.ProblemError, match=r"solver is int; expected a name \(ddp, .*\) or a solver object such as"):
+            inspect.unwrap(make_solver)(3, {})
+
+    def test_unknown_integrator(self):
+        with pytest.raises(oc.ProblemError, match=r"integrator 'rk44' is unknown; .*did you mean 'rk4'\?"):
+            solve(regulator(), integrator="rk44")
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"curvature": "exakt"}, r"curvature is 'exakt'; expected one of exact, gauss_newton, auto; did you mean 'exact'\?"),
+            ({"max_iterations": 0}, r"DDP\(max_iterations=0, .*expected a positive number of iterations, a positive tol"),
+            ({"tolerance": 0.0}, r"DDP\(.*tolerance=0.0.*a positive tolerance"),
+            ({"regularisation": -1.0}, r"DDP\(.*regularisation=-1.0\).*a regularisation >= 0"),
+        ],
+    )
+    def test_wrong_options(self, options, message):
+        with pytest.raises(oc.ProblemError, match=message):
+            solve(regulator(), **options)
+
+    def test_strict(self):
+        with pytest.raises(oc.ConvergenceError, match="not converged: stopped after 1 step: the iteration limit .*strict=False"):
+            solve(pendulum([0.1, 0.0]), steps=10, max_iterations=1, strict=True)
+        assert bool(solve(regulator(), steps=5, strict=True).converged)
+
+    def test_strict_in_a_batch(self):
+        with pytest.raises(oc.ConvergenceError, match="not converged"):
+            solve(pendulum([[0.1, 0.0], [0.2, 0.0]]), steps=10, max_iterations=1, strict=True)
+
+    @pytest.mark.parametrize("name", ["terminal_constraint", "path_constraint"])
+    def test_constraints_need_another_solver(self, name):
+        problem = regulator(**{name: lambda t, x, *u: x - 0.5})
+        with pytest.raises(oc.ProblemError, match=f"the problem has a {name}; solver 'ddp' has no mult.* use solver='casadi'"):
+            solve(problem, "ddp", steps=5)
+
+
+class TestGuess:
+    def test_controls_of_any_kind(self):
+        problem = transcribe(regulator(), 3)
+        for value in (torch.ones(3, 1), np.ones((3, 1)), [[1.0], [1.0], [1.0]], [torch.ones(1)] * 3, {"controls": torch.ones(3, 1)}):
+            guess = read_guess(problem, value)
+            assert_close(torch.stack(guess.controls), torch.ones(3, 1))
+            assert guess.controls[0].dtype == torch.float64
+            assert guess.states is None
+
+    def test_a_batch_may_share_a_guess_or_have_its_own(self):
+        problem = transcribe(regulator(initial_state=torch.rand(2, 2)), 3)
+        own = torch.rand(2, 3, 1)
+        assert_close(torch.stack(read_guess(problem, own).controls, dim=-2), own)
+        shared = read_guess(problem, own[0]).controls
+        assert_close(torch.stack(shared, dim=-2), own[:1].expand(2, 3, 1))
+
+    def test_controls_and_parameters_are_clipped_to_their_bounds(self):
+        problem = OCP(
+            lambda t, x, u, p: p[..., :1] * x + u,
+            initial_state=[1.0],
+            control_dim=1,
+            horizon=FreeHorizon(1.0, 0.5, 2.0),
+            parameters=[0.0],
+            parameter_bounds=(-1.0, 1.0),
+            control_bounds=(-1.0, 1.0),
+        )
+        guess = read_guess(transcribe(problem, 2), {"controls": 5 * torch.ones(2, 1), "parameters": [9.0], "horizon": 9.0})
+        assert_close(torch.stack(guess.controls), torch.ones(2, 1))
+        assert_close(guess.parameters, [1.0, 2.0])
+
+    def test_parameters_and_horizon(self):
+        problem = OCP(
+            lambda t, x, u, p: p[..., :1] * x,
+            initial_state=torch.ones(2, 1),
+            horizon=FreeHorizon(1.0, 0.5, 2.0),
+            parameters=[0.1, 0.2],
+        )
+        staged = transcribe(problem, 2)
+        assert_close(read_guess(staged, {"parameters": [3.0, 4.0]}).parameters, [[3.0, 4.0, 1.0]] * 2)
+        assert_close(read_guess(staged, {"horizon": [0.6, 0.7]}).parameters, [[0.1, 0.2, 0.6], [0.1, 0.2, 0.7]])
+        assert_close(read_guess(staged, {"parameters": [[3.0, 4.0], [5.0, 6.0]], "horizon": 1.5}).parameters, [[3.0, 4.0, 1.5], [5.0, 6.0, 1.5]])
+
+    def test_states_begin_at_the_initial_state(self):
+        problem = transcribe(regulator(), 3)
+        guess = read_guess(problem, {"states": torch.full((4, 2), 7.0)})
+        assert_close(torch.stack(guess.states), [[1.0, 0.0], [7.0, 7.0], [7.0, 7.0], [7.0, 7.0]])
+
+    def test_a_solution_is_a_guess(self):
+        solution = solve(regulator(), steps=5)
+        again = solve(regulator(), steps=5, initial_guess=solution)
+        assert again.iterations.item() == 0
+        assert bool(again.converged)
+        assert_close(again.states, solution.states, rtol=1e-12)
+
+    def test_the_problems_own_guess_may_be_a_function_of_the_steps(self):
+        problem = regulator(initial_guess=lambda steps: {"controls": torch.full((steps, 1), 2.0)})
+        assert_close(torch.stack(read_guess(transcribe(problem, 4), None).controls), torch.full((4, 1), 2.0))
+        assert_close(torch.stack(read_guess(transcribe(problem, 4), torch.ones(4, 1)).controls), torch.ones(4, 1))
+
+    def test_sizes_may_vary(self):
+        stages = [Stage(lambda k, x, u: torch.cat([x, u], dim=-1), control_dim=1), Stage(lambda k, x, u: x, control_dim=2)]
+        problem = StagedOCP(stages, lambda x: x.sum(-1), initial_state=[1.0])
+        guess = read_guess(problem, {"controls": [torch.ones(1), torch.ones(2)], "states": [torch.ones(1), torch.ones(2), torch.ones(2)]})
+        assert [len(u) for u in guess.controls] == [1, 2]
+        assert [len(x) for x in guess.states] == [1, 2, 2]
+        with pytest.raises(oc.ProblemError, match=r"controls has 2 rows of sizes \[1\]; expected 2 rows of sizes \[1, 2\]: one row per step"):
+            read_guess(problem, [torch.ones(1), torch.ones(1)])
+
+    @pytest.mark.parametrize(
+        ("value", "message"),
+        [
+            (torch.ones(4, 1), r"initial_guess controls has shape \(4, 1\); expected \(..., 3, 1\): one row per step"),
+            (torch.ones(3, 2), r"initial_guess controls has shape \(3, 2\); expected \(..., 3, 1\)"),
+            (torch.ones(3), r"initial_guess controls has shape \(3,\); expected \(..., 3, 1\)"),
+            ([torch.ones(1)] * 4, r"initial_guess controls has 4 rows of sizes \[1\]; expected 3 rows of sizes \[1\]"),
+            (torch.ones(5, 3, 1), r"initial_guess controls has batch shape \(5,\); expected \(2,\), or none"),
+            ("zero", "initial_guess controls is str; expected numbers or a tensor"),
+            (torch.full((3, 1), torch.nan), r"initial_guess controls holds NaN or infinity at \(0, 0\); expected finite"),
+            ({"states": torch.ones(3, 2)}, r"initial_guess states has shape \(3, 2\); expected \(..., 4, 2\): one row per node"),
+            ({"states": torch.ones(3, 4, 2)}, r"initial_guess states has batch shape \(3,\); expected \(2,\)"),
+            ({"control": torch.ones(3, 1)}, r"initial_guess has the key 'control'; expected any of .*did you mean 'controls'\?"),
+            ({"parameters": [1.0]}, r"initial_guess parameters has shape \(1,\); expected \(..., 2\)"),
+            ({"parameters": torch.ones(3, 2)}, r"initial_guess parameters has batch shape \(3,\); expected \(2,\)"),
+            ({"parameters": [1.0, torch.inf]}, r"initial_guess parameters holds NaN or infinity"),
+            ({"horizon": "long"}, "initial_guess horizon is str; expected numbers"),
+            ({"horizon": [1.0, 1.0, 1.0]}, r"initial_guess horizon has batch shape \(3,\); expected \(2,\)"),
+        ],
+    )
+    def test_wrong(self, value, message):
+        problem = OCP(
+            lambda t, x, u, p: x + u + p,
+            initial_state=torch.ones(2, 2),
+            control_dim=1,
+            horizon=FreeHorizon(1.0, 0.5, 2.0),
+            parameters=[0.1, 0.2],
+        )
+        with pytest.raises(oc.ProblemError, match=message):
+            solve(problem, steps=3, initial_guess=value)
+
+
+class TestStationaryStart:
+    def test_it_is_left_with_a_warning_by_a_seeded_perturbation(self):
+        staged = transcribe(pendulum(), 10)
+        with pytest.warns(UserWarning, match=r"the default start \(zero controls\) is a stationary point: .*Pass initial_guess="):
+            guess = read_guess(staged, None)
+        with pytest.warns(UserWarning, match="stationary point"):
+            again = read_guess(staged, None)
+        controls = torch.stack(guess.controls)
+        assert_close(controls, torch.stack(again.controls), rtol=0.0)
+        assert 0.01 < float(controls.abs().max()) < 1.0
+
+    def test_the_solver_then_moves(self):
+        with pytest.warns(UserWarning, match="stationary point"):
+            solution = solve(pendulum(), steps=10)
+        assert bool(solution.converged)
+        assert solution.cost.item() < 1.0
+
+    def test_the_warning_points_at_the_caller(self):
+        with pytest.warns(UserWarning, match="stationary point") as caught:
+            solve(pendulum(), steps=3, max_iterations=1)
+        assert caught[0].filename == __file__
+
+    def test_in_a_batch_only_the_problems_that_stand_still_are_moved(self):
+        staged = transcribe(pendulum([[0.0, 0.0], [0.5, 0.0]]), 10)
+        with pytest.warns(UserWarning, match="stationary point in 1 of 2 problems"):
+            controls = torch.stack(read_guess(staged, None).controls)
+        assert float(controls[:, 0].abs().min()) > 0
+        assert float(controls[:, 1].abs().max()) == 0
+
+    def test_bounds_hold(self):
+        staged = transcribe(pendulum(control_bounds=(-0.01, 0.02)), 10)
+        with pytest.warns(UserWarning, match="stationary point"):
+            controls = torch.stack(read_guess(staged, None).controls)
+        assert bool(((controls >= -0.01) & (controls <= 0.02)).all())
+
+    @pytest.mark.parametrize(
+        "problem",
+        [
+            regulator(),
+            pendulum([0.1, 0.0]),
+            pendulum(control_bounds=(0.5, 1.0)),
+            pendulum(terminal_constraint=lambda t, x: x - 1.0),
+            OCP(lambda t, x, u: x, None, lambda t, x: x[..., 0], initial_state=[1.0], horizon=1.0),
+        ],
+    )
+    def test_no_warning_elsewhere(self, problem):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            controls = torch.stack(read_guess(transcribe(problem, 5), None).controls)
+        expected = 0.0 if problem.control_bounds is None else 0.5
+        assert_close(controls, torch.full_like(controls, expected))
+
+    def test_a_given_start_is_kept(self):
+        guess = read_guess(transcribe(pendulum(), 5), torch.zeros(5, 1))
+        assert_close(torch.stack(guess.controls), torch.zeros(5, 1))
