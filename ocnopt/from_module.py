@@ -98,6 +98,25 @@ def from_module(
         >>> {name: tuple(w.shape) for name, w in unflatten(problem, problem.parameters).items()}
         {'weight': (2, 2), 'bias': (2,)}
     """
+    weights = trainable_weights(field)
+    x0 = checks.float_tensor("initial_state", initial_state, weights[0].dtype, weights[0].device)
+    return OCP(
+        ModuleDynamics(field, WeightLayout.of(field)),
+        None if running_cost is None else _with_p("running_cost", running_cost, ("t", "x", "u")),
+        _with_p("terminal_cost", terminal_cost, ("t", "x")),
+        initial_state=x0,
+        horizon=horizon,
+        parameters=torch.cat([w.detach().reshape(-1) for w in weights]),
+        dtype=weights[0].dtype,
+    )
+
+
+def trainable_weights(field: Any) -> list[nn.Parameter]:
+    """The weights that become p.
+
+    Raises:
+        ProblemError: no module, nothing to train in it, or several dtypes.
+    """
     if not isinstance(field, nn.Module):
         raise ProblemError(
             f"field is {type(field).__name__}; expected a torch.nn.Module: for a function use oc.OCP with parameters="
@@ -112,16 +131,7 @@ def from_module(
         raise ProblemError(
             f"the weights of field have dtypes {sorted(map(str, dtypes))}; expected one: use field.to(torch.float64)"
         )
-    x0 = checks.float_tensor("initial_state", initial_state, weights[0].dtype, weights[0].device)
-    return OCP(
-        ModuleDynamics(field, WeightLayout.of(field)),
-        None if running_cost is None else _with_p("running_cost", running_cost, ("t", "x", "u")),
-        _with_p("terminal_cost", terminal_cost, ("t", "x")),
-        initial_state=x0,
-        horizon=horizon,
-        parameters=torch.cat([w.detach().reshape(-1) for w in weights]),
-        dtype=weights[0].dtype,
-    )
+    return weights
 
 
 def unflatten(source: OCP | nn.Module, p: Tensor) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ _MU_MIN, _MU_MAX = 1e-6, 1e12
 _UP, _DOWN, _LONG, _SHORT = 10.0, 3.0, 0.5, 0.1
 # Gauss-Newton converges linearly and may creep on in the last digits: so many steps below rounding are the end too.
 _IDLE = 5
-# Step sizes beside the full one; tried in the same rollout where a batch is so small that calls, not numbers, cost time.
+# Step sizes beside the full one, tried in the same rollout where a batch is so small that only calls cost time.
 _SMALL = 64
 _ALPHAS = tuple(0.5**i for i in range(1, 14))
 

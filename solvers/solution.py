@@ -155,10 +155,26 @@ class Solution:
         )
 
     def plot(self, path: str | Path | None = None) -> Any:
-        """Draw states, controls, gains and convergence; return matplotlib's figure, written to ``path`` if given."""
-        from ocnopt.solvers.plotting import plot_solution
+        """Draw states, controls, gains and convergence; write the picture to ``path`` if one is given.
 
-        return plot_solution(self, path)
+        Returns:
+            A matplotlib Figure.
+
+        Raises:
+            ProblemError: sizes vary from stage to stage.
+        """
+        from ocnopt.solvers.plotting import plot_path
+
+        costs = self.history.get("cost")
+        return plot_path(
+            self.times,
+            self._tensor("states"),
+            self._tensor("controls"),
+            None if self.gains is None else self._tensor("K"),
+            None if costs is None else (costs - self.cost).abs() / (1 + self.cost.abs()),
+            time="time" if self.problem is None or self.problem.origin is not None else "step",
+            path=path,
+        )
 
     def save(self, path: str | Path) -> None:
         """Write everything but the problem's functions to one file, read again by ``oc.load_solution``."""
@@ -273,5 +289,5 @@ def load_solution(path: str | Path, problem: StagedOCP | None = None) -> Solutio
         raise DataError(f"{path} does not exist; expected a file written by Solution.save") from error
     except Exception as error:
         raise DataError(
-            f"{path} is no saved solution ({type(error).__name__}: {error}); expected a file written by Solution.save"
+            f"{path} is no saved solution ({type(error).__name__}); expected a file written by Solution.save"
         ) from error

@@ -1,18 +1,20 @@
-"""Kronecker-factored curvature of layers whose weights act many times: along a path in time, over the places of an image.
+"""Kronecker-factored curvature of layers whose weights act many times: along a path in time, at the places of an image.
 
-A layer's parameters form one matrix per group, W ``(groups, b, a)``: b outputs, a inputs (a convolution's inputs are patches), a bias
-being the weight of an extra input 1. Sample i meets them at times t and locations r with inputs z_i(t, r) and receives the
-gradients g_i(t, r) at its outputs. In the "reduce" form each sample counts once, with
+A layer's parameters form one matrix per group, W ``(groups, b, a)``: b outputs, a inputs (a convolution's inputs are
+patches), a bias being the weight of an extra input 1. Sample i meets them at times t and locations r, with inputs
+z_i(t, r) and gradients g_i(t, r) at the outputs. In the "reduce" form each sample counts once, with
 
-    zbar_i = mean over t and r of z_i,    gbar_i = integral over t, sum over r of g_i,    gradient of sample i ~ gbar_i zbar_i^T
-    A = mean_i zbar_i zbar_i^T  (groups, a, a),   B = mean_i gbar_i gbar_i^T  (groups, b, b),   curvature of W ~ A (X) B
+    zbar_i = mean over t and r of z_i,  gbar_i = integral over t, sum over r of g_i,  its gradient ~ gbar_i zbar_i^T,
+    A = mean_i zbar_i zbar_i^T  (groups, a, a),  B = mean_i gbar_i gbar_i^T  (groups, b, b),  curvature of W ~ A (X) B,
 
 so A and B are positive semi-definite whatever weights the time integral uses. In the eigenbases A = U_A E_A U_A^T and
-B = U_B E_B U_B^T a gradient reads Gt = U_B^T G U_A, its second moments s (first E_B E_A^T) are kept entry by entry, and the
-preconditioned step is U_B (Gt / (s + damping)^power) U_A^T; power 1 and s = E_B E_A^T is KFAC, vec(B^-1 G A^-1) = (A (X) B)^-1 vec(G).
+B = U_B E_B U_B^T a gradient reads U_B^T G U_A, its second moments s (first E_B E_A^T) are kept entry by entry, and the
+preconditioned gradient is U_B (U_B^T G U_A / (s + damping)^power) U_A^T. Power 1 with s = E_B E_A^T is KFAC:
+vec(B^-1 G A^-1) = (A (X) B)^-1 vec(G). A has at most as many eigenvalues above zero as there are samples, so U_A may
+hold its leading eigenvectors alone; the directions outside of it, *the rest*, share one second moment per row.
 
-Sources: Liu, Chen, Theodorou, arXiv 2109.14158, eq. 11-13; Grosse, Martens, arXiv 1602.01407 (convolutions); George et al.,
-arXiv 1806.03884 (second moments in the eigenbasis); Eschenhagen et al., arXiv 2311.00636 (reduce form).
+Sources: Liu, Chen, Theodorou, arXiv 2109.14158, eq. 11-13; Grosse, Martens, arXiv 1602.01407 (convolutions); George et
+al., arXiv 1806.03884 (second moments in the eigenbasis); Eschenhagen et al., arXiv 2311.00636 (reduce form).
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -26,11 +28,12 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def is_layer(module: nn.Module) -> TypeGuard[Layer]:
-    """Whether a module is a layer with Kronecker factors: its weight an ordinary parameter, its type one of ``LAYERS``."""
+    """Whether a module is a layer with Kronecker factors: one of ``LAYERS``, its weight an ordinary parameter."""
     return isinstance(module, LAYERS) and "weight" in dict(module.named_parameters(recurse=False))
 
 
@@ -76,7 +79,7 @@ def _groups(layer: Layer) -> int:
     return 1 if isinstance(layer, nn.Linear) else layer.groups
 
 
-def _patch_means(layer: Layer, axis: int, size: int) -> Tensor:
+def _patch_means(layer: Conv, axis: int, size: int) -> Tensor:
     padding = layer.padding
     span = layer.dilation[axis] * (layer.kernel_size[axis] - 1)
     if isinstance(padding, str):
@@ -89,10 +92,8 @@ def _patch_means(layer: Layer, axis: int, size: int) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _offset_means(size: int, span: int, dilation: int, stride: int, ends: tuple[int, int], mode: str) -> Tensor:
-    """Weights ``(kernel offsets, size)`` with which the places of one axis enter the mean over outputs, for each offset.
-
-    Padding an axis of indices, instead of the image, covers every padding mode; -1 marks a padded zero.
-    """
+    """Weights ``(kernel offsets, size)`` of the places of one axis in the mean over outputs, for each kernel offset."""
+    # An axis of indices is padded, instead of the image, which covers every padding mode; -1 marks a padded zero.
     places = torch.arange(size, dtype=torch.float64)[None, None]
     mode, fill = ("constant", -1.0) if mode == "zeros" else (mode, None)
     padded = functional.pad(places, ends, mode=mode, value=fill)[0, 0].long()
@@ -211,8 +212,8 @@ class Collector:
         weight, factor = weights
         pending = [z.detach()] if weight > 0.0 else []
 
-        # Counted as its gradient arrives: a forward pass without a backward pass leaves no trace, and until then autograd
-        # holds the input anyway.
+        # Counted as its gradient arrives: a forward pass without a backward pass leaves no trace, and until then
+        # autograd holds the input anyway.
         def arrive(g: Tensor) -> None:
             inputs = input_samples(layer, pending.pop(), uses.bias) if pending else None
             uses.add(inputs, weight, gradient_samples(layer, g), factor)
@@ -235,10 +236,7 @@ def _fits(layer: Layer, z: Tensor, output: Tensor) -> bool:
 
 
 class Eigen(NamedTuple):
-    """Leading eigenvectors ``(groups, d, r)`` and eigenvalues ``(groups, r)`` of a factor scaled to trace one.
-
-    The other d - r directions are *the rest*, treated alike.
-    """
+    """Leading eigenvectors ``(groups, d, r)`` and eigenvalues ``(groups, r)`` of a factor scaled to trace one."""
 
     vectors: Tensor
     values: Tensor
@@ -250,8 +248,10 @@ class Eigen(NamedTuple):
 
 
 class Basis(NamedTuple):
-    """Eigenbases of A, perhaps its leading part alone, and of B, complete. A matrix M ``(groups, b, a)`` is *turned* into
-    U_B^T M and its leading part U_B^T M U_A."""
+    """Eigenbases of A, perhaps its leading part alone, and of B, complete.
+
+    A matrix M ``(groups, b, a)`` is *turned* into U_B^T M and its leading part U_B^T M U_A.
+    """
 
     input: Eigen
     output: Eigen

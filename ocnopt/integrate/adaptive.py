@@ -107,7 +107,8 @@ class _Walker:
         if self.slope is None:
             self.slope = self.field(self.t, x)
             self.evaluations += 1
-        self.size = self._first_size(self.slope.detach()) if size is None else abs(size)
+        span = abs(times[-1] - times[0])
+        self.size = self._first_size(self.slope.detach(), span) if size is None else abs(size)
 
     def advance(self, output: int, end: float) -> Tensor:
         """Step until ``end``; the state there."""
@@ -172,23 +173,24 @@ class _Walker:
             )
 
     @torch.no_grad()
-    def _first_size(self, slope: Tensor) -> float:
-        """A length whose Euler step stays well within the tolerance (Hairer, Norsett and Wanner, II.4)."""
+    def _first_size(self, slope: Tensor, span: float) -> float:
+        """A length whose Euler step stays well within the tolerance (Hairer, Norsett and Wanner, II.4).
+
+        Unlike there a state at zero counts as ten tolerances large, and where nothing moves the whole span is tried.
+        """
         x = self.x.detach()
         scale = self.magnitude * self.rtol + self.atol
         d0, d1 = float(self.norm(x / scale)), float(self.norm(slope / scale))
         if not math.isfinite(d1):
             raise NonFiniteError(_non_finite(self.t, "at the very start"))
-        h0 = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1
+        h0 = min(span, 0.01 * max(d0, 10.0) / max(d1, 1e-15))
         self._charge(1, h0)
         h = self.direction * h0
         bend = self.field(self.t + h, torch.add(x, slope, alpha=h)) - slope
         d2 = float(self.norm(bend / scale)) / h0
         if not math.isfinite(d2):
             return 0.01 * h0
-        if max(d1, d2) <= 1e-15:
-            return max(1e-6, h0 * 1e-3)
-        return min(100 * h0, (0.01 / max(d1, d2)) ** (1.0 / self.tableau.order))
+        return min(span, 100 * h0, (0.01 / max(d1, d2, 1e-15)) ** (1.0 / self.tableau.order))
 
     def _refuse_underflow(self, error: float, end: float) -> None:
         if self.size > 1e-13 * max(abs(self.t), abs(end)):

@@ -1,15 +1,16 @@
 """SNOpt: second-order training of models that contain Neural ODEs, as a drop-in torch optimiser.
 
-On a refresh iteration the backward passes of the Neural ODEs, and of the layers around them, hand over what the Kronecker
-factors A, B of each layer are made of (:mod:`ocnopt.differential.kronecker`); no evaluation is added and no path is stored. With
-their eigenbases every iteration moves a layer's matrix W, of gradient G, by
+On a refresh iteration the backward passes of the Neural ODEs, and of the layers around them, hand over what the
+Kronecker factors A, B of each layer are made of (:mod:`ocnopt.differential.kronecker`); no path is stored. With their
+eigenbases every iteration moves a layer's matrix W, of gradient G, by
 
     M <- mu M + (1 - mu) G,    s <- beta s + (1 - beta) (U_B^T G U_A)^2,
     W <- W - lr U_B [ U_B^T M U_A / sqrt(s + damping mean(s)) ] U_A^T
 
-where s starts as E_B E_A^T in the units of the first gradient. The square root is deliberate: the empirical Fisher falls with the square
-of the gradient, so that a division by s itself grows without bound as the loss falls, while with the root no entry in the eigenbasis
-moves by more than about lr / sqrt(1 - beta). All other parameters move by the same rule without a basis.
+where s starts as E_B E_A^T in the units of the first gradient. The square root is deliberate: the empirical Fisher
+falls with the square of the gradient, so a division by s itself grows without bound as the loss falls, while with the
+root no entry in the eigenbasis moves by more than about lr / sqrt(1 - beta) whatever the scale of the loss. All other
+parameters move by the same rule without a basis.
 """
 
 import math
@@ -22,7 +23,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ocnopt.checks import nearest
 from ocnopt.differential.kronecker import (
     LAYERS,
     Basis,
@@ -39,6 +39,7 @@ from ocnopt.differential.kronecker import (
 )
 from ocnopt.errors import NonFiniteError, ProblemError
 from ocnopt.neural.neural_ode import NeuralODE
+from ocnopt.optim.arguments import check_choice, check_count, check_model, check_options, listed
 
 RANK = 128  # eigenvectors of A that are kept, at most
 MOMENTS_DECAY = 0.95  # beta
@@ -75,7 +76,7 @@ class SNOpt(torch.optim.Optimizer):
             ``adjoint="discrete"`` or ``"continuous"``.
         lr: learning rate; 0.01 is a good start.
         param_groups: parameters to train with options of their own, as in every torch optimiser; all of the model's
-            trainable parameters if left out. A layer follows the options of its weight; lr and weight_decay of a bias are its own.
+            trainable parameters if left out. A layer takes its damping from the group of its weight.
         momentum: mu, of the running mean of gradients.
         weight_decay: gamma of the term (gamma/2) |p|^2 added to the loss.
         damping: relative to the mean of the second moments, which is the trace of the curvature over its size.
@@ -112,13 +113,10 @@ class SNOpt(torch.optim.Optimizer):
         reduction: str = "mean",
         everywhere: bool = True,
     ) -> None:
-        _check_model(model)
-        _check_choice("curvature", curvature, ("empirical",))
-        _check_choice("reduction", reduction, ("mean", "sum"))
-        if isinstance(refresh_every, bool) or not isinstance(refresh_every, int) or refresh_every < 1:
-            raise ProblemError(
-                f"refresh_every is {refresh_every!r}; expected a whole number of at least 1, 100 by default"
-            )
+        check_model(model)
+        check_choice("curvature", curvature, ("empirical",))
+        check_choice("reduction", reduction, ("mean", "sum"))
+        check_count("refresh_every", refresh_every, default=100)
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         self._model, self._everywhere, self._mean = model, everywhere, reduction == "mean"
         self._refresh_every, self._step_count = refresh_every, 0
@@ -140,18 +138,18 @@ class SNOpt(torch.optim.Optimizer):
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        _check_options(group)
+        check_options(group)
         for parameter in group["params"]:
             if parameter not in self._names:
                 raise ProblemError(
-                    f"param_groups holds a tensor of shape {tuple(parameter.shape)} that is not a parameter of the model; "
-                    "expected parameters of the model that SNOpt was given: hand over the module that contains them all"
+                    f"param_groups holds a tensor of shape {tuple(parameter.shape)} that is no parameter of the model; "
+                    "expected parameters of the model that SNOpt was given: give it the module that contains them all"
                 )
         if self._ready:
             self._find_blocks()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move the parameters.
 
         Args:
@@ -196,8 +194,8 @@ class SNOpt(torch.optim.Optimizer):
         """
         if "step_count" not in state_dict:
             raise ProblemError(
-                f"the state holds {sorted(state_dict)}; expected the state of an SNOpt with its 'step_count': load the state of "
-                "another optimiser into that optimiser"
+                f"the state holds {sorted(state_dict)}; expected the state of an SNOpt, with its 'step_count': "
+                "load the state of another optimiser into that one"
             )
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
@@ -215,14 +213,11 @@ class SNOpt(torch.optim.Optimizer):
         timed = {module for ode in odes for module in ode.field.modules()}
         if not (self._everywhere or timed):
             raise ProblemError(
-                "everywhere=False met a model without a NeuralODE; expected at least one, as only layers inside of them are "
-                "preconditioned then: leave everywhere=True"
+                "everywhere=False met a model without a NeuralODE; expected at least one, as only layers inside of "
+                "them are preconditioned then: leave everywhere=True"
             )
-        self._blocks = [
-            block
-            for block in _blocks(self._model, trained)
-            if self._everywhere or block.layer in timed
-        ]  # fmt: skip
+        blocks = _blocks(self._model, trained)
+        self._blocks = blocks if self._everywhere else [block for block in blocks if block.layer in timed]
         layers: dict[nn.Module, bool] = {block.layer: block.bias is not None for block in self._blocks}
         self._collector = Collector(self._model, layers, timed & layers.keys(), mean=self._mean)
         self._odes = [ode for ode in odes if not layers.keys().isdisjoint(ode.field.modules())]
@@ -236,8 +231,8 @@ class SNOpt(torch.optim.Optimizer):
         names = [self._names[p] for group in self.param_groups for p in group["params"] if p in meant and _is_live(p)]
         if names:
             warnings.warn(
-                f"SNOpt preconditions the weights of {', '.join(kind.__name__ for kind in LAYERS)}; these parameters are of "
-                f"other kinds, or shared by layers, and get the first-order update: {_listed(names)}",
+                f"SNOpt preconditions the weights of {', '.join(kind.__name__ for kind in LAYERS)}; these parameters "
+                f"are of other kinds, or shared by several modules, and get the first-order update: {listed(names)}",
                 stacklevel=3,
             )
 
@@ -258,7 +253,8 @@ class SNOpt(torch.optim.Optimizer):
 
     def _gradients(self) -> tuple[dict[Tensor, Tensor], dict[Tensor, Tensor]]:
         """Gradients with weight decay, and their running means, in working precision."""
-        gradients, momenta = {}, {}
+        gradients: dict[Tensor, Tensor] = {}
+        momenta: dict[Tensor, Tensor] = {}
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             found = [parameter.grad.to(working_dtype(parameter)) for parameter in parameters]
@@ -287,14 +283,15 @@ class SNOpt(torch.optim.Optimizer):
         sparse = [self._names[parameter] for parameter in found if parameter.grad.is_sparse]
         if sparse:
             raise ProblemError(
-                f"the gradients of {_listed(sparse)} are sparse; expected dense ones: build the layer with sparse=False"
+                f"the gradients of {listed(sparse)} are sparse; expected dense ones: build the layer with sparse=False"
             )
         sizes = torch._foreach_norm([parameter.grad for parameter in found], math.inf) if found else ()
         if found and not bool(torch.stack([size.to(sizes[0]) for size in sizes]).isfinite().all()):
             names = [self._names[p] for p, size in zip(found, sizes, strict=True) if not bool(size.isfinite())]
             raise NonFiniteError(
-                f"the gradients of {_listed(names)} hold NaN or infinity at step {self._step_count}; expected finite numbers. Parameters "
-                "and state are as before this step: catch this error to skip the batch; if it comes again, lower lr or raise damping"
+                f"the gradients of {listed(names)} hold NaN or infinity at step {self._step_count}; expected finite "
+                "numbers. Parameters and state are as before this step: catch this error to skip the batch; if it "
+                "comes again, lower lr or raise damping"
             )
 
     def _refresh(self, block: Block, samples: Samples | None, gradient: Tensor) -> None:
@@ -317,9 +314,9 @@ class SNOpt(torch.optim.Optimizer):
         if "moments" not in self.state[block.weight] and block.name not in self._unseen:
             self._unseen.add(block.name)
             warnings.warn(
-                f"the layer {block.name!r} received a gradient without a forward pass that SNOpt could see: its weights are used "
-                "without calling it, or its inputs are not those of its type; expected the layer itself to be called; it gets the "
-                "first-order update",
+                f"the layer {block.name!r} received a gradient without a forward pass that SNOpt could see: its "
+                "weights are used without calling it, or its inputs are not those of its type; expected the layer "
+                "itself to be called; it gets the first-order update",
                 stacklevel=4,
             )
 
@@ -368,7 +365,7 @@ def _is_live(parameter: Tensor) -> bool:
 def _blocks(model: nn.Module, trained: Collection[Tensor]) -> list[Block]:
     """The layers whose weight is trained and belongs to them alone, with their bias if it is trained too."""
     layers = {name: module for name, module in model.named_modules() if is_layer(module)}
-    owners = Counter(parameter for layer in layers.values() for parameter in layer.parameters(recurse=False))
+    owners: Counter[Tensor] = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
 
     def is_own(parameter: Tensor | None) -> TypeGuard[nn.Parameter]:
         return parameter is not None and parameter.requires_grad and parameter in trained and owners[parameter] == 1
@@ -378,40 +375,3 @@ def _blocks(model: nn.Module, trained: Collection[Tensor]) -> list[Block]:
         for name, layer in layers.items()
         if is_own(layer.weight)
     ]
-
-
-def _check_model(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise ProblemError(
-            f"model is {type(model).__name__}; expected the nn.Module that is trained, not its parameters: SNOpt(model, lr=0.01)"
-        )
-    if not any(map(_is_live, model.parameters())):
-        raise ProblemError("the model has no trainable parameter; expected one or more with requires_grad=True")
-
-
-def _check_choice(what: str, value: object, options: tuple[str, ...]) -> None:
-    if value not in options:
-        raise ProblemError(
-            f"{what} is {value!r}; expected {' or '.join(map(repr, options))}{nearest(str(value), options)}"
-        )
-
-
-def _check_options(group: Mapping[str, Any]) -> None:
-    """Refuse numbers out of range."""
-    ranges = {
-        "lr": "a number >= 0",
-        "momentum": "a number in [0, 1)",
-        "weight_decay": "a number >= 0",
-        "damping": "a number >= 0",
-    }
-    for name, expected in ranges.items():
-        value = group[name]
-        fits = isinstance(value, int | float) and 0.0 <= value < (1.0 if name == "momentum" else math.inf)
-        if not fits:
-            raise ProblemError(f"{name} is {value!r}; expected {expected}")
-
-
-def _listed(names: list[str]) -> str:
-    """At most eight names and the number of the rest."""
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return ", ".join(map(repr, names[:8])) + more

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ocnopt.solvers.direct.nlp import Outcome, Vector, evaluate, make_solver, run_solver
-from ocnopt.solvers.direct.path_program import PathProgram, assemble
+from ocnopt.solvers.direct.path_program import PathProgram, Run, assemble, roll_out
 from ocnopt.solvers.direct.transcription import Lowered
 from ocnopt.solvers.solution import Guess
 from ocnopt.staged import StagedOCP
@@ -73,13 +73,11 @@ def solve_one(
     """Build and solve one problem of the batch, with restarts; ``row`` is None without a batch."""
     began = time.perf_counter()
     initial_state = row_of(problem.initial_state, row)
-    path = assemble(*lowered.rows(row), initial_state, problem.step_bounds, problem.parameter_bounds)
+    runs, end = lowered.rows(row)
+    path = assemble(runs, end, initial_state, problem.step_bounds, problem.parameter_bounds)
     solver = make_solver(path.program, ipopt, progress=progress)
     built = time.perf_counter()
-    start = _start(path, guess, states, row)
-    if guess.states is None and _broken(path, start):
-        # The controls lead out of the functions' domain, but nothing asks for a start on a path: stay at x_0.
-        start = _start(path, guess, [states[0] if x.shape == states[0].shape else x for x in states], row)
+    start = _start(path, guess, runs, [row_of(x, row) for x in states], row)
     outcomes = [run_solver(solver, path.program, start)]
     for i in range(restarts):
         if outcomes[-1].succeeded or outcomes[-1].statistics["return_status"] in _FINAL:
@@ -111,20 +109,32 @@ def row_of(values: Tensor, row: int | None) -> Vector:
     return values.detach().to("cpu", torch.float64).numpy().copy()
 
 
-def _start(path: PathProgram, guess: Guess, states: Sequence[Tensor], row: int | None) -> Vector:
-    """The guess as a point; inner points of a step lie on the line between its nodes."""
-    start = np.zeros(path.program.shape[1])
-    nodes = [row_of(x, row) for x in states]
-    for k, place in enumerate(path.states):
-        start[place] = nodes[k]
-    for k, place in enumerate(path.controls):
-        start[place] = row_of(guess.controls[k], row)
+def _start(path: PathProgram, guess: Guess, runs: Sequence[Run], states: Sequence[Vector], row: int | None) -> Vector:
+    """The guess as a point: its states, or its controls rolled out where that is possible."""
+    controls, p = [row_of(u, row) for u in guess.controls], row_of(guess.parameters, row)
+    if guess.states is not None:
+        return _point(path, [row_of(x, row) for x in guess.states], controls, p)
+    plain = not any(place.size for place in path.inner)
+    nodes = roll_out(runs, states[0], controls, p) if plain else states
+    start = _point(path, nodes, controls, p)
+    if _broken(path, start):
+        # The controls lead out of the functions' domain, but nothing asks for a start on a path: stay at x_0.
+        still = [states[0] if x.shape == states[0].shape else np.nan_to_num(x, posinf=0.0, neginf=0.0) for x in nodes]
+        start = _point(path, still, controls, p)
+    return start
+
+
+def _point(path: PathProgram, nodes: Sequence[Vector], controls: Sequence[Vector], p: Vector) -> Vector:
+    """Values at their places; inner points of a step lie on the line between its nodes."""
+    point = np.zeros(path.program.shape[1])
+    for places, values in ((path.states, nodes), (path.controls, controls), ([path.parameters], [p])):
+        for place, value in zip(places, values, strict=True):
+            point[place] = value
     for k, place in enumerate(path.inner):
         if place.size:
             tau = np.array(casadi.collocation_points(place.size // nodes[k].size, "legendre"))[:, None]
-            start[place] = ((1 - tau) * nodes[k] + tau * nodes[k + 1]).reshape(-1)
-    start[path.parameters] = row_of(guess.parameters, row)
-    return start
+            point[place] = ((1 - tau) * nodes[k] + tau * nodes[k + 1]).reshape(-1)
+    return point
 
 
 def _broken(path: PathProgram, point: Vector) -> str:

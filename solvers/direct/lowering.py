@@ -8,10 +8,11 @@ problem's own inputs and outputs are kept.
 Every lowering is compared with torch at the given points: a trace silently freezes what it cannot see.
 """
 
+import contextlib
 import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,7 @@ class Lowering:
     points: list[Point]
     values: list[list[Tensor]]
     noise: list[list[Tensor]]
+    components: Mapping[str, Function]
 
     @functools.cached_property
     def whole(self) -> tuple[list[Expression], list[Expression]]:
@@ -68,6 +70,10 @@ class Lowering:
         Raises:
             ProblemError: an operator has no rule, or CasADi and torch disagree.
         """
+        with _blame(self.components, self.points, self.batch_shape, row):
+            return self._function(row)
+
+    def _function(self, row: int | None) -> casadi.Function:
         name = self.program.name
         rows = [_rows(argument.shape, self.batch_shape, row) for argument in self.points[0]]
         inputs, outputs = self.whole
@@ -92,7 +98,9 @@ def lower(
     points: Sequence[Point],
     name: str,
     batch_shape: tuple[int, ...] = (),
+    *,
     reference: Function | None = None,
+    components: Mapping[str, Function] | None = None,
 ) -> Lowering:
     """Trace a torch function and evaluate it at the points that its CasADi form will be compared at.
 
@@ -102,6 +110,7 @@ def lower(
         name: what the user calls the function.
         batch_shape: leading axes that hold one problem each.
         reference: what to compare with, if not the function itself.
+        components: the user's functions that it is made of, by name: an error is blamed on one of them.
 
     Raises:
         ProblemError: the function cannot be traced.
@@ -114,9 +123,25 @@ def lower(
     """
     reference = function if reference is None else reference
     values = [_evaluate(reference, point, name) for point in points]
-    program = trace(function, points[0], name)
+    components = components or {}
+    with _blame(components, points, batch_shape, 0 if batch_shape else None):
+        program = trace(function, points[0], name)
     noise = [_noise(reference, point, value) for point, value in zip(points, values, strict=True)]
-    return Lowering(program, _kind(program, math.prod(batch_shape)), batch_shape, list(points), values, noise)
+    kind = _kind(program, math.prod(batch_shape))
+    return Lowering(program, kind, batch_shape, list(points), values, noise, components)
+
+
+@contextlib.contextmanager
+def _blame(
+    components: Mapping[str, Function], points: Sequence[Point], batch_shape: tuple[int, ...], row: int | None
+) -> Iterator[None]:
+    """Where a function made of several fails, fail with the one that is to blame."""
+    try:
+        yield
+    except ProblemError:
+        for name, component in components.items():
+            lower(component, points, name, batch_shape).function(row)
+        raise
 
 
 def scattered(arguments: Point, count: int = 3, seed: int = 0) -> list[Point]:

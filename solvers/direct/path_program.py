@@ -109,6 +109,19 @@ def assemble(
     return PathProgram(program, states, inner, controls, p, [kind for kind in rows if kind.place.size])
 
 
+def roll_out(runs: Sequence[Run], initial_state: Vector, controls: Sequence[Vector], p: Vector) -> list[Vector]:
+    """The states x_0..x_N under given controls, for steps without inner points."""
+    nodes = [initial_state]
+    for run in runs:
+        length = run.stop - run.start
+        walk = run.function.mapaccum("walk", length, [1], [0])
+        k = casadi.DM(np.arange(run.start, run.stop, dtype=float)).T
+        u = casadi.DM(np.stack(controls[run.start : run.stop], axis=1))
+        path = walk(k, nodes[-1], casadi.DM.zeros(0, length), u, casadi.repmat(casadi.DM(p), 1, length))[0]
+        nodes += list(path.full().T)
+    return nodes
+
+
 def _positions(
     sizes: Sequence[tuple[int, ...]], last: int, q: int
 ) -> tuple[list[Positions], list[Positions], list[Positions], Positions]:

@@ -5,7 +5,7 @@ problem. Collocation takes the continuous problem behind it: on each step the st
 differential equation at Legendre points, the control is constant, and the same points integrate the running cost.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import casadi
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from ocnopt.errors import ProblemError
-from ocnopt.ocp import Lifted
+from ocnopt.ocp import Function, Lifted
 from ocnopt.solvers.direct.lowering import Lowering, lower, scattered
 from ocnopt.solvers.direct.path_program import Run
 from ocnopt.solvers.solution import Guess
-from ocnopt.staged import Group, StagedOCP
+from ocnopt.staged import Group, Stage, StagedOCP
 
 
 class Part(NamedTuple):
@@ -72,13 +72,15 @@ def lower_collocation(problem: StagedOCP, guess: Guess, states: Sequence[Tensor]
             "use method='multiple_shooting'"
         )
 
-    def rates(k: Tensor, t: Tensor, x: Tensor, u: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return form.dynamics(t, x, u, p), form.running_cost(t, x, u, p), _path(problem, k, x, u, p)
-
+    components = {
+        "dynamics": lambda k, t, x, u, p: form.dynamics(t, x, u, p),
+        "running_cost": lambda k, t, x, u, p: form.running_cost(t, x, u, p),
+        "path_constraint": lambda k, t, x, u, p: _path(problem, k, x, u, p),
+    }
     k = states[0].new_tensor(1.0)
     span = (form.t1 - form.t0) / problem.steps
     points = _points(problem, (k, k * span, states[0], guess.controls[0], guess.parameters))
-    lowering = lower(rates, points, "dynamics, running_cost or path_constraint", problem.batch_shape)
+    lowering = lower(_tuple_of(components), points, "the problem", problem.batch_shape, components=components)
 
     def step(function: casadi.Function) -> casadi.Function:
         return _collocation_step(function, form, problem.steps, degree)
@@ -97,14 +99,20 @@ def _stretches(problem: StagedOCP, states: Sequence[Tensor]) -> Iterator[tuple[i
             start = group.stop
 
 
+def _tuple_of(functions: Mapping[str, Function]) -> Function:
+    """One function that returns what all of them return, so that shared work is traced once."""
+    return lambda *arguments: tuple(function(*arguments) for function in functions.values())
+
+
 def _lower_stretch(
     problem: StagedOCP, group: Group, start: int, stop: int, arguments: tuple[Tensor, Tensor, Tensor]
 ) -> list[Part]:
-    name = "dynamics, cost or path_constraint" + (f" of stage {start}" if group.single else "")
-    batch = problem.batch_shape
+    """Lower steps of one stage: once for all if k may be an argument, else step by step."""
+    stage, batch = group.stage, problem.batch_shape
+    name = f"stage {start}" if group.single else "the stage"
 
     def at(k: Any, x: Tensor, u: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x_next, cost = problem.advance(group.stage, k, x, u, p)
+        x_next, cost = problem.advance(stage, k, x, u, p)
         return x_next, cost, _path(problem, k, x, u, p)
 
     def ahead(k: Tensor, x: Tensor, u: Tensor, p: Tensor) -> tuple[Tensor, ...]:
@@ -114,29 +122,53 @@ def _lower_stretch(
     def counted(k: Tensor, x: Tensor, u: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return at(int(k), x, u, p)
 
-    joint, one = group.stage.joint is not None, stop - start == 1
-    if joint or not group.single:
-        # A transcribed step computes its time from k, and integer tensors times numbers would be float32.
-        k = arguments[0].new_tensor(start) if joint else torch.tensor(start, device=problem.device)
-        steps = torch.linspace(start, stop - 1, 4).round().tolist()
-        points = _points(problem, (k, *arguments), steps)
-        return [Part(lower(at if joint else ahead, points, name, batch), start, stop)]
-    if not one:
+    if stage.joint is not None:
+        # A transcribed step computes its time from k.
+        points = _points(problem, (arguments[0].new_tensor(start), *arguments), _spread(start, stop))
+        return [Part(lower(at, points, name, batch, components=_components(problem, stage)), start, stop)]
+    if not group.single:
+        k = torch.tensor(start, device=problem.device)
+        points = _points(problem, (k, *arguments), _spread(start, stop))
+        return [Part(lower(ahead, points, name, batch, components=_components(problem, stage)), start, stop)]
+    if stop - start > 1:
         try:
-            points = _points(problem, (torch.tensor(start), *arguments), [float(k) for k in range(start, stop)])
+            every = [float(k) for k in range(start, stop)]
+            points = _points(problem, (torch.tensor(start), *arguments), every)
             lowering = lower(ahead, points, name, batch, reference=counted)
-            lowering.function(None if not batch else 0)
+            lowering.function(0 if batch else None)
             return [Part(lowering, start, stop)]
         except ProblemError:
-            # The stage does more with its number than a tensor can: one program per step.
-            pass
-    parts = []
-    for step in range(start, stop):
-        fixed = lambda k, x, u, p, step=step: at(step, x, u, p)  # noqa: E731
-        parts.append(
-            Part(lower(fixed, _points(problem, (torch.tensor(step), *arguments)), name, batch), step, step + 1)
-        )
-    return parts
+            # The stage does more with its number than a tensor can.
+            return [p for k in range(start, stop) for p in _lower_stretch(problem, group, k, k + 1, arguments)]
+    points = _points(problem, (torch.tensor(start), *arguments), [float(start)])
+    fixed = lambda k, x, u, p: at(start, x, u, p)  # noqa: E731
+    return [Part(lower(fixed, points, name, batch, components=_components(problem, stage, start)), start, stop)]
+
+
+def _spread(start: int, stop: int) -> list[float]:
+    """A few steps between the first and the last."""
+    spread: list[float] = torch.linspace(start, stop - 1, 4).round().tolist()
+    return spread
+
+
+def _components(problem: StagedOCP, stage: Stage, step: int | None = None) -> dict[str, Function]:
+    """The user's functions behind a stage, by name and all of (k, x, u, p)."""
+    form = problem.origin
+    if form is not None:
+        h = (form.t1 - form.t0) / problem.steps
+        return {
+            "dynamics": lambda k, x, u, p: form.dynamics(form.t0 + h * k, x, u, p),
+            "running_cost": lambda k, x, u, p: form.running_cost(form.t0 + h * k, x, u, p),
+            "path_constraint": lambda k, x, u, p: _path(problem, k, x, u, p),
+        }
+    extra = problem.parameters is not None
+    place = "the stage's" if step is None else f"stage {step}'s"
+
+    def own(function: Function) -> Function:
+        return lambda k, x, u, p: function(k if step is None else step, x, u, *((p,) if extra else ()))
+
+    named = {"dynamics": stage.dynamics, "cost": stage.cost, "path_constraint": problem.path_constraint}
+    return {f"{place} {name}": own(function) for name, function in named.items() if function is not None}
 
 
 def _lower_end(problem: StagedOCP, guess: Guess, states: Sequence[Tensor]) -> Lowering:
@@ -145,14 +177,19 @@ def _lower_end(problem: StagedOCP, guess: Guess, states: Sequence[Tensor]) -> Lo
     if not problem.groups[-1].single and problem.origin is None:
         steps = torch.full((1,) * len(problem.batch_shape), steps, device=problem.device)
 
-    def end(x: Tensor, u: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        equal = x.new_zeros((*x.shape[:-1], 0))
-        if problem.terminal_constraint is not None:
-            equal = problem.terminal_constraint(x, p) if extra else problem.terminal_constraint(x)
-        return problem.terminal(x, p), equal, _path(problem, steps, x, u, p)
+    def equality(x: Tensor, u: Tensor, p: Tensor) -> Tensor:
+        if problem.terminal_constraint is None:
+            return x.new_zeros((*x.shape[:-1], 0))
+        value: Tensor = problem.terminal_constraint(x, p) if extra else problem.terminal_constraint(x)
+        return value
 
+    components: dict[str, Function] = {
+        "terminal_cost": lambda x, u, p: problem.terminal(x, p),
+        "terminal_constraint": equality,
+        "path_constraint": lambda x, u, p: _path(problem, steps, x, u, p),
+    }
     points = _points(problem, (states[-1], guess.controls[-1], guess.parameters))
-    return lower(end, points, "terminal_cost, terminal_constraint or path_constraint", problem.batch_shape)
+    return lower(_tuple_of(components), points, "the end", problem.batch_shape, components=components)
 
 
 def _path(problem: StagedOCP, k: Any, x: Tensor, u: Tensor, p: Tensor) -> Tensor:

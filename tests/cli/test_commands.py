@@ -197,6 +197,7 @@ def test_a_run_resumes_with_its_threads(run, tmp_path):
 
 def test_the_demo(run, tmp_path, monkeypatch):
     original = demo_module._config
+    monkeypatch.setattr(demo_module.boat, "STEPS", 15)
     monkeypatch.setattr(demo_module, "_config", lambda *a: replace(original(*a[:3], 12), batch_size=16))
     code, output = run("demo", "--seeds", "1", "--out", "here")
     assert code == 0, output

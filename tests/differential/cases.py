@@ -64,8 +64,8 @@ def parameters_in_every_cost() -> Case:
 def batch_with_targets() -> Case:
     x0 = _randn(2, 3, 2)
     targets = x0.roll(1, 0)
-    return Case(OCP(pendulum, None, lambda t, x, p: ((x - targets) ** 2).sum(-1), initial_state=x0, parameters=[2.0, 0.3],
-                    horizon=0.8))  # fmt: skip
+    return Case(OCP(pendulum, None, lambda t, x, p: ((x - targets) ** 2).sum(-1), initial_state=x0,
+                    parameters=[2.0, 0.3], horizon=0.8))  # fmt: skip
 
 
 def terminal_cost_reads_parameters() -> Case:
@@ -92,8 +92,8 @@ def only_the_horizon() -> Case:
     def dynamics(t, x, u):
         return torch.stack([torch.sin(x[..., 1]) + t, -(x[..., 0] ** 2)], dim=-1)
 
-    return Case(OCP(dynamics, lambda t, x, u: (x**2).sum(-1), lambda t, x: t * x[..., 0] ** 2, initial_state=_randn(3, 2),
-                    horizon=FreeHorizon(0.8, 0.5, 2.0)))  # fmt: skip
+    return Case(OCP(dynamics, lambda t, x, u: (x**2).sum(-1), lambda t, x: t * x[..., 0] ** 2,
+                    initial_state=_randn(3, 2), horizon=FreeHorizon(0.8, 0.5, 2.0)))  # fmt: skip
 
 
 def controlled(t, x, u, p):

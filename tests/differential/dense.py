@@ -1,8 +1,8 @@
 """Dense derivatives of a problem by differentiating a fixed grid on unit time, without any of the library's passes.
 
-From the start of control step k on, w = (x_k, u_k, p, T) fixes the path: six or more steps of scipy's Runge-Kutta method of order 8,
-the running cost one more state. The Hessian of that cost is exact; with the path replaced by its linearisation around w0 (a
-state delta beside x, moving by F_x delta + F_w (w - w0)) it is the Gauss-Newton matrix.
+From the start of control step k on, w = (x_k, u_k, p, T) fixes the path: six or more steps of scipy's Runge-Kutta
+method of order 8, the running cost one more state. The Hessian of that cost is exact; with the path replaced by its
+linearisation around w0 (a state delta beside x, moving by F_x delta + F_w (w - w0)) it is the Gauss-Newton matrix.
 """
 
 from collections.abc import Callable, Sequence

@@ -208,8 +208,8 @@ def test_means_over_a_batch_are_means_of_single_samples(batch, seed):
     x0 = torch.randn(*batch, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
     def make(x):
-        return OCP(pendulum, lambda t, x, u, p: p[..., 0] * x[..., 0] ** 2, lambda t, x, p: (x**2).sum(-1), initial_state=x,
-                   parameters=[1.0, 0.2], horizon=0.5)  # fmt: skip
+        return OCP(pendulum, lambda t, x, u, p: p[..., 0] * x[..., 0] ** 2, lambda t, x, p: (x**2).sum(-1),
+                   initial_state=x, parameters=[1.0, 0.2], horizon=0.5)  # fmt: skip
 
     together = differentiate(make(x0), rtol=1e-4, atol=1e-4)
     alone = [differentiate(make(x), rtol=1e-4, atol=1e-4) for x in x0.reshape(-1, 2)]

@@ -101,8 +101,8 @@ def test_matrices_carry_what_columns_would_not():
         flow, u = read_request(problem, None, None, None, 1e-6, 1e-6)
         return columns_suffice(flow, trace(flow, u)[0].end[0])
 
-    decay = OCP(lambda t, x, u, p: x * p[..., :1], None, lambda t, x, p: (p**2).sum(-1) + x[..., 0] ** 2, initial_state=[1.0],
-                parameters=[0.1, 0.2, 0.3], horizon=1.0)  # fmt: skip
+    decay = OCP(lambda t, x, u, p: x * p[..., :1], None, lambda t, x, p: (p**2).sum(-1) + x[..., 0] ** 2,
+                initial_state=[1.0], parameters=[0.1, 0.2, 0.3], horizon=1.0)  # fmt: skip
     assert not suffice(decay)
     result = differentiate(decay, curvature="gauss_newton")
     assert relative_error(result.pp, Oracle(decay).dense(exact=False).pp) <= 1e-8

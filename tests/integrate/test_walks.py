@@ -150,6 +150,26 @@ def test_nothing_moves():
     x = torch.zeros(3, dtype=torch.float64)
     walk = adaptive.integrate(lambda t, x: torch.zeros_like(x), x, (0.0, 1.0))
     assert torch.equal(walk.state, x)
+    assert walk.steps == 1
+
+
+def test_a_state_at_zero_starts_quickly():
+    walk = adaptive.integrate(lambda t, x: 1.0 - x, torch.zeros(3, dtype=torch.float64), (0.0, 1.0))
+    assert walk.steps <= 4
+    torch.testing.assert_close(walk.state, torch.full_like(walk.state, 1 - math.exp(-1.0)), rtol=0, atol=1e-3)
+
+
+def test_a_probe_beyond_the_domain_shortens_the_first_step():
+    # Nothing moves at the start, so the search for a first step looks at the end, where the field is NaN.
+    def field(t, x):
+        return torch.full_like(x, math.nan if t > 0.6 else 10.0 * t)
+
+    walk = adaptive.integrate(field, torch.zeros(2, dtype=torch.float64), (0.0, 0.5))
+    torch.testing.assert_close(walk.state, torch.full_like(walk.state, 1.25), rtol=1e-6, atol=0)
+    walk = adaptive.integrate(field, torch.zeros(2, dtype=torch.float64), (0.0, 0.5, 0.55))
+    assert walk.rejected == 0
+    with pytest.raises(NonFiniteError, match="near t = 0.6"):
+        adaptive.integrate(field, torch.zeros(2, dtype=torch.float64), (0.0, 1.0))
 
 
 def test_times_must_run_in_one_direction():

@@ -81,6 +81,19 @@ def test_autocast(control, watched):
     assert distance(gradient, exact) < 3e-2
 
 
+@pytest.mark.parametrize("watched", [False, True])
+def test_autocast_without_its_cache_is_exact(watched):
+    field, x = Tanh(3, 16).float(), torch.randn(8, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+        expected = gradients(NeuralODE(field, adjoint="backprop"), x)[1]
+        ode = NeuralODE(field)
+        if watched:
+            ode.observe(Watcher())
+        y = ode(x)
+    gradient = torch.autograd.grad(torch.sin(y + 0.3).pow(2).sum(), [*field.parameters()])
+    assert distance(torch.cat([part.flatten() for part in gradient]), expected[x.numel() :]) < 1e-5
+
+
 def test_weights_cast_without_a_graph_are_forgotten():
     field, x = Tanh().float(), torch.randn(4, 3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
