@@ -2,6 +2,7 @@
 
 from ocnopt import problems as problems
 from ocnopt import solvers as solvers
+from ocnopt.differential.differentiate import Expansion as Expansion
 from ocnopt.differential.differentiate import differentiate as differentiate
 from ocnopt.differential.hvp import hvp as hvp
 from ocnopt.errors import ConvergenceError as ConvergenceError
@@ -9,10 +10,13 @@ from ocnopt.errors import DataError as DataError
 from ocnopt.errors import NonFiniteError as NonFiniteError
 from ocnopt.errors import OcnoptError as OcnoptError
 from ocnopt.errors import ProblemError as ProblemError
+from ocnopt.from_module import from_module as from_module
+from ocnopt.from_module import unflatten as unflatten
 from ocnopt.neural.neural_ode import NeuralODE as NeuralODE
 from ocnopt.ocp import OCP as OCP
 from ocnopt.ocp import FreeHorizon as FreeHorizon
 from ocnopt.ocp import Horizon as Horizon
+from ocnopt.optim.horizon_policy import HorizonPolicy as HorizonPolicy
 from ocnopt.optim.snopt import SNOpt as SNOpt
 from ocnopt.solvers import Comparison as Comparison
 from ocnopt.solvers import Solution as Solution

@@ -263,7 +263,8 @@ class Monitor:
         """Mark what has converged; whether nothing is left to do."""
         decrease = -(direction.linear + direction.quadratic)
         flat = (decrease.abs() <= self.tolerance**2 * (1 + iterate.cost.abs())) & (iterate.gap_size() <= self.tolerance)
-        idle = (self._quiet >= _IDLE) & (iterate.gap_size() <= self.tolerance)
+        # no room to move at any mu: every gradient vanishes or pushes against a bound, whatever the curvature there
+        idle = ((self._quiet >= _IDLE) | (decrease == 0)) & (iterate.gap_size() <= self.tolerance)
         self.converged = self.converged | (self.active & direction.solvable & ((flat & (self.mu <= _MU_MIN)) | idle))
         return not bool(self.active.any())
 

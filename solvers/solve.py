@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ocnopt import checks
+from ocnopt.checks import float_tensor, nearest, shape
 from ocnopt.errors import ConvergenceError, ProblemError
 from ocnopt.ocp import OCP
 from ocnopt.solvers.solution import Guess, Solution
@@ -90,14 +90,14 @@ def make_solver(solver: str | Solver, options: dict[str, Any]) -> Solver:
         return solver
     if solver not in _SOLVERS:
         raise ProblemError(
-            f"solver {solver!r} is unknown; expected one of {', '.join(_SOLVERS)}{checks.nearest(solver, _SOLVERS)}"
+            f"solver {solver!r} is unknown; expected one of {', '.join(_SOLVERS)}{nearest(solver, _SOLVERS)}"
         )
     module, name = _SOLVERS[solver]
     kind = getattr(import_module(module), name)
     known = [f.name for f in fields(kind)]
     for option in options:
         if option not in known:
-            offer = checks.nearest(option, known)
+            offer = nearest(option, known)
             raise ProblemError(f"solver {solver!r} has no option {option!r}; expected one of {', '.join(known)}{offer}")
     made: Solver = kind(**options)
     return made
@@ -134,7 +134,7 @@ def _as_mapping(given: Any) -> Mapping[str, Any]:
     if isinstance(given, Mapping):
         for key in given:
             if key not in _KEYS:
-                offer = checks.nearest(str(key), _KEYS)
+                offer = nearest(str(key), _KEYS)
                 raise ProblemError(f"initial_guess has the key {key!r}; expected any of {', '.join(_KEYS)}{offer}")
         return given
     return {"controls": given}
@@ -158,13 +158,13 @@ def _series(name: str, value: Any, sizes: list[tuple[int, ...]], problem: Staged
     """Read ``(..., length, size)``, or one tensor a step, as a list over time; a leading batch may be left out."""
     name, unit = f"initial_guess {name}", "step" if name == "controls" else "node"
     if isinstance(value, tuple | list) and value and isinstance(value[0], Tensor):
-        rows = [checks.float_tensor(name, row, problem.dtype, problem.device) for row in value]
+        rows = [float_tensor(name, row, problem.dtype, problem.device) for row in value]
         came = f"{len(rows)} rows of sizes {sorted({row.shape[-1:].numel() for row in rows})}"
         wanted = f"{len(sizes)} rows of sizes {sorted({size[-1] for size in sizes})}"
     else:
-        tensor = checks.float_tensor(name, value, problem.dtype, problem.device)
+        tensor = float_tensor(name, value, problem.dtype, problem.device)
         rows = list(tensor.unbind(-2)) if tensor.ndim > 1 else []
-        came, wanted = f"shape {checks.shape(tensor)}", f"(..., {len(sizes)}, {sizes[0][-1]})"
+        came, wanted = f"shape {shape(tensor)}", f"(..., {len(sizes)}, {sizes[0][-1]})"
     if len(rows) != len(sizes) or any(row.shape[-1:] != size[-1:] for row, size in zip(rows, sizes, strict=True)):
         raise ProblemError(f"{name} has {came}; expected {wanted}: one row per {unit}")
     return [_expanded(name, row, size).clone() for row, size in zip(rows, sizes, strict=True)]
@@ -187,12 +187,10 @@ def _parameters(problem: StagedOCP, given: Mapping[str, Any]) -> Tensor:
     for name, part in parts.items():
         if given.get(name) is None or part.shape[-1] == 0:
             continue
-        value = checks.float_tensor(f"initial_guess {name}", given[name], problem.dtype, problem.device)
+        value = float_tensor(f"initial_guess {name}", given[name], problem.dtype, problem.device)
         value = value[..., None] if name == "horizon" else value
         if value.shape[-1:] != part.shape[-1:]:
-            raise ProblemError(
-                f"initial_guess {name} has shape {checks.shape(value)}; expected (..., {part.shape[-1]})"
-            )
+            raise ProblemError(f"initial_guess {name} has shape {shape(value)}; expected (..., {part.shape[-1]})")
         parts[name] = _expanded(f"initial_guess {name}", value, tuple(part.shape))
     p = torch.cat(list(parts.values()), dim=-1)
     return p if problem.parameter_bounds is None else p.clamp(*problem.parameter_bounds)
@@ -211,7 +209,7 @@ def _leave_stationary_point(problem: StagedOCP, guess: Guess) -> Guess:
     if cost.requires_grad:
         gradients = torch.autograd.grad(cost.sum(), [*controls, p], allow_unused=True, materialize_grads=True)
         size = sum((gradient.abs().sum(-1) for gradient in gradients), size)
-    still = size <= 1e-12 * (1 + cost.detach().abs())
+    still = torch.isfinite(cost) & (size <= 1e-12 * (1 + cost.detach().abs()))
     if not bool(still.any()):
         return guess
     which = "" if not problem.batch_shape else f" in {int(still.sum())} of {still.numel()} problems"

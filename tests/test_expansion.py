@@ -211,7 +211,9 @@ def test_without_a_terminal_cost_its_model_is_zero():
 
 @given(batch=batches, n=st.integers(1, 3), m=st.integers(0, 2))
 def test_homogeneous_coordinates_are_the_quadratic_model(batch, n, m):
-    stage = Stage(lambda k, x, u: torch.sin(x) + u.sum(-1, keepdim=True), lambda k, x, u: (x**3).sum(-1) * (1 + (u**2).sum(-1)), m)
+    stage = Stage(
+        lambda k, x, u: torch.sin(x) + u.sum(-1, keepdim=True), lambda k, x, u: (x**3).sum(-1) * (1 + (u**2).sum(-1)), m
+    )
     problem = StagedOCP(stage, initial_state=torch.rand(*batch, n), steps=1)
     x, u = problem.initial_state, torch.rand(*batch, m).double()
     (model,) = expand_path(problem, [x, torch.rand(*batch, n).double()], [u], second_order=True)

@@ -115,7 +115,9 @@ def test_constraints_see_the_users_time_and_parameters():
 
 
 def test_the_end_time_without_user_parameters():
-    problem = lift(OCP(lambda t, x, u: x, None, lambda t, x: t, initial_state=[1.0], horizon=FreeHorizon(2.0, 1.0, 3.0)))
+    problem = lift(
+        OCP(lambda t, x, u: x, None, lambda t, x: t, initial_state=[1.0], horizon=FreeHorizon(2.0, 1.0, 3.0))
+    )
     assert_close(problem.parameters, [2.0])
     assert_close(torch.stack(problem.parameter_bounds), [[1.0], [3.0]])
     assert_close(problem.terminal_cost(problem.initial_state, torch.tensor([2.5]).double()), 2.5)
@@ -152,5 +154,7 @@ def test_in_a_batch_such_functions_are_refused():
     problem = lift(OCP(lambda t, x, u, p: p[0] * x, initial_state=torch.ones(3, 2), horizon=1.0, parameters=[1.0]))
     x, u = problem.initial_state, torch.zeros(3, 0).double()
     assert_close(problem.dynamics(0.0, x, u, problem.parameters), x)
-    with pytest.raises(ProblemError, match=r"reads p as one vector \(q,\), but a batched solve .*index the last axis: p\[..., i\]"):
+    with pytest.raises(
+        ProblemError, match=r"reads p as one vector \(q,\), but a batched solve .*index the last axis: p\[..., i\]"
+    ):
         problem.dynamics(0.0, x, u, torch.ones(3, 1).double())

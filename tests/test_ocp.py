@@ -45,7 +45,12 @@ def test_attributes():
 
 def test_a_problem_without_static_controls_has_none_of_them():
     problem = make()
-    assert (problem.parameter_dim, problem.parameters, problem.parameter_bounds, problem.control_bounds) == (0, None, None, None)
+    assert (problem.parameter_dim, problem.parameters, problem.parameter_bounds, problem.control_bounds) == (
+        0,
+        None,
+        None,
+        None,
+    )
     assert problem.horizon == Horizon(0.0, 1.0)
 
 
@@ -127,7 +132,9 @@ class TestHorizon:
     def test_a_number_runs_from_zero(self):
         assert read_horizon(2) == Horizon(0.0, 2.0)
 
-    @pytest.mark.parametrize("horizon", [Horizon(1.0, 2.0), FreeHorizon(1.0, 0.5, 2.0), FreeHorizon(1.0, 1.0, 1.0, 0.5)])
+    @pytest.mark.parametrize(
+        "horizon", [Horizon(1.0, 2.0), FreeHorizon(1.0, 0.5, 2.0), FreeHorizon(1.0, 1.0, 1.0, 0.5)]
+    )
     def test_a_horizon_stays(self, horizon):
         assert read_horizon(horizon) is horizon
 
@@ -137,15 +144,27 @@ class TestHorizon:
             Horizon(*ends)
 
     @pytest.mark.parametrize(
-        "times", [(1.0, 2.0, 3.0), (4.0, 2.0, 3.0), (2.0, 3.0, 1.0), (1.0, 0.0, 2.0), (1.0, 0.5, math.inf), (math.nan, 0.5, 2.0)]
+        "times",
+        [
+            (1.0, 2.0, 3.0),
+            (4.0, 2.0, 3.0),
+            (2.0, 3.0, 1.0),
+            (1.0, 0.0, 2.0),
+            (1.0, 0.5, math.inf),
+            (math.nan, 0.5, 2.0),
+        ],
     )
     def test_free_times_out_of_order(self, times):
-        with pytest.raises(ProblemError, match=r"is out of order; expected finite end times with t0 < lower <= initial"):
+        with pytest.raises(
+            ProblemError, match=r"is out of order; expected finite end times with t0 < lower <= initial"
+        ):
             FreeHorizon(*times)
 
     @pytest.mark.parametrize("value", ["1", None, True, (0.0, 1.0)])
     def test_neither_a_number_nor_a_horizon(self, value):
-        with pytest.raises(ProblemError, match=r"horizon is .*; expected a number T, oc.Horizon\(t0, t1\) or oc.FreeHor"):
+        with pytest.raises(
+            ProblemError, match=r"horizon is .*; expected a number T, oc.Horizon\(t0, t1\) or oc.FreeHor"
+        ):
             read_horizon(value)
 
     def test_a_control_problem_runs_forwards(self):
@@ -158,10 +177,16 @@ class TestArguments:
         ("options", "message"),
         [
             ({"initial_state": "here"}, "initial_state is str; expected numbers or a tensor"),
-            ({"initial_state": [1.0, math.nan]}, r"initial_state holds NaN or infinity at \(1,\); expected finite numbers"),
+            (
+                {"initial_state": [1.0, math.nan]},
+                r"initial_state holds NaN or infinity at \(1,\); expected finite numbers",
+            ),
             ({"initial_state": 1.0}, r"initial_state has shape \(\); expected \(\*batch, n\) with n >= 1"),
             ({"initial_state": torch.ones(3, 0)}, r"initial_state has shape \(3, 0\); expected \(\*batch, n\)"),
-            ({"parameters": [[1.0]]}, r"parameters has shape \(1, 1\); expected a flat vector .*use torch.cat of flattened"),
+            (
+                {"parameters": [[1.0]]},
+                r"parameters has shape \(1, 1\); expected a flat vector .*use torch.cat of flattened",
+            ),
             ({"parameters": []}, r"parameters has shape \(0,\); expected a flat vector \(q,\) with q >= 1"),
             ({"parameters": [math.inf]}, r"parameters holds NaN or infinity at \(0,\)"),
             ({"control_dim": -1}, "control_dim is -1; expected an integer >= 0"),
@@ -175,16 +200,24 @@ class TestArguments:
 
     @pytest.mark.parametrize("value", [1.0, (1.0,), (0.0, 1.0, 2.0), torch.tensor(1.0), torch.ones(3)])
     def test_bounds_that_are_no_pair(self, value):
-        with pytest.raises(ProblemError, match=r"control_bounds is .*; expected a pair \(lower, upper\) of scalars or of vec"):
+        with pytest.raises(
+            ProblemError, match=r"control_bounds is .*; expected a pair \(lower, upper\) of scalars or of vec"
+        ):
             make(control_bounds=value)
 
     @pytest.mark.parametrize(
         ("bounds", "message"),
         [
-            (([0.0, 0.0, 0.0], 1.0), r"control_bounds\[0\] is \[0.0, 0.0, 0.0\]; expected a number or a vector of 2 numbers"),
+            (
+                ([0.0, 0.0, 0.0], 1.0),
+                r"control_bounds\[0\] is \[0.0, 0.0, 0.0\]; expected a number or a vector of 2 numbers",
+            ),
             ((0.0, "high"), r"control_bounds\[1\] is 'high'; expected a number or a vector of 2 numbers"),
             ((0.0, math.nan), r"control_bounds\[1\] holds NaN; expected numbers \(use float\('inf'\)"),
-            (([0.0, 2.0], [1.0, 1.0]), "control_bounds: lower 2.0 exceeds upper 1.0 at entry 1; expected lower <= upper"),
+            (
+                ([0.0, 2.0], [1.0, 1.0]),
+                "control_bounds: lower 2.0 exceeds upper 1.0 at entry 1; expected lower <= upper",
+            ),
         ],
     )
     def test_wrong_bounds(self, bounds, message):
@@ -192,7 +225,9 @@ class TestArguments:
             make(control_dim=2, control_bounds=bounds)
 
     def test_bounds_without_such_controls(self):
-        with pytest.raises(ProblemError, match="control_bounds is given for a problem without such controls; expected none"):
+        with pytest.raises(
+            ProblemError, match="control_bounds is given for a problem without such controls; expected none"
+        ):
             make(control_dim=0, control_bounds=(0.0, 1.0))
         with pytest.raises(ProblemError, match="parameter_bounds is given for a problem without such controls"):
             make(parameter_bounds=(0.0, 1.0))
@@ -206,7 +241,10 @@ class TestArguments:
 
 class TestFunctions:
     def test_wrong_signature(self):
-        with pytest.raises(ProblemError, match=r"dynamics\(t, x, u\) failed when called with arguments of shapes \(\), \(2,\), \(1,\): TypeError.*takes \(t, x, u\)"):
+        with pytest.raises(
+            ProblemError,
+            match=r"dynamics\(t, x, u\) failed when called with .* shapes \(\), \(2,\), \(1,\): TypeError.*takes \(t, x, u\)",
+        ):
             make(lambda t, x: x)
         with pytest.raises(ProblemError, match=r"terminal_cost\(t, x, p\) failed .*that takes \(t, x, p\)"):
             make(lambda t, x, u, p: x, None, lambda t, x: x, parameters=[1.0])
@@ -228,11 +266,15 @@ class TestFunctions:
 
     def test_a_captured_float32_matrix(self):
         matrix = torch.ones(2, 2)
-        with pytest.raises(ProblemError, match="dtype.*a float32 tensor captured in a float64 problem is the usual cause"):
+        with pytest.raises(
+            ProblemError, match="dtype.*a float32 tensor captured in a float64 problem is the usual cause"
+        ):
             make(lambda t, x, u: x @ matrix)
 
     def test_float32_output(self):
-        with pytest.raises(ProblemError, match=r"dynamics returned dtype torch.float32; expected torch.float64: a float32 tensor cap"):
+        with pytest.raises(
+            ProblemError, match=r"dynamics returned dtype torch.float32; expected torch.float64: a float32 tensor cap"
+        ):
             make(lambda t, x, u: torch.zeros(x.shape))
         with pytest.raises(ProblemError, match=r"running_cost returned dtype torch.float32; expected torch.float64"):
             make(drift, lambda t, x, u: torch.zeros(x.shape[:-1]))
@@ -246,16 +288,23 @@ class TestFunctions:
     def test_wrong_shape(self):
         with pytest.raises(ProblemError, match=r"dynamics returned shape \(1,\); expected \(2,\): index the last axis"):
             make(lambda t, x, u: x[..., :1])
-        with pytest.raises(ProblemError, match=r"dynamics returned shape \(2, 3\); expected \(3, 2\).*torch.stack\(\[...\], dim=-1\)"):
+        with pytest.raises(
+            ProblemError, match=r"dynamics returned shape \(2, 3\); expected \(3, 2\).*torch.stack\(\[...\], dim=-1\)"
+        ):
             make(lambda t, x, u: torch.stack([x[..., 0], x[..., 1]]), initial_state=torch.ones(3, 2))
 
     @pytest.mark.parametrize("batch", [(), (3,), (1,), (2, 3)])
     def test_a_cost_with_an_axis_too_many(self, batch):
-        with pytest.raises(ProblemError, match=r"running_cost returned shape .*expected one number per state, shape .*sum over the last axis \(sum\(-1\)\)"):
+        with pytest.raises(
+            ProblemError,
+            match=r"running_cost returned shape .*expected one number per state, shape .*the last axis \(sum\(-1\)\)",
+        ):
             make(drift, lambda t, x, u: (x**2).sum(-1, keepdim=True), initial_state=torch.ones(*batch, 2))
 
     def test_a_cost_summed_over_the_batch(self):
-        with pytest.raises(ProblemError, match="running_cost gives other values on states stacked along a leading axis"):
+        with pytest.raises(
+            ProblemError, match="running_cost gives other values on states stacked along a leading axis"
+        ):
             make(drift, lambda t, x, u: (x**2).sum(), initial_state=torch.ones(3, 2))
 
     @pytest.mark.parametrize("name", ["path_constraint", "terminal_constraint"])
@@ -264,7 +313,9 @@ class TestFunctions:
             make(**{name: lambda t, x, *u: x[..., 0]})
 
     def test_leading_axes_mixed(self):
-        with pytest.raises(ProblemError, match=r"dynamics gives other values .*\(row 0\); expected the same: use the last axis only"):
+        with pytest.raises(
+            ProblemError, match=r"dynamics gives other values .*\(row 0\); expected the same: use the last axis only"
+        ):
             make(lambda t, x, u: x - x.mean(), initial_state=torch.rand(3, 2))
         with pytest.raises(ProblemError, match=r"terminal_constraint gives other values"):
             make(terminal_constraint=lambda t, x: x - x.mean())
@@ -274,7 +325,12 @@ class TestFunctions:
             make(lambda t, x, u: x + torch.randn_like(x))
 
     def test_not_finite_at_the_start(self):
-        with pytest.raises(ProblemError, match=r"dynamics returned inf at entry \(1,\) of its output at the initial state; expected finite.*function's domain"):
+        with pytest.raises(
+            ProblemError,
+            match=r"dynamics returned inf at entry \(1,\) of its output at the initial state; .*function's domain",
+        ):
             make(lambda t, x, u: 1 / (x - 2.0))
-        with pytest.raises(ProblemError, match=r"running_cost returned nan at entry \(\) of its output at the initial state"):
+        with pytest.raises(
+            ProblemError, match=r"running_cost returned nan at entry \(\) of its output at the initial state"
+        ):
             make(drift, lambda t, x, u: torch.log(-x[..., 0]))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ocnopt.errors import ProblemError
 from ocnopt.ocp import OCP, FreeHorizon, Horizon
-from ocnopt.staged import Stage, StagedOCP, rollout, static_as_state, transcribe
+from ocnopt.staged import FeedbackLaw, Stage, StagedOCP, rollout, shoot, static_as_state, transcribe
 from tests.oracles.compare import assert_close
 
 
@@ -47,7 +47,12 @@ def rk4(f, t, h, y):
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
 def test_transcription_integrates_the_cost_with_the_same_stages(step, batch):
     problem = OCP(
-        slope, price, lambda t, x: t * x[..., 0], initial_state=torch.rand(*batch, 2), control_dim=1, horizon=Horizon(0.5, 2.0)
+        slope,
+        price,
+        lambda t, x: t * x[..., 0],
+        initial_state=torch.rand(*batch, 2),
+        control_dim=1,
+        horizon=Horizon(0.5, 2.0),
     )
     staged = transcribe(problem, 5, integrator=step.__name__)
     controls = torch.rand(5, *batch, 1).double()
@@ -138,7 +143,9 @@ def test_steps(steps):
 
 def test_unknown_integrator():
     problem = OCP(slope, initial_state=[1.0, 0.5], control_dim=1, horizon=1.0)
-    with pytest.raises(ProblemError, match=r"integrator 'rk5' is unknown; expected one of euler, .*dopri5; did you mean 'rk4'\?"):
+    with pytest.raises(
+        ProblemError, match=r"integrator 'rk5' is unknown; expected one of euler, .*dopri5; did you mean 'rk4'\?"
+    ):
         transcribe(problem, 4, integrator="rk5")
 
 
@@ -180,7 +187,12 @@ class TestStagedOCP:
     def test_stages_with_parameters(self):
         stage = Stage(lambda k, x, u, p: x + p, lambda k, x, u, p: p[..., 0])
         problem = StagedOCP(
-            stage, lambda x, p: x[..., 0] * p[..., 0], initial_state=torch.ones(2, 1), steps=3, parameters=[2.0], parameter_bounds=(0, 5)
+            stage,
+            lambda x, p: x[..., 0] * p[..., 0],
+            initial_state=torch.ones(2, 1),
+            steps=3,
+            parameters=[2.0],
+            parameter_bounds=(0, 5),
         )
         p = torch.tensor([[2.0], [3.0]]).double()
         path = rollout(problem, lambda k, x: x.new_zeros(2, 0), problem.initial_state, p)
@@ -213,7 +225,9 @@ class TestStagedOCP:
             StagedOCP([Stage(linear, control_dim=1)] * 2, initial_state=[1.0], steps=3)
 
     def test_an_empty_sequence(self):
-        with pytest.raises(ProblemError, match="stages is list; expected one oc.Stage with steps=N, or one oc.Stage for each"):
+        with pytest.raises(
+            ProblemError, match="stages is list; expected one oc.Stage with steps=N, or one oc.Stage for each"
+        ):
             StagedOCP([], initial_state=[1.0])
 
     @pytest.mark.parametrize("size", [-1, True])
@@ -225,13 +239,22 @@ class TestStagedOCP:
         ("stage", "message"),
         [
             (Stage(None), "stage 0's dynamics is NoneType; expected a function"),
-            (Stage(lambda x, u: x), r"stage 0's dynamics\(k, x, u\) failed when called with arguments of shapes \(\), \(2,\), \(0,\)"),
+            (
+                Stage(lambda x, u: x),
+                r"stage 0's dynamics\(k, x, u\) failed when called with arguments of shapes \(\), \(2,\), \(0,\)",
+            ),
             (Stage(lambda k, x, u: x[..., :1]), r"stage 0's dynamics returned shape \(1,\); expected \(2,\)"),
-            (Stage(lambda k, x, u: x.float()), "stage 0's dynamics returned dtype torch.float32; expected torch.float64"),
+            (
+                Stage(lambda k, x, u: x.float()),
+                "stage 0's dynamics returned dtype torch.float32; expected torch.float64",
+            ),
             (Stage(lambda k, x, u: x.log()), "stage 0's dynamics returned nan at entry"),
             (Stage(lambda k, x, u: x + torch.rand(2)), "stage 0's dynamics gives other values"),
             (Stage(lambda k, x, u: x + x.sum()), "stage 0's dynamics gives other values"),
-            (Stage(lambda k, x, u: x, lambda k, x, u: x[..., :1]), r"stage 0's cost returned shape \(1,\); expected one number"),
+            (
+                Stage(lambda k, x, u: x, lambda k, x, u: x[..., :1]),
+                r"stage 0's cost returned shape \(1,\); expected one number",
+            ),
             (Stage(lambda k, x, u: x, lambda k, x, u: x.sum()), "stage 0's cost gives other values"),
             (Stage(lambda k, x, u: x, lambda k, x, u: x.log().sum(-1)), "stage 0's cost returned nan at entry"),
         ],
@@ -242,7 +265,9 @@ class TestStagedOCP:
 
     def test_the_wrong_stage_of_a_sequence_is_named(self):
         good, bad = Stage(linear, square, 1), Stage(linear, lambda k, x, u: x, 1)
-        with pytest.raises(ProblemError, match=r"stage 1's cost returned shape \(3, 1\); expected one number per state, shape \(3,\)"):
+        with pytest.raises(
+            ProblemError, match=r"stage 1's cost returned shape \(3, 1\); expected one number per state, shape \(3,\)"
+        ):
             StagedOCP([good, bad, good], initial_state=torch.ones(3, 1))
 
     def test_wrong_terminal_cost(self):
@@ -256,7 +281,12 @@ class TestStagedOCP:
             StagedOCP(Stage(linear, control_dim=1), initial_state=[1.0], steps=2, control_bounds=3.0)
 
 
-@given(batch=st.lists(st.integers(1, 3), max_size=2).map(tuple), n=st.integers(1, 3), q=st.integers(0, 2), free=st.booleans())
+@given(
+    batch=st.lists(st.integers(1, 3), max_size=2).map(tuple),
+    n=st.integers(1, 3),
+    q=st.integers(0, 2),
+    free=st.booleans(),
+)
 def test_static_controls_as_states_change_no_path(batch, n, q, free):
     problem = OCP(
         lambda t, x, u, *p: -x * t[..., None] + u + sum(v.sum(-1, keepdim=True) for v in p),
@@ -284,3 +314,35 @@ def test_static_controls_as_states_change_no_path(batch, n, q, free):
 def test_without_static_controls_nothing_is_widened():
     problem = StagedOCP(Stage(linear, control_dim=1), initial_state=[1.0], steps=2)
     assert static_as_state(problem) is problem
+
+
+class TestPaths:
+    @pytest.fixture
+    def problem(self):
+        return transcribe(OCP(slope, price, initial_state=torch.rand(3, 2), control_dim=1, horizon=1.0), 4)
+
+    def test_given_controls_are_a_policy(self, problem):
+        controls = list(torch.rand(4, 3, 1).double())
+        given_, policy = (rollout(problem, way, problem.initial_state) for way in (controls, lambda k, x: controls[k]))
+        assert_close(given_.cost, policy.cost, rtol=0.0)
+
+    def test_shooting_from_every_node_finds_the_gaps_that_a_rollout_was_given(self, problem):
+        controls, gaps = list(torch.rand(4, 3, 1).double()), list(torch.rand(4, 3, 2).double())
+        path = rollout(problem, controls, problem.initial_state, gaps=gaps)
+        found, cost = shoot(problem, path.states, controls, problem.start_parameters())
+        assert_close(torch.stack(found), torch.stack(gaps), rtol=1e-12)
+        assert_close(cost, path.cost, rtol=1e-13)
+
+    def test_a_feedback_law(self):
+        bounds = (torch.tensor([-1.0]).double(), torch.tensor([1.0]).double())
+        law = FeedbackLaw(
+            states=[torch.tensor([1.0, 2.0]).double()] * 2,
+            controls=[torch.tensor([0.1]).double()] * 2,
+            k=[torch.tensor([0.4]).double()] * 2,
+            K=[torch.tensor([[1.0, -1.0]]).double()] * 2,
+            alpha=torch.tensor([[1.0], [0.5]]).double(),
+            bounds=[None, bounds],
+        )
+        x = torch.tensor([3.0, 3.0]).double()
+        assert_close(law(0, x), [[0.1 + 0.4 + 1.0], [0.1 + 0.2 + 1.0]])
+        assert_close(law(1, x), [[1.0], [1.0]])

@@ -182,6 +182,9 @@ def train(
     ] = None,
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Iterations.")] = 20,
     seed: Annotated[int, typer.Option(help="Of weights and order of the samples.")] = 0,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Torch's own number if not given.", show_default=False)
+    ] = None,
     out: Out = None,
     resume: Resume = None,
 ) -> None:
@@ -206,6 +209,7 @@ def train(
             checkpoint_every=checkpoint_every,
             seed=seed,
         ),
+        threads,
     )
     run_train(folder, console)
     _done(folder.path)
@@ -214,7 +218,7 @@ def train(
 @app.command(epilog=_examples("ocnopt demo", "ocnopt demo --seeds 1 --out runs/demo"))
 @explain_errors
 def demo(
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds of each training run.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of each training run.")] = 2,
     out: Out = None,
     resume: Resume = None,
 ) -> None:
@@ -227,9 +231,17 @@ def demo(
 
 
 def _folder(
-    command: str, name: str | None, out: Path | None, resume: Path | None, request: Callable[[str], dict[str, Any]]
+    command: str,
+    name: str | None,
+    out: Path | None,
+    resume: Path | None,
+    request: Callable[[str], dict[str, Any]],
+    threads: int | None = 1,
 ) -> Any:
-    """The folder of a new run, or of the one to continue, with the threads that it began with."""
+    """The folder of a new run, or of the one to continue.
+
+    The number of threads is part of a run, since it decides the last digit. Small matrices are fastest with one.
+    """
     import torch
 
     from ocnopt.cli.runs import RunFolder, default_folder
@@ -247,6 +259,7 @@ def _folder(
         raise ProblemError(
             f"no problem is named; expected 'ocnopt {command} NAME': list the names with 'ocnopt problems'"
         )
+    torch.set_num_threads(threads or torch.get_num_threads())
     folder = RunFolder.create(out or default_folder(command, name), request(name))
     console.print(f"run folder: {folder.path}", markup=False, highlight=False, soft_wrap=True)
     return folder

@@ -11,7 +11,7 @@ per-sample data); only the reverse passes through its graph are batched, over co
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -57,15 +57,24 @@ def gradient(y: Tensor, inputs: Sequence[Tensor], *, create_graph: bool = False)
 
 def pull(y: Tensor, inputs: Sequence[Tensor], cotangents: Tensor) -> list[Tensor]:
     """Vector-Jacobian products of K cotangents ``(K, *y.shape)``, each ``(K, *input.shape)``; the graph stays."""
-    none = [v.new_zeros((len(cotangents), *v.shape)) for v in inputs]
+    zeros = [v.new_zeros((len(cotangents), *v.shape)) for v in inputs]
     if not y.requires_grad or not len(cotangents):
-        return none
+        return zeros
     parts = [
         torch.autograd.grad(y, inputs, some, is_grads_batched=True, retain_graph=True, allow_unused=True)
         for some in cotangents.split(_AT_ONCE)
     ]
-    columns = zip(none, *parts, strict=True)
-    return [zero if product[0] is None else torch.cat(product) for zero, *product in columns]
+    columns = zip(zeros, *parts, strict=True)
+    return [zero if products[0] is None else torch.cat(products) for zero, *products in columns]
+
+
+def unit_rows(k: int, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The identity ``(k, k)`` in blocks of rows: k may be the number of parameters, and the whole too large to hold."""
+    for start in range(0, k, _AT_ONCE):
+        place = slice(start, min(start + _AT_ONCE, k))
+        rows = like.new_zeros(place.stop - start, k)
+        rows[:, place].fill_diagonal_(1.0)
+        yield place, rows
 
 
 def jacobian(y: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -73,9 +82,11 @@ def jacobian(y: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
 
     y has the samples' axes, or none where it is a sum over the samples.
     """
-    k = y.shape[-1]
-    identity = torch.eye(k, dtype=y.dtype, device=y.device).reshape(k, *(1,) * (y.ndim - 1), k)
-    return [rows.movedim(0, -2) for rows in pull(y, inputs, identity.expand(k, *y.shape))]
+    k, axes = y.shape[-1], (1,) * (y.ndim - 1)
+    parts = [
+        pull(y, inputs, rows.reshape(-1, *axes, k).expand(-1, *y.shape)) for _, rows in unit_rows(k, y.detach())
+    ] or [[v.new_zeros((0, *v.shape)) for v in inputs]]
+    return [torch.cat(blocks).movedim(0, -2) for blocks in zip(*parts, strict=True)]
 
 
 def leaves(X: Tensor, p: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
@@ -130,11 +141,7 @@ def expand(function: Function, X: Tensor, p: Tensor, r: Tensor, *, per_sample: b
 @torch.enable_grad()
 def add_curvature_in_p(total: Tensor, weight: float, function: Function, X: Tensor, p: Tensor) -> None:
     """Add the weighted Hessian in p of the samples' sum of ``function(X, p)`` to ``total`` ``(q, q)``, in place."""
-    q = p.shape[0]
     p = p.detach().requires_grad_()
     (gp,) = gradient(function(X.detach(), p), (p,), create_graph=True)
-    for start in range(0, q if gp.requires_grad else 0, _AT_ONCE):
-        rows = slice(start, min(start + _AT_ONCE, q))
-        unit = torch.zeros(rows.stop - start, q, dtype=p.dtype, device=p.device)
-        unit[:, rows].fill_diagonal_(1.0)
-        total[rows].add_(pull(gp, (p,), unit)[0], alpha=weight)
+    for place, rows in unit_rows(len(p) if gp.requires_grad else 0, p.detach()):
+        total[place].add_(pull(gp, (p,), rows)[0], alpha=weight)

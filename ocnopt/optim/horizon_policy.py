@@ -51,7 +51,7 @@ class HorizonPolicy:
 
     def __init__(
         self,
-        neural_ode: NeuralODE,
+        neural_ode: NeuralODE | Any,
         *,
         rule: str = "feedback",
         lr: float,

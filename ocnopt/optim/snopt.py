@@ -101,14 +101,14 @@ class SNOpt(torch.optim.Optimizer):
 
     def __init__(
         self,
-        model: nn.Module,
-        lr: float,
+        model: nn.Module | Any,
+        lr: float | Any,
         *,
         param_groups: Iterable[dict[str, Any]] | None = None,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         damping: float = 1e-3,
-        refresh_every: int = 100,
+        refresh_every: int | Any = 100,
         curvature: str = "empirical",
         reduction: str = "mean",
         everywhere: bool = True,

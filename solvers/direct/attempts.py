@@ -114,7 +114,7 @@ def _start(path: PathProgram, guess: Guess, runs: Sequence[Run], states: Sequenc
     controls, p = [row_of(u, row) for u in guess.controls], row_of(guess.parameters, row)
     if guess.states is not None:
         return _point(path, [row_of(x, row) for x in guess.states], controls, p)
-    plain = not any(place.size for place in path.inner)
+    plain = not any(place.size for place in path.inner) and len({x.size for x in path.states}) == 1
     nodes = roll_out(runs, states[0], controls, p) if plain else states
     start = _point(path, nodes, controls, p)
     if _broken(path, start):

@@ -15,9 +15,9 @@ from ocnopt.cli.runs import RunFolder
 from ocnopt.cli.training import TrainConfig, Trainer
 from ocnopt.problems import learning_task
 
-CONFIG = TrainConfig("digits", "snopt", lr=0.01, horizon="feedback", iterations=40, batch_size=8, checkpoint_every=2)
+CONFIG = TrainConfig("digits", "snopt", lr=0.01, horizon="feedback", iterations=24, batch_size=8, checkpoint_every=2)
 ROOT = Path(__file__).parents[2]
-OPTIONS = ["--optimizer=snopt", "--lr=0.01", "--horizon=feedback", "--iterations=40", "--batch-size=8"]
+OPTIONS = ["--optimizer=snopt", "--lr=0.01", "--horizon=feedback", "--iterations=24", "--batch-size=8"]
 
 
 def start(*arguments):
@@ -42,7 +42,7 @@ def test_a_killed_run_ends_like_an_unbroken_one(tmp_path):
     metrics = folder / "metrics.jsonl"
     arguments = ["digits", *OPTIONS, "--checkpoint-every=2", f"--out={folder}"]
     reached = 0
-    for kill in range(3):
+    for kill in range(2):
         process = start(*arguments)
         wait_for_lines(metrics, reached + 4, process)
         time.sleep(moments.uniform(0, 0.2))
@@ -59,11 +59,11 @@ def test_a_killed_run_ends_like_an_unbroken_one(tmp_path):
     process = start(*arguments)
     output = process.communicate()[0]
     assert process.returncode == 0, output
-    assert f"resumed after iteration {reached} of 40" in output
+    assert f"resumed after iteration {reached} of 24" in output
     assert (folder / "report.html").exists()
 
     unbroken = Trainer(learning_task("digits").build(), CONFIG)
-    losses = [unbroken.step()["loss"] for _ in range(40)]
+    losses = [unbroken.step()["loss"] for _ in range(24)]
     assert [record["loss"] for record in RunFolder.open(folder).metrics()] == losses
     state = RunFolder.open(folder).load_checkpoint()["model"]
     assert all(torch.equal(state[name], value) for name, value in unbroken.model.state_dict().items())

@@ -172,7 +172,9 @@ def test_the_full_step_from_an_infeasible_path_is_the_solution():
     states, best, parameters, cost = lq.solve()
     assert_close(moved.cost, cost, rtol=1e-10)
     assert_close(torch.stack(moved.controls), best, rtol=1e-8, atol=1e-9)
-    assert_close(torch.stack(moved.states), np.concatenate([states, np.tile(parameters, (9, 1))], axis=1), rtol=1e-8, atol=1e-9)
+    assert_close(
+        torch.stack(moved.states), np.concatenate([states, np.tile(parameters, (9, 1))], axis=1), rtol=1e-8, atol=1e-9
+    )
 
 
 def test_static_controls_stay_in_their_box():

@@ -18,7 +18,9 @@ def problem(**options):
 
 
 def test_rows_and_solutions():
-    result = compare(problem(), (DDP("exact"), "ddp", DDP("gauss_newton", max_iterations=1)), steps=6, integrator="midpoint")
+    result = compare(
+        problem(), (DDP("exact"), "ddp", DDP("gauss_newton", max_iterations=1)), steps=6, integrator="midpoint"
+    )
     assert [row.solver for row in result.rows] == ["ddp", "ddp'", "ddp''"]
     assert list(result.solutions) == ["ddp", "ddp'", "ddp''"]
     first, second, third = result.rows
@@ -38,7 +40,9 @@ def test_rows_and_solutions():
 def test_the_table():
     lines = str(compare(problem(), ("ddp", DDP(max_iterations=1)), steps=4)).splitlines()
     assert lines[0].split("  ")[0] == "solver"
-    assert [word in lines[0] for word in ("cost", "T", "iterations", "time [s]", "build [s]", "max |dx|", "converged")] == [True] * 7
+    assert [
+        word in lines[0] for word in ("cost", "T", "iterations", "time [s]", "build [s]", "max |dx|", "converged")
+    ] == [True] * 7
     assert len(lines) == 3
     assert lines[1].startswith("ddp ")
     assert lines[1].endswith("yes")

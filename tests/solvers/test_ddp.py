@@ -38,6 +38,17 @@ def assert_converged(solution):
     assert float(solution.constraint_violation.max()) == 0.0
 
 
+@pytest.fixture(scope="module")
+def starts():
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(64, 2, generator=generator, dtype=torch.float64) * torch.tensor([2.0, 1.0])
+
+
+@pytest.fixture(scope="module")
+def solution():
+    return solve(swing(control_bounds=(-1.0, 1.0)), steps=20)
+
+
 class TestAffineQuadratic:
     @settings(max_examples=10)
     @given(seed=st.integers(0, 10_000), n=st.integers(1, 3), m=st.integers(1, 3), q=st.integers(0, 2))
@@ -149,7 +160,12 @@ class TestAffineQuadratic:
 
     def test_float32(self):
         lq = OCP(
-            lambda t, x, u: u, lambda t, x, u: (x**2 + u**2).sum(-1), initial_state=[1.0], control_dim=1, horizon=1.0, dtype=torch.float32
+            lambda t, x, u: u,
+            lambda t, x, u: (x**2 + u**2).sum(-1),
+            initial_state=[1.0],
+            control_dim=1,
+            horizon=1.0,
+            dtype=torch.float32,
         )
         solution = solve(lq, steps=20)
         assert solution.states.dtype == torch.float32
@@ -190,19 +206,14 @@ class TestKnownMinima:
         assert_converged(solution)
         assert_close(solution.cost, 3.87853097, rtol=1e-8)
 
-    def test_pendulum_from_the_stationary_point(self):
-        problem = problems.control("pendulum_swing_up").build()
-        start = solve(problem, steps=50, initial_guess=torch.zeros(50, 1))
-        # nothing moves where the gradient vanishes: the caller asked for this start
-        assert start.cost.item() == pytest.approx(208.0, rel=1e-6)
-        assert start.iterations.item() == 0
-
 
 class TestStaticControls:
     def problem(self, **options):
         settings = {"initial_state": [1.0, -0.5], "parameters": [0.1, 0.2]} | options
         return OCP(
-            lambda t, x, u, p: torch.stack([x[..., 1] * p[..., 0], torch.sin(x[..., 0]) + u[..., 0] * p[..., 1]], dim=-1),
+            lambda t, x, u, p: torch.stack(
+                [x[..., 1] * p[..., 0], torch.sin(x[..., 0]) + u[..., 0] * p[..., 1]], dim=-1
+            ),
             lambda t, x, u, p: ((x - 1) ** 2).sum(-1) + 0.1 * (u**2).sum(-1) + t * 0.05 * (p**2).sum(-1),
             lambda t, x, p: (x**2).sum(-1) + (p[..., 0] - 0.5) ** 2,
             control_dim=1,
@@ -217,7 +228,7 @@ class TestStaticControls:
 
         def cost(v):
             variables = torch.from_numpy(v).requires_grad_()
-            path = rollout(staged, variables[q:].reshape(steps, -1), staged.initial_state, variables[:q])
+            path = rollout(staged, variables[q:].reshape(steps, -1).unbind(0), staged.initial_state, variables[:q])
             (gradient,) = torch.autograd.grad(path.cost, variables)
             return path.cost.item(), gradient.numpy()
 
@@ -322,17 +333,12 @@ class TestFreeHorizon:
 
 
 class TestBatch:
-    @pytest.fixture(scope="class")
-    def starts(self):
-        generator = torch.Generator().manual_seed(1)
-        return torch.rand(64, 2, generator=generator, dtype=torch.float64) * torch.tensor([2.0, 1.0])
-
     def test_64_problems_are_64_solves(self, starts):
-        together = solve(swing(starts, control_bounds=(-1.0, 2.0)), steps=20)
+        together = solve(swing(starts, control_bounds=(-3.0, 2.0)), steps=20)
         assert_converged(together)
         assert len(set(together.iterations.tolist())) > 3
         for i, x0 in enumerate(starts):
-            alone = solve(swing(x0, control_bounds=(-1.0, 2.0)), steps=20)
+            alone = solve(swing(x0, control_bounds=(-3.0, 2.0)), steps=20)
             assert_close(together.cost[i], alone.cost, rtol=1e-12)
             assert_close(together.states[i], alone.states, rtol=1e-8, atol=1e-9)
             assert_close(together.gains.K[i], alone.gains.K, rtol=1e-6, atol=1e-7)
@@ -393,14 +399,18 @@ class TestBatch:
 class TestNotFinite:
     def test_the_first_path_of_a_single_problem(self):
         problem = OCP(lambda t, x, u: x**3, None, lambda t, x: x.sum(-1), initial_state=[0.1, 100.0], horizon=1.0)
-        with pytest.raises(NonFiniteError, match=r"dynamics led to (inf|nan) in state component 1 at .*1.*expected finite"):
+        with pytest.raises(
+            NonFiniteError, match=r"dynamics led to inf in state component 1 at .*expected finite states: pass"
+        ):
             solve(problem, steps=20)
 
     def test_its_cost(self):
         problem = OCP(
             lambda t, x, u: -torch.ones_like(x), lambda t, x, u: torch.log(x).sum(-1), initial_state=[0.5], horizon=1.0
         )
-        with pytest.raises(NonFiniteError, match="the cost of the first path is nan; expected a finite number: pass initial"):
+        with pytest.raises(
+            NonFiniteError, match="the cost of the first path is nan; expected a finite number: pass initial"
+        ):
             solve(problem, steps=4, integrator="euler")
 
     def test_a_guess_of_states_may_avoid_it(self):
@@ -418,7 +428,13 @@ class TestNotFinite:
         assert_converged(solution)
 
     def test_a_guess_of_states_from_which_a_step_is_not_finite(self):
-        problem = OCP(lambda t, x, u: torch.sqrt(x) + u, lambda t, x, u: (u**2).sum(-1), initial_state=[1.0], control_dim=1, horizon=1.0)
+        problem = OCP(
+            lambda t, x, u: torch.sqrt(x) + u,
+            lambda t, x, u: (u**2).sum(-1),
+            initial_state=[1.0],
+            control_dim=1,
+            horizon=1.0,
+        )
         with pytest.raises(NonFiniteError, match="state component 0"):
             solve(problem, steps=4, initial_guess={"states": torch.tensor([[1.0], [1.0], [-5.0], [1.0], [1.0]])})
 
@@ -439,10 +455,6 @@ class TestNotFinite:
 
 
 class TestRecord:
-    @pytest.fixture(scope="class")
-    def solution(self):
-        return solve(swing(control_bounds=(-1.0, 1.0)), steps=20)
-
     def test_costates_are_the_derivatives_of_the_cost(self, solution):
         staged = solution.problem
         for k in (0, 7, 20):
@@ -455,7 +467,9 @@ class TestRecord:
         step, slopes = 1e-5, []
         for i in range(2):
             ends = [torch.tensor([2.0, 0.0]).double() + sign * step * torch.eye(2)[i] for sign in (1, -1)]
-            up, down = (solve(swing(x0, control_bounds=(-1.0, 1.0)), steps=20, initial_guess=solution).cost for x0 in ends)
+            up, down = (
+                solve(swing(x0, control_bounds=(-1.0, 1.0)), steps=20, initial_guess=solution).cost for x0 in ends
+            )
             slopes.append(float(up - down) / (2 * step))
         assert_close(solution.costates[0], slopes, rtol=1e-5)
 
@@ -476,7 +490,7 @@ class TestRecord:
         assert bool((cost.diff() <= 1e-12).all())
         assert int((step > 0).sum()) == solution.iterations.item()
         assert mu[-1] == 0.0
-        start = rollout(solution.problem, torch.zeros(20, 1).double(), solution.problem.initial_state).cost
+        start = rollout(solution.problem, [torch.zeros(1).double()] * 20, solution.problem.initial_state).cost
         assert_close(cost[0], start)
 
     def test_bounds_hold_and_clamped_controls_do_not_respond(self, solution):
@@ -486,19 +500,23 @@ class TestRecord:
         assert float(solution.gains.K[clamped[:, 0]].abs().max()) == 0.0
 
     def test_the_path_follows_the_dynamics(self, solution):
-        path = rollout(solution.problem, solution.controls, solution.problem.initial_state)
+        path = rollout(solution.problem, solution.controls.unbind(0), solution.problem.initial_state)
         assert_close(solution.states, torch.stack(path.states), rtol=1e-14, atol=1e-15)
         assert_close(solution.cost, path.cost, rtol=1e-14)
 
     def test_status(self, solution):
         assert solution.status == f"converged after {solution.iterations.item()} steps"
-        lq = OCP(lambda t, x, u: u, lambda t, x, u: (u**2 + x**2).sum(-1), initial_state=[1.0], control_dim=1, horizon=1.0)
+        lq = OCP(
+            lambda t, x, u: u, lambda t, x, u: (u**2 + x**2).sum(-1), initial_state=[1.0], control_dim=1, horizon=1.0
+        )
         assert solve(lq, steps=4).status == "converged after 1 step"
 
     def test_the_iteration_limit(self):
-        solution = solve(swing(), steps=20, max_iterations=2)
+        solution = solve(swing([0.5, 0.0]), steps=20, max_iterations=2)
         assert not bool(solution.converged)
-        assert solution.status.startswith("stopped after 2 steps: the iteration limit was reached; raise max_iterations, or")
+        assert solution.status.startswith(
+            "stopped after 2 steps: the iteration limit was reached; raise max_iterations, or"
+        )
 
     def test_open_gaps_are_in_the_status(self):
         states = torch.linspace(3.0, 0.0, 21)[:, None] * torch.tensor([1.0, 0.0])
@@ -519,7 +537,10 @@ class TestRecord:
         )
         solution = solve(problem, steps=4, initial_guess=-0.5 * torch.ones(4, 1))
         assert not bool(solution.converged)
-        assert "no step decreases the cost under the largest regularisation; look at the functions' smoothness" in solution.status
+        assert (
+            "no step decreases the cost under the largest regularisation; look for a kink in the functions"
+            in solution.status
+        )
 
     def test_progress_is_shown_on_request(self, capsys):
         solve(swing(), steps=5, progress=True)
@@ -546,7 +567,7 @@ class TestInfeasibleStart:
         states = torch.linspace(2.0, 0.0, 21)[:, None] * torch.tensor([1.0, 0.0])
         infeasible = solve(swing(), steps=20, initial_guess={"states": states}, curvature=curvature)
         assert_converged(infeasible)
-        path = rollout(infeasible.problem, infeasible.controls, infeasible.problem.initial_state)
+        path = rollout(infeasible.problem, infeasible.controls.unbind(0), infeasible.problem.initial_state)
         assert_close(infeasible.states, torch.stack(path.states), rtol=1e-9, atol=1e-10)
         assert_close(infeasible.cost, solve(swing(), steps=20).cost, rtol=1e-9)
 
@@ -598,13 +619,15 @@ class TestBounds:
 
         def cost(v):
             variables = torch.from_numpy(v).requires_grad_()
-            value = rollout(problem, variables.reshape(6, m), problem.initial_state).cost
+            value = rollout(problem, variables.reshape(6, m).unbind(0), problem.initial_state).cost
             (gradient,) = torch.autograd.grad(value, variables)
             return value.item(), gradient.numpy()
 
         options = {"maxiter": 2000, "ftol": 1e-15, "gtol": 1e-10}
         box = [(-0.3, 0.4)] * (6 * m)
-        theirs = scipy.optimize.minimize(cost, np.zeros(6 * m), jac=True, method="L-BFGS-B", bounds=box, options=options)
+        theirs = scipy.optimize.minimize(
+            cost, np.zeros(6 * m), jac=True, method="L-BFGS-B", bounds=box, options=options
+        )
         assert_close(ours.cost, theirs.fun, rtol=1e-8, atol=1e-9)
         assert_close(ours.controls.flatten(), theirs.x, rtol=1e-3, atol=1e-4)
 
@@ -624,7 +647,7 @@ class TestStages:
 
     def test_sizes_may_vary(self):
         problem = StagedOCP(self.stages(), lambda x: ((x - 1) ** 2).sum(-1), initial_state=[0.5])
-        solution = solve(problem)
+        solution = solve(problem, initial_guess=[torch.full((m,), 0.3) for m in (1, 2, 2, 0, 1)])
         assert_converged(solution)
         assert [x.shape[-1] for x in solution.states] == [1, 2, 2, 2, 1, 2]
         assert [u.shape[-1] for u in solution.controls] == [1, 2, 2, 0, 1]

@@ -19,7 +19,9 @@ STEPS = 8
 def swing(**options):
     settings = {"initial_state": [0.8, 0.1], "control_dim": 1, "horizon": Horizon(0.5, 2.0)} | options
     return OCP(
-        lambda t, x, u, *p: torch.stack([x[..., 1], u[..., 0] - torch.sin(x[..., 0]) + sum(v[..., 0] for v in p)], dim=-1),
+        lambda t, x, u, *p: torch.stack(
+            [x[..., 1], u[..., 0] - torch.sin(x[..., 0]) + sum(v[..., 0] for v in p)], dim=-1
+        ),
         lambda t, x, u, *p: (x**2).sum(-1) + 0.1 * (u**2).sum(-1) + sum((v**2).sum(-1) for v in p),
         lambda t, x, *p: t + 3 * (x**2).sum(-1),
         **settings,
@@ -32,7 +34,11 @@ CASES = {
     "batch": {"initial_state": torch.tensor([[0.8, 0.1], [-0.5, 0.3], [0.1, 0.0]])},
     "grid": {"initial_state": torch.rand(2, 2, 2, generator=torch.Generator().manual_seed(0))},
     "parameters": {"parameters": [0.2]},
-    "free": {"initial_state": [[0.8, 0.1], [-1.5, 0.3]], "horizon": FreeHorizon(2.0, 1.0, 4.0, t0=0.5), "parameters": [0.2]},
+    "free": {
+        "initial_state": [[0.8, 0.1], [-1.5, 0.3]],
+        "horizon": FreeHorizon(2.0, 1.0, 4.0, t0=0.5),
+        "parameters": [0.2],
+    },
 }
 
 
@@ -183,7 +189,9 @@ class TestRollout:
             Stage(lambda k, x, u: x, None, 0),
         ]
         solution = solve(StagedOCP(stages, lambda x: ((x - 1) ** 2).sum(-1), initial_state=[0.5]))
-        with pytest.raises(oc.ProblemError, match="sizes vary from stage to stage here; expected one state and one control"):
+        with pytest.raises(
+            oc.ProblemError, match="sizes vary from stage to stage here; expected one state and one control"
+        ):
             solution.policy(0.0, torch.zeros(1))
 
 
@@ -220,8 +228,13 @@ class TestFiles:
     def test_without_the_problem_there_is_no_rollout(self, solution, tmp_path):
         solution.save(tmp_path / "solution.pt")
         loaded = load_solution(tmp_path / "solution.pt")
-        assert loaded.policy(solution.times[..., 0], solution.states[..., 0, :]).shape == solution.controls[..., 0, :].shape
-        with pytest.raises(oc.ProblemError, match=r"no problem to run; load it with oc.load_solution\(path, problem=...\)"):
+        assert (
+            loaded.policy(solution.times[..., 0], solution.states[..., 0, :]).shape
+            == solution.controls[..., 0, :].shape
+        )
+        with pytest.raises(
+            oc.ProblemError, match=r"no problem to run; load it with oc.load_solution\(path, problem=...\)"
+        ):
             loaded.rollout(solution.states[..., 0, :])
 
     def test_missing(self, tmp_path):
@@ -232,7 +245,9 @@ class TestFiles:
     def test_corrupt(self, tmp_path, content):
         path = tmp_path / "solution.pt"
         path.write_bytes(content)
-        with pytest.raises(oc.DataError, match=r"solution.pt is no saved solution \(.*\); expected a file written by Sol"):
+        with pytest.raises(
+            oc.DataError, match=r"solution.pt is no saved solution \(.*\); expected a file written by Sol"
+        ):
             load_solution(path)
 
     @pytest.mark.parametrize("share", [0.3, 0.9])
@@ -244,7 +259,9 @@ class TestFiles:
         with pytest.raises(oc.DataError, match="is no saved solution"):
             load_solution(path)
 
-    @pytest.mark.parametrize("content", [{"cost": torch.ones(1)}, [1, 2], {"format": 1, "gains": None, "colour": "red"}])
+    @pytest.mark.parametrize(
+        "content", [{"cost": torch.ones(1)}, [1, 2], {"format": 1, "gains": None, "colour": "red"}]
+    )
     def test_another_kind_of_file(self, tmp_path, content):
         torch.save(content, tmp_path / "solution.pt")
         with pytest.raises(oc.DataError, match="is no saved solution"):

@@ -53,7 +53,9 @@ class TestSolver:
         assert_close(solve(staged).cost, solve(regulator(), steps=5, integrator="euler").cost, rtol=0.0)
 
     def test_unknown_solver(self):
-        with pytest.raises(oc.ProblemError, match=r"solver 'dpp' is unknown; expected one of ddp, .*; did you mean 'ddp'\?"):
+        with pytest.raises(
+            oc.ProblemError, match=r"solver 'dpp' is unknown; expected one of ddp, .*; did you mean 'ddp'\?"
+        ):
             solve(regulator(), "dpp")
 
     def test_unknown_option(self):
@@ -62,11 +64,15 @@ class TestSolver:
             solve(regulator(), "ddp", curvture="exact")
 
     def test_options_beside_an_object(self):
-        with pytest.raises(oc.ProblemError, match="options tolerance came beside a solver object; expected them in its con"):
+        with pytest.raises(
+            oc.ProblemError, match="options tolerance came beside a solver object; expected them in its con"
+        ):
             solve(regulator(), DDP(), tolerance=1e-3)
 
     def test_neither_a_name_nor_a_solver(self):
-        with pytest.raises(oc.ProblemError, match=r"solver is int; expected a name \(ddp, .*\) or a solver object such as"):
+        with pytest.raises(
+            oc.ProblemError, match=r"solver is int; expected a name \(ddp, .*\) or a solver object such as"
+        ):
             inspect.unwrap(make_solver)(3, {})
 
     def test_unknown_integrator(self):
@@ -91,7 +97,9 @@ class TestSolver:
             inspect.unwrap(DDP.__init__)(object.__new__(DDP), curvature="exakt")
 
     def test_strict(self):
-        with pytest.raises(oc.ConvergenceError, match="not converged: stopped after .*the iteration limit .*strict=False"):
+        with pytest.raises(
+            oc.ConvergenceError, match="not converged: stopped after .*the iteration limit .*strict=False"
+        ):
             solve(pendulum([0.1, 0.0]), steps=10, max_iterations=1, strict=True)
         assert bool(solve(regulator(), steps=5, strict=True).converged)
 
@@ -102,14 +110,22 @@ class TestSolver:
     @pytest.mark.parametrize("name", ["terminal_constraint", "path_constraint"])
     def test_constraints_need_another_solver(self, name):
         problem = regulator(**{name: lambda t, x, *u: x - 0.5})
-        with pytest.raises(oc.ProblemError, match=f"the problem has a {name}; solver 'ddp' has no mult.* use solver='casadi'"):
+        with pytest.raises(
+            oc.ProblemError, match=f"the problem has a {name}; solver 'ddp' has no mult.* use solver='casadi'"
+        ):
             solve(problem, "ddp", steps=5)
 
 
 class TestGuess:
     def test_controls_of_any_kind(self):
         problem = transcribe(regulator(), 3)
-        for value in (torch.ones(3, 1), np.ones((3, 1)), [[1.0], [1.0], [1.0]], [torch.ones(1)] * 3, {"controls": torch.ones(3, 1)}):
+        for value in (
+            torch.ones(3, 1),
+            np.ones((3, 1)),
+            [[1.0], [1.0], [1.0]],
+            [torch.ones(1)] * 3,
+            {"controls": torch.ones(3, 1)},
+        ):
             guess = read_guess(problem, value)
             assert_close(torch.stack(guess.controls), torch.ones(3, 1))
             assert guess.controls[0].dtype == torch.float64
@@ -132,7 +148,9 @@ class TestGuess:
             parameter_bounds=(-1.0, 1.0),
             control_bounds=(-1.0, 1.0),
         )
-        guess = read_guess(transcribe(problem, 2), {"controls": 5 * torch.ones(2, 1), "parameters": [9.0], "horizon": 9.0})
+        guess = read_guess(
+            transcribe(problem, 2), {"controls": 5 * torch.ones(2, 1), "parameters": [9.0], "horizon": 9.0}
+        )
         assert_close(torch.stack(guess.controls), torch.ones(2, 1))
         assert_close(guess.parameters, [1.0, 2.0])
 
@@ -146,7 +164,10 @@ class TestGuess:
         staged = transcribe(problem, 2)
         assert_close(read_guess(staged, {"parameters": [3.0, 4.0]}).parameters, [[3.0, 4.0, 1.0]] * 2)
         assert_close(read_guess(staged, {"horizon": [0.6, 0.7]}).parameters, [[0.1, 0.2, 0.6], [0.1, 0.2, 0.7]])
-        assert_close(read_guess(staged, {"parameters": [[3.0, 4.0], [5.0, 6.0]], "horizon": 1.5}).parameters, [[3.0, 4.0, 1.5], [5.0, 6.0, 1.5]])
+        assert_close(
+            read_guess(staged, {"parameters": [[3.0, 4.0], [5.0, 6.0]], "horizon": 1.5}).parameters,
+            [[3.0, 4.0, 1.5], [5.0, 6.0, 1.5]],
+        )
 
     def test_states_begin_at_the_initial_state(self):
         problem = transcribe(regulator(), 3)
@@ -166,12 +187,21 @@ class TestGuess:
         assert_close(torch.stack(read_guess(transcribe(problem, 4), torch.ones(4, 1)).controls), torch.ones(4, 1))
 
     def test_sizes_may_vary(self):
-        stages = [Stage(lambda k, x, u: torch.cat([x, u], dim=-1), control_dim=1), Stage(lambda k, x, u: x, control_dim=2)]
+        stages = [
+            Stage(lambda k, x, u: torch.cat([x, u], dim=-1), control_dim=1),
+            Stage(lambda k, x, u: x, control_dim=2),
+        ]
         problem = StagedOCP(stages, lambda x: x.sum(-1), initial_state=[1.0])
-        guess = read_guess(problem, {"controls": [torch.ones(1), torch.ones(2)], "states": [torch.ones(1), torch.ones(2), torch.ones(2)]})
+        guess = read_guess(
+            problem,
+            {"controls": [torch.ones(1), torch.ones(2)], "states": [torch.ones(1), torch.ones(2), torch.ones(2)]},
+        )
         assert [len(u) for u in guess.controls] == [1, 2]
         assert [len(x) for x in guess.states] == [1, 2, 2]
-        with pytest.raises(oc.ProblemError, match=r"controls has 2 rows of sizes \[1\]; expected 2 rows of sizes \[1, 2\]: one row per step"):
+        with pytest.raises(
+            oc.ProblemError,
+            match=r"controls has 2 rows of sizes \[1\]; expected 2 rows of sizes \[1, 2\]: one row per step",
+        ):
             read_guess(problem, [torch.ones(1), torch.ones(1)])
 
     @pytest.mark.parametrize(
@@ -183,10 +213,19 @@ class TestGuess:
             ([torch.ones(1)] * 4, r"initial_guess controls has 4 rows of sizes \[1\]; expected 3 rows of sizes \[1\]"),
             (torch.ones(5, 3, 1), r"initial_guess controls has batch shape \(5,\); expected \(2,\), or none"),
             ("zero", "initial_guess controls is str; expected numbers or a tensor"),
-            (torch.full((3, 1), torch.nan), r"initial_guess controls holds NaN or infinity at \(0, 0\); expected finite"),
-            ({"states": torch.ones(3, 2)}, r"initial_guess states has shape \(3, 2\); expected \(..., 4, 2\): one row per node"),
+            (
+                torch.full((3, 1), torch.nan),
+                r"initial_guess controls holds NaN or infinity at \(0, 0\); expected finite",
+            ),
+            (
+                {"states": torch.ones(3, 2)},
+                r"initial_guess states has shape \(3, 2\); expected \(..., 4, 2\): one row per node",
+            ),
             ({"states": torch.ones(3, 4, 2)}, r"initial_guess states has batch shape \(3,\); expected \(2,\)"),
-            ({"control": torch.ones(3, 1)}, r"initial_guess has the key 'control'; expected any of .*did you mean 'controls'\?"),
+            (
+                {"control": torch.ones(3, 1)},
+                r"initial_guess has the key 'control'; expected any of .*did you mean 'controls'\?",
+            ),
             ({"parameters": [1.0]}, r"initial_guess parameters has shape \(1,\); expected \(..., 2\)"),
             ({"parameters": torch.ones(3, 2)}, r"initial_guess parameters has batch shape \(3,\); expected \(2,\)"),
             ({"parameters": [1.0, torch.inf]}, r"initial_guess parameters holds NaN or infinity"),
@@ -209,7 +248,9 @@ class TestGuess:
 class TestStationaryStart:
     def test_it_is_left_with_a_warning_by_a_seeded_perturbation(self):
         staged = transcribe(pendulum(), 10)
-        with pytest.warns(UserWarning, match=r"the default start \(zero controls\) is a stationary point: .*Pass initial_guess="):
+        with pytest.warns(
+            UserWarning, match=r"the default start \(zero controls\) is a stationary point: .*Pass initial_guess="
+        ):
             guess = read_guess(staged, None)
         with pytest.warns(UserWarning, match="stationary point"):
             again = read_guess(staged, None)
@@ -252,6 +293,20 @@ class TestStationaryStart:
             controls = torch.stack(read_guess(transcribe(problem, 5), None).controls)
         expected = 0.0 if problem.control_bounds is None else 0.5
         assert_close(controls, torch.full_like(controls, expected))
+
+    def test_a_path_that_is_not_finite_is_not_stationary(self):
+        problem = OCP(
+            lambda t, x, u: x**3 + u,
+            None,
+            lambda t, x: x.sum(-1),
+            initial_state=[[100.0], [0.1]],
+            control_dim=1,
+            horizon=1.0,
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            controls = torch.stack(read_guess(transcribe(problem, 20), None).controls)
+        assert_close(controls, torch.zeros(20, 2, 1))
 
     def test_a_given_start_is_kept(self):
         guess = read_guess(transcribe(pendulum(), 5), torch.zeros(5, 1))

@@ -1,0 +1,187 @@
+"""One step: the order conditions of Butcher's trees, scipy's coefficients, and what a step evaluates."""
+
+import numpy as np
+import pytest
+import scipy.integrate
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ocnopt.integrate.runge_kutta import combine, stages, step, weighted_sum
+from ocnopt.integrate.tableaus import TABLEAUS
+from tests.oracles.compare import assert_close
+
+METHODS = sorted(TABLEAUS)
+# rooted trees as nested tuples (children of the root), by number of nodes
+TREES = {
+    1: [()],
+    2: [((),)],
+    3: [((), ()), (((),),)],
+    4: [((), (), ()), ((), ((),)), (((), ()),), ((((),),),)],
+    5: [
+        ((), (), (), ()),
+        ((), (), ((),)),
+        (((),), ((),)),
+        ((), ((), ())),
+        ((), (((),),)),
+        (((), (), ()),),
+        (((), ((),)),),
+        ((((), ()),),),
+        (((((),),),),),
+    ],
+}
+
+
+def matrix(tableau):
+    s = len(tableau.b)
+    return np.array([list(row) + [0.0] * (s - len(row)) for row in tableau.a])
+
+
+def nodes(tree):
+    return 1 + sum(nodes(child) for child in tree)
+
+
+def density(tree):
+    return nodes(tree) * np.prod([density(child) for child in tree])
+
+
+def weights(tree, A):
+    """The elementary weight of every stage."""
+    value = np.ones(len(A))
+    for child in tree:
+        value = value * (A @ weights(child, A))
+    return value
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_order_conditions(name):
+    tableau = TABLEAUS[name]
+    A, b = matrix(tableau), np.array(tableau.b)
+    for order in range(1, tableau.order + 1):
+        for tree in TREES[order]:
+            assert b @ weights(tree, A) == pytest.approx(1 / density(tree), abs=1e-15)
+    missed = [tree for tree in TREES.get(tableau.order + 1, []) if abs(b @ weights(tree, A) - 1 / density(tree)) > 1e-6]
+    assert missed or tableau.order == 5
+
+
+@pytest.mark.parametrize("name", ["bosh3", "dopri5"])
+def test_the_embedded_method_has_one_order_less(name):
+    tableau = TABLEAUS[name]
+    A, b_hat = matrix(tableau), np.array(tableau.b) - np.array(tableau.b_error)
+    for order in range(1, tableau.order):
+        for tree in TREES[order]:
+            assert b_hat @ weights(tree, A) == pytest.approx(1 / density(tree), abs=1e-15)
+    assert any(abs(b_hat @ weights(tree, A) - 1 / density(tree)) > 1e-6 for tree in TREES[tableau.order])
+
+
+def test_coefficients_are_those_of_scipy():
+    for name, method in (("dopri5", scipy.integrate.RK45), ("bosh3", scipy.integrate.RK23)):
+        tableau, (rows, columns) = TABLEAUS[name], method.A.shape
+        assert_close(matrix(tableau)[:rows, :columns], method.A, rtol=1e-15)
+        assert_close(tableau.b[: method.n_stages], method.B, rtol=1e-15)
+        assert_close(np.abs(tableau.b_error), np.abs(method.E), rtol=1e-13)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_stages_are_explicit_and_fit_together(name):
+    tableau = TABLEAUS[name]
+    s = len(tableau.b)
+    assert [len(row) for row in tableau.a] == list(range(s))
+    assert len(tableau.c) == len(tableau.quadrature) == s
+    assert tableau.c[0] == 0.0
+    assert tableau.source
+    assert tableau.name == name
+    if tableau.first_same_as_last:
+        assert tableau.a[-1] == tableau.b[:-1]
+        assert (tableau.c[-1], tableau.b[-1]) == (1.0, 0.0)
+
+
+def test_the_quadrature_of_dopri5_integrates_cubics():
+    tableau = TABLEAUS["dopri5"]
+    c, w = np.array(tableau.c), np.array(tableau.quadrature)
+    assert_close([w @ c**k for k in range(4)], [1, 1 / 2, 1 / 3, 1 / 4], rtol=1e-14)
+    assert_close(w, [1 / 12, 0, 10 / 21, 5 / 12, 0, 1 / 42, 0])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_error_on_exponential_growth_falls_with_the_order(name):
+    tableau, errors = TABLEAUS[name], []
+    for n in (16, 32):
+        x = torch.ones(1, dtype=torch.float64)
+        for k in range(n):
+            x, _ = step(tableau, lambda t, x: x, k / n, 1 / n, x)
+        errors.append(abs(float(x) - np.e))
+    assert np.log2(errors[0] / errors[1]) == pytest.approx(tableau.order, abs=0.15)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_known_first_slope_is_not_evaluated_again(name):
+    tableau, calls = TABLEAUS[name], []
+
+    def field(t, x):
+        calls.append(t)
+        return torch.cos(x) + t
+
+    x = torch.rand(3, dtype=torch.float64)
+    fresh, seen = step(tableau, field, 0.5, 0.1, x)
+    assert len(calls) == len(tableau.b)
+    assert_close(calls, [0.5 + 0.1 * c for c in tableau.c])
+    calls.clear()
+    reused, again = step(tableau, field, 0.5, 0.1, x, first=seen.slopes[0])
+    assert len(calls) == len(tableau.b) - 1
+    assert_close(reused, fresh, rtol=0.0)
+    assert_close(torch.stack(again.slopes), torch.stack(seen.slopes), rtol=0.0)
+
+
+@pytest.mark.parametrize("name", ["bosh3", "dopri5"])
+def test_the_last_slope_is_the_first_of_the_next_step(name):
+    tableau = TABLEAUS[name]
+    x, seen = step(tableau, lambda t, x: torch.sin(x) * t, 0.5, 0.1, torch.rand(3, dtype=torch.float64))
+    assert_close(seen.points[-1], x, rtol=0.0)
+    assert_close(seen.slopes[-1], torch.sin(x) * seen.times[-1], rtol=0.0)
+    assert_close(combine(seen.points[0], 0.1, tableau.b, seen.slopes), x, rtol=1e-15)
+
+
+@given(shape=st.lists(st.integers(1, 3), max_size=3).map(tuple), name=st.sampled_from(METHODS), h=st.floats(-1, 1))
+def test_any_shape_forwards_and_backwards(shape, name, h):
+    x = torch.rand(shape, dtype=torch.float64)
+    moved, seen = step(TABLEAUS[name], lambda t, y: torch.full_like(y, 2.0), 0.0, h, x)
+    assert moved.shape == x.shape
+    assert_close(moved, x + 2 * h, rtol=1e-12, atol=1e-15)
+    assert all(point.shape == x.shape for point in seen.points)
+
+
+def test_each_problem_may_have_its_own_time():
+    t, x = torch.tensor([0.0, 1.0, 2.0]).double(), torch.rand(3).double()
+    tableau = TABLEAUS["rk4"]
+    together, _ = step(tableau, lambda t, x: x * t, t, 0.1, x)
+    for i in range(3):
+        assert_close(together[i], step(tableau, lambda t, x: x * t, float(t[i]), 0.1, x[i])[0], rtol=1e-15)
+
+
+def test_weighted_sums_skip_zero_weights_and_leave_their_terms_alone():
+    slopes = [torch.full((2,), v).double() for v in (1.0, torch.nan, 3.0)]
+    before = [slope.clone() for slope in slopes]
+    assert_close(weighted_sum(0.5, (2.0, 0.0, -1.0), slopes), [-0.5, -0.5])
+    assert_close(combine(torch.ones(2).double(), 0.5, (2.0, 0.0, -1.0), slopes), [0.5, 0.5])
+    for ours, theirs in zip(slopes, before, strict=True):
+        assert_close(ours, theirs)
+    with pytest.raises(ValueError, match="a sum without terms"):
+        weighted_sum(0.5, (0.0, 0.0), slopes[:2])
+
+
+def test_a_step_is_differentiable():
+    x = torch.rand(3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda x: step(TABLEAUS["dopri5"], lambda t, x: torch.sin(x) * t, 0.5, 0.3, x)[0], x
+    )
+
+
+def test_stages_see_the_points_of_the_scheme():
+    tableau, h = TABLEAUS["kutta3"], 0.2
+    x = torch.tensor([2.0]).double()
+    seen = stages(tableau, lambda t, x: x**2, 1.0, h, x)
+    k1 = 4.0
+    k2 = (2 + h / 2 * k1) ** 2
+    k3 = (2 - h * k1 + 2 * h * k2) ** 2
+    assert_close(torch.cat(seen.slopes), [k1, k2, k3], rtol=1e-14)

@@ -1,0 +1,441 @@
+"""SNOpt as a user meets it: one step in closed form, resuming bit for bit, frozen parts, every message."""
+
+import copy
+import io
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ocnopt.differential.kronecker import is_layer
+from ocnopt.errors import NonFiniteError, ProblemError
+from ocnopt.neural.neural_ode import NeuralODE
+from ocnopt.optim.snopt import SNOpt
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+class Field(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels + 1, channels, 3, padding=1)
+
+    def forward(self, t, x):
+        return torch.tanh(self.conv(torch.cat([x, t.expand(len(x), 1, *x.shape[2:])], 1)))
+
+
+class Net(nn.Module):
+    """A convolution in groups, a Neural ODE, a norm, a linear layer."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.stem = nn.Conv2d(2, 4, 3, groups=2, bias=False)
+        self.ode = NeuralODE(Field(4), **{"method": "rk4", "steps": 2, **options})
+        self.norm = nn.LayerNorm(4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.norm(self.ode(self.stem(x)).mean((2, 3))))
+
+
+def data(count=6):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(count, 5, 2, 5, 5, generator=generator), torch.randint(3, (count, 5), generator=generator)
+
+
+def train(model, optimizer, batches, scheduler=None):
+    losses = []
+    for x, y in batches:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+        losses.append(loss.item())
+    return losses
+
+
+def backward(model, x):
+    model.zero_grad()
+    model(x).square().sum(1).mean().backward()
+
+
+def quiet(model, lr=0.01, **options):
+    """An SNOpt that does not warn of the norm."""
+    with pytest.warns(UserWarning, match="first-order update"):
+        return SNOpt(model, lr, **options)
+
+
+def test_first_steps_of_a_linear_layer():
+    layer, x, lr, damping, momentum = nn.Linear(3, 2), torch.randn(7, 3), 0.02, 0.1, 0.8
+    optimizer = SNOpt(layer, lr, damping=damping, momentum=momentum)
+    z = torch.cat([x, torch.ones(7, 1)], 1)
+    W = torch.cat([layer.weight, layer.bias[:, None]], 1).detach().clone()
+    M = s = UA = UB = None
+    for k in range(3):
+        g = 2 * (z @ W.T)  # gradients of each sample's own loss
+        G = g.T @ z / 7
+        if k == 0:
+            (EA, UA), (EB, UB) = torch.linalg.eigh(z.T @ z), torch.linalg.eigh(g.T @ g)
+            s = torch.outer(EB, EA)
+            s, M = s * G.square().sum() / s.sum(), G
+        M = momentum * M + (1 - momentum) * G
+        s = 0.95 * s + 0.05 * (UB.T @ G @ UA) ** 2
+        W = W - lr * UB @ (UB.T @ M @ UA / torch.sqrt(s + damping * s.mean())) @ UA.T
+        backward(layer, x)
+        optimizer.step()
+        torch.testing.assert_close(torch.cat([layer.weight, layer.bias[:, None]], 1).detach(), W)
+
+
+def test_the_loss_falls():
+    model = Net()
+    optimizer = quiet(model, lr=0.02)
+    losses = train(model, optimizer, list(zip(*data(2), strict=True)) * 20)
+    assert losses[-1] < 0.3 * losses[0]
+
+
+@pytest.mark.parametrize("stop", [1, 4, 5, 6])
+def test_resuming_gives_an_unbroken_run_bit_for_bit(stop):
+    def make():
+        torch.manual_seed(3)
+        model = Net()
+        optimizer = quiet(model, refresh_every=6, weight_decay=1e-3)
+        return model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.7)
+
+    batches = list(zip(*data(8), strict=True))
+    model, optimizer, scheduler = make()
+    train(model, optimizer, batches, scheduler)
+    first, first_optimizer, first_scheduler = make()
+    train(first, first_optimizer, batches[:stop], first_scheduler)
+    file = io.BytesIO()
+    torch.save([part.state_dict() for part in (first, first_optimizer, first_scheduler)], file)
+    file.seek(0)
+    states = torch.load(file, weights_only=True)
+    resumed = make()
+    for part, state in zip(resumed, states, strict=True):
+        part.load_state_dict(state)
+    train(resumed[0], resumed[1], batches[stop:], resumed[2])
+    for a, b in zip(model.parameters(), resumed[0].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_loaded_state_is_a_copy_and_keeps_its_precision():
+    model = nn.Sequential(nn.Linear(3, 2)).to(torch.bfloat16)
+    optimizer = SNOpt(model, 0.01)
+    x = torch.randn(4, 3, dtype=torch.bfloat16)
+    backward(model, x)
+    optimizer.step()
+    state = optimizer.state_dict()
+    other = SNOpt(model, 0.01)
+    other.load_state_dict(state)
+    weight = model[0].weight
+    assert weight.dtype == torch.bfloat16
+    for key, value in optimizer.state[weight].items():
+        assert value.dtype == torch.float32
+        assert torch.equal(other.state[weight][key], value)
+        assert other.state[weight][key].data_ptr() != value.data_ptr()
+
+
+def test_the_state_of_another_optimiser_is_refused():
+    layer = nn.Linear(3, 2)
+    with pytest.raises(ProblemError, match=r"holds \['param_groups', 'state'\]; expected the state of an SNOpt"):
+        SNOpt(layer, 0.01).load_state_dict(torch.optim.Adam(layer.parameters()).state_dict())
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 65536.0])
+def test_the_scale_of_the_loss_does_not_matter(scale):
+    def run(factor, reduction):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+        optimizer, x = SNOpt(model, 0.01, reduction=reduction), torch.randn(5, 3)
+        for _ in range(7):
+            optimizer.zero_grad()
+            losses = model(x).square().sum(1)
+            (factor * (losses.mean() if reduction == "mean" else losses.sum())).backward()
+            optimizer.step()
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    torch.testing.assert_close(run(scale, "mean"), run(1.0, "mean"))
+    torch.testing.assert_close(run(scale, "sum"), run(1.0, "mean"))
+
+
+def test_weight_decay_is_a_term_of_the_loss():
+    def run(weight_decay):
+        torch.manual_seed(0)
+        model, x = nn.Linear(3, 2), torch.randn(4, 3)
+        optimizer = SNOpt(model, 0.01, weight_decay=weight_decay)
+        for _ in range(3):
+            backward(model, x)
+            if not weight_decay:
+                for p in model.parameters():
+                    p.grad += 0.5 * p.detach()
+            optimizer.step()
+        return model.weight.detach()
+
+    torch.testing.assert_close(run(0.5), run(0.0))
+
+
+def test_other_parameters_move_by_the_first_order_rule():
+    model = nn.LayerNorm(3)
+    with pytest.warns(UserWarning, match=r"get the first-order update: 'weight', 'bias'$"):
+        optimizer = SNOpt(model, 0.1, momentum=0.5)
+    before, x = model.weight.detach().clone(), torch.randn(4, 3)
+    backward(model, x)
+    first = model.weight.grad.clone()
+    optimizer.step()
+    torch.testing.assert_close(model.weight.detach(), before - 0.1 * first / (first.abs() + 1e-8))
+    before = model.weight.detach().clone()
+    backward(model, x)
+    second = model.weight.grad.clone()
+    optimizer.step()
+    root = torch.sqrt(0.95 * first**2 + 0.05 * second**2) + 1e-8
+    torch.testing.assert_close(model.weight.detach(), before - 0.1 * (first + second) / 2 / root)
+
+
+def test_a_closure_returns_the_loss():
+    layer, x = nn.Linear(3, 2), torch.randn(4, 3)
+    optimizer = SNOpt(layer, 0.01)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = layer(x).square().mean()
+        loss.backward()
+        return loss
+
+    first = optimizer.step(closure)
+    assert optimizer.step(closure) < first
+    assert "moments" in optimizer.state[layer.weight]
+
+
+def test_groups_have_their_own_options():
+    model, x = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)), torch.randn(4, 3)
+    groups = [{"params": [model[0].weight], "lr": 0.1}, {"params": [model[0].bias], "lr": 0.0}]
+    optimizer = SNOpt(model, 0.01, param_groups=groups)
+    before = copy.deepcopy(model)
+    backward(model, x)
+    optimizer.step()
+    assert not torch.equal(model[0].weight, before[0].weight)
+    assert torch.equal(model[0].bias, before[0].bias)
+    assert torch.equal(model[1].weight, before[1].weight)
+    optimizer.add_param_group({"params": model[1].parameters(), "lr": 0.2})
+    backward(model, x)
+    optimizer.step()
+    assert not torch.equal(model[1].weight, before[1].weight)
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+def test_frozen_parts_of_a_layer_stay(frozen):
+    layer, x = nn.Linear(3, 2), torch.randn(4, 3)
+    getattr(layer, frozen).requires_grad_(False)
+    before = {name: value.detach().clone() for name, value in layer.named_parameters()}
+    optimizer = SNOpt(layer, 0.01)
+    for _ in range(3):
+        backward(layer, x)
+        optimizer.step()
+    assert torch.equal(getattr(layer, frozen), before[frozen])
+    live = "bias" if frozen == "weight" else "weight"
+    assert not torch.equal(getattr(layer, live), before[live])
+    assert ("moments" in optimizer.state[layer.weight]) == (frozen == "bias")
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+def test_a_part_frozen_on_the_way_stays(frozen):
+    layer, x = nn.Linear(3, 2), torch.randn(4, 3)
+    optimizer = SNOpt(layer, 0.01)
+    backward(layer, x)
+    optimizer.step()
+    getattr(layer, frozen).requires_grad_(False)
+    before = getattr(layer, frozen).detach().clone()
+    layer.zero_grad(set_to_none=True)
+    for _ in range(2):
+        layer(x).square().sum(1).mean().backward()
+        optimizer.step()
+    assert torch.equal(getattr(layer, frozen), before)
+
+
+def test_a_frozen_layer_inside_a_field_is_left_alone():
+    model, x = Net(), torch.randn(3, 2, 5, 5)
+    model.ode.field.requires_grad_(False)
+    before = model.ode.field.conv.weight.clone()
+    optimizer = quiet(model)
+    backward(model, x)
+    optimizer.step()
+    assert torch.equal(model.ode.field.conv.weight, before)
+
+
+def test_everywhere_false_preconditions_fields_alone():
+    model = Net()
+    optimizer = SNOpt(model, 0.01, everywhere=False)
+    backward(model, torch.randn(3, 2, 5, 5))
+    optimizer.step()
+    preconditioned = {
+        layer for layer in model.modules() if is_layer(layer) and "moments" in optimizer.state[layer.weight]
+    }
+    assert preconditioned == {model.ode.field.conv}
+    with pytest.raises(ProblemError, match="everywhere=False met a model without a NeuralODE"):
+        SNOpt(nn.Linear(3, 2), 0.01, everywhere=False)
+
+
+def test_weights_shared_by_modules_get_the_first_order_update():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    with pytest.warns(UserWarning, match=r"shared by several modules.*: '0.weight', '0.bias', '1.bias'$"):
+        optimizer = SNOpt(model, 0.01)
+    backward(model, torch.randn(4, 3))
+    optimizer.step()
+    assert "squares" in optimizer.state[model[0].weight]
+
+
+def test_parametrised_weights_get_the_first_order_update():
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
+    with pytest.warns(UserWarning, match="'parametrizations.weight.original0'"):
+        optimizer = SNOpt(layer, 0.01)
+    backward(layer, torch.randn(4, 3))
+    optimizer.step()
+
+
+def test_a_layer_that_is_never_called_gets_the_first_order_update_and_a_warning():
+    class Uncalled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(3, 2)
+            self.calls = False
+
+        def forward(self, x):
+            return self.inner(x) if self.calls else x @ self.inner.weight.T + self.inner.bias
+
+    model, x = Uncalled(), torch.randn(4, 3)
+    optimizer = SNOpt(model, 0.01, refresh_every=1)
+    backward(model, x)
+    with pytest.warns(UserWarning, match="layer 'inner' received a gradient without a forward pass"):
+        optimizer.step()
+    backward(model, x)
+    optimizer.step()  # warned once
+    assert "squares" in optimizer.state[model.inner.weight]
+    model.calls = True
+    backward(model, x)
+    optimizer.step()
+    assert "moments" in optimizer.state[model.inner.weight]
+
+
+def test_nothing_watches_an_ordinary_iteration():
+    model = Net()
+    optimizer = quiet(model, refresh_every=100)
+    watched = []
+    for _ in range(12):
+        watched.append(any(module._forward_hooks for module in model.modules()) and bool(model.ode._observers))
+        backward(model, torch.randn(3, 2, 5, 5))
+        optimizer.step()
+    assert [k for k, watches in enumerate(watched) if watches] == [0, 5, 10]
+    assert not model._forward_pre_hooks
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_watched_model_can_be_copied():
+    model = Net()
+    optimizer = quiet(model)
+    copied = copy.deepcopy(model)
+    copied(torch.randn(3, 2, 5, 5)).sum().backward()
+    assert not optimizer._collector.take()
+
+
+def test_the_rest_beyond_the_leading_eigenvectors_moves_too(monkeypatch):
+    monkeypatch.setattr("ocnopt.optim.snopt.RANK", 2)
+    model = Net()
+    optimizer = quiet(model, lr=0.02)
+    losses = train(model, optimizer, list(zip(*data(2), strict=True)) * 20)
+    assert losses[-1] < 0.3 * losses[0]
+    assert optimizer.state[model.ode.field.conv.weight]["input_vectors"].shape == (1, 46, 2)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing(value):
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(4, 3)
+    optimizer = SNOpt(model, 0.01)
+    for _ in range(2):
+        backward(model, x)
+        optimizer.step()
+    before, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    backward(model, x)
+    model[2].weight.grad[0, 1] = value
+    with pytest.raises(
+        NonFiniteError, match=r"gradients of '2.weight' hold NaN or infinity at step 2; expected finite"
+    ):
+        optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for key, entry in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(part, state["state"][key][name]) for name, part in entry.items())
+    backward(model, x)
+    optimizer.step()
+
+
+def test_a_skipped_batch_with_nan_does_not_reach_the_factors():
+    model, x = nn.Linear(3, 2), torch.randn(4, 3)
+    optimizer = SNOpt(model, 0.01)
+    backward(model, x * torch.nan)
+    with pytest.raises(NonFiniteError):
+        optimizer.step()
+    backward(model, x * torch.nan)  # and one whose step was left out
+    backward(model, x)
+    optimizer.step()
+    assert optimizer.state[model.weight]["moments"].isfinite().all()
+
+
+def test_sparse_gradients_are_refused():
+    model = nn.Embedding(5, 2, sparse=True)
+    with pytest.warns(UserWarning, match="first-order"):
+        optimizer = SNOpt(model, 0.01)
+    model(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(ProblemError, match=r"gradients of 'weight' are sparse; expected dense ones"):
+        optimizer.step()
+
+
+def test_a_step_without_gradients_does_nothing():
+    layer = nn.Linear(3, 2)
+    before = layer.weight.detach().clone()
+    SNOpt(layer, 0.01).step()
+    assert torch.equal(layer.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1.0}, r"lr is -1.0; expected a number >= 0"),
+        ({"lr": None}, r"lr is None; expected a number >= 0"),
+        ({"momentum": 1.0}, r"momentum is 1.0; expected a number in \[0, 1\)"),
+        ({"weight_decay": math.inf}, r"weight_decay is inf; expected a number >= 0"),
+        ({"damping": -0.1}, r"damping is -0.1; expected a number >= 0"),
+        ({"refresh_every": 0}, r"refresh_every is 0; expected a whole number of at least 1, 100 by default"),
+        ({"refresh_every": 2.5}, r"refresh_every is 2.5; expected a whole number"),
+        ({"curvature": "emprical"}, r"curvature is 'emprical'; expected 'empirical'; did you mean 'empirical'"),
+        ({"reduction": "none"}, r"reduction is 'none'; expected 'mean' or 'sum'"),
+        (
+            {"param_groups": [{"params": [nn.Parameter(torch.ones(2))]}]},
+            r"a tensor of shape \(2,\) that is no parameter",
+        ),
+        ({"param_groups": [{"params": [], "lr": -2.0}]}, r"lr is -2.0"),
+    ],
+)
+def test_wrong_arguments(options, message):
+    layer = nn.Linear(3, 2)
+    if "param_groups" in options and not options["param_groups"][0]["params"]:
+        options["param_groups"][0]["params"] = [layer.weight]
+    with pytest.raises(ProblemError, match=message):
+        SNOpt(layer, **{"lr": 0.01, **options})
+
+
+def test_wrong_models():
+    with pytest.raises(ProblemError, match=r"model is generator; expected the nn.Module that is trained"):
+        SNOpt(nn.Linear(3, 2).parameters(), 0.01)
+    with pytest.raises(ProblemError, match="no trainable parameter"):
+        SNOpt(nn.Linear(3, 2).requires_grad_(False), 0.01)
+    with pytest.raises(ProblemError, match="cannot be observed"):
+        quiet(Net(adjoint="backprop"))
+
+
+def test_long_lists_of_names_are_cut():
+    model = nn.Sequential(*[nn.LayerNorm(2) for _ in range(6)])
+    with pytest.warns(UserWarning, match=r"'3.bias' and 4 more$"):
+        SNOpt(model, 0.01)
