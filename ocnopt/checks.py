@@ -258,19 +258,19 @@ def start(initial_state: Any, parameters: Any, dtype: torch.dtype) -> tuple[Tens
     return x0, p
 
 
-def finite_path(steps: Sequence[Tensor], cost: Tensor) -> None:
+def finite_path(steps: Sequence[Tensor], cost: Tensor, times: Tensor) -> None:
     """Refuse a first path that is not finite: ``steps`` are its states, or the gaps of an infeasible start.
 
     Raises:
-        NonFiniteError: names the step and the component.
+        NonFiniteError: names the function, the time and the component.
     """
     for k, x in enumerate(steps):
         if not bool(torch.isfinite(x).all()):
             index = first_non_finite(x)
             raise NonFiniteError(
-                f"dynamics led to {x[index].item()} in state component {index[-1]} at step {k} of {len(steps) - 1} of "
-                "the first path; expected finite states: pass initial_guess= (controls, or states for an infeasible "
-                "start), or take more steps"
+                f"dynamics led to {x[index].item()} in state component {index[-1]} at t = {float(times[k]):.6g} "
+                f"(node {k} of {len(times) - 1}) of the first path; expected finite states: pass initial_guess= "
+                "(controls, or states for an infeasible start), or take more steps"
             )
     if not bool(torch.isfinite(cost).all()):
         raise NonFiniteError(

@@ -160,6 +160,11 @@ class StagedOCP:
         """The control bounds of each of the N steps."""
         return [b for g, b in zip(self.groups, self.control_bounds, strict=True) for _ in range(g.start, g.stop)]
 
+    def times(self, p: Tensor) -> Tensor:
+        """Times of the nodes ``(..., N + 1)`` for p ``(..., q)``; step numbers where there is no continuous problem."""
+        numbers = torch.arange(self.steps + 1, dtype=p.dtype, device=p.device)
+        return numbers if self.origin is None else self.origin.times(self.steps, p)
+
     def advance(self, stage: Stage, k: Index, x: Tensor, u: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
         """One step: the next state and the stage's cost, shaped like ``x[..., 0]``."""
         if stage.joint is not None:
@@ -269,9 +274,8 @@ def transcribe(problem: OCP, steps: int, integrator: str = "rk4") -> StagedOCP:
         return combine(x, h, tableau.b, seen.slopes), combine(zero, h, [tableau.b[i] for i in used], costs)
 
     has_parameters = form.parameter_dim > 0
-    path = problem.path_constraint and _arity(
-        lambda k, x, u, p: form.path_constraint(time(k, x), x, u, p), has_parameters
-    )
+    along = problem.path_constraint and (lambda k, x, u, p: form.path_constraint(time(k, x), x, u, p))
+    path = along and _arity(along, has_parameters)
     end = problem.terminal_constraint and _arity(form.terminal_constraint, has_parameters)
     return StagedOCP(
         Stage(None, None, problem.control_dim, joint),

@@ -139,7 +139,7 @@ def start(problem: StagedOCP, wide: StagedOCP, guess: Guess) -> Iterate:
         gaps, cost = shoot(wide, states, guess.controls, wide.start_parameters())
         iterate = Iterate(states, list(guess.controls), cost, gaps, torch.zeros_like(cost))
     if not problem.batch_shape:
-        finite_path(iterate.states if iterate.gaps is None else iterate.gaps, iterate.cost)
+        finite_path(iterate.states if iterate.gaps is None else iterate.gaps, iterate.cost, problem.times(p))
     return iterate
 
 

@@ -231,20 +231,14 @@ def make_solution(
 ) -> Solution:
     """Collect results in a Solution's shapes; ``parameters (*batch, q)`` still hold T where the horizon is free."""
     form = problem.origin
-    if form is None:
-        times = torch.arange(problem.steps + 1, dtype=cost.dtype, device=cost.device).expand(*cost.shape, -1)
-        p, horizon = parameters, torch.full_like(cost, float(problem.steps))
-    else:
-        p, end = form.split(parameters)
-        horizon = end.expand(cost.shape)
-        times = form.times(problem.steps, parameters).expand(*cost.shape, -1)
+    p, end = (parameters, cost.new_tensor(float(problem.steps))) if form is None else form.split(parameters)
     same = len({group.stage.control_dim for group in problem.groups}) == 1
     return Solution(
-        times=times,
+        times=problem.times(parameters).expand(*cost.shape, -1),
         states=series(states),
         controls=series(controls),
         parameters=p,
-        horizon=horizon,
+        horizon=end.expand(cost.shape),
         cost=cost,
         converged=converged,
         iterations=iterations,

@@ -243,7 +243,7 @@ class TestFunctions:
     def test_wrong_signature(self):
         with pytest.raises(
             ProblemError,
-            match=r"dynamics\(t, x, u\) failed when called with .* shapes \(\), \(2,\), \(1,\): TypeError.*takes \(t, x, u\)",
+            match=r"dynamics\(t, x, u\) failed .* shapes \(\), \(2,\), \(1,\): TypeError.*takes \(t, x, u\)",
         ):
             make(lambda t, x: x)
         with pytest.raises(ProblemError, match=r"terminal_cost\(t, x, p\) failed .*that takes \(t, x, p\)"):

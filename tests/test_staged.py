@@ -337,8 +337,8 @@ class TestPaths:
         bounds = (torch.tensor([-1.0]).double(), torch.tensor([1.0]).double())
         law = FeedbackLaw(
             states=[torch.tensor([1.0, 2.0]).double()] * 2,
-            controls=[torch.tensor([0.1]).double()] * 2,
-            k=[torch.tensor([0.4]).double()] * 2,
+            controls=[torch.tensor([0.1], dtype=torch.float64)] * 2,
+            k=[torch.tensor([0.4], dtype=torch.float64)] * 2,
             K=[torch.tensor([[1.0, -1.0]]).double()] * 2,
             alpha=torch.tensor([[1.0], [0.5]]).double(),
             bounds=[None, bounds],

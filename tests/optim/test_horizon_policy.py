@@ -33,7 +33,7 @@ def make(**options):
 
 
 def losses(x, w):
-    """-log(4 - w.x): the Hessian is the outer product of the gradient, so the empirical Gauss-Newton matrix is exact."""
+    """-log(4 - w.x): its Hessian is the outer product of its gradient: empirical Gauss-Newton is exact."""
     return -torch.log(4 - x @ w)
 
 

@@ -432,7 +432,7 @@ def test_wrong_models():
     with pytest.raises(ProblemError, match="no trainable parameter"):
         SNOpt(nn.Linear(3, 2).requires_grad_(False), 0.01)
     with pytest.raises(ProblemError, match="cannot be observed"):
-        quiet(Net(adjoint="backprop"))
+        SNOpt(Net(adjoint="backprop"), 0.01)
 
 
 def test_long_lists_of_names_are_cut():

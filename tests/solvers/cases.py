@@ -1,0 +1,22 @@
+"""A problem that every test of DDP may use, and what it means to have converged."""
+
+import torch
+
+from ocnopt.ocp import OCP
+
+
+def swing(initial_state=(2.0, 0.0), **options):
+    """A pendulum that wants to be upright, short and coarse."""
+    settings = {"horizon": 1.5, "control_dim": 1} | options
+    return OCP(
+        lambda t, x, u: torch.stack([x[..., 1], torch.sin(x[..., 0]) + u[..., 0]], dim=-1),
+        lambda t, x, u: 1 - torch.cos(x[..., 0]) + 0.1 * x[..., 1] ** 2 + 0.1 * u[..., 0] ** 2,
+        lambda t, x: 5 * (1 - torch.cos(x[..., 0])) + x[..., 1] ** 2,
+        initial_state=initial_state,
+        **settings,
+    )
+
+
+def assert_converged(solution):
+    assert bool(solution.converged.all()), solution.status
+    assert float(solution.constraint_violation.max()) == 0.0
