@@ -294,7 +294,7 @@ def eigenbasis(samples: Samples, rank: int, old: Basis | None = None, keep: floa
 
     Args:
         samples: of one layer.
-        rank: how many eigenvectors of A to keep at most.
+        rank: how many eigenvectors of A to keep at most; if A is larger, 4 rank to 8 rank samples are enough.
         old: weighs ``keep`` in the average, the samples 1 - keep.
         keep: see ``old``.
 
@@ -302,8 +302,11 @@ def eigenbasis(samples: Samples, rank: int, old: Basis | None = None, keep: floa
     >>> eigenbasis(Samples(eye * torch.tensor([1.0, 3.0]), eye), rank=2).input.values
     tensor([[0.9000, 0.1000]])
     """
+    inputs = samples.inputs
+    if inputs.shape[2] > rank:
+        inputs = inputs[:, :: max(1, inputs.shape[1] // (4 * rank))]
     return Basis(
-        _leading(samples.inputs, rank, old and old.input, keep),
+        _leading(inputs, rank, old and old.input, keep),
         _leading(samples.gradients, samples.gradients.shape[-1], old and old.output, keep),
     )
 

@@ -47,6 +47,17 @@ class HorizonPolicy:
         ProblemError: an argument is wrong, or the horizon is not free.
 
     Source: Liu, Chen, Theodorou, "Second-order Neural ODE optimizer", arXiv 2109.14158.
+
+    >>> class Clock(torch.nn.Module):
+    ...     def forward(self, t, x):
+    ...         return torch.ones_like(x)
+    >>> ode = NeuralODE(Clock(), FreeHorizon(initial=1.0, lower=0.1, upper=3.0))
+    >>> policy = HorizonPolicy(ode, rule="adjoint", lr=0.25)
+    >>> x = torch.zeros(1, 1, requires_grad=True)
+    >>> ((ode(x) - 2) ** 2 / 2).sum().backward()  # x(T) = T, so dL/dT = T - 2
+    >>> policy.step()
+    >>> print(f"{float(ode.T):.4f}")
+    1.2500
     """
 
     def __init__(

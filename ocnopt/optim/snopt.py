@@ -42,6 +42,7 @@ from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.optim.arguments import check_choice, check_count, check_model, check_options, listed
 
 RANK = 128  # eigenvectors of A that are kept, at most
+WIDEST = 2048  # outputs of a layer (in a group) up to which B and its eigenbasis are affordable
 MOMENTS_DECAY = 0.95  # beta
 FACTORS_KEEP = 0.5  # share of the old factors in a refresh
 FIRST_GAP = 5  # the first refreshes come at steps 0, 5, 10, 20, 40, ...: the curvature changes fastest at the start
@@ -232,7 +233,8 @@ class SNOpt(torch.optim.Optimizer):
         if names:
             warnings.warn(
                 f"SNOpt preconditions the weights of {', '.join(kind.__name__ for kind in LAYERS)}; these parameters "
-                f"are of other kinds, or shared by several modules, and get the first-order update: {listed(names)}",
+                f"are of other kinds, shared by several modules or of more than {WIDEST} outputs, and get the "
+                f"first-order update: {listed(names)}",
                 stacklevel=3,
             )
 
@@ -363,7 +365,7 @@ def _is_live(parameter: Tensor) -> bool:
 
 
 def _blocks(model: nn.Module, trained: Collection[Tensor]) -> list[Block]:
-    """The layers whose weight is trained and belongs to them alone, with their bias if it is trained too."""
+    """The layers whose weight is trained, theirs alone and not too wide, with their bias if it is trained too."""
     layers = {name: module for name, module in model.named_modules() if is_layer(module)}
     owners: Counter[Tensor] = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
 
@@ -373,5 +375,5 @@ def _blocks(model: nn.Module, trained: Collection[Tensor]) -> list[Block]:
     return [
         Block(name, layer, layer.weight, layer.bias if is_own(layer.bias) else None)
         for name, layer in layers.items()
-        if is_own(layer.weight)
+        if is_own(layer.weight) and as_matrix(layer, layer.weight, None).shape[1] <= WIDEST
     ]

@@ -105,6 +105,22 @@ def test_indefinite_with_positive_diagonal():
     assert not bool(minimise_box(H, torch.ones(2, 1).double(), None)[1])
 
 
+@pytest.mark.parametrize("m", [1, 3])
+def test_curvature_along_an_entry_held_at_its_bound_does_not_count(m):
+    """The first entry sits at its upper bound and its gradient pushes outwards; there the function may be concave."""
+    H, G, lower, upper = draw(0, (), m, 2)
+    H, G, upper = H.clone(), G.clone(), upper.clone()
+    H[0, 0], G[0, 0], upper[0] = -5.0, -1.0, 0.0
+    K, fine = minimise_box(H, G, (lower, upper))
+    assert bool(fine)
+    assert_close(K[0], torch.zeros(3))
+    if m > 1:
+        others = minimise_box(H[1:, 1:], G[1:], (lower[1:], upper[1:]))[0]
+        assert_close(K[1:], others, rtol=1e-10, atol=1e-12)
+    G[0, 0] = 1.0
+    assert not bool(minimise_box(H, G, (lower, upper))[1])
+
+
 def test_nothing_to_choose():
     K, fine = minimise_box(torch.zeros(3, 0, 0), torch.zeros(3, 0, 5), None)
     assert K.shape == (3, 0, 5)

@@ -208,6 +208,19 @@ class TestBounds:
         assert solution.controls.flatten().tolist() == [1.0] * 5
         assert_converged(solution)
 
+    def test_a_concave_control_at_its_bound_does_not_keep_a_free_one_from_converging(self):
+        stage = Stage(
+            lambda k, x, u: x + 0.2 * u,
+            lambda k, x, u: 0.01 * (u**2).sum(-1) + torch.cosh(x[..., 1] - 0.3),
+            control_dim=2,
+        )
+        options = {"initial_state": [0.1, 1.0], "steps": 5, "control_bounds": (-1.0, 1.0)}
+        solution = solve(StagedOCP(stage, lambda x: -(x[..., 0] ** 2), **options))
+        assert_converged(solution)
+        assert_close(solution.controls[:, 0], torch.ones(5))
+        assert -1 < float(solution.controls[3, 1]) < 0
+        assert solution.iterations.item() < 20
+
     @settings(max_examples=8)
     @given(seed=st.integers(0, 1000), m=st.integers(1, 3))
     def test_convex_problems_against_scipy(self, seed, m):

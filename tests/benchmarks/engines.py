@@ -1,0 +1,97 @@
+"""Our Neural-ODE engine against torchdiffeq: forward and backward of one solve, stepped in turn.
+
+Time-independent fields, float32, every weight matrix doubled, loss mean(y(1)^2), gradients for the start and the
+parameters; dopri5, tolerances 1e-3. The gradient error is relative, against rk4 with 100 steps in float64.
+"""
+
+import copy
+from collections.abc import Callable
+from statistics import median
+from time import process_time
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ocnopt.neural.neural_ode import NeuralODE
+
+
+class Autonomous(nn.Module):
+    """A field that does not look at the time."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        """dx/dt."""
+        return self.net(x)
+
+
+class Engine(NamedTuple):
+    """One way to solve: its name, time over that of torchdiffeq's odeint_adjoint, gradient error."""
+
+    name: str
+    ratio: float
+    error: float
+    milliseconds: float
+
+
+def workloads() -> dict[str, tuple[nn.Module, Tensor]]:
+    """Name -> field and start."""
+    torch.manual_seed(0)
+    mlp = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 16))
+    conv = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1))
+    with torch.no_grad():
+        for parameter in (*mlp.parameters(), *conv.parameters()):
+            parameter.mul_(2.0 if parameter.ndim > 1 else 1.0)
+    return {"MLP": (Autonomous(mlp), torch.randn(128, 16)), "CONV": (Autonomous(conv), torch.randn(64, 32, 8, 8))}
+
+
+def gradients(field: nn.Module, start: Tensor, solve: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Gradients for the start and the parameters."""
+    x = start.clone().requires_grad_()
+    for parameter in field.parameters():
+        parameter.grad = None
+    solve(x).square().mean().backward()
+    return [x.grad, *(parameter.grad for parameter in field.parameters())]
+
+
+def solvers(field: nn.Module) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Name -> x(0) to x(1)."""
+    from torchdiffeq import odeint, odeint_adjoint
+
+    times = torch.tensor([0.0, 1.0])
+    control = {"rtol": 1e-3, "atol": 1e-3, "method": "dopri5"}
+    ours = {name: NeuralODE(field, adjoint=name) for name in ("discrete", "continuous", "backprop")}
+    return {
+        "torchdiffeq odeint_adjoint": lambda x: odeint_adjoint(field, x, times, **control)[-1],
+        "torchdiffeq odeint": lambda x: odeint(field, x, times, **control)[-1],
+        **{f"NeuralODE {name}": module for name, module in ours.items()},
+    }
+
+
+def reference(field: nn.Module, start: Tensor) -> list[Tensor]:
+    """Gradients in float64."""
+    double = copy.deepcopy(field).double()
+    return gradients(double, start.double(), NeuralODE(double, method="rk4", steps=100))
+
+
+def measure(field: nn.Module, start: Tensor, repeats: int = 15) -> list[Engine]:
+    """Ratios of the medians are avoided: every repeat gives a ratio of its own, and their median counts."""
+    ways, truth = solvers(field), reference(field, start)
+    size = torch.sqrt(sum(part.square().sum() for part in truth))
+    errors, ratios, times = {}, {name: [] for name in ways}, {name: [] for name in ways}
+    for repeat in range(repeats + 1):
+        spent = {}
+        for name, solve in ways.items():
+            began = process_time()
+            found = gradients(field, start, solve)
+            spent[name] = process_time() - began
+            errors[name] = float(
+                torch.sqrt(sum((a - b).square().sum() for a, b in zip(found, truth, strict=True))) / size
+            )
+        for name in ways if repeat else ():  # the first round warms up
+            ratios[name].append(spent[name] / spent["torchdiffeq odeint_adjoint"])
+            times[name].append(spent[name])
+    return [Engine(name, median(ratios[name]), errors[name], 1e3 * median(times[name])) for name in ways]

@@ -1,0 +1,105 @@
+"""What SNOpt refuses, and that it leaves everything as it was."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ocnopt.errors import NonFiniteError, ProblemError
+from ocnopt.optim.snopt import SNOpt
+from tests.optim.cases import Net, backward
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing(value):
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(4, 3)
+    optimizer = SNOpt(model, 0.01)
+    for _ in range(2):
+        backward(model, x)
+        optimizer.step()
+    before, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    backward(model, x)
+    model[2].weight.grad[0, 1] = value
+    with pytest.raises(
+        NonFiniteError, match=r"gradients of '2.weight' hold NaN or infinity at step 2; expected finite"
+    ):
+        optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for key, entry in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(part, state["state"][key][name]) for name, part in entry.items())
+    backward(model, x)
+    optimizer.step()
+
+
+def test_a_skipped_batch_with_nan_does_not_reach_the_factors():
+    model, x = nn.Linear(3, 2), torch.randn(4, 3)
+    optimizer = SNOpt(model, 0.01)
+    backward(model, x * torch.nan)
+    with pytest.raises(NonFiniteError):
+        optimizer.step()
+    backward(model, x * torch.nan)  # and one whose step was left out
+    backward(model, x)
+    optimizer.step()
+    assert optimizer.state[model.weight]["moments"].isfinite().all()
+
+
+def test_sparse_gradients_are_refused():
+    model = nn.Embedding(5, 2, sparse=True)
+    with pytest.warns(UserWarning, match="first-order"):
+        optimizer = SNOpt(model, 0.01)
+    model(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(ProblemError, match=r"gradients of 'weight' are sparse; expected dense ones"):
+        optimizer.step()
+
+
+def test_a_step_without_gradients_does_nothing():
+    layer = nn.Linear(3, 2)
+    before = layer.weight.detach().clone()
+    SNOpt(layer, 0.01).step()
+    assert torch.equal(layer.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1.0}, r"lr is -1.0; expected a number >= 0"),
+        ({"lr": None}, r"lr is None; expected a number >= 0"),
+        ({"momentum": 1.0}, r"momentum is 1.0; expected a number in \[0, 1\)"),
+        ({"weight_decay": math.inf}, r"weight_decay is inf; expected a number >= 0"),
+        ({"damping": -0.1}, r"damping is -0.1; expected a number >= 0"),
+        ({"refresh_every": 0}, r"refresh_every is 0; expected a whole number of at least 1, 100 by default"),
+        ({"refresh_every": 2.5}, r"refresh_every is 2.5; expected a whole number"),
+        ({"curvature": "emprical"}, r"curvature is 'emprical'; expected 'empirical'; did you mean 'empirical'"),
+        ({"reduction": "none"}, r"reduction is 'none'; expected 'mean' or 'sum'"),
+        (
+            {"param_groups": [{"params": [nn.Parameter(torch.ones(2))]}]},
+            r"a tensor of shape \(2,\) that is no parameter",
+        ),
+        ({"param_groups": [{"params": [], "lr": -2.0}]}, r"lr is -2.0"),
+    ],
+)
+def test_wrong_arguments(options, message):
+    layer = nn.Linear(3, 2)
+    if "param_groups" in options and not options["param_groups"][0]["params"]:
+        options["param_groups"][0]["params"] = [layer.weight]
+    with pytest.raises(ProblemError, match=message):
+        SNOpt(layer, **{"lr": 0.01, **options})
+
+
+def test_wrong_models():
+    with pytest.raises(ProblemError, match=r"model is generator; expected the nn.Module that is trained"):
+        SNOpt(nn.Linear(3, 2).parameters(), 0.01)
+    with pytest.raises(ProblemError, match="no trainable parameter"):
+        SNOpt(nn.Linear(3, 2).requires_grad_(False), 0.01)
+    with pytest.raises(ProblemError, match="cannot be observed"):
+        SNOpt(Net(adjoint="backprop"), 0.01)
+
+
+def test_long_lists_of_names_are_cut():
+    model = nn.Sequential(*[nn.LayerNorm(2) for _ in range(6)])
+    with pytest.warns(UserWarning, match=r"'3.bias' and 4 more$"):
+        SNOpt(model, 0.01)
