@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ocnopt.errors import NonFiniteError, ProblemError
 
@@ -21,6 +21,14 @@ _FLOAT32_CURE = (
     "a float32 tensor captured in a float64 problem is the usual cause: create it with dtype=torch.float64, or pass "
     "dtype=torch.float32"
 )
+
+
+_OPTIMISER_RANGES = {
+    "lr": "a number >= 0",
+    "momentum": "a number in [0, 1)",
+    "weight_decay": "a number >= 0",
+    "damping": "a number >= 0",
+}
 
 
 def nearest(name: str, options: Iterable[str]) -> str:
@@ -287,3 +295,45 @@ def no_constraints(problem: Any, solver: str) -> None:
                 f"the problem has a {name}; solver {solver!r} has no multipliers for it: use solver='casadi', or a "
                 "penalty in the cost"
             )
+
+
+def check_model(model: object) -> None:
+    """Refuse what is not a module with something to train."""
+    if not isinstance(model, nn.Module):
+        raise ProblemError(
+            f"model is {type(model).__name__}; expected the nn.Module that is trained, not its parameters: "
+            "SNOpt(model, lr=0.01)"
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ProblemError("the model has no trainable parameter; expected one or more with requires_grad=True")
+
+
+def check_choice(what: str, value: object, options: Sequence[str]) -> None:
+    """Refuse a word that is not one of the options."""
+    if value not in options:
+        offered = " or ".join(map(repr, options))
+        raise ProblemError(f"{what} is {value!r}; expected {offered}{nearest(str(value), options)}")
+
+
+def check_count(what: str, value: object, default: int) -> None:
+    """Refuse what is not a positive whole number."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ProblemError(f"{what} is {value!r}; expected a whole number of at least 1, {default} by default")
+
+
+def check_number(what: str, value: object, expected: str, below: float = math.inf, above: float = 0.0) -> None:
+    """Refuse what is not a number in ``[above, below)``."""
+    if not (isinstance(value, int | float) and above <= value < below):
+        raise ProblemError(f"{what} is {value!r}; expected {expected}")
+
+
+def check_options(group: Mapping[str, Any]) -> None:
+    """Refuse options of a parameter group that are out of range."""
+    for name, expected in _OPTIMISER_RANGES.items():
+        check_number(name, group[name], expected, below=1.0 if name == "momentum" else math.inf)
+
+
+def listed(names: Sequence[str]) -> str:
+    """At most eight names, and the number of the others."""
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(map(repr, names[:8])) + more

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from ocnopt.checks import check_choice, check_count, check_number
 from ocnopt.errors import NonFiniteError, ProblemError
 from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.ocp import FreeHorizon
-from ocnopt.optim.arguments import check_choice, check_count, check_number
 
 
 class HorizonPolicy:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ocnopt.checks import check_choice, check_count, check_model, check_options, listed
 from ocnopt.differential.kronecker import (
     LAYERS,
     Basis,
@@ -39,7 +40,6 @@ from ocnopt.differential.kronecker import (
 )
 from ocnopt.errors import NonFiniteError, ProblemError
 from ocnopt.neural.neural_ode import NeuralODE
-from ocnopt.optim.arguments import check_choice, check_count, check_model, check_options, listed
 
 RANK = 128  # eigenvectors of A that are kept, at most
 WIDEST = 2048  # outputs of a layer (in a group) up to which B and its eigenbasis are affordable

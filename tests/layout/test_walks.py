@@ -4,6 +4,7 @@ At most nine files each (checks, errors and tableaus aside), and no two files th
 """
 
 import torch
+from torch import Tensor, nn
 
 import ocnopt as oc
 from tests.layout.walk import Walk, walk
@@ -33,4 +34,31 @@ def test_from_a_problem_to_its_feedback_gains() -> None:
     path = walk(reach_soon)
     assert bool(path.result.converged)
     assert path.result.gains is not None
+    check(path)
+
+
+class Field(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 4))
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+def test_a_training_step_of_a_neural_ode() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), oc.NeuralODE(Field()), nn.Linear(4, 2))
+    inputs, targets = torch.randn(8, 3), torch.randint(0, 2, (8,))
+
+    def train() -> float:
+        optimizer = oc.SNOpt(model, lr=0.01)
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(inputs), targets)
+            loss.backward()
+            optimizer.step()
+        return loss.item()
+
+    path = walk(train)
+    assert path.result > 0
     check(path)

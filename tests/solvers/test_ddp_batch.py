@@ -20,11 +20,11 @@ def starts():
 
 class TestBatch:
     def test_64_problems_are_64_solves(self, starts):
-        together = solve(swing(starts, control_bounds=(-3.0, 2.0)), steps=12, integrator="euler")
+        together = solve(swing(starts, control_bounds=(-3.0, 2.0)), steps=8, integrator="euler")
         assert_converged(together)
         assert len(set(together.iterations.tolist())) > 3
         for i, x0 in enumerate(starts):
-            alone = solve(swing(x0, control_bounds=(-3.0, 2.0)), steps=12, integrator="euler")
+            alone = solve(swing(x0, control_bounds=(-3.0, 2.0)), steps=8, integrator="euler")
             assert_close(together.cost[i], alone.cost, rtol=1e-12)
             assert_close(together.states[i], alone.states, rtol=1e-8, atol=1e-9)
             assert_close(together.gains.K[i], alone.gains.K, rtol=1e-6, atol=1e-7)
