@@ -248,10 +248,10 @@ def times_in_order(times: Sequence[float]) -> None:
         )
 
 
-def start(initial_state: Any, parameters: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def start(initial_state: Any, parameters: Any, dtype: Any) -> tuple[Tensor, Tensor | None]:
     """Read x(t0) ``(*batch, n)`` and p ``(q,)``."""
-    if not dtype.is_floating_point:
-        raise ProblemError(f"dtype is {dtype}; expected a floating-point dtype such as torch.float64")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ProblemError(f"dtype is {dtype!r}; expected a floating-point dtype such as torch.float64")
     x0 = float_tensor("initial_state", initial_state, dtype)
     if x0.ndim == 0 or x0.shape[-1] == 0:
         raise ProblemError(f"initial_state has shape {shape(x0)}; expected (*batch, n) with n >= 1")

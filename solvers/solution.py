@@ -89,12 +89,12 @@ class Solution:
             Controls ``(..., m)``; k is the step that contains t, xbar is linear between the nodes.
 
         Raises:
-            ProblemError: x has another size, or sizes vary by stage.
+            ProblemError: x or t has another shape, or sizes vary by stage.
         """
         states, controls = self._tensor("states"), self._tensor("controls")
         if x.shape[-1] != states.shape[-1]:
             raise ProblemError(f"policy got a state of shape {tuple(x.shape)}; expected (..., {states.shape[-1]})")
-        t = torch.as_tensor(t, dtype=states.dtype, device=states.device).expand(self.times.shape[:-1])
+        t = self._per_problem(t)
         steps = controls.shape[-2]
         k = (torch.searchsorted(self.times.contiguous(), t[..., None].contiguous(), right=True)[..., 0] - 1).clamp(
             0, steps - 1
@@ -123,18 +123,21 @@ class Solution:
             convergence.
 
         Raises:
-            ProblemError: the solution was loaded from a file without its problem.
+            ProblemError: the state has another shape, or the solution was loaded from a file without its problem.
         """
         if self.problem is None:
             raise ProblemError("this solution has no problem to run; load it with oc.load_solution(path, problem=...)")
         x0 = torch.as_tensor(initial_state, dtype=self.cost.dtype, device=self.cost.device)
+        size = (*self.cost.shape, self.problem.state_dim)
+        if tuple(x0.shape) not in (size, size[-1:]):
+            raise ProblemError(
+                f"rollout got an initial state of shape {tuple(x0.shape)}; expected {size} or {size[-1:]}"
+            )
         nodes = self.times.movedim(-1, 0)
         p = self._full_parameters()
         after = None if disturbance is None else lambda k, x: x + disturbance(nodes[k + 1], x)
         with torch.no_grad():
-            path = rollout(
-                self.problem, lambda k, x: self.policy(nodes[k], x), x0.expand(*self.cost.shape, -1), p, after=after
-            )
+            path = rollout(self.problem, lambda k, x: self.policy(nodes[k], x), x0.expand(size), p, after=after)
         return Solution(
             times=self.times,
             states=series(path.states),
@@ -177,11 +180,27 @@ class Solution:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write everything but the problem's functions to one file, read again by ``oc.load_solution``."""
+        """Write everything but the problem's functions to one file, read again by ``oc.load_solution``.
+
+        Raises:
+            DataError: its folder does not exist.
+        """
         record = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("problem", "gains")}
         record["history"] = dict(self.history)
         record["gains"] = None if self.gains is None else tuple(self.gains)
+        if not Path(path).absolute().parent.is_dir():
+            raise DataError(f"{path} lies in no folder; expected one that exists: create {Path(path).parent} first")
         torch.save({"format": _FORMAT, **record}, path)
+
+    def _per_problem(self, t: float | Tensor) -> Tensor:
+        batch = tuple(self.cost.shape)
+        try:
+            return torch.as_tensor(t, dtype=self.times.dtype, device=self.times.device).expand(batch)
+        except RuntimeError as error:
+            raise ProblemError(
+                f"policy got times of shape {tuple(torch.as_tensor(t).shape)}; expected one number, or one for each problem, "
+                f"shape {batch}"
+            ) from error
 
     def _full_parameters(self) -> Tensor:
         """p as the discrete problem sees it: with T where the horizon was free."""

@@ -232,6 +232,12 @@ class TestArguments:
         with pytest.raises(ProblemError, match="parameter_bounds is given for a problem without such controls"):
             make(parameter_bounds=(0.0, 1.0))
 
+    def test_a_dtype_by_name(self):
+        with pytest.raises(
+            ProblemError, match="dtype is 'float32'; expected a floating-point dtype such as torch.float64"
+        ):
+            checks.start([1.0], None, "float32")
+
     def test_what_is_no_function(self):
         with pytest.raises(ProblemError, match="dynamics is NoneType; expected a function of plain torch code"):
             checks.callable_or_none("dynamics", None, required=True)

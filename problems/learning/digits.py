@@ -104,5 +104,5 @@ RECORD = LearningRecord(
     source="scikit-learn digits (UCI Optical Recognition of Handwritten Digits, CC BY 4.0)",
     batch_size=128,
     epochs=13,
-    learning_rates={"adam": 0.01, "sgd": 0.02, "snopt": 0.01},
+    learning_rates={"adam": 0.01, "sgd": 0.05, "snopt": 0.01},
 )

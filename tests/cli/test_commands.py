@@ -144,7 +144,7 @@ def test_compare_one_solver(run):
 def test_train_and_resume(run, tmp_path):
     code, output = run("train", "digits", *TRAIN, "--out", "here")
     assert code == 0
-    assert "Adam, learning rate 0.003, seed 0" in output
+    assert "Adam, learning rate 0.01, seed 0" in output
     folder = RunFolder.open(tmp_path / "here")
     assert len(folder.metrics()) == 3
     assert folder.load_checkpoint()["iteration"] == 3

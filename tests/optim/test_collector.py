@@ -198,10 +198,10 @@ def test_a_linear_layer_meets_samples_at_several_places():
 
 
 @pytest.mark.parametrize(
-    ("layer", "x"), [(nn.Linear(3, 2), torch.randn(3)), (nn.Conv2d(2, 3, 3), torch.randn(2, 4, 5))], ids=str
+    ("layer", "shape"), [(nn.Linear(3, 2), (3,)), (nn.Conv2d(2, 3, 3), (2, 4, 5))], ids=["linear", "convolution"]
 )
-def test_one_sample_without_a_batch_axis(layer, x):
-    layer, x = layer.double(), x.double()
+def test_one_sample_without_a_batch_axis(layer, shape):
+    layer, x = layer.double(), torch.randn(shape, dtype=torch.float64)
     (alone,) = gather(layer, lambda: layer(x).sum().backward()).values()
     (batch,) = gather(layer, lambda: layer(input=x[None]).sum().backward()).values()
     torch.testing.assert_close(alone, batch)

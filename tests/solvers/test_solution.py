@@ -131,6 +131,12 @@ class TestPolicy:
         with pytest.raises(oc.ProblemError, match=r"policy got a state of shape \(3,\); expected \(..., 2\)"):
             solution.policy(1.0, torch.zeros(3))
 
+    def test_too_many_times(self, solution):
+        with pytest.raises(
+            oc.ProblemError, match=r"policy got times of shape \(7,\); expected one number, or one for each"
+        ):
+            solution.policy(torch.zeros(7), solution.states[..., 0, :])
+
 
 class TestRollout:
     def test_from_the_same_state_it_is_the_same_path(self, solution):
@@ -170,6 +176,13 @@ class TestRollout:
         assert_close(torch.stack(seen, dim=-1), solution.times[..., 1:])
         first = solution.states[..., 1, :] + push * solution.times[..., 1, None]
         assert_close(moved.states[..., 1, :], first, rtol=1e-12)
+
+    @pytest.mark.parametrize("shape", [(3,), (7, 2), (2, 1)])
+    def test_a_start_of_another_shape(self, solution, shape):
+        with pytest.raises(
+            oc.ProblemError, match=r"rollout got an initial state of shape .*; expected \(.*2\) or \(2,\)"
+        ):
+            solution.rollout(torch.zeros(shape))
 
     def test_feedback_beats_open_loop(self):
         solution = solve(swing(), steps=STEPS)
@@ -236,6 +249,12 @@ class TestFiles:
             oc.ProblemError, match=r"no problem to run; load it with oc.load_solution\(path, problem=...\)"
         ):
             loaded.rollout(solution.states[..., 0, :])
+
+    def test_a_folder_that_does_not_exist(self, solution, tmp_path):
+        with pytest.raises(
+            oc.DataError, match="solution.pt lies in no folder; expected one that exists: create .*nowhere first"
+        ):
+            solution.save(tmp_path / "nowhere" / "solution.pt")
 
     def test_missing(self, tmp_path):
         with pytest.raises(oc.DataError, match=r"nothing.pt does not exist; expected a file written by Solution.save"):
