@@ -130,9 +130,8 @@ class Solution:
         x0 = torch.as_tensor(initial_state, dtype=self.cost.dtype, device=self.cost.device)
         size = (*self.cost.shape, self.problem.state_dim)
         if tuple(x0.shape) not in (size, size[-1:]):
-            raise ProblemError(
-                f"rollout got an initial state of shape {tuple(x0.shape)}; expected {size} or {size[-1:]}"
-            )
+            came, wanted = tuple(x0.shape), " or ".join(dict.fromkeys((str(size), str(size[-1:]))))
+            raise ProblemError(f"rollout got an initial state of shape {came}; expected {wanted}")
         nodes = self.times.movedim(-1, 0)
         p = self._full_parameters()
         after = None if disturbance is None else lambda k, x: x + disturbance(nodes[k + 1], x)
@@ -198,8 +197,8 @@ class Solution:
             return torch.as_tensor(t, dtype=self.times.dtype, device=self.times.device).expand(batch)
         except RuntimeError as error:
             raise ProblemError(
-                f"policy got times of shape {tuple(torch.as_tensor(t).shape)}; expected one number, or one for each problem, "
-                f"shape {batch}"
+                f"policy got times of shape {tuple(torch.as_tensor(t).shape)}; expected one number, or one for each "
+                f"problem, shape {batch}"
             ) from error
 
     def _full_parameters(self) -> Tensor:

@@ -169,8 +169,8 @@ def last_loss(metrics: Metrics, window: int) -> float:
         metrics: of one run.
         window: W; all lines where there are fewer.
     """
-    losses = [record["loss"] for record in metrics[-window:]]
-    return sum(losses) / len(losses)
+    losses = [record["loss"] for record in metrics]
+    return float(smooth(losses, min(window, len(losses)))[-1])
 
 
 def reaches(metrics: Metrics, target: float, window: int) -> tuple[int, float] | None:

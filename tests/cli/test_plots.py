@@ -89,3 +89,5 @@ def test_when_a_loss_is_reached():
     assert last_loss(metrics, 2) == pytest.approx((2 / 9 + 2 / 10) / 2)
     assert reaches(metrics, 1.5, 2) == (2, pytest.approx(0.1))
     assert reaches(metrics, 0.0, 2) is None
+    # a falling run meets its own end at its end, to the last digit
+    assert reaches(metrics, last_loss(metrics, 3), 3)[0] == 10

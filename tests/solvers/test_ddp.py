@@ -27,20 +27,22 @@ def solution():
 
 
 class TestKnownMinima:
-    @pytest.mark.parametrize("curvature", ["exact", "gauss_newton", "auto"])
+    """Curvature "auto" is compared with the same values for every solver, in tests/problems."""
+
+    @pytest.mark.parametrize("curvature", ["exact", "gauss_newton"])
     def test_pendulum(self, curvature):
         solution = solve(problems.control("pendulum_swing_up").build(), curvature=curvature)
         assert_converged(solution)
         assert_close(solution.cost, 2.8280299143, rtol=1e-9)
 
-    @pytest.mark.parametrize("curvature", ["exact", "gauss_newton", "auto"])
+    @pytest.mark.parametrize("curvature", ["exact", "gauss_newton"])
     def test_bounded_pendulum(self, curvature):
         solution = solve(problems.control("pendulum_swing_up_u5").build(), curvature=curvature)
         assert_converged(solution)
         assert_close(solution.cost, 4.7970766764, rtol=1e-9)
         assert float(solution.controls.abs().max()) == 5.0
 
-    @pytest.mark.parametrize("curvature", ["exact", "gauss_newton", "auto"])
+    @pytest.mark.parametrize("curvature", ["exact", "gauss_newton"])
     def test_cartpole(self, curvature):
         solution = solve(problems.control("cartpole_swing_up_soft").build(), curvature=curvature)
         assert_converged(solution)

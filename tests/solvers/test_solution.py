@@ -179,9 +179,7 @@ class TestRollout:
 
     @pytest.mark.parametrize("shape", [(3,), (7, 2), (2, 1)])
     def test_a_start_of_another_shape(self, solution, shape):
-        with pytest.raises(
-            oc.ProblemError, match=r"rollout got an initial state of shape .*; expected \(.*2\) or \(2,\)"
-        ):
+        with pytest.raises(oc.ProblemError, match=r"rollout got an initial state of shape .*; expected .*\(2,\)"):
             solution.rollout(torch.zeros(shape))
 
     def test_feedback_beats_open_loop(self):
