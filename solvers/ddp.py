@@ -150,12 +150,14 @@ def expand_and_sweep(
     models = expand_path(wide, iterate.states, iterate.controls, second_order=curvature != "gauss_newton")
     terminal = expand_terminal(wide, iterate.states[-1])
     direction = find_direction(problem, iterate, models, terminal, mu)
+    if curvature == "gauss_newton":
+        return direction
     # An infeasible path's costates belong to no trajectory: its exact curvature misleads more than it helps.
-    mixed = curvature == "auto" or (curvature == "exact" and iterate.gaps is not None)
-    if not mixed or bool(direction.solvable.all()):
+    keep = direction.solvable if curvature == "auto" else direction.solvable | (iterate.gap_size() == 0)
+    if bool(keep.all()):
         return direction
     convex = find_direction(problem, iterate, [model._replace(fww=None) for model in models], terminal, mu)
-    return direction.where(direction.solvable, convex)
+    return direction.where(keep, convex)
 
 
 def find_direction(
@@ -220,8 +222,8 @@ def _try(problem: StagedOCP, iterate: Iterate, direction: Direction, alphas: Ten
     infeasible, weight = iterate.gap_sum(), iterate.weight
     if left is not None:
         # twice the smallest weight for which the step descends on cost + weight * |gaps| (Nocedal and Wright, 18.36)
-        needed = 2 * (direction.linear + direction.quadratic.clamp_min(0)) / infeasible.clamp_min(1e-300)
-        weight = torch.maximum(weight, needed)
+        needed = 2 * (direction.linear + direction.quadratic.clamp_min(0)) / infeasible
+        weight = torch.where(infeasible > 0, torch.maximum(weight, needed), weight)
     slope = weight * infeasible - direction.linear
     actual = iterate.cost - path.cost + weight * alpha * infeasible
     # a step predicted to gain less than rounding is taken if it loses no more
@@ -255,6 +257,11 @@ class Monitor:
         self._report: Callable[[str], None] = print if progress else _silent
 
     @property
+    def sweeps(self) -> int:
+        """Sweeps that a line search has followed."""
+        return len(self._rows) - 1
+
+    @property
     def active(self) -> Tensor:
         """Problems that still move."""
         return ~(self.converged | self.failed | self._stuck)
@@ -277,13 +284,14 @@ class Monitor:
         down = torch.where(down < _MU_MIN, 0.0, down)
         small = (self._rows[-1][0] - iterate.cost).abs() <= rounding(iterate.cost)
         predicted = -(direction.linear + direction.quadratic) <= 1e3 * rounding(iterate.cost)
-        self._quiet = torch.where(moved & small & predicted, self._quiet + 1, 0)
+        # a sweep or search that failed on the way says nothing about progress
+        self._quiet = torch.where(moved, torch.where(small & predicted, self._quiet + 1, 0), self._quiet)
         self._restart = torch.where(moved & (self.mu > 0), self.mu / _DOWN, self._restart)
         self.mu = torch.where(active, torch.where(moved, down, up), self.mu)
         self._stuck = self._stuck | (active & (self.mu > _MU_MAX))
         self._rows.append((iterate.cost, step, self.mu))
         cost, size, mu = float(iterate.cost.mean()), float(step.mean()), float(self.mu.max())
-        self._report(f"{len(self._rows) - 1:4d}  cost {cost:.10g}  step {size:.3g}  mu {mu:.1e}")
+        self._report(f"{self.sweeps:4d}  cost {cost:.10g}  step {size:.3g}  mu {mu:.1e}")
 
     def history(self) -> dict[str, Tensor]:
         """cost, step and regularisation, ``(iterations + 1, ...)``, the start first."""
@@ -362,24 +370,16 @@ class DDP:
             wide = static_as_state(problem)
             iterate = start(problem, wide, guess)
             monitor = Monitor(iterate, self.regularisation, self.tolerance, progress)
-            direction = None
-            for _ in range(self.max_iterations):
-                direction = expand_and_sweep(problem, wide, iterate, monitor.mu, self.curvature)
-                if monitor.finished(iterate, direction):
-                    break
+            direction = expand_and_sweep(problem, wide, iterate, monitor.mu, self.curvature)
+            while not monitor.finished(iterate, direction) and monitor.sweeps < self.max_iterations:
                 iterate, step = line_search(wide, iterate, direction, active=monitor.active & direction.solvable)
                 monitor.record(iterate, direction, step)
+                direction = expand_and_sweep(problem, wide, iterate, monitor.mu, self.curvature)
         return _solution(problem, iterate, direction, monitor, time.perf_counter() - began)
 
 
-def _solution(
-    problem: StagedOCP, iterate: Iterate, direction: Direction | None, monitor: Monitor, seconds: float
-) -> Solution:
+def _solution(problem: StagedOCP, iterate: Iterate, direction: Direction, monitor: Monitor, seconds: float) -> Solution:
     q, n = problem.parameter_dim, [x.shape[-1] - problem.parameter_dim for x in iterate.states]
-    gains = costates = None
-    if direction is not None:
-        gains = (direction.k, [K[..., :size] for K, size in zip(direction.K, n, strict=False)])
-        costates = [costate[..., :size] for costate, size in zip(direction.costates, n, strict=True)]
     return make_solution(
         problem,
         states=[x[..., :size] for x, size in zip(iterate.states, n, strict=True)],
@@ -393,6 +393,6 @@ def _solution(
         wall_time=seconds,
         build_time=0.0,
         history=monitor.history(),
-        costates=costates,
-        gains=gains,
+        costates=[costate[..., :size] for costate, size in zip(direction.costates, n, strict=True)],
+        gains=(direction.k, [K[..., :size] for K, size in zip(direction.K, n, strict=False)]),
     )

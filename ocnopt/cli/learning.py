@@ -210,7 +210,7 @@ def draw_training(runs: Mapping[str, Sequence[Metrics]], folder: RunFolder, wind
         ),
         (
             plots.plot_loss_against_iteration(folder.plots / "loss-iteration.png", runs, window),
-            "Training loss against the iteration, and the field evaluations that each iteration took.",
+            "Training loss and field evaluations of an iteration, means as above.",
         ),
         (plots.plot_accuracy(folder.plots / "accuracy.png", runs), "Test accuracy after each epoch."),
     ]

@@ -146,13 +146,13 @@ def plot_loss_against_iteration(path: Path, runs: Mapping[str, Sequence[Metrics]
     _loss_curves(top, runs, window, "iteration")
     for _, seeds, look in _styled(runs):
         for metrics in seeds:
-            counts = [record["forward"] + record["backward"] for record in metrics]
+            counts = smooth([record["forward"] + record["backward"] for record in metrics], window)
             bottom.plot(_column(metrics, "iteration"), counts, **look, lw=1.1, alpha=_alpha(seeds))
     bottom.set_ylim(bottom=0)
     bottom.sharex(top)
     top.tick_params(labelbottom=False)
     _finish(top, "", f"training loss,\nmean of {window} batches" if window > 1 else "training loss")
-    _finish(bottom, "iteration", "field evaluations\n(forward + backward)")
+    _finish(bottom, "iteration", "field evaluations,\nforward + backward")
     _legend(figure, top, len(runs))
     return _write(figure, path)
 

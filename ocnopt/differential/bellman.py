@@ -113,6 +113,19 @@ def minimise_box(H: Tensor, G: Tensor, room: Bounds | None) -> tuple[Tensor, Ten
     Returns:
         [k  K] ``(..., m, 1 + n)`` and whether H was positive definite (the result is meaningless where it was not).
     """
+    K, fine = _minimise(H, G, room)
+    if room is None or bool(fine.all()):
+        return K, fine
+    # curvature along an entry that its gradient holds at a bound does not count (Tassa et al. 2014, eq. 15-16)
+    g = G[..., 0]
+    free = ~(((room[0] >= 0) & (g > 0)) | ((room[1] <= 0) & (g < 0)))
+    eye = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
+    held, solvable = _minimise(_restrict(H, free, eye), torch.where(free[..., None], G, 0.0), room)
+    return torch.where(fine[..., None, None], K, held), fine | solvable
+
+
+def _minimise(H: Tensor, G: Tensor, room: Bounds | None) -> tuple[Tensor, Tensor]:
+    """The same where H is positive definite."""
     m = G.shape[-2]
     if m == 0:
         return G, torch.ones(G.shape[:-2], dtype=torch.bool, device=G.device)

@@ -120,11 +120,13 @@ class TestRecord:
         )
 
     def test_open_gaps_are_in_the_status(self):
-        states = torch.linspace(3.0, 0.0, 21)[:, None] * torch.tensor([1.0, 0.0])
-        guess = {"states": states, "controls": torch.zeros(20, 1)}
-        solution = solve(swing([3.0, 0.0], control_bounds=(-0.1, 0.1)), steps=20, initial_guess=guess, max_iterations=1)
-        if float(solution.constraint_violation) > 0:
-            assert "gaps up to" in solution.status
+        states = torch.zeros(101, 4)
+        states[:, 1] = torch.linspace(0, math.pi, 101)
+        guess = {"states": states, "controls": torch.zeros(100, 1)}
+        solution = solve(problems.get("cartpole_swing_up_soft").build(), initial_guess=guess, max_iterations=1)
+        assert float(solution.history["step"][1]) < 1
+        assert float(solution.constraint_violation) > 0
+        assert "gaps up to" in solution.status
         assert not bool(solution.converged)
 
     def test_no_step_decreases_the_cost(self):
