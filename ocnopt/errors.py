@@ -21,4 +21,4 @@ class NonFiniteError(OcnoptError, ArithmeticError):
 
 
 class ConvergenceError(OcnoptError, RuntimeError):
-    """A solver stopped before its tolerance and the caller asked for ``strict=True``."""
+    """A solver stopped before its tolerance under ``strict=True``, or an ODE solve ran out of steps or evaluations."""

@@ -4,6 +4,7 @@ python -m tests.benchmarks [--quick] [--only iterations memory race engines cont
 """
 
 import argparse
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -56,23 +57,23 @@ def show_memory(quick: bool) -> None:
 def show_race(quick: bool) -> None:
     """Iterations to Adam's final loss."""
     rows = []
-    for seed in range(1 if quick else 3):
-        end = race.race(seed)
+    for lr, seed in itertools.product(race.ADAM_LRS, range(1 if quick else 3)):
+        end = race.race(seed, lr)
         reached = ["never", "-"] if end.iterations is None else [str(end.iterations), f"{end.time_ratio:.2f}"]
         rows.append(
             [
-                *(str(seed), f"{end.target:.4f}", str(race.ITERATIONS), str(end.adam_first), *reached),
+                *(f"{lr:g}", str(seed), f"{end.target:.4f}", str(race.ITERATIONS), str(end.adam_first), *reached),
                 *(f"{end.adam_evaluations:.1f}", f"{end.evaluations:.1f}"),
                 *(f"{end.adam_accuracy:.3f}", f"{end.accuracy:.3f}"),
             ]
         )
     show(
         "img: iterations to the training loss that tuned Adam ends with",
-        ["seed", "loss", "Adam", "first", "SNOpt", "time", "Adam eval", "SNOpt eval", "Adam acc", "SNOpt acc"],
+        ["lr", "seed", "loss", "Adam", "first", "SNOpt", "time", "Adam eval", "SNOpt eval", "Adam acc", "SNOpt acc"],
         rows,
-        "iterations of Adam, when Adam first was as low, and SNOpt's; loss of the whole training part, looked up every "
-        f"{race.EVALUATE_EVERY} iterations; time: SNOpt's over Adam's; eval: evaluations of the field per iteration; "
-        "acc: on the test part, SNOpt's when it reaches the loss",
+        "lr and iterations of Adam, when Adam first was as low, and SNOpt's; loss of the whole training part, looked "
+        f"up every {race.EVALUATE_EVERY} iterations; time: SNOpt's over Adam's; eval: evaluations of the field per "
+        "iteration; acc: on the test part, SNOpt's when it reaches the loss",
     )
 
 

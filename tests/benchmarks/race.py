@@ -1,8 +1,9 @@
 """Iterations and time until the training loss that tuned Adam ends with."""
 
+from functools import partial
 from typing import NamedTuple
 
-from tests.benchmarks.workload import EVALUATE_EVERY, ITERATIONS, Run, adam, batches, digits, snopt
+from tests.benchmarks.workload import ADAM_LRS, EVALUATE_EVERY, ITERATIONS, Run, adam, batches, digits, snopt
 
 
 class Finish(NamedTuple):
@@ -20,10 +21,10 @@ class Finish(NamedTuple):
     accuracy: float
 
 
-def race(seed: int, iterations: int = ITERATIONS, every: int = EVALUATE_EVERY) -> Finish:
+def race(seed: int, adam_lr: float = ADAM_LRS[0], iterations: int = ITERATIONS, every: int = EVALUATE_EVERY) -> Finish:
     """Train both in turn from the same weights on the same batches; losses are looked up outside the clock."""
     problem = digits()
-    first, second = Run(problem, adam, seed), Run(problem, snopt, seed)
+    first, second = Run(problem, partial(adam, lr=adam_lr), seed), Run(problem, snopt, seed)
     seen: list[tuple[int, float, float, int, float]] = []
     adam_losses: dict[int, float] = {}
     for k, batch in zip(range(1, iterations + 1), batches(problem, seed), strict=False):
