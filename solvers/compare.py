@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ocnopt.ocp import OCP
 from ocnopt.solvers.solution import Solution
-from ocnopt.solvers.solve import Solver, read_guess, solve
+from ocnopt.solvers.solve import Solver, make_solver, read_guess
 from ocnopt.staged import StagedOCP, transcribe
 
 
@@ -71,13 +71,10 @@ def compare(
     """
     staged = problem if isinstance(problem, StagedOCP) else transcribe(problem, steps, integrator)
     guess = read_guess(staged, initial_guess)
-    start = {"controls": guess.controls, "parameters": guess.parameters, "states": guess.states}
-    if staged.origin is not None and staged.origin.free:
-        start |= {"parameters": guess.parameters[..., :-1], "horizon": guess.parameters[..., -1]}
     solutions: dict[str, Solution] = {}
     rows: list[Row] = []
     for solver in solvers:
-        solution = solve(staged, solver, initial_guess=start)
+        solution = make_solver(solver, {}).solve(staged, guess)
         name = solver if isinstance(solver, str) else type(solver).__name__.lower()
         while name in solutions:
             name += "'"

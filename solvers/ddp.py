@@ -107,8 +107,6 @@ class Iterate(NamedTuple):
 
     def replace_where(self, mask: Tensor, other: "Iterate") -> "Iterate":
         """The other iterate where the mask holds."""
-        if not bool(mask.any()):
-            return self
         pick = picker(mask)
         gaps = None
         if self.gaps is not None and other.gaps is not None:
@@ -202,8 +200,9 @@ def line_search(problem: StagedOCP, iterate: Iterate, direction: Direction, acti
             break
         trial, accepted = _try(problem, iterate, direction, step.new_tensor(alphas))
         accepted = accepted & open_
-        chosen = accepted.to(torch.int8).argmax(0)
-        found = accepted.any(0)
+        chosen, found = accepted.to(torch.int8).argmax(0), accepted.any(0)
+        if not bool(found.any()):
+            continue
         step = torch.where(found, step.new_tensor(alphas)[chosen], step)
         iterate = iterate.replace_where(found, trial.select(chosen))
     return iterate, step

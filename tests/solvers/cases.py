@@ -1,4 +1,4 @@
-"""A problem that every test of DDP may use, and what it means to have converged."""
+"""Problems that several tests of solvers use, and what it means to have converged."""
 
 import torch
 
@@ -20,3 +20,14 @@ def swing(initial_state=(2.0, 0.0), **options):
 def assert_converged(solution):
     assert bool(solution.converged.all()), solution.status
     assert float(solution.constraint_violation.max()) == 0.0
+
+
+def scalar_lqr(**options):
+    return OCP(
+        lambda t, x, u: u,
+        lambda t, x, u: (x**2 + u**2).sum(-1),
+        initial_state=[1.0],
+        control_dim=1,
+        horizon=1.0,
+        **options,
+    )

@@ -14,19 +14,9 @@ from ocnopt.ocp import OCP
 from ocnopt.solvers.direct.casadi_solver import CasADi
 from ocnopt.solvers.solve import solve
 from ocnopt.staged import Stage, StagedOCP
+from tests.solvers.cases import scalar_lqr
 
 F64 = torch.float64
-
-
-def scalar_lqr(**options):
-    return OCP(
-        lambda t, x, u: u,
-        lambda t, x, u: (x**2 + u**2).sum(-1),
-        initial_state=[1.0],
-        control_dim=1,
-        horizon=1.0,
-        **options,
-    )
 
 
 def test_problems_that_are_discrete_from_the_start():

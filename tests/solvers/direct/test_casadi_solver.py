@@ -10,6 +10,7 @@ from ocnopt.errors import NonFiniteError
 from ocnopt.ocp import OCP, FreeHorizon, Horizon
 from ocnopt.solvers.solve import solve
 from ocnopt.staged import Stage, StagedOCP, transcribe
+from tests.solvers.cases import scalar_lqr
 
 F64 = torch.float64
 METHODS = ("multiple_shooting", "collocation")
@@ -17,17 +18,6 @@ METHODS = ("multiple_shooting", "collocation")
 
 def stack(*parts):
     return torch.stack(torch.broadcast_tensors(*parts), dim=-1)
-
-
-def scalar_lqr(**options):
-    return OCP(
-        lambda t, x, u: u,
-        lambda t, x, u: (x**2 + u**2).sum(-1),
-        initial_state=[1.0],
-        control_dim=1,
-        horizon=1.0,
-        **options,
-    )
 
 
 def two_masses():
