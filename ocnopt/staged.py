@@ -6,13 +6,13 @@ Shapes: x ``(*extra, *batch, n)``, u ``(*extra, *batch, m)``, p ``(*extra, *batc
 stage serves all N steps, k is an integer tensor that broadcasts against ``x[..., 0]``, so that many steps are evaluated
 at once; in a sequence of stages k is an int.
 
-A static control is a state whose first value is free: :func:`static_as_state` appends p to x, and a backward pass over
-states and staged controls needs nothing else.
+A static control is a state whose first value is free: :class:`ocnopt.steps.Widened` appends p to x, and a backward pass
+over states and staged controls needs nothing else.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,6 +93,8 @@ class StagedOCP:
     initial_guess: Any
     dtype: torch.dtype
     origin: Lifted | None
+    state_sizes: tuple[int, ...]
+    """n at each of the N + 1 nodes."""
 
     def __init__(
         self,
@@ -127,8 +129,8 @@ class StagedOCP:
         put(self, "initial_guess", initial_guess)
         put(self, "dtype", dtype)
         put(self, "origin", origin)
-        if origin is None:
-            _check(self)
+        n = x0.shape[-1]
+        put(self, "state_sizes", _check(self) if origin is None else (n,) * (self.steps + 1))
 
     @property
     def steps(self) -> int:
@@ -204,17 +206,20 @@ def _groups(stages: Stage | Sequence[Stage], steps: int | None) -> tuple[Group, 
     return tuple(Group(stage, k, k + 1, single=True) for k, stage in enumerate(stages))
 
 
-def _check(problem: StagedOCP) -> None:
-    """Walk once along the stages with zero controls, clipped to their bounds, and check what every function returns."""
+def _check(problem: StagedOCP) -> tuple[int, ...]:
+    """Walk along the stages with zero controls, clipped to their bounds, check what all functions return; the sizes."""
     x, p = problem.initial_state, problem.start_parameters()
     static = {} if problem.parameters is None else {"p": p}
+    sizes = [x.shape[-1]]
     for group, bounds in zip(problem.groups, problem.control_bounds, strict=True):
         u = x.new_zeros((*problem.batch_shape, group.stage.control_dim))
         k: Index = group.start if group.single else torch.tensor(group.start, device=x.device)
         arguments = {"k": k, "x": x, "u": u if bounds is None else u.clamp(*bounds)}
         x = _check_stage(problem, group, {**arguments, **(static if group.stage.joint is None else {"p": p})})
+        sizes += [x.shape[-1]] * (group.stop - group.start)
     if problem.terminal_cost is not None:
         _check_function(problem, "terminal_cost", problem.terminal_cost, {"x": x, **static})
+    return tuple(sizes)
 
 
 def _check_stage(problem: StagedOCP, group: Group, arguments: dict[str, Any]) -> Tensor:
@@ -298,102 +303,3 @@ def _arity(function: Function, has_parameters: bool) -> Function:
     if has_parameters:
         return function
     return lambda *arguments: function(*arguments, arguments[-1].new_zeros(0))
-
-
-def static_as_state(problem: StagedOCP) -> StagedOCP:
-    """The same problem with the state (x, p) and p_{k+1} = p_k; its initial state holds the first guess of p."""
-    q = problem.parameter_dim
-    if q == 0:
-        return problem
-
-    def widen(stage: Stage) -> Stage:
-        def joint(k: Index, z: Tensor, u: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
-            x, p = z[..., :-q], z[..., -q:]
-            x_next, cost = problem.advance(stage, k, x, u, p)
-            return torch.cat([x_next, p], dim=-1), cost
-
-        return Stage(None, None, stage.control_dim, joint)
-
-    wide = object.__new__(StagedOCP)
-    for name in StagedOCP.__dataclass_fields__:
-        object.__setattr__(wide, name, getattr(problem, name))
-    cache = {id(group.stage): widen(group.stage) for group in problem.groups}
-    groups = tuple(Group(cache[id(g.stage)], g.start, g.stop, g.single) for g in problem.groups)
-    object.__setattr__(wide, "groups", groups)
-    object.__setattr__(wide, "initial_state", torch.cat([problem.initial_state, problem.start_parameters()], dim=-1))
-    object.__setattr__(wide, "parameters", None)
-    object.__setattr__(wide, "parameter_bounds", None)
-    object.__setattr__(wide, "terminal_cost", lambda z: problem.terminal(z[..., :-q], z[..., -q:]))
-    return wide
-
-
-class Path(NamedTuple):
-    """States x_0..x_N, controls u_0..u_{N-1} and the cost, stage by stage because sizes may vary."""
-
-    states: list[Tensor]
-    controls: list[Tensor]
-    cost: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class FeedbackLaw:
-    """u_k = clip(ubar_k + alpha k_k + K_k (x - xbar_k)); alpha has the leading axes that the step sizes need."""
-
-    states: Sequence[Tensor]
-    controls: Sequence[Tensor]
-    k: Sequence[Tensor]
-    K: Sequence[Tensor]
-    alpha: Tensor
-    bounds: Sequence[checks.Bounds | None]
-
-    def __call__(self, k: int, x: Tensor) -> Tensor:
-        """The control at step k in state x."""
-        feedback = (self.K[k] @ (x - self.states[k])[..., None])[..., 0]
-        u = self.controls[k] + self.alpha * self.k[k] + feedback
-        bound = self.bounds[k]
-        return u if bound is None else u.clamp(*bound)
-
-
-def rollout(
-    problem: StagedOCP,
-    policy: Callable[[int, Tensor], Tensor] | Sequence[Tensor],
-    x0: Tensor,
-    p: Tensor | None = None,
-    gaps: Sequence[Tensor] | None = None,
-    after: Callable[[int, Tensor], Tensor] | None = None,
-) -> Path:
-    """Walk along the stages with ``u_k = policy(k, x_k)``, or with given controls.
-
-    The next state is f(x_k, u_k) - gap_k where ``gaps`` are given; ``after(k, x_next)`` may move it (a disturbance).
-    """
-    p = problem.start_parameters() if p is None else p
-    states, controls = [x0], []
-    cost = x0.new_zeros(x0.shape[:-1])
-    for group in problem.groups:
-        for k in range(group.start, group.stop):
-            u = policy(k, states[-1]) if callable(policy) else policy[k]
-            x_next, stage_cost = problem.advance(group.stage, _index(group, k, x0), states[-1], u, p)
-            x_next = x_next if gaps is None else x_next - gaps[k]
-            states.append(x_next if after is None else after(k, x_next))
-            controls.append(u)
-            cost = cost + stage_cost
-    return Path(states, controls, cost + problem.terminal(states[-1], p))
-
-
-def shoot(
-    problem: StagedOCP, states: Sequence[Tensor], controls: Sequence[Tensor], p: Tensor
-) -> tuple[list[Tensor], Tensor]:
-    """Start every stage at its own given state: the gaps f(x_k, u_k) - x_{k+1} and the cost of the broken path."""
-    gaps: list[Tensor] = []
-    cost = problem.terminal(states[-1], p)
-    for group in problem.groups:
-        for k in range(group.start, group.stop):
-            x_next, stage_cost = problem.advance(group.stage, _index(group, k, states[k]), states[k], controls[k], p)
-            gaps.append(x_next - states[k + 1])
-            cost = cost + stage_cost
-    return gaps, cost
-
-
-def _index(group: Group, k: int, like: Tensor) -> Index:
-    """Step k as a stage's functions expect it."""
-    return k if group.single or group.stage.joint is not None else torch.tensor(k, device=like.device)

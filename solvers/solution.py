@@ -4,7 +4,7 @@ Shapes: ``...`` is the problem's batch shape; N steps, n states, m controls, q p
 sizes vary from stage to stage, ``states``, ``controls``, ``costates`` and gains are tuples, one tensor a node or step.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ocnopt.errors import DataError, ProblemError
-from ocnopt.staged import StagedOCP, rollout
+from ocnopt.staged import StagedOCP
+from ocnopt.steps import rollout
 
 Series = Tensor | tuple[Tensor, ...]
 _FORMAT = 1
@@ -222,19 +223,21 @@ def _pick(values: Tensor, k: Tensor, tail: int) -> Tensor:
     return torch.gather(values, axis, index).squeeze(axis)
 
 
-def series(values: list[Tensor]) -> Series:
-    """Stack along the time axis, behind the batch; a tuple where sizes vary."""
+def series(values: Tensor | Sequence[Tensor]) -> Series:
+    """The time axis, in front till now, behind the batch; a tuple where sizes vary."""
+    if isinstance(values, Tensor):
+        return values.movedim(0, -2)
     core = {tuple(value.shape) for value in values}
     if len(core) != 1:
         return tuple(values)
-    return torch.stack(values, dim=-2)
+    return torch.stack(list(values), dim=-2)
 
 
 def make_solution(
     problem: StagedOCP,
     *,
-    states: list[Tensor],
-    controls: list[Tensor],
+    states: Tensor | Sequence[Tensor],
+    controls: Tensor | Sequence[Tensor],
     parameters: Tensor,
     cost: Tensor,
     converged: Tensor,
@@ -244,8 +247,8 @@ def make_solution(
     wall_time: float,
     build_time: float,
     history: Mapping[str, Tensor],
-    costates: list[Tensor] | None = None,
-    gains: tuple[list[Tensor], list[Tensor]] | None = None,
+    costates: Tensor | Sequence[Tensor] | None = None,
+    gains: tuple[Tensor | Sequence[Tensor], Tensor | Sequence[Tensor]] | None = None,
 ) -> Solution:
     """Collect results in a Solution's shapes; ``parameters (*batch, q)`` still hold T where the horizon is free."""
     form = problem.origin
@@ -272,9 +275,11 @@ def make_solution(
     )
 
 
-def _matrices(values: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
-    """Stack (..., m, n) along the time axis in front of the matrix axes."""
-    return torch.stack(values, dim=-3) if len({tuple(v.shape) for v in values}) == 1 else tuple(values)
+def _matrices(values: Tensor | Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
+    """The time axis in front of the matrix axes (..., m, n)."""
+    if isinstance(values, Tensor):
+        return values.movedim(0, -3)
+    return torch.stack(list(values), dim=-3) if len({tuple(v.shape) for v in values}) == 1 else tuple(values)
 
 
 def load_solution(path: str | Path, problem: StagedOCP | None = None) -> Solution:

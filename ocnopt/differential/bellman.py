@@ -1,8 +1,8 @@
-r"""The Bellman sweep: staged controls minimised out, stage by stage, from the end.
+r"""The Bellman sweep: staged controls minimised out, step by step, from the end.
 
 In homogeneous coordinates (1, dx) the cost-to-go is one symmetric matrix V: twice the predicted change of cost in
-its corner, V_x beside it, V_xx below. A stage is F and L (see :mod:`ocnopt.expansion`). Splitting (1, dx, du) into
-s = (1, dx) and u, a stage's step reads
+its corner, V_x beside it, V_xx below. A step is F and L (see :mod:`ocnopt.steps`). Splitting (1, dx, du) into s = (1,
+dx) and u, the sweep over a step reads
 
     Q   = L + F^T V' F          (+ V'_x . f_ww on the block of w, exact curvature)
     K   = argmin over du = K s in the box of  du^T Q_us s + 1/2 du^T (Q_uu + mu I) du,   K = [k  K]
@@ -13,31 +13,37 @@ alpha k, K) the cost changes by alpha * linear + alpha^2 * quadratic to second o
 and k, so the linear part needs the plain gradient under the feedback beside it: the row J = (linear, J_x) with J = j_s
 + K^T j_u, j = (0, l_w) + F^T J'.
 
-Static controls are part of the state here and need no line of their own until the first stage, where
-:func:`minimise_start` chooses them.
+Static controls are part of the state here and need no line of their own until the first step, where
+:func:`minimise_start` chooses them. Nothing here asks the values which way to go, so that a GPU never waits for its
+host; the one exception is the box of three or more controls.
 
 Shapes, the batch in front: V ``(1 + n, 1 + n)``, K ``(m, 1 + n)``, J ``(1 + n)``; mu has the batch shape. Source:
 Tassa, Mansard and Todorov, "Control-limited differential dynamic programming", ICRA 2014; Mastalli et al., "Crocoddyl",
 ICRA 2020 (gaps).
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ocnopt.checks import Bounds
-from ocnopt.expansion import StageModel, TerminalModel
+from ocnopt.differential.sweep import sweep
+from ocnopt.steps import Path, StepModels, Widened
 
 # Projected Newton on the box: iterations allowed, and the step sizes tried at once.
 _MAX_ITERATIONS = 50
 _STEPS = tuple(0.5**i for i in range(8))
 
 
-class BellmanStage(NamedTuple):
-    """What one step of the sweep needs: the model, how far u may still move, and mu I."""
+class BellmanStep(NamedTuple):
+    """What the sweep needs at step k: its model, c . f_ww, how far u may still move, and mu I."""
 
-    model: StageModel
+    F: Tensor
+    L: Tensor
+    curvature: Callable[[Tensor], Tensor] | None
     room: Bounds | None
     damping: Tensor
 
@@ -60,33 +66,80 @@ class CostToGo(NamedTuple):
         return 0.5 * self.V[..., 0, 0] - self.J[..., 0]
 
 
-class StageGains(NamedTuple):
-    """``K (m, 1 + n)`` = [k  K], and J_x at the stage's start: the costate where the path is optimal."""
+class StepGains(NamedTuple):
+    """``K (m, 1 + n)`` = [k  K], and J_x at the step's start: the costate where the path is optimal."""
 
     K: Tensor
     costate: Tensor
 
 
-def terminal_value(model: TerminalModel) -> CostToGo:
-    """V at the end of the path."""
-    return CostToGo(model.L, model.L[..., 0, :], torch.ones_like(model.value, dtype=torch.bool))
+class Direction(NamedTuple):
+    """What a sweep finds, time in front: gains, costates, the step dp of the static controls, the predicted change.
+
+    k ``(N, *lead, m)``, K ``(N, *lead, m, n)``, costates ``(N + 1, *lead, n)``, dp ``(*lead, q)``. With a step of size
+    alpha the cost changes by alpha * linear + alpha^2 * quadratic, both ``(*lead)``, where ``solvable``.
+    """
+
+    k: Tensor
+    K: Tensor
+    costates: Tensor
+    dp: Tensor
+    linear: Tensor
+    quadratic: Tensor
+    solvable: Tensor
 
 
-def bellman_step(stage: BellmanStage, value: CostToGo) -> tuple[CostToGo, StageGains]:
-    """Carry V over one stage and read out its gains."""
-    n, F, L, fww = stage.model
+def sweep_path(wide: Widened, path: Path, models: StepModels, terminal: Tensor, mu: Tensor) -> Direction:
+    """Sweep backwards over the models of a path, then minimise over the static controls."""
+    damping = mu[..., None, None] * torch.eye(wide.m, dtype=mu.dtype, device=mu.device)
+    rooms = _rooms(wide, path)
+    steps = [
+        BellmanStep(F, L, models.curvature and partial(models.curvature, k), room, damping)
+        for k, (F, L, room) in enumerate(zip(models.F.unbind(0), models.L.unbind(0), rooms, strict=True))
+    ]
+    end = CostToGo(terminal, terminal[..., 0, :], torch.ones_like(path.cost, dtype=torch.bool))
+    value, gains = sweep(bellman_step, steps, end)
+    K = torch.stack([gain.K for gain in gains])
+    dp = path.states[0][..., :0]
+    if wide.q:
+        p, damping = path.states[0][..., -wide.q :], mu[..., None, None] * torch.eye(wide.q).to(mu)
+        dp, value = minimise_start(value, wide.q, damping, _room(wide.parameter_bounds, p))
+    return Direction(
+        k=K[..., 0],
+        K=K[..., 1:],
+        costates=torch.stack([*(gain.costate for gain in gains), terminal[..., 0, 1:]]),
+        dp=dp,
+        linear=value.linear,
+        quadratic=value.quadratic,
+        solvable=value.solvable & torch.isfinite(value.linear),
+    )
+
+
+def _room(bounds: Bounds | None, value: Tensor) -> Bounds | None:
+    return None if bounds is None else (bounds[0] - value, bounds[1] - value)
+
+
+def _rooms(wide: Widened, path: Path) -> list[Bounds] | list[None]:
+    """How far the controls of each step may move."""
+    if wide.control_bounds is None:
+        return [None] * wide.steps
+    lower, upper = (side.reshape(wide.steps, *(1,) * path.cost.ndim, wide.m) for side in wide.control_bounds)
+    return list(zip((lower - path.controls).unbind(0), (upper - path.controls).unbind(0), strict=True))
+
+
+def bellman_step(step: BellmanStep, value: CostToGo) -> tuple[CostToGo, StepGains]:
+    """Carry V over one step and read out its gains."""
+    F, L, s = step.F, step.L, step.L.shape[-1] - step.damping.shape[-1]
     VF = value.V @ F
     Q = L + F.mT @ VF
-    if fww is not None:
-        curvature = (VF[..., None, 1:, 0] @ fww.flatten(-2)).reshape(fww.shape[:-3] + fww.shape[-2:])
-        Q[..., 1:, 1:] += curvature
-    s = n + 1
+    if step.curvature is not None:
+        Q[..., 1:, 1:] += step.curvature(VF[..., 1:, 0])
     Qus, Quu = Q[..., s:, :s], Q[..., s:, s:]
-    K, fine = minimise_box(Quu + stage.damping, Qus, stage.room)
+    K, fine = minimise_box(Quu + step.damping, Qus, step.room)
     cross = K.mT @ (Qus + 0.5 * (Quu @ K))
     j = L[..., 0, :] + (F.mT @ value.J[..., None])[..., 0]
     J = j[..., :s] + (K.mT @ j[..., s:, None])[..., 0]
-    return CostToGo(Q[..., :s, :s] + cross + cross.mT, J, value.solvable & fine), StageGains(K, J[..., 1:])
+    return CostToGo(Q[..., :s, :s] + cross + cross.mT, J, value.solvable & fine), StepGains(K, J[..., 1:])
 
 
 def minimise_start(value: CostToGo, q: int, damping: Tensor, room: Bounds | None) -> tuple[Tensor, CostToGo]:
@@ -102,8 +155,8 @@ def minimise_start(value: CostToGo, q: int, damping: Tensor, room: Bounds | None
 def minimise_box(H: Tensor, G: Tensor, room: Bounds | None) -> tuple[Tensor, Tensor]:
     r"""Minimise d^T (g + H_x x) + 1/2 d^T H d over lower <= d <= upper at x = 0, with the minimiser's response to x.
 
-    Projected Newton steps (Bertsekas 1982; Tassa et al. 2014, section III). d = k + K x with K = -H_ff^-1 H_x on the
-    free entries, zero on the clamped.
+    d = k + K x with K = -H_ff^-1 H_x on the free entries, zero on the clamped. One entry is clamped, two take the best
+    point of four edges, more are found by projected Newton steps (Bertsekas 1982; Tassa et al. 2014, section III).
 
     Args:
         H: ``(..., m, m)``; the leading axes are independent problems.
@@ -113,58 +166,56 @@ def minimise_box(H: Tensor, G: Tensor, room: Bounds | None) -> tuple[Tensor, Ten
     Returns:
         [k  K] ``(..., m, 1 + n)`` and whether H was positive definite (the result is meaningless where it was not).
     """
-    K, fine = _minimise(H, G, room)
-    if room is None or bool(fine.all()):
-        return K, fine
+    m, fine = G.shape[-2], _positive_definite(H)
+    if room is None or m == 0:
+        return -_solve(H, G) if m else G, fine
     # curvature along an entry that its gradient holds at a bound does not count (Tassa et al. 2014, eq. 15-16)
-    g = G[..., 0]
-    free = ~(((room[0] >= 0) & (g > 0)) | ((room[1] <= 0) & (g < 0)))
-    eye = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
-    held, solvable = _minimise(_restrict(H, free, eye), torch.where(free[..., None], G, 0.0), room)
-    return torch.where(fine[..., None, None], K, held), fine | solvable
-
-
-def _minimise(H: Tensor, G: Tensor, room: Bounds | None) -> tuple[Tensor, Tensor]:
-    """The same where H is positive definite."""
-    m = G.shape[-2]
-    if m == 0:
-        return G, torch.ones(G.shape[:-2], dtype=torch.bool, device=G.device)
+    lower, upper = room
+    held = _pushing(torch.zeros_like(G[..., 0]), G[..., 0], lower, upper) & ~fine[..., None]
+    eye = torch.eye(m, dtype=H.dtype, device=H.device)
+    H, G = _restrict(H, ~held, eye), torch.where(held[..., None], 0.0, G)
+    fine = _positive_definite(H)
     if m == 1:
-        fine = (H > 0)[..., 0, 0]
-        K = -G / H
-    else:
-        factor, info = torch.linalg.cholesky_ex(H)
-        fine = info == 0
-        K = -torch.cholesky_solve(G, factor)
-    if room is None:
-        return K, fine
-    k, (lower, upper) = K[..., 0], room
-    inside = (k > lower) & (k < upper)
-    if bool(inside.all()):
-        return K, fine
-    if m == 1:
-        return torch.cat([k.clamp(lower, upper)[..., None], K[..., 1:] * inside[..., None]], dim=-1), fine
-    return _clamped(H, G, k.clamp(lower, upper), lower, upper), fine
-
-
-def _clamped(H: Tensor, G: Tensor, k: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
-    """[k  K] with some entries at their bounds."""
-    eye = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
-    k, free = _projected_newton(H, G[..., 0], k, eye, lower, upper)
+        k = -G / H
+        inside = (k[..., 0] > lower) & (k[..., 0] < upper)
+        return torch.cat([k[..., 0].clamp(lower, upper)[..., None], k[..., 1:] * inside[..., None]], dim=-1), fine
+    start = -_solve(H, G[..., :1])[..., 0]
+    k = (_best_edge if m == 2 else _projected_newton)(H, G[..., 0], start, lower, upper)
+    free = ~_pushing(k, G[..., 0] + _times(H, k), lower, upper)
     K = -_solve(_restrict(H, free, eye), torch.where(free[..., None], G[..., 1:], 0.0))
-    return torch.cat([k[..., None], K], dim=-1)
+    return torch.cat([k[..., None], K], dim=-1), fine
 
 
-def _projected_newton(
-    H: Tensor, g: Tensor, k: Tensor, eye: Tensor, lower: Tensor, upper: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The minimiser and which of its entries are free."""
+def _pushing(d: Tensor, gradient: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    """Which entries stand at a bound and are pushed against it."""
+    return ((d <= lower) & (gradient > 0)) | ((d >= upper) & (gradient < 0))
+
+
+def _best_edge(H: Tensor, g: Tensor, d: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    """The minimiser over a rectangle: d, the one without bounds, if it lies inside; else the best point of an edge."""
+    other = d.new_tensor([1, 0], dtype=torch.long)
+    fixed = torch.stack([lower.expand_as(d), upper.expand_as(d)])
+    # entry i at a bound, the other one free: clipped to its own bounds this covers the corners too
+    curvature, cross = torch.diagonal(H, dim1=-2, dim2=-1)[..., other], H[..., :1, 1]
+    along = (-(g[..., other] + cross * fixed) / curvature).clamp(lower[..., other], upper[..., other])
+    first, second = torch.stack([fixed[..., 0], along[..., 0]], -1), torch.stack([along[..., 1], fixed[..., 1]], -1)
+    edges = torch.cat([first, second])
+    value = ((g + 0.5 * _times(H, edges)) * edges).sum(-1)
+    # an infinite bound has no edge
+    best = torch.where(torch.isfinite(value), value, torch.inf).argmin(0)[None, ..., None].expand(1, *d.shape)
+    inside = ((d >= lower) & (d <= upper)).all(-1, keepdim=True)
+    return torch.where(inside, d, torch.gather(edges, 0, best)[0])
+
+
+def _projected_newton(H: Tensor, g: Tensor, d: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    """The minimiser over a box."""
+    eye = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
     alphas = g.new_tensor(_STEPS).reshape((-1, *(1,) * g.ndim))
     size = H.abs().amax((-2, -1))[..., None]
-    free = torch.ones_like(k, dtype=torch.bool)
+    k = d.clamp(lower, upper)
     for _ in range(_MAX_ITERATIONS):
         gradient = g + _times(H, k)
-        free = ~(((k <= lower) & (gradient > 0)) | ((k >= upper) & (gradient < 0)))
+        free = ~_pushing(k, gradient, lower, upper)
         downhill = torch.where(free, gradient, 0.0)
         # written so that a NaN (a problem already given up) ends the loop
         if not bool((downhill.abs() > 1e-14 * size * (1 + k.abs())).any()):
@@ -174,7 +225,17 @@ def _projected_newton(
         values = ((g + 0.5 * _times(H, trials)) * trials).sum(-1)
         best = values.argmin(0)[None, ..., None].expand(1, *k.shape)
         k = torch.gather(trials, 0, best)[0]
-    return k, free
+    return k
+
+
+def _positive_definite(H: Tensor) -> Tensor:
+    m = H.shape[-1]
+    if m == 0:
+        return torch.ones(H.shape[:-2], dtype=torch.bool, device=H.device)
+    if m <= 2:
+        fine = H[..., 0, 0] > 0
+        return fine if m == 1 else fine & (H[..., 1, 1] - H[..., 0, 1].square() / H[..., 0, 0] > 0)
+    return torch.linalg.cholesky_ex(H)[1] == 0
 
 
 def _restrict(H: Tensor, free: Tensor, eye: Tensor) -> Tensor:
@@ -183,8 +244,14 @@ def _restrict(H: Tensor, free: Tensor, eye: Tensor) -> Tensor:
 
 
 def _solve(H: Tensor, right: Tensor) -> Tensor:
-    """H^-1 right without an error where one of many problems is singular."""
-    return torch.linalg.solve_ex(H, right)[0]
+    """H^-1 right, for symmetric H, without an error where one of many problems is singular."""
+    if H.shape[-1] == 1:
+        return right / H
+    if H.shape[-1] > 2:
+        return torch.linalg.solve_ex(H, right)[0]
+    factor = H[..., :1, 1:] / H[..., :1, :1]
+    second = (right[..., 1:, :] - factor * right[..., :1, :]) / (H[..., 1:, 1:] - factor * H[..., :1, 1:])
+    return torch.cat([(right[..., :1, :] - H[..., :1, 1:] * second) / H[..., :1, :1], second], dim=-2)
 
 
 def _times(matrix: Tensor, vector: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from torch import Tensor
 from ocnopt.checks import nearest
 from ocnopt.errors import NonFiniteError, ProblemError
 from ocnopt.solvers.solution import Guess, Solution, make_solution
-from ocnopt.staged import StagedOCP, rollout
+from ocnopt.staged import StagedOCP
+from ocnopt.steps import rollout
 
 if TYPE_CHECKING:
     from ocnopt.solvers.direct.attempts import Attempt
@@ -114,7 +115,7 @@ def start_states(problem: StagedOCP, guess: Guess) -> list[Tensor]:
     if guess.states is not None:
         return list(guess.states)
     with torch.no_grad():
-        nodes = rollout(problem, guess.controls, problem.initial_state, guess.parameters).states
+        nodes = list(rollout(problem, guess.controls, problem.initial_state, guess.parameters).states)
     for k in range(1, len(nodes)):
         if nodes[k].shape == nodes[k - 1].shape:
             nodes[k] = torch.where(nodes[k].isfinite(), nodes[k], nodes[k - 1])

@@ -11,7 +11,7 @@ from torch import Tensor
 from ocnopt.ocp import OCP, FreeHorizon
 from ocnopt.solvers.solution import Solution
 from ocnopt.solvers.solve import solve
-from ocnopt.staged import rollout
+from ocnopt.steps import rollout
 
 STEPS = 8
 

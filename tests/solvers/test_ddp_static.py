@@ -10,7 +10,8 @@ import torch
 
 from ocnopt.ocp import OCP, FreeHorizon
 from ocnopt.solvers.solve import solve
-from ocnopt.staged import rollout, transcribe
+from ocnopt.staged import transcribe
+from ocnopt.steps import rollout
 from tests.oracles.compare import assert_close
 from tests.solvers.cases import assert_converged
 

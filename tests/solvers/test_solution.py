@@ -10,7 +10,8 @@ import ocnopt as oc
 from ocnopt.ocp import OCP, FreeHorizon, Horizon
 from ocnopt.solvers.solution import Solution, load_solution
 from ocnopt.solvers.solve import solve
-from ocnopt.staged import Stage, StagedOCP, rollout
+from ocnopt.staged import Stage, StagedOCP
+from ocnopt.steps import rollout
 from tests.oracles.compare import assert_close
 
 STEPS = 8
@@ -153,7 +154,7 @@ class TestRollout:
         if solution.problem.origin.free:
             p = torch.cat([p, moved.horizon[..., None]], dim=-1)
         path = rollout(solution.problem, controls, start, p)
-        assert_close(moved.states, torch.stack(path.states, dim=-2), rtol=1e-14)
+        assert_close(moved.states, path.states.movedim(0, -2), rtol=1e-14)
         assert_close(moved.cost, path.cost, rtol=1e-14)
         feedback = solution.policy(solution.times[..., 4], moved.states[..., 4, :])
         assert_close(moved.controls[..., 4, :], feedback, rtol=1e-14)
