@@ -111,7 +111,7 @@ def each(function: Callable[..., Tensor], *records: Record) -> Record:
     """Apply ``function(axis, *values)`` to every field, the problems of the batch standing along that axis."""
     fields = zip(records[0]._fields, zip(*records, strict=True), strict=True)
     made = {name: None if values[0] is None else function(int(name in _TIMED), *values) for name, values in fields}
-    return records[0]._replace(**made)
+    return records[0]._replace(**made)  # type: ignore[arg-type]
 
 
 def rounding(cost: Tensor) -> Tensor:
