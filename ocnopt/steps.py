@@ -25,7 +25,7 @@ from torch.nn.functional import pad
 
 from ocnopt import checks
 from ocnopt.errors import ProblemError
-from ocnopt.expansion import derivatives
+from ocnopt.linearise import derivatives, gradient
 from ocnopt.staged import Group, Index, StagedOCP
 
 Series = Tensor | Sequence[Tensor]  # stacked over time, or step by step where sizes vary
@@ -258,10 +258,10 @@ def expand_path(wide: Widened, path: Path, *, exact: bool) -> StepModels:
     for group, start, stop in wide.stretches(max(1, _POINTS // max(1, per_step))):
         outputs = _outputs(wide, group, start, stop, path)
         w = torch.cat([path.states[start:stop], path.controls[start:stop]], dim=-1)
-        value, jacobian, hessian = derivatives(outputs, w, hessian=at_once)
+        value, slopes, hessian = derivatives(outputs, w, hessian=at_once)
         lww = hessian[..., -1, :, :] if at_once else derivatives(_last(outputs), w, hessian=True)[2][..., 0, :, :]
-        F.append(_affine(wide, value[..., :-1] - path.states[start + 1 : stop + 1][..., :n], jacobian[..., :-1, :]))
-        L.append(_quadratic(jacobian[..., -1, :], lww))
+        F.append(_affine(wide, value[..., :-1] - path.states[start + 1 : stop + 1][..., :n], slopes[..., :-1, :]))
+        L.append(_quadratic(slopes[..., -1, :], lww))
         for fill in range(1 + wide.n + group.stage.control_dim, 1 + d):
             # a control that only fills up: its minimum is where it stands
             L[-1][..., fill, fill] = 1.0
@@ -271,10 +271,12 @@ def expand_path(wide: Widened, path: Path, *, exact: bool) -> StepModels:
         return (c[..., None, :n] @ fww[k].flatten(-2))[..., 0, :].unflatten(-1, (d, d))
 
     def contracting(k: int, c: Tensor) -> Tensor:
-        outputs = _outputs(wide, groups[k], k, k + 1, path)
-        w = torch.cat([path.states[k : k + 1], path.controls[k : k + 1]], dim=-1)
-        scalar = lambda w: (outputs(w)[..., :-1] * c[..., :n]).sum(-1, keepdim=True)  # noqa: E731
-        return derivatives(scalar, w, hessian=True)[2][0, ..., 0, :, :]
+        w = torch.cat([path.states[k : k + 1], path.controls[k : k + 1]], dim=-1).requires_grad_()
+        with torch.enable_grad():
+            (slope,) = gradient(
+                _outputs(wide, groups[k], k, k + 1, path)(w)[..., :-1] * c[..., :n], (w,), create_graph=True
+            )
+        return jacobian(slope, (w,))[0][0]
 
     groups = [group for group in wide.groups for _ in range(group.start, group.stop)]
     curvature = contracted if at_once else contracting

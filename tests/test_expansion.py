@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.func import hessian, jacrev
 
 from ocnopt import steps
-from ocnopt.expansion import derivatives
+from ocnopt.linearise import derivatives
 from ocnopt.ocp import OCP, FreeHorizon
 from ocnopt.staged import Stage, StagedOCP, transcribe
 from ocnopt.steps import Path, Widened, expand_path, expand_terminal
