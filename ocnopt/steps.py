@@ -25,7 +25,7 @@ from torch.nn.functional import pad
 
 from ocnopt import checks
 from ocnopt.errors import ProblemError
-from ocnopt.linearise import derivatives, gradient
+from ocnopt.linearise import derivatives, gradient, jacobian
 from ocnopt.staged import Group, Index, StagedOCP
 
 Series = Tensor | Sequence[Tensor]  # stacked over time, or step by step where sizes vary
