@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from ocnopt.errors import ProblemError
-from ocnopt.solvers.direct import entrywise, joining, movement
-from ocnopt.solvers.direct.expression import (
+from ocnopt.solvers.lowering import entrywise, joining, movement
+from ocnopt.solvers.lowering.expression import (
     Expression,
     Kind,
     NotLowerableError,
@@ -36,7 +36,7 @@ from ocnopt.solvers.direct.expression import (
     positions,
     symbol,
 )
-from ocnopt.solvers.direct.tracing import ELSEWHERE, Function, Program, trace
+from ocnopt.solvers.lowering.tracing import ELSEWHERE, Function, Program, trace
 
 RULES: dict[str, Rule] = entrywise.RULES | movement.RULES | joining.RULES
 WIDE = 16

@@ -13,7 +13,7 @@ from torch import nn
 from torch.func import grad, hessian, jacfwd, jacrev, jvp
 
 from ocnopt.errors import ProblemError
-from ocnopt.solvers.direct.lowering import lower, scattered
+from ocnopt.solvers.lowering.lowering import lower, scattered
 
 F64 = torch.float64
 X = torch.tensor([0.3, 0.7, -0.4, 1.2], dtype=F64)

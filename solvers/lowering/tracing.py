@@ -23,7 +23,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ocnopt.errors import ProblemError
-from ocnopt.solvers.direct.expression import SHAPE_ONLY, is_mutable, operator_name
+from ocnopt.solvers.lowering.expression import SHAPE_ONLY, is_mutable, operator_name
 
 Function = Callable[..., Any]
 

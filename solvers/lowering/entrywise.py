@@ -7,7 +7,7 @@ from typing import Any
 import casadi
 import torch
 
-from ocnopt.solvers.direct.expression import (
+from ocnopt.solvers.lowering.expression import (
     Column,
     Expression,
     NotLowerableError,
@@ -17,7 +17,7 @@ from ocnopt.solvers.direct.expression import (
     operand,
     operator_name,
 )
-from ocnopt.solvers.direct.movement import move
+from ocnopt.solvers.lowering.movement import move
 
 
 def _sigmoid(x: Column) -> Column:
