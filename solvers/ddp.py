@@ -42,9 +42,8 @@ from ocnopt.solvers.solution import Guess, Solution, make_solution
 from ocnopt.staged import StagedOCP
 from ocnopt.steps import Path, Widened, expand_path, expand_terminal, rows_stand_alone
 
-# Step sizes beside the full one, tried in the same rollout where a batch is so small that only calls cost time.
+# All step sizes are tried in one rollout where a batch is so small that only calls cost time.
 _SMALL = 64
-_ALPHAS = tuple(0.5**i for i in range(1, 14))
 # Problems of a batch that are worked on at a time; a finished one leaves once an eighth of them have finished.
 _WINDOW = 512
 
@@ -87,9 +86,9 @@ class TorchKernel:
         left = None if path.gaps is None else (1 - a) * path.gaps[:, None]
         return self.wide.walk(law, start, left)
 
-    def ladder(self, lanes: int) -> Sequence[Sequence[float]]:
+    def ladder(self, lanes: int, alphas: Sequence[float]) -> Sequence[Sequence[float]]:
         """See :class:`Kernel`."""
-        return ((1.0, *_ALPHAS),) if lanes <= _SMALL else ((1.0,), _ALPHAS)
+        return (alphas,) if lanes <= _SMALL else (alphas[:1], alphas[1:])
 
 
 def find_direction(kernel: Kernel, iterate: Iterate, mu: Tensor, curvature: Curvature) -> Direction:
@@ -243,6 +242,14 @@ class DDP:
         return _solution(wide, ended, kernel, history, (built - began, time.perf_counter() - built))
 
     def _kernel(self, wide: Widened, guess: Guess) -> Kernel:
+        if self.kernel != "torch":
+            from ocnopt.solvers.lowered.kernel import LoweredKernel
+
+            try:
+                return LoweredKernel(wide.problem, guess)
+            except ProblemError:
+                if self.kernel == "lowered":
+                    raise
         return TorchKernel(wide)
 
     def _search(self, kernel: Kernel, start: Start, history: History) -> list[tuple[Iterate, Progress, Direction]]:

@@ -22,6 +22,8 @@ _MU_MIN, _MU_MAX = 1e-6, 1e12
 _UP, _DOWN, _LONG, _SHORT = 10.0, 3.0, 0.5, 0.1
 # Gauss-Newton converges linearly and may creep on in the last digits: so many steps below rounding are the end too.
 _IDLE = 5
+# Step sizes: from the full one down.
+_ALPHAS = tuple(0.5**i for i in range(14))
 # A cost below this is taken to have no lower bound.
 _BOTTOM = -1e100
 
@@ -49,8 +51,8 @@ class Kernel(Protocol):
         """The path of the feedback law for each step size ``(A,)``, on an axis in front of the lead."""
         ...
 
-    def ladder(self, lanes: int) -> Sequence[Sequence[float]]:
-        """Step sizes, 1 first, in the groups in which they are best tried."""
+    def ladder(self, lanes: int, alphas: Sequence[float]) -> Sequence[Sequence[float]]:
+        """The groups in which some step sizes are best tried for that many problems."""
         ...
 
 
@@ -132,7 +134,7 @@ def line_search(kernel: Kernel, iterate: Iterate, direction: Direction, active: 
         The new iterate and the step taken, zero where none was.
     """
     step = torch.zeros_like(iterate.cost)
-    for sizes in kernel.ladder(active.numel()):
+    for sizes in kernel.ladder(active.numel(), _ALPHAS):
         open_ = active & (step == 0)
         if not bool(open_.any()):
             break

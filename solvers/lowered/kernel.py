@@ -9,39 +9,18 @@ n)``. The state z = (x, p) holds the static controls. Numbers are float64 on the
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ocnopt.differential.bellman import CostToGo, minimise_start
+from ocnopt.differential.bellman import CostToGo, Direction, minimise_start
 from ocnopt.solvers.lowered.machine import Array, Machine
 from ocnopt.solvers.lowered.problem import fits, lower_step, refused
 from ocnopt.solvers.lowered.steps import Fold, Steps, make_steps
 from ocnopt.solvers.solution import Guess
 from ocnopt.staged import StagedOCP
-
-
-class Path(NamedTuple):
-    """States ``(N + 1, *lead, n)``, controls ``(N, *lead, m)``, cost ``(*lead)``, gaps ``(N, *lead, n)`` or None."""
-
-    states: Tensor
-    controls: Tensor
-    cost: Tensor
-    gaps: Tensor | None
-
-
-class Direction(NamedTuple):
-    """Gains, costates, the step dp of the static controls and the predicted change of cost."""
-
-    k: Tensor
-    K: Tensor
-    costates: Tensor
-    dp: Tensor
-    linear: Tensor
-    quadratic: Tensor
-    solvable: Tensor
+from ocnopt.steps import Path
 
 
 class LoweredKernel:
@@ -56,6 +35,8 @@ class LoweredKernel:
         >>> kernel.direction(path, torch.zeros(()).double(), exact=True).k  # half of the way to zero
         tensor([[-0.5000]], dtype=torch.float64)
     """
+
+    name, apart = "lowered", True
 
     def __init__(self, problem: StagedOCP, guess: Guess) -> None:
         """Lower a problem as ``transcribe`` returns it, or one with one Stage.
@@ -134,6 +115,10 @@ class LoweredKernel:
             return Path(states, controls, cost, None)
         left = (1 - alphas).reshape(-1, *(1,) * (path.gaps.ndim - 1)) * path.gaps[:, None]
         return Path(states, controls, cost, left)
+
+    def ladder(self, lanes: int, alphas: Sequence[float]) -> Sequence[Sequence[float]]:
+        """Step sizes one by one: a second rollout costs no more than the first."""
+        return [(alpha,) for alpha in alphas]
 
     def _roll_out(self, path: Path, direction: Direction, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
         """States, controls and costs for one step size."""
