@@ -91,15 +91,12 @@ class Widened:
 
     def join(self, states: Series, p: Tensor) -> Tensor:
         """States and static controls as z, stacked over time."""
-        size = self.n - self.q
-        x = states if isinstance(states, Tensor) else torch.stack([pad(x, (0, size - x.shape[-1])) for x in states])
+        x = _stacked(states, self.n - self.q)
         return x if not self.q else torch.cat([x, p.expand(*x.shape[:-1], self.q)], dim=-1)
 
     def join_controls(self, controls: Series) -> Tensor:
         """Controls stacked over time."""
-        if isinstance(controls, Tensor):
-            return controls
-        return torch.stack([pad(u, (0, self.m - u.shape[-1])) for u in controls])
+        return _stacked(controls, self.m)
 
     def split(self, z: Tensor) -> tuple[Series, Tensor]:
         """The states behind stacked z, a list where their sizes vary, and p at the start."""
@@ -166,6 +163,13 @@ class Widened:
             step = length or group.stop - group.start
             for start in range(group.start, group.stop, step):
                 yield group, start, min(start + step, group.stop)
+
+
+def _stacked(values: Series, size: int) -> Tensor:
+    """A series of varying sizes as one tensor, filled up with zeros."""
+    if isinstance(values, Tensor):
+        return values
+    return torch.stack([v if v.shape[-1] == size else pad(v, (0, size - v.shape[-1])) for v in values])
 
 
 def step_number(group: Group, k: int, like: Tensor) -> Index:

@@ -169,10 +169,10 @@ class Start:
             path = roll_controls(self.kernel, first, controls, self.q)
         else:
             path = self.kernel.evaluate(states, controls)
-        if not path.cost.ndim:
-            finite_path(list(path.states if path.gaps is None else path.gaps), path.cost, self.times)
         zero, count = torch.zeros_like(path.cost), torch.zeros_like(path.cost, dtype=torch.int64)
         finite = torch.isfinite(path.cost) & torch.isfinite(path.states).all(-1).all(0)
+        if not path.cost.ndim and not (bool(finite) and (path.gaps is None or bool(path.gaps.isfinite().all()))):
+            finite_path(list(path.states if path.gaps is None else path.gaps), path.cost, self.times)
         outcome = torch.where(finite, Outcome.RUNNING, Outcome.NOT_FINITE)
         row = rows.to(count.device).reshape(count.shape)
         progress = Progress(row, zero + regularisation, zero, count, count, count, outcome)
