@@ -15,12 +15,18 @@ import torch
 from torch import Tensor
 
 from ocnopt.differential.bellman import CostToGo, Direction, minimise_start
+from ocnopt.solvers.lowered.arrays import Arrays
 from ocnopt.solvers.lowered.machine import Array, Machine
 from ocnopt.solvers.lowered.problem import fits, lower_step, refused
 from ocnopt.solvers.lowered.steps import Fold, Steps, make_steps
 from ocnopt.solvers.solution import Guess
 from ocnopt.staged import StagedOCP
 from ocnopt.steps import Path
+
+# So many problems are run one by one: beyond, numpy's calls cost less.
+_FEW = 96
+# So many step sizes times problems are rolled out together.
+_TOGETHER = 1024
 
 
 class LoweredKernel:
@@ -61,7 +67,7 @@ class LoweredKernel:
         self._numbers = np.arange(self.length, dtype=float)[:, None, None]
         self._backwards = np.ascontiguousarray(self._numbers[::-1])
         self._no_gaps = np.zeros((self.length, 1, self.n))
-        self._machines: dict[str, Machine] = {}
+        self._runners: dict[tuple[type, str], Machine | Arrays] = {}
 
     def evaluate(self, states: Tensor, controls: Tensor) -> Path:
         """The gaps and the cost of a given path, ``(N + 1, *lead, n)`` and ``(N, *lead, m)``."""
@@ -108,30 +114,33 @@ class LoweredKernel:
         Returns:
             The paths, ``lead`` = (A, *batch).
         """
-        rolled = [self._roll_out(path, direction, alpha) for alpha in alphas.tolist()]
+        together = max(1, _TOGETHER // max(1, path.cost.numel()))
+        rolled = [self._roll_out(path, direction, some) for some in alphas.split(together)]
         columns = zip(*rolled, strict=True)
-        states, controls, cost = (_stacked(rows, axis) for rows, axis in zip(columns, (1, 1, 0), strict=True))
+        states, controls, cost = (_joined(parts, axis) for parts, axis in zip(columns, (1, 1, 0), strict=True))
         if path.gaps is None:
             return Path(states, controls, cost, None)
         left = (1 - alphas).reshape(-1, *(1,) * (path.gaps.ndim - 1)) * path.gaps[:, None]
         return Path(states, controls, cost, left)
 
     def ladder(self, lanes: int, alphas: Sequence[float]) -> Sequence[Sequence[float]]:
-        """Step sizes one by one: a second rollout costs no more than the first."""
-        return [(alpha,) for alpha in alphas]
+        """Step sizes one by one for a few problems; over many a call costs the same for three."""
+        return [(alpha,) for alpha in alphas] if lanes <= _FEW else (alphas[:1], alphas[1:4], alphas[4:])
 
-    def _roll_out(self, path: Path, direction: Direction, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
-        """States, controls and costs for one step size."""
-        lead, first = path.cost.shape, path.states[0]
+    def _roll_out(self, path: Path, direction: Direction, alphas: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """States, controls and costs for some step sizes at once."""
+        count, lead = len(alphas), (len(alphas), *path.cost.shape)
+        first = path.states[0].expand(*lead, self.n)
         if self.q > 0:
-            first = torch.cat([first[..., : -self.q], first[..., -self.q :] + alpha * direction.dp], dim=-1)
+            moved = alphas.reshape(-1, *(1,) * direction.dp.ndim) * direction.dp
+            first = torch.cat([first[..., : -self.q], first[..., -self.q :] + moved], dim=-1)
         z0 = _rows(first[None])[0]
-        given = [
-            self._numbers,
-            *(_rows(x) for x in (path.states[:-1], path.controls, direction.k, direction.K.flatten(-2))),
-            self._no_gaps if path.gaps is None else _rows(path.gaps),
-            np.full((self.length, 1, 1), alpha),
-        ]
+        law = [_rows(x) for x in (path.states[:-1], path.controls, direction.k, direction.K.flatten(-2))]
+        law.append(self._no_gaps if path.gaps is None else _rows(path.gaps))
+        # what has one lane is the same for all
+        law = [np.tile(x, (1, count, 1)) if count > 1 and x.shape[1] > 1 else x for x in law]
+        alpha = np.broadcast_to(alphas.numpy().repeat(path.cost.numel())[:, None], (self.length, len(z0), 1))
+        given = [self._numbers, *law, alpha]
         (_, cost), (z, u) = self._run(self._steps.walk, [z0, np.zeros((len(z0), 1))], given)
         return _tensor(z, lead), _tensor(u, lead), _tensor(self._total(cost, z), lead, 0)[..., 0]
 
@@ -157,10 +166,12 @@ class LoweredKernel:
 
     def _run(self, fold: Fold, carried: Sequence[Array], given: Sequence[Array]) -> tuple[list[Array], list[Array]]:
         """A fold over the horizon, or one step where nothing is carried."""
-        name = fold.function.name()
-        if name not in self._machines:
-            self._machines[name] = Machine(fold, self.length if fold.carried else 1)
-        return self._machines[name](carried, given)
+        lanes = max([x.shape[0] for x in carried] + [x.shape[1] for x in given])
+        runner = Machine if lanes <= _FEW else Arrays
+        key = (runner, fold.function.name())
+        if key not in self._runners:
+            self._runners[key] = runner(fold, self.length if fold.carried else 1)
+        return self._runners[key](carried, given)
 
 
 def _rows(values: Tensor) -> Array:
@@ -174,6 +185,6 @@ def _tensor(values: Array, lead: Sequence[int], time: int = 1) -> Tensor:
     return own.reshape(*values.shape[:time], *lead, values.shape[-1])
 
 
-def _stacked(values: Sequence[Tensor], axis: int) -> Tensor:
-    """torch.stack, without a copy of a single one."""
-    return values[0].unsqueeze(axis) if len(values) == 1 else torch.stack(list(values), axis)
+def _joined(values: Sequence[Tensor], axis: int) -> Tensor:
+    """torch.cat, without a copy of a single one."""
+    return values[0] if len(values) == 1 else torch.cat(list(values), axis)

@@ -61,7 +61,7 @@ def make_steps(
     """
     k, z, u = casadi.SX.sym("k"), casadi.SX.sym("z", n), casadi.SX.sym("u", m)
     f, cost = _widened(step, k, z, u, n - q)
-    (value,) = casadi.cse([end(z[: n - q], z[n - q :])])
+    (value,) = casadi.cse([end(z[: n - q, 0], z[n - q :, 0])])
     hessian, gradient = casadi.hessian(value, z)
     L = _quadratic(gradient, hessian)
     return Steps(
@@ -76,8 +76,8 @@ def make_steps(
 
 def _widened(step: casadi.Function, k: SX, z: SX, u: SX, n: int) -> tuple[SX, SX]:
     """The next z and the cost of a step."""
-    f, cost = step(k, z[:n], u, z[n:])
-    f, cost = casadi.cse([casadi.vertcat(f, z[n:]), cost])
+    f, cost = step(k, z[:n, 0], u, z[n:, 0])
+    f, cost = casadi.cse([casadi.vertcat(f, z[n:, 0]), cost])
     return f, cost
 
 
