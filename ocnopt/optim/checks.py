@@ -1,22 +1,64 @@
-"""What the optimisers refuse, and what they warn of."""
+"""What a user hands to the optimisers: read here once, refused, or warned of."""
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from ocnopt.checks import listed
+from ocnopt.differential.kronecker import LAYERS, Layer, as_matrix, is_layer
 from ocnopt.errors import NonFiniteError, ProblemError
 from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.ocp import FreeHorizon
+
+WIDEST = 2048  # outputs of a layer (in a group) up to which B and its eigenbasis are affordable
 
 _ONE_PROCESS = (
     "train in one process, or with an optimiser of torch.optim: each process would build its curvature and its T from "
     "its own samples, and the copies of the model would drift apart"
 )
+
+
+class Block(NamedTuple):
+    """A layer whose live parameters move as one matrix."""
+
+    name: str
+    layer: Layer
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """Weight, and bias where it is live."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+    def matrix(self, of: Mapping[Tensor, Tensor]) -> Tensor:
+        """What belongs to the parameters, as one matrix."""
+        return as_matrix(self.layer, of[self.weight], None if self.bias is None else of[self.bias])
+
+
+def is_live(parameter: Tensor) -> bool:
+    """Whether a parameter is trained at present."""
+    return parameter.requires_grad
+
+
+def find_blocks(model: nn.Module, trained: Collection[Tensor]) -> list[Block]:
+    """The layers whose weight is trained, theirs alone and not too wide, with their bias if it is trained too."""
+    layers = {name: module for name, module in model.named_modules() if is_layer(module)}
+    owners: Counter[Tensor] = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
+
+    def is_own(parameter: Tensor | None) -> TypeGuard[nn.Parameter]:
+        return parameter is not None and parameter.requires_grad and parameter in trained and owners[parameter] == 1
+
+    return [
+        Block(name, layer, layer.weight, layer.bias if is_own(layer.bias) else None)
+        for name, layer in layers.items()
+        if is_own(layer.weight) and as_matrix(layer, layer.weight, None).shape[1] <= WIDEST
+    ]
 
 
 def check_not_parallel(model: object) -> None:
@@ -116,14 +158,19 @@ def check_scaler(scaler: object) -> None:
         )
 
 
-def warn_first_order(names: Sequence[str], kinds: Sequence[str], widest: int) -> None:
-    """Name the parameters that are not preconditioned."""
+def warn_first_order(places: Iterable[nn.Module], blocks: Iterable[Block], trained: Mapping[Tensor, str]) -> None:
+    """Name the parameters of some modules that are trained but not preconditioned."""
+    modules = {module for place in places for module in place.modules()}
+    inside = {parameter for block in blocks for parameter in block.parameters}
+    alone = {module.bias for module in modules if is_layer(module) and not is_live(module.weight)}  # of frozen weights
+    meant = {p for module in modules for p in module.parameters(recurse=False)} - inside - alone
+    names = [name for parameter, name in trained.items() if parameter in meant and is_live(parameter)]
     if names:
         warnings.warn(
-            f"SNOpt preconditions the weights of {', '.join(kinds)}; these parameters "
-            f"are of other kinds, shared by several modules or of more than {widest} outputs, and get the "
+            f"SNOpt preconditions the weights of {', '.join(kind.__name__ for kind in LAYERS)}; these parameters "
+            f"are of other kinds, shared by several modules or of more than {WIDEST} outputs, and get the "
             f"first-order update: {listed(names)}",
-            stacklevel=4,
+            stacklevel=3,
         )
 
 

@@ -38,15 +38,17 @@ class _Shares:
 
     def __init__(self, parameters: list[nn.Parameter], scaler: torch.amp.GradScaler | None, keep: bool) -> None:
         self._parameters, self._scaler, self._keep = parameters, scaler, keep
+        self._handles: list[RemovableHandle] = []
+        self._hooked: set[Tensor] = set()
         self.before: list[tuple[Tensor, Tensor]] = []
         self._closed: list[Tensor] = []
         self._present: list[Tensor] = []
-        self._counts = not parameters
+        self._arrived = False
 
-    def attach(self, neural_ode: NeuralODE) -> list[RemovableHandle]:
-        """Watch until the handles are removed."""
-        handles = [neural_ode.observe(self), neural_ode.register_forward_pre_hook(self._begin)]
-        return handles + [p.register_post_accumulate_grad_hook(self._count) for p in self._parameters]
+    def attach(self, neural_ode: NeuralODE, handles: list[RemovableHandle]) -> None:
+        """Watch until the handles, which are added to a list, are removed."""
+        self._handles = handles
+        handles += [neural_ode.observe(self), neural_ode.register_forward_pre_hook(self._begin)]
 
     def stage(self, input_weight: float, gradient_weight: float) -> AbstractContextManager[None]:
         """The policy needs nothing along the path: see :class:`ocnopt.differential.discrete.Observer`."""
@@ -57,28 +59,36 @@ class _Shares:
         products = (slope.double() * costate.double()).reshape(len(x) if x.ndim > 1 else 1, -1).sum(1)
         if self._scaler is not None:
             products = products / self._scaler.scale(products.new_ones(()))
-        if self._parameters and (self._closed or self._counts) and all(is_gone(p.grad) for p in self._parameters):
+        live = self._live()
+        if live and (self._closed or self._arrived) and all(is_gone(parameter.grad) for parameter in live):
             self._closed, self._present, self.before = [], [], []
         if self._present and len(self._present[-1]) == len(products):
             self._present[-1] = self._present[-1] + products
         else:
             self._present.append(products)
         if self._keep and not self.before:
-            self.before = [(p, p.detach().clone()) for p in self._parameters]
+            self.before = [(parameter, parameter.detach().clone()) for parameter in live]
 
     def take(self) -> list[Tensor]:
         """The shares that count."""
-        if self._counts:
+        if self._arrived or not self._live():
             self._closed += self._present
-        self._present, self._counts = [], not self._parameters
+        self._present, self._arrived = [], False
         return self._closed
 
-    def _count(self, _: Tensor) -> None:
-        self._counts = True
+    def _live(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self._parameters if parameter.requires_grad]
+
+    def _arrive(self, _: Tensor) -> None:
+        self._arrived = True
 
     def _begin(self, *_: object) -> None:
-        if not is_within_backward():
-            self.take()
+        if is_within_backward():
+            return
+        self.take()
+        new = [parameter for parameter in self._live() if parameter not in self._hooked]
+        self._handles += [parameter.register_post_accumulate_grad_hook(self._arrive) for parameter in new]
+        self._hooked.update(new)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Shares, ([], None, False)  # a copy of a watched module is not watched
@@ -196,10 +206,9 @@ class HorizonPolicy:
     def _watch(self) -> None:
         """Watch the next iteration if T moves then."""
         release(self._handles)
-        parameters = [parameter for parameter in self._ode.parameters() if parameter.requires_grad]
-        self._shares = _Shares(parameters, self._scaler, keep=self.rule == "feedback")
+        self._shares = _Shares([*self._ode.parameters()], self._scaler, keep=self.rule == "feedback")
         if (self._count + 1) % self.every == 0:
-            self._handles += self._shares.attach(self._ode)
+            self._shares.attach(self._ode, self._handles)
 
     def _move(self) -> bool:
         """Move T, unless the scaled gradients overflowed."""

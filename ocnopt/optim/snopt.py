@@ -15,9 +15,8 @@ parameters move by the same rule without a basis.
 
 import math
 import weakref
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, NamedTuple, TypeGuard
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,58 +24,38 @@ from torch.utils.hooks import RemovableHandle
 
 from ocnopt.checks import check_choice, check_count, check_model, check_options
 from ocnopt.differential.kronecker import (
-    LAYERS,
     Basis,
     Collector,
     Eigen,
-    Layer,
     Samples,
-    as_matrix,
     carried_moments,
     eigenbasis,
     first_moments,
-    is_layer,
     release,
     working_dtype,
 )
 from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.optim.checks import (
+    Block,
     check_fields,
     check_gradients,
     check_known,
     check_not_parallel,
     check_one_process,
     check_state,
+    find_blocks,
+    is_live,
     warn_first_order,
     warn_unseen,
 )
 
 RANK = 128  # eigenvectors of A that are kept, at most
-WIDEST = 2048  # outputs of a layer (in a group) up to which B and its eigenbasis are affordable
 MOMENTS_DECAY = 0.95  # beta
 FACTORS_KEEP = 0.5  # share of the old factors in a refresh
 FIRST_GAP = 5  # the first refreshes come at steps 0, 5, 10, 20, 40, ...: the curvature changes fastest at the start
 EPSILON = 1e-8  # keeps the first-order update of a parameter without gradients at zero
 
 Groups = Mapping[Tensor, dict[str, Any]]
-
-
-class Block(NamedTuple):
-    """A layer whose live parameters move as one matrix."""
-
-    name: str
-    layer: Layer
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-
-    @property
-    def parameters(self) -> tuple[nn.Parameter, ...]:
-        """Weight, and bias where it is live."""
-        return (self.weight,) if self.bias is None else (self.weight, self.bias)
-
-    def matrix(self, of: Mapping[Tensor, Tensor]) -> Tensor:
-        """What belongs to the parameters, as one matrix."""
-        return as_matrix(self.layer, of[self.weight], None if self.bias is None else of[self.bias])
 
 
 class SNOpt(torch.optim.Optimizer):
@@ -141,11 +120,11 @@ class SNOpt(torch.optim.Optimizer):
         self._unseen: set[str] = set()
         self._handles: list[RemovableHandle] = []
         self._is_ready = False
-        groups = [*param_groups] if param_groups is not None else [{"params": [*filter(_is_live, model.parameters())]}]
+        groups = [*param_groups] if param_groups is not None else [{"params": [*filter(is_live, model.parameters())]}]
         options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "damping": damping}
         super().__init__(groups, options)
         self._start()
-        self._warn_of_others()
+        warn_first_order([model] if everywhere else self._odes, self._blocks, self._trained)
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("_model", "_everywhere", "_mean", "_refresh_every", "_step_count", "_unseen")
@@ -163,9 +142,10 @@ class SNOpt(torch.optim.Optimizer):
             ProblemError: an option is out of range, or a parameter is not one of the model's.
         """
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
+        group = self.param_groups.pop()
         check_options(group)
         check_known(group["params"], self._names())
+        self.param_groups.append(group)
         if self._is_ready:
             self._find_blocks()
 
@@ -201,7 +181,7 @@ class SNOpt(torch.optim.Optimizer):
                         del left[parameter]
         self._move_others(left, momenta)
         self._step_count += 1
-        if [*map(_is_live, self._trained)] == self._liveness:
+        if [*map(is_live, self._trained)] == self._liveness:
             self._watch(self._is_refresh())
         else:  # a parameter was frozen or set free
             self._find_blocks()
@@ -227,7 +207,7 @@ class SNOpt(torch.optim.Optimizer):
             for key, value in state_dict["state"].get(index, {}).items():
                 self.state[parameter][key] = value.to(parameter.device, copy=True)
         self._step_count = state_dict["step_count"]
-        self._watch(self._is_refresh())
+        self._find_blocks()
 
     def _start(self) -> None:
         """Begin to watch, for as long as this optimiser is used."""
@@ -240,28 +220,17 @@ class SNOpt(torch.optim.Optimizer):
 
     def _find_blocks(self) -> None:
         names = self._names()
-        self._trained = {
-            p: names.get(p, "of a layer that left the model") for group in self.param_groups for p in group["params"]
-        }
-        self._liveness = [*map(_is_live, self._trained)]
-        odes = [module for module in self._model.modules() if isinstance(module, NeuralODE)]
-        timed = {module for ode in odes for module in ode.field.modules()}
+        self._trained = {p: names.get(p, "no longer in the model") for g in self.param_groups for p in g["params"]}
+        self._liveness = [*map(is_live, self._trained)]
+        self._odes = [module for module in self._model.modules() if isinstance(module, NeuralODE)]
+        timed = {module for ode in self._odes for module in ode.field.modules()}
         if not self._everywhere:
-            check_fields(odes)
-        blocks = _blocks(self._model, self._trained)
-        self._blocks = blocks if self._everywhere else [block for block in blocks if block.layer in timed]
+            check_fields(self._odes)
+        self._blocks = [b for b in find_blocks(self._model, self._trained) if self._everywhere or b.layer in timed]
         layers: dict[nn.Module, bool] = {block.layer: block.bias is not None for block in self._blocks}
         self._collector = Collector(layers, timed & layers.keys(), mean=self._mean)
-        self._odes = [ode for ode in odes if not layers.keys().isdisjoint(ode.field.modules())]
+        self._odes = [ode for ode in self._odes if not layers.keys().isdisjoint(ode.field.modules())]
         self._watch(self._is_refresh())
-
-    def _warn_of_others(self) -> None:
-        inside = {parameter for block in self._blocks for parameter in block.parameters}
-        places = [self._model] if self._everywhere else self._odes
-        alone = {m.bias for m in self._model.modules() if is_layer(m) and not _is_live(m.weight)}  # of frozen weights
-        meant = {parameter for place in places for parameter in place.parameters()} - inside - alone
-        names = [name for parameter, name in self._trained.items() if parameter in meant and _is_live(parameter)]
-        warn_first_order(names, [kind.__name__ for kind in LAYERS], WIDEST)
 
     def _is_refresh(self) -> bool:
         """Whether the next iteration refreshes the factors."""
@@ -363,22 +332,3 @@ def _basis(state: Mapping[str, Tensor]) -> Basis:
     return Basis(
         Eigen(state["input_vectors"], state["input_values"]), Eigen(state["output_vectors"], state["output_values"])
     )
-
-
-def _is_live(parameter: Tensor) -> bool:
-    return parameter.requires_grad
-
-
-def _blocks(model: nn.Module, trained: Collection[Tensor]) -> list[Block]:
-    """The layers whose weight is trained, theirs alone and not too wide, with their bias if it is trained too."""
-    layers = {name: module for name, module in model.named_modules() if is_layer(module)}
-    owners: Counter[Tensor] = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
-
-    def is_own(parameter: Tensor | None) -> TypeGuard[nn.Parameter]:
-        return parameter is not None and parameter.requires_grad and parameter in trained and owners[parameter] == 1
-
-    return [
-        Block(name, layer, layer.weight, layer.bias if is_own(layer.bias) else None)
-        for name, layer in layers.items()
-        if is_own(layer.weight) and as_matrix(layer, layer.weight, None).shape[1] <= WIDEST
-    ]

@@ -358,3 +358,25 @@ def test_a_module_added_later_can_be_trained(model, x):
     model.last(model(x)).square().mean().backward()
     optimizer.step()
     assert "moments" in optimizer.state[model.last.weight]
+
+
+def test_a_group_that_was_refused_is_not_kept(model):
+    optimizer = SNOpt(model, 0.01, param_groups=[{"params": model.head.parameters()}])
+    with pytest.raises(ProblemError, match="lr is -1.0"):
+        optimizer.add_param_group({"params": model.stem.parameters(), "lr": -1.0})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("rule", ["feedback", "adjoint"])
+def test_a_field_frozen_or_set_free_after_the_policy_was_made(rule, model, x):
+    optimizer, policy = SNOpt(model, 0.01), HorizonPolicy(model.ode, lr=0.1, rule=rule)
+    state = optimizer.state_dict()
+    for free in (False, True):
+        model.ode.field.requires_grad_(free)
+        optimizer.load_state_dict(state)
+        before = model.ode.T.clone()
+        optimizer.zero_grad()
+        loss(model, x).backward()
+        optimizer.step()
+        policy.step()
+        assert before != model.ode.T
