@@ -339,7 +339,8 @@ def _accepts_leading_axes(
 
 
 def check_ends(problem: Any, x: Tensor) -> None:
-    """Check the terminal functions of a discrete problem at x_N, and its path constraint at both ends."""
+    """Check a discrete problem's parameters, its terminal functions at x_N and its path constraint at both ends."""
+    check_parameters(problem)
     first, last = problem.groups[0], problem.groups[-1]
     batch, p = tuple(x.shape[:-1]), problem.parameters
     static = {} if p is None else {"p": p.expand(*batch, -1)}

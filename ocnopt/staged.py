@@ -214,7 +214,6 @@ def _check(problem: StagedOCP) -> None:
         arguments = {"k": k, "x": x, "u": u if bounds is None else u.clamp(*bounds)}
         x = _check_stage(problem, group, {**arguments, **(static if group.stage.joint is None else {"p": p})})
     problem_checks.check_ends(problem, x)
-    problem_checks.check_parameters(problem)
 
 
 def _check_stage(problem: StagedOCP, group: Group, arguments: dict[str, Any]) -> Tensor:
