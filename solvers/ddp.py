@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ocnopt.checks import Bounds, finite_path, nearest, no_constraints
+from ocnopt.checks import Bounds, finite_path, nearest, no_constraints, solver_options
 from ocnopt.differential.bellman import BellmanStage, bellman_step, minimise_start, terminal_value
 from ocnopt.differential.sweep import sweep
 from ocnopt.errors import ProblemError
@@ -351,10 +351,7 @@ class DDP:
         if self.curvature not in known:
             hint = nearest(str(self.curvature), known)
             raise ProblemError(f"curvature is {self.curvature!r}; expected one of {', '.join(known)}{hint}")
-        if self.max_iterations < 1 or self.tolerance <= 0 or self.regularisation < 0:
-            raise ProblemError(
-                f"{self} has an option out of range; expected max_iterations >= 1, tolerance > 0, regularisation >= 0"
-            )
+        solver_options(self, at_least={"max_iterations": 1}, positive=["tolerance"], not_negative=["regularisation"])
 
     def solve(self, problem: StagedOCP, guess: Guess, *, progress: bool = False) -> Solution:
         """Solve a discrete problem from a guess.

@@ -121,7 +121,7 @@ class TestRolloutToInfinity:
 
     def test_in_a_batch_the_status_names_the_problem(self):
         problem = OCP(
-            lambda t, x, u: x**3 + 0 * u,
+            lambda t, x, u: x**3 + u,
             lambda t, x, u: (u**2).sum(-1) + x[..., 0],
             initial_state=[[0.1], [0.2]],
             control_dim=1,
@@ -191,12 +191,12 @@ class TestFingerprint:
 class TestWriting:
     def test_a_path_that_is_a_folder(self, tmp_path):
         solution = solve(drive(), steps=3)
+        (tmp_path / "one.png").mkdir()
         with pytest.raises(oc.DataError, match=r"cannot be written \(.*\); expected a file in a folder that you may"):
             solution.save(tmp_path)
         with pytest.raises(
             oc.DataError, match=r"cannot be written \(.*\); expected a picture whose ending names its f"
         ):
-            (tmp_path / "one.png").mkdir()
             solution.plot(tmp_path / "one.png")
 
     def test_an_unknown_kind_of_picture(self, tmp_path):
