@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocnopt import checks
+from ocnopt import checks, problem_checks
 from ocnopt.errors import ProblemError
 from ocnopt.integrate.runge_kutta import combine, stages
 from ocnopt.integrate.tableaus import get_tableau
@@ -217,8 +217,7 @@ def _check(problem: StagedOCP) -> tuple[int, ...]:
         arguments = {"k": k, "x": x, "u": u if bounds is None else u.clamp(*bounds)}
         x = _check_stage(problem, group, {**arguments, **(static if group.stage.joint is None else {"p": p})})
         sizes += [x.shape[-1]] * (group.stop - group.start)
-    if problem.terminal_cost is not None:
-        _check_function(problem, "terminal_cost", problem.terminal_cost, {"x": x, **static})
+    problem_checks.check_ends(problem, x)
     return tuple(sizes)
 
 
@@ -239,8 +238,10 @@ def _check_stage(problem: StagedOCP, group: Group, arguments: dict[str, Any]) ->
 def _check_function(
     problem: StagedOCP, name: str, function: Any, here: dict[str, Any], size: int | None = None
 ) -> Tensor:
-    rows = [here, {key: checks.nearby(argument) for key, argument in here.items()}]
-    return checks.function_rows(name, function, rows, batch=problem.batch_shape, dtype=problem.dtype, size=size)
+    rows = [here, {key: problem_checks.nearby(argument) for key, argument in here.items()}]
+    return problem_checks.check_function(
+        name, function, rows, batch=problem.batch_shape, dtype=problem.dtype, size=size
+    )
 
 
 def transcribe(problem: OCP, steps: int, integrator: str = "rk4") -> StagedOCP:

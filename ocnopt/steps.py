@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ocnopt import checks
+from ocnopt import checks, problem_checks
 from ocnopt.errors import ProblemError
 from ocnopt.linearise import derivatives, gradient, jacobian
 from ocnopt.staged import Group, Index, StagedOCP
@@ -337,7 +337,7 @@ def rows_stand_alone(wide: Widened) -> bool:
     if not wide.problem.batch_shape:
         return True
     first = wide.join([wide.problem.initial_state], wide.problem.start_parameters())[0].flatten(0, -2)
-    z = checks.nearby(first)
+    z = problem_checks.nearby(first)
     order = torch.arange(-1, len(z), device=z.device) % len(z)
     try:
         for group in wide.groups:

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ocnopt.checks import finite_path, nearest, no_constraints
+from ocnopt.checks import finite_path, nearest, no_constraints, solver_options
 from ocnopt.differential.bellman import Direction, sweep_path
 from ocnopt.errors import ProblemError
 from ocnopt.solvers.search import (
@@ -219,10 +219,7 @@ class DDP:
             if value not in known:
                 hint = nearest(str(value), known)
                 raise ProblemError(f"{name} is {value!r}; expected one of {', '.join(known)}{hint}")
-        if self.max_iterations < 1 or self.tolerance <= 0 or self.regularisation < 0:
-            raise ProblemError(
-                f"{self} has an option out of range; expected max_iterations >= 1, tolerance > 0, regularisation >= 0"
-            )
+        solver_options(self, at_least={"max_iterations": 1}, positive=["tolerance"], not_negative=["regularisation"])
 
     def solve(self, problem: StagedOCP, guess: Guess, *, progress: bool = False) -> Solution:
         """Solve a discrete problem from a guess.

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -33,9 +34,13 @@ def plot_path(
     panels = figure.subplots(2, 2)
     _lines(panels[0, 0], times, states, [f"x{j}" for j in range(states.shape[-1])], step=False)
     _labels(panels[0, 0], "states", time)
-    _lines(panels[0, 1], times[..., :-1], controls, [f"u{j}" for j in range(controls.shape[-1])], step=True)
-    _labels(panels[0, 1], "controls", time)
-    if feedback is None:
+    if controls.shape[-1] == 0:
+        _empty(panels[0, 1], "this problem has no staged controls")
+    else:
+        held = torch.cat([controls, controls[..., -1:, :]], dim=-2)
+        _lines(panels[0, 1], times, held, [f"u{j}" for j in range(controls.shape[-1])], step=True)
+        _labels(panels[0, 1], "controls", time)
+    if feedback is None or feedback.numel() == 0:
         _empty(panels[1, 0], "this solver returns no feedback gains")
     else:
         names = [f"K[{i},{j}]" for i in range(feedback.shape[-2]) for j in range(feedback.shape[-1])]

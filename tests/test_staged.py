@@ -1,5 +1,6 @@
 """Discrete problems: transcription against hand-written steps, static controls as states, rollouts, every refusal."""
 
+import inspect
 import math
 from functools import partial
 
@@ -361,3 +362,54 @@ class TestPaths:
             Stage(lambda k, x, u: x), lambda x: (x * data).sum(-1), initial_state=torch.ones(2, 2, 3), steps=2
         )
         assert not rows_stand_alone(Widened(problem))
+
+
+class TestConstraintsAreChecked:
+    """A discrete problem's own constraints, at both ends of the path."""
+
+    def make(self, **options):
+        return StagedOCP(Stage(lambda k, x, u: x + u, control_dim=1), initial_state=[1.0], steps=3, **options)
+
+    def test_what_is_no_function(self):
+        for name in ("path_constraint", "terminal_constraint"):
+            with pytest.raises(ProblemError, match=f"{name} is int; expected a function of plain torch code"):
+                inspect.unwrap(StagedOCP.__init__)(
+                    object.__new__(StagedOCP), Stage(lambda k, x, u: x), initial_state=[1.0], steps=3, **{name: 3}
+                )
+
+    def test_wrong_shapes(self):
+        with pytest.raises(ProblemError, match=r"path_constraint returned shape \(\); expected \(\) and one last axis"):
+            self.make(path_constraint=lambda k, x, u: x[..., 0])
+        with pytest.raises(ProblemError, match=r"terminal_constraint returned shape \(\); expected \(\) and one last"):
+            self.make(terminal_constraint=lambda x: x[..., 0])
+
+    def test_wrong_arguments(self):
+        with pytest.raises(ProblemError, match=r"path_constraint\(k, x, u\) failed when called"):
+            self.make(path_constraint=lambda x: x)
+        with pytest.raises(ProblemError, match=r"terminal_constraint\(x\) failed when called"):
+            self.make(terminal_constraint=lambda k, x: x)
+
+    def test_at_the_end_too(self):
+        with pytest.raises(ProblemError, match="path_constraint returned inf at entry"):
+            self.make(path_constraint=lambda k, x, u: x / (k - 3)[..., None])
+
+    def test_sizes_that_vary(self):
+        stages = [
+            Stage(lambda k, x, u: torch.cat([x, u], dim=-1), control_dim=1),
+            Stage(lambda k, x, u: x[..., :1], control_dim=2),
+        ]
+        seen = []
+
+        def constraint(k, x, u):
+            seen.append((k, x.shape[-1], u.shape[-1]))
+            return x - 5
+
+        StagedOCP(stages, initial_state=[0.5], path_constraint=constraint, terminal_constraint=lambda x: x - 1)
+        assert set(seen) == {(0, 1, 1), (2, 1, 2)}
+
+    def test_parameters_outside_their_bounds(self):
+        stage = Stage(lambda k, x, u, p: x + p)
+        with pytest.raises(
+            ProblemError, match=r"parameters\[0\] is 2.0, outside its bounds \[0.0, 1.0\]; expected a start"
+        ):
+            StagedOCP(stage, initial_state=[1.0], steps=3, parameters=[2.0], parameter_bounds=(0.0, 1.0))

@@ -278,7 +278,7 @@ class TestFiles:
             load_solution(path)
 
     @pytest.mark.parametrize(
-        "content", [{"cost": torch.ones(1)}, [1, 2], {"format": 1, "gains": None, "colour": "red"}]
+        "content", [{"cost": torch.ones(1)}, [1, 2], {"format": 2, "gains": None, "colour": "red"}]
     )
     def test_another_kind_of_file(self, tmp_path, content):
         torch.save(content, tmp_path / "solution.pt")
@@ -287,11 +287,11 @@ class TestFiles:
 
     def test_another_format(self, tmp_path):
         torch.save({"format": 99}, tmp_path / "solution.pt")
-        with pytest.raises(oc.DataError, match="has another format than 1; expected a file written by this version"):
+        with pytest.raises(oc.DataError, match="has another format than 2; expected a file written by this version"):
             load_solution(tmp_path / "solution.pt")
 
     def test_a_file_cannot_run_code(self, tmp_path):
-        torch.save({"format": 1, "run": math.sin}, tmp_path / "solution.pt")
+        torch.save({"format": 2, "run": math.sin}, tmp_path / "solution.pt")
         with pytest.raises(oc.DataError, match="is no saved solution"):
             load_solution(tmp_path / "solution.pt")
 

@@ -9,14 +9,16 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from ocnopt import problems
+from ocnopt.differential.bellman import Direction
 from ocnopt.errors import ProblemError
 from ocnopt.ocp import OCP, FreeHorizon
-from ocnopt.solvers import ddp
+from ocnopt.solvers.ddp import TorchKernel
 from ocnopt.solvers.lowered import arrays, kernel
-from ocnopt.solvers.lowered.kernel import Direction, LoweredKernel, Path
+from ocnopt.solvers.lowered.kernel import LoweredKernel
 from ocnopt.solvers.lowered.problem import fits
 from ocnopt.solvers.solution import Guess
-from ocnopt.staged import Stage, StagedOCP, rollout, static_as_state, transcribe
+from ocnopt.staged import Stage, StagedOCP, transcribe
+from ocnopt.steps import Path, Widened
 from tests.oracles.lq import random_affine_quadratic
 from tests.solvers.cases import swing
 from tests.solvers.test_ddp_random import random_problem
@@ -25,23 +27,13 @@ STEPS = 8
 
 
 def torch_direction(problem: StagedOCP, path: Path, mu: torch.Tensor, exact: bool) -> Direction:
-    """The same direction by the torch code; a non-convex exact model at an open path is left as it is."""
-    gaps = None if path.gaps is None else list(path.gaps)
-    iterate = ddp.Iterate(list(path.states), list(path.controls), path.cost, gaps, torch.zeros_like(path.cost))
-    wide = static_as_state(problem)
-    models = ddp.expand_path(wide, iterate.states, iterate.controls, second_order=exact)
-    direction = ddp.find_direction(problem, iterate, models, ddp.expand_terminal(wide, iterate.states[-1]), mu)
-    return Direction(*(torch.stack(part) for part in direction[:3]), *direction[3:])
+    """The same direction by the torch kernel; a non-convex exact model at an open path is left as it is."""
+    return TorchKernel(Widened(problem)).direction(path, mu, exact=exact)
 
 
 def torch_roll_out(problem: StagedOCP, path: Path, direction: Direction, alphas: torch.Tensor) -> Path:
-    """The same paths by the torch code."""
-    gaps = None if path.gaps is None else list(path.gaps)
-    iterate = ddp.Iterate(list(path.states), list(path.controls), path.cost, gaps, torch.zeros_like(path.cost))
-    lists = ddp.Direction(*(list(part) for part in direction[:3]), *direction[3:])
-    trial, _ = ddp._try(static_as_state(problem), iterate, lists, alphas)
-    left = None if trial.gaps is None else torch.stack(trial.gaps)
-    return Path(torch.stack(trial.states), torch.stack(trial.controls), trial.cost, left)
+    """The same paths by the torch kernel."""
+    return TorchKernel(Widened(problem)).roll_out(path, direction, alphas)
 
 
 def assert_near(actual, expected, tolerance=1e-10):
@@ -63,17 +55,16 @@ def some_guess(problem: StagedOCP, spread: float = 0.3, row: int = 0) -> Guess:
 
 def some_path(problem: StagedOCP, guess: Guess, *, infeasible: bool) -> Path:
     """The guess rolled out, or states beside every path."""
-    wide = static_as_state(problem)
+    wide = Widened(problem)
     first = torch.cat([problem.initial_state, guess.parameters], dim=-1)
-    path = rollout(wide, guess.controls, first)
-    states, controls = torch.stack(path.states), torch.stack(guess.controls)
+    path = wide.walk(lambda k, x: guess.controls[k], first)
     if not infeasible:
-        return Path(states, controls, path.cost, None)
+        return path
     n = problem.state_dim
     generator = torch.Generator().manual_seed(5)
+    states = path.states.clone()
     states[1:, ..., :n] += 0.1 * torch.randn(states[1:, ..., :n].shape, generator=generator).double()
-    gaps, cost = ddp.shoot(wide, list(states), guess.controls, wide.start_parameters())
-    return Path(states, controls, cost, torch.stack(gaps))
+    return wide.evaluate(states, path.controls)
 
 
 def assert_agree(problem: StagedOCP, *, mus=(0.0, 2.0), seed: int = 0, tolerance: float = 1e-10) -> Direction:
