@@ -6,24 +6,26 @@ Shapes: x ``(*extra, *batch, n)``, u ``(*extra, *batch, m)``, p ``(*extra, *batc
 stage serves all N steps, k is an integer tensor that broadcasts against ``x[..., 0]``, so that many steps are evaluated
 at once; in a sequence of stages k is an int.
 
-A static control is a state whose first value is free: :class:`ocnopt.steps.Widened` appends p to x, and a backward pass
-over states and staged controls needs nothing else.
+A static control is a state whose first value is free: :class:`Widened` appends p to x, and a backward pass over states
+and staged controls needs nothing else.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from ocnopt import checks, problem_checks
+from ocnopt import checks, staged_checks
 from ocnopt.errors import ProblemError
 from ocnopt.integrate.runge_kutta import combine, stages
 from ocnopt.integrate.tableaus import get_tableau
 from ocnopt.ocp import OCP, Function, Lifted, lift
 
 Index = int | Tensor
+Series = Tensor | Sequence[Tensor]  # stacked over time, or step by step where sizes vary
 Advance = Callable[[Index, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -130,7 +132,7 @@ class StagedOCP:
         put(self, "dtype", dtype)
         put(self, "origin", origin)
         n = x0.shape[-1]
-        put(self, "state_sizes", _check(self) if origin is None else (n,) * (self.steps + 1))
+        put(self, "state_sizes", staged_checks.check_stages(self) if origin is None else (n,) * (self.steps + 1))
 
     @property
     def steps(self) -> int:
@@ -206,44 +208,6 @@ def _groups(stages: Stage | Sequence[Stage], steps: int | None) -> tuple[Group, 
     return tuple(Group(stage, k, k + 1, single=True) for k, stage in enumerate(stages))
 
 
-def _check(problem: StagedOCP) -> tuple[int, ...]:
-    """Walk along the stages with zero controls, clipped to their bounds, check what all functions return; the sizes."""
-    x, p = problem.initial_state, problem.start_parameters()
-    static = {} if problem.parameters is None else {"p": p}
-    sizes = [x.shape[-1]]
-    for group, bounds in zip(problem.groups, problem.control_bounds, strict=True):
-        u = x.new_zeros((*problem.batch_shape, group.stage.control_dim))
-        k: Index = group.start if group.single else torch.tensor(group.start, device=x.device)
-        arguments = {"k": k, "x": x, "u": u if bounds is None else u.clamp(*bounds)}
-        x = _check_stage(problem, group, {**arguments, **(static if group.stage.joint is None else {"p": p})})
-        sizes += [x.shape[-1]] * (group.stop - group.start)
-    problem_checks.check_ends(problem, x)
-    return tuple(sizes)
-
-
-def _check_stage(problem: StagedOCP, group: Group, arguments: dict[str, Any]) -> Tensor:
-    """Check one stage's functions and return its next state, which keeps its size where the stage is applied again."""
-    stage, name = group.stage, f"stage {group.start}'s"
-    dynamics, cost, joint = stage.dynamics, stage.cost, stage.joint
-    if joint is not None:
-        dynamics, cost = (lambda *given: joint(*given)[0]), (lambda *given: joint(*given)[1])
-    checks.callable_or_none(f"{name} dynamics", dynamics, required=True)
-    checks.callable_or_none(f"{name} cost", cost)
-    if cost is not None:
-        _check_function(problem, f"{name} cost", cost, arguments)
-    size = None if group.single else arguments["x"].shape[-1]
-    return _check_function(problem, f"{name} dynamics", dynamics, arguments, size)
-
-
-def _check_function(
-    problem: StagedOCP, name: str, function: Any, here: dict[str, Any], size: int | None = None
-) -> Tensor:
-    rows = [here, {key: problem_checks.nearby(argument) for key, argument in here.items()}]
-    return problem_checks.check_function(
-        name, function, rows, batch=problem.batch_shape, dtype=problem.dtype, size=size
-    )
-
-
 def transcribe(problem: OCP, steps: int, integrator: str = "rk4") -> StagedOCP:
     """Cut a continuous problem into N equal steps, each with one constant control.
 
@@ -304,3 +268,120 @@ def _arity(function: Function, has_parameters: bool) -> Function:
     if has_parameters:
         return function
     return lambda *arguments: function(*arguments, arguments[-1].new_zeros(0))
+
+
+class Widened:
+    """A discrete problem with its static controls as states: z = (x, p), p_{k+1} = p_k, the first p being free.
+
+    Its unknowns are states and staged controls alone, stacked over time: z ``(*extra, *batch, n)`` and u ``(*extra,
+    *batch, m)``, n and m the largest of all steps. Smaller states and controls are followed by zeros, p comes last.
+    """
+
+    def __init__(self, problem: StagedOCP) -> None:
+        self.problem, self.groups, self.steps = problem, problem.groups, problem.steps
+        self.q = problem.parameter_dim
+        self.state_sizes = problem.state_sizes
+        self.control_sizes = [
+            group.stage.control_dim for group in problem.groups for _ in range(group.start, group.stop)
+        ]
+        self.n, self.m = max(self.state_sizes) + self.q, max(self.control_sizes)
+        self.parameter_bounds = problem.parameter_bounds
+        self.control_bounds = self._stacked_bounds()
+
+    def _stacked_bounds(self) -> checks.Bounds | None:
+        """Two tensors ``(N, m)``; no control that is only there to fill up may move."""
+        given, m = self.problem.step_bounds, self.m
+        if not any(given):
+            return None
+        infinite = self.problem.initial_state.new_full((m,), torch.inf)
+        pairs = [
+            bounds or (-infinite[:size], infinite[:size])
+            for bounds, size in zip(given, self.control_sizes, strict=True)
+        ]
+        lower, upper = (
+            torch.stack([pad(side, (0, m - len(side))) for side in sides]) for sides in zip(*pairs, strict=True)
+        )
+        return lower, upper
+
+    def join(self, states: Series, p: Tensor) -> Tensor:
+        """States and static controls as z, stacked over time."""
+        x = _stacked(states, self.n - self.q)
+        return x if not self.q else torch.cat([x, p.expand(*x.shape[:-1], self.q)], dim=-1)
+
+    def join_controls(self, controls: Series) -> Tensor:
+        """Controls stacked over time."""
+        return _stacked(controls, self.m)
+
+    def split(self, z: Tensor) -> tuple[Series, Tensor]:
+        """The states behind stacked z, a list where their sizes vary, and p at the start."""
+        return self.cut(z, self.state_sizes), z[0, ..., self.n - self.q :]
+
+    def cut(self, values: Tensor, sizes: Sequence[int]) -> Series:
+        """What belongs to each step out of a stacked series, a list where sizes vary."""
+        if len(set(sizes)) == 1:
+            return values[..., : sizes[0]]
+        return [value[..., :size] for value, size in zip(values, sizes, strict=True)]
+
+    def cut_gains(self, K: Tensor) -> Series:
+        """Feedback gains of x alone, a list where sizes vary."""
+        sizes = list(zip(self.control_sizes, self.state_sizes, strict=False))
+        if len(set(sizes)) == 1:
+            return K[..., : self.state_sizes[0]]
+        return [gain[..., :m, :n] for gain, (m, n) in zip(K, sizes, strict=True)]
+
+    def advance(self, group: Group, k: Index, z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """One step: the next z and the stage's cost."""
+        first, p = group.start, z[..., self.n - self.q :]
+        x, u = z[..., : self.state_sizes[first]], u[..., : group.stage.control_dim]
+        x_next, cost = self.problem.advance(group.stage, k, x, u, p)
+        room = self.n - self.q - x_next.shape[-1]
+        parts = [x_next, *([x.new_zeros((*x_next.shape[:-1], room))] if room else []), *([p] if self.q else [])]
+        return torch.cat(parts, dim=-1) if len(parts) > 1 else x_next, cost
+
+    def terminal(self, z: Tensor) -> Tensor:
+        """Phi(x_N, p)."""
+        return self.problem.terminal(z[..., : self.state_sizes[-1]], z[..., self.n - self.q :])
+
+    def stretches(self, length: int | None = None) -> Iterator[tuple[Group, int, int]]:
+        """Runs of steps, of at most the given length, that are evaluated at once."""
+        for group in self.groups:
+            step = length or group.stop - group.start
+            for start in range(group.start, group.stop, step):
+                yield group, start, min(start + step, group.stop)
+
+    def outputs(self, group: Group, k: Index) -> Callable[[Tensor], Tensor]:
+        """Next state, without the static controls, and cost of a step as a function of w = (z, u)."""
+
+        def outputs(w: Tensor) -> Tensor:
+            z, cost = self.advance(group, k, w[..., : self.n], w[..., self.n :])
+            return torch.cat([z[..., : self.n - self.q], cost[..., None]], dim=-1)
+
+        return outputs
+
+    def cost(self, group: Group, k: Index) -> Callable[[Tensor], Tensor]:
+        """The cost of a step alone as a function of w, ``(..., 1)``."""
+        outputs = self.outputs(group, k)
+        return lambda w: outputs(w)[..., -1:]
+
+    def phi(self, z: Tensor) -> Tensor:
+        """Phi(x_N, p), ``(..., 1)``."""
+        return self.terminal(z)[..., None]
+
+
+def _stacked(values: Series, size: int) -> Tensor:
+    """A series of varying sizes as one tensor, filled up with zeros."""
+    if isinstance(values, Tensor):
+        return values
+    return torch.stack([v if v.shape[-1] == size else pad(v, (0, size - v.shape[-1])) for v in values])
+
+
+def step_number(group: Group, k: int, like: Tensor) -> Index:
+    """Step k as a stage's functions expect it."""
+    return k if group.single or group.stage.joint is not None else torch.tensor(k, device=like.device)
+
+
+def step_numbers(group: Group, start: int, stop: int, states: Tensor) -> Index:
+    """The numbers of several steps, for a leading axis of states ``(N + 1, *lead, n)``."""
+    if group.single:
+        return start
+    return torch.arange(start, stop, device=states.device).reshape(-1, *(1,) * (states.ndim - 2))

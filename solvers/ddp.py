@@ -15,93 +15,34 @@ Source: Mayne 1966; Tassa, Mansard and Todorov, ICRA 2014 (bounds, regularisatio
 """
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ocnopt.checks import finite_path, nearest, no_constraints, solver_options
-from ocnopt.differential.bellman import Direction, sweep_path
+from ocnopt.differential.steps import Direction, Path, TorchKernel
 from ocnopt.errors import ProblemError
 from ocnopt.solvers.search import (
+    Curvature,
     Iterate,
     Kernel,
     Outcome,
     Progress,
-    choose,
-    each,
+    find_direction,
     joined,
     judge,
     line_search,
     pick_rows,
     record,
+    unflattened,
 )
 from ocnopt.solvers.solution import Guess, Solution, make_solution
-from ocnopt.staged import StagedOCP
-from ocnopt.steps import Path, Widened, expand_path, expand_terminal, rows_stand_alone
+from ocnopt.staged import StagedOCP, Widened
 
-# All step sizes are tried in one rollout where a batch is so small that only calls cost time.
-_SMALL = 64
 # Problems of a batch that are worked on at a time; a finished one leaves once an eighth of them have finished.
 _WINDOW = 512
-
-Curvature = Literal["exact", "gauss_newton", "auto"]
-
-
-class TorchKernel:
-    """The kernel for any function and any device."""
-
-    name = "torch"
-
-    def __init__(self, wide: Widened) -> None:
-        self.wide = wide
-        self.apart = rows_stand_alone(wide)
-        self._expanded: tuple[Any, ...] = (None, False)
-
-    def evaluate(self, states: Tensor, controls: Tensor) -> Path:
-        """See :class:`Kernel`."""
-        return self.wide.evaluate(states, controls)
-
-    def direction(self, path: Path, mu: Tensor, *, exact: bool) -> Direction:
-        """See :class:`Kernel`; a path that is swept again (another mu, no curvature) is not expanded again."""
-        if self._expanded[0] is not path.states or (exact and not self._expanded[1]):
-            models = expand_path(self.wide, path, exact=exact), expand_terminal(self.wide, path.states[-1])
-            self._expanded = path.states, exact, *models
-        models, terminal = self._expanded[2:]
-        return sweep_path(self.wide, path, models if exact else models._replace(curvature=None), terminal, mu)
-
-    def roll_out(self, path: Path, direction: Direction, alphas: Tensor) -> Path:
-        """See :class:`Kernel`."""
-        (X, U), (k, K), bounds = path[:2], direction[:2], self.wide.control_bounds
-        a, start = alphas.reshape((-1, *(1,) * X[0].ndim)), X[0].expand(len(alphas), *X[0].shape)
-        if self.wide.q:
-            start = torch.cat([start[..., : -self.wide.q], start[..., -self.wide.q :] + a * direction.dp], dim=-1)
-
-        def law(i: int, x: Tensor) -> Tensor:
-            u = U[i] + a * k[i] + (K[i] @ (x - X[i])[..., None])[..., 0]
-            return u if bounds is None else u.clamp(bounds[0][i], bounds[1][i])
-
-        left = None if path.gaps is None else (1 - a) * path.gaps[:, None]
-        return self.wide.walk(law, start, left)
-
-    def ladder(self, lanes: int, alphas: Sequence[float]) -> Sequence[Sequence[float]]:
-        """See :class:`Kernel`."""
-        return (alphas,) if lanes <= _SMALL else (alphas[:1], alphas[1:])
-
-
-def find_direction(kernel: Kernel, iterate: Iterate, mu: Tensor, curvature: Curvature) -> Direction:
-    """The direction at a path; for a non-convex exact model, where allowed, the Gauss-Newton direction instead."""
-    direction = kernel.direction(iterate.path, mu, exact=curvature != "gauss_newton")
-    if curvature == "gauss_newton":
-        return direction
-    # An infeasible path's costates belong to no trajectory: its exact curvature misleads more than it helps.
-    keep = direction.solvable if curvature == "auto" else direction.solvable | (iterate.gap_size() == 0)
-    if bool(keep.all()):
-        return direction
-    convex = kernel.direction(iterate.path, mu, exact=False)
-    return each(lambda axis, exact, other: choose(keep, axis, exact, other), direction, convex)
 
 
 class History:
@@ -295,7 +236,7 @@ def _solution(
     if kernel.apart and shape:
         order = torch.cat([part[1].row for part in ended]).argsort()
         together = [pick_rows(joined(*parts), order) for parts in zip(*ended, strict=True)]
-        iterate, progress, direction = (each(lambda axis, v: v.unflatten(axis, shape), part) for part in together)
+        iterate, progress, direction = (unflattened(part, shape) for part in together)
     states, p = wide.split(iterate.states)
     return make_solution(
         problem,

@@ -8,13 +8,12 @@ Source: Tassa, Mansard and Todorov, ICRA 2014 (regularisation schedule); Nocedal
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from ocnopt.differential.bellman import Direction
-from ocnopt.steps import Path
+from ocnopt.differential.steps import Direction, Path
 
 _MU_MIN, _MU_MAX = 1e-6, 1e12
 # mu grows by _UP when nothing was accepted, falls by _DOWN after a step >= _LONG, rises by _DOWN after one < _SHORT:
@@ -26,6 +25,9 @@ _IDLE = 5
 _ALPHAS = tuple(0.5**i for i in range(14))
 # A cost below this is taken to have no lower bound.
 _BOTTOM = -1e100
+
+
+Curvature = Literal["exact", "gauss_newton", "auto"]
 
 
 @runtime_checkable
@@ -127,6 +129,19 @@ def choose(mask: Tensor, axis: int, value: Tensor, other: Tensor) -> Tensor:
     return torch.where(mask.reshape(shape), value, other)
 
 
+def find_direction(kernel: Kernel, iterate: Iterate, mu: Tensor, curvature: Curvature) -> Direction:
+    """The direction at a path; for a non-convex exact model, where allowed, the Gauss-Newton direction instead."""
+    direction = kernel.direction(iterate.path, mu, exact=curvature != "gauss_newton")
+    if curvature == "gauss_newton":
+        return direction
+    # An infeasible path's costates belong to no trajectory: its exact curvature misleads more than it helps.
+    keep = direction.solvable if curvature == "auto" else direction.solvable | (iterate.gap_size() == 0)
+    if bool(keep.all()):
+        return direction
+    convex = kernel.direction(iterate.path, mu, exact=False)
+    return each(lambda axis, exact, other: choose(keep, axis, exact, other), direction, convex)
+
+
 def line_search(kernel: Kernel, iterate: Iterate, direction: Direction, active: Tensor) -> tuple[Iterate, Tensor]:
     """Try the full step and shorter ones; each problem takes the longest that decreases its merit enough.
 
@@ -152,6 +167,11 @@ def line_search(kernel: Kernel, iterate: Iterate, direction: Direction, active: 
 def joined(*records: Record) -> Record:
     """Problems of several records behind each other."""
     return each(lambda axis, *values: torch.cat(values, axis), *records)
+
+
+def unflattened(record: Record, shape: Sequence[int]) -> Record:
+    """Problems in a row as a batch of that shape."""
+    return each(lambda axis, value: value.unflatten(axis, tuple(shape)), record)
 
 
 def pick_rows(record: Record, rows: Tensor) -> Record:

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ocnopt.differential.steps import rollout
 from ocnopt.errors import DataError, NonFiniteError, ProblemError
 from ocnopt.solvers.audit import audit
 from ocnopt.solvers.files import check_fingerprint, fingerprint, write_file
 from ocnopt.staged import StagedOCP
-from ocnopt.steps import rollout
 
 Series = Tensor | tuple[Tensor, ...]
 _FORMAT = 2

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ocnopt.checks import float_tensor, listed, nearest, shape
+from ocnopt.differential.steps import rollout
 from ocnopt.errors import ConvergenceError, ProblemError
 from ocnopt.ocp import OCP
 from ocnopt.solvers.solution import Guess, Solution
 from ocnopt.staged import StagedOCP, transcribe
-from ocnopt.steps import rollout
 
 _KEYS = ("controls", "states", "parameters", "horizon")
 _SOLVERS = {"ddp": ("ocnopt.solvers.ddp", "DDP"), "casadi": ("ocnopt.solvers.direct.casadi_solver", "CasADi")}

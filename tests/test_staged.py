@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ocnopt.differential.steps import evaluate, rollout, rows_stand_alone, walk
 from ocnopt.errors import ProblemError
 from ocnopt.ocp import OCP, FreeHorizon, Horizon
-from ocnopt.staged import Stage, StagedOCP, transcribe
-from ocnopt.steps import Widened, rollout, rows_stand_alone
+from ocnopt.staged import Stage, StagedOCP, Widened, transcribe
 from tests.oracles.compare import assert_close
 
 
@@ -306,7 +306,7 @@ def test_static_controls_as_states_change_no_path(batch, n, q, free):
     p = staged.start_parameters() + 0.1
     controls = torch.rand(3, *batch, 1).double()
     narrow_path = rollout(staged, lambda k, x: controls[k], staged.initial_state, p)
-    wide_path = wide.walk(lambda k, x: controls[k], torch.cat([staged.initial_state, p], dim=-1))
+    wide_path = walk(wide, lambda k, x: controls[k], torch.cat([staged.initial_state, p], dim=-1))
     assert_close(wide_path.cost, narrow_path.cost)
     for z, x in zip(wide_path.states, narrow_path.states, strict=True):
         assert_close(z, torch.cat([x, p], dim=-1))
@@ -325,8 +325,8 @@ class TestPaths:
     def test_evaluating_a_broken_path_finds_the_gaps_that_a_walk_was_given(self, problem):
         wide = Widened(problem)
         controls, gaps = torch.rand(4, 3, 1).double(), torch.rand(4, 3, 2).double()
-        path = wide.walk(lambda k, x: controls[k], problem.initial_state, gaps)
-        found = wide.evaluate(path.states, controls)
+        path = walk(wide, lambda k, x: controls[k], problem.initial_state, gaps)
+        found = evaluate(wide, path.states, controls)
         assert_close(found.gaps, gaps, rtol=1e-12)
         assert_close(found.cost, path.cost, rtol=1e-13)
 
@@ -334,11 +334,11 @@ class TestPaths:
         grow = Stage(lambda k, x, u: torch.cat([x, u], dim=-1), lambda k, x, u: (u**2).sum(-1), 1)
         rest = Stage(lambda k, x, u: x.sum(-1, keepdim=True), None, 0)
         wide = Widened(StagedOCP([grow, rest], initial_state=[2.0], control_bounds=(-1.0, 3.0)))
-        path = wide.walk(lambda k, x: torch.tensor([[3.0], [0.0]]).double()[k], torch.tensor([2.0, 0.0]).double())
+        path = walk(wide, lambda k, x: torch.tensor([[3.0], [0.0]]).double()[k], torch.tensor([2.0, 0.0]).double())
         assert_close(path.states, [[2.0, 0.0], [2.0, 3.0], [5.0, 0.0]])
         assert [x.tolist() for x in wide.split(path.states)[0]] == [[2.0], [2.0, 3.0], [5.0]]
         assert [u.tolist() for u in wide.cut(path.controls, wide.control_sizes)] == [[3.0], []]
-        assert_close(wide.evaluate(path.states, path.controls).gaps, torch.zeros(2, 2))
+        assert_close(evaluate(wide, path.states, path.controls).gaps, torch.zeros(2, 2))
         assert wide.control_bounds[0].tolist() == [[-1.0], [0.0]]
 
     @pytest.mark.parametrize(

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ocnopt.checks import nearest, solver_options
+from ocnopt.differential.steps import rollout
 from ocnopt.errors import NonFiniteError, ProblemError
 from ocnopt.solvers.solution import Guess, Solution, make_solution
 from ocnopt.staged import StagedOCP
-from ocnopt.steps import rollout
 
 if TYPE_CHECKING:
     from ocnopt.solvers.direct.attempts import Attempt

@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ocnopt.differential.bellman import CostToGo, Direction, minimise_start
+from ocnopt.differential.steps import Direction, Path
+from ocnopt.differential.sweep import CostToGo, minimise_start
 from ocnopt.solvers.lowered.arrays import Arrays
 from ocnopt.solvers.lowered.machine import Array, Machine
 from ocnopt.solvers.lowered.problem import fits, lower_step, refused
 from ocnopt.solvers.lowered.steps import Fold, Steps, make_steps
 from ocnopt.solvers.solution import Guess
 from ocnopt.staged import StagedOCP
-from ocnopt.steps import Path
 
 # So many problems are run one by one: beyond, numpy's calls cost less.
 _FEW = 96

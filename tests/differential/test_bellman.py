@@ -1,6 +1,5 @@
 """One step of the Bellman sweep, and whole sweeps on affine-quadratic problems, against dense linear algebra."""
 
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -9,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ocnopt.differential.bellman import BellmanStep, CostToGo, bellman_step, minimise_start
-from ocnopt.differential.sweep import sweep
-from ocnopt.steps import Widened, expand_path, expand_terminal
+from ocnopt.differential.steps import expand_path, expand_terminal, walk
+from ocnopt.differential.sweep import BellmanStep, CostToGo, Hessians, bellman_step, minimise_start, sweep
+from ocnopt.staged import Widened
 from tests.oracles.compare import assert_close
 from tests.oracles.lq import random_affine_quadratic
 
@@ -45,8 +44,7 @@ class Model(NamedTuple):
         return self.L[..., 1:, 0]
 
     def step(self, damping, room=None):
-        curvature = None if self.fww is None else lambda c: (c[..., None, None] * self.fww).sum(-3)
-        return BellmanStep(self.F, self.L, curvature, room, damping)
+        return BellmanStep(self.F, self.L, None if self.fww is None else Hessians(self.fww), room, damping)
 
 
 def random_stage(batch, n, m, after, *, curved=False):
@@ -149,13 +147,12 @@ def whole_sweep(lq, q):
     first = torch.cat([problem.initial_state, draw(q)])
     controls = draw(lq.sizes[0], lq.sizes[2])
     gaps = torch.cat([draw(lq.sizes[0], lq.sizes[1]), torch.zeros(lq.sizes[0], q)], dim=-1)
-    path = wide.walk(lambda k, x: controls[k], first, gaps)
+    path = walk(wide, lambda k, x: controls[k], first, gaps)
     models = expand_path(wide, path, exact=True)
     terminal = expand_terminal(wide, path.states[-1])
     nothing = torch.zeros(lq.sizes[2], lq.sizes[2]).double()
     steps = [
-        BellmanStep(F, L, partial(models.curvature, k), None, nothing)
-        for k, (F, L) in enumerate(zip(*models[:2], strict=True))
+        BellmanStep(F, L, models.curvature[k], None, nothing) for k, (F, L) in enumerate(zip(*models[:2], strict=True))
     ]
     end = CostToGo(terminal, terminal[0], torch.tensor(True))
     return wide, path, controls, gaps, sweep(bellman_step, steps, end)
@@ -183,7 +180,7 @@ def test_the_predicted_change_of_cost_is_exact_for_every_step_size(q, alpha):
     def law(k, x):
         return controls[k] + alpha * gains[k].K[:, 0] + gains[k].K[:, 1:] @ (x - path.states[k])
 
-    moved = wide.walk(law, first, (1 - alpha) * gaps)
+    moved = walk(wide, law, first, (1 - alpha) * gaps)
     predicted = alpha * value.linear + alpha**2 * value.quadratic
     assert_close(moved.cost - path.cost, predicted, rtol=1e-10)
 
@@ -193,7 +190,7 @@ def test_the_full_step_from_an_infeasible_path_is_the_solution():
     wide, path, controls, _, (value, gains) = whole_sweep(lq, 2)
     dp, value = minimise_start(value, 2, torch.zeros(2, 2).double(), None)
     first = path.states[0] + torch.cat([torch.zeros(3).double(), dp])
-    moved = wide.walk(lambda k, x: controls[k] + gains[k].K @ homogeneous(x - path.states[k]), first)
+    moved = walk(wide, lambda k, x: controls[k] + gains[k].K @ homogeneous(x - path.states[k]), first)
     states, best, parameters, cost = lq.solve()
     assert_close(moved.cost, cost, rtol=1e-10)
     assert_close(moved.controls, best, rtol=1e-8, atol=1e-9)

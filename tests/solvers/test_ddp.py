@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ocnopt import problems
+from ocnopt.differential.steps import rollout
 from ocnopt.errors import NonFiniteError
 from ocnopt.ocp import OCP, FreeHorizon
 from ocnopt.solvers.ddp import DDP
 from ocnopt.solvers.solve import solve
 from ocnopt.staged import Stage, StagedOCP
-from ocnopt.steps import rollout
 from tests.oracles.compare import assert_close
 from tests.oracles.lq import random_affine_quadratic
 from tests.solvers.cases import assert_converged, swing

@@ -5,10 +5,10 @@ import scipy.linalg
 import scipy.optimize
 import torch
 
+from ocnopt.differential.steps import rollout
 from ocnopt.ocp import OCP
 from ocnopt.solvers.solve import solve
 from ocnopt.staged import Stage, StagedOCP
-from ocnopt.steps import rollout
 from tests.oracles.compare import assert_close
 from tests.solvers.cases import assert_converged, swing
 

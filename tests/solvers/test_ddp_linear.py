@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ocnopt import problems
+from ocnopt.differential.steps import expand_path, rollout
 from ocnopt.ocp import OCP
 from ocnopt.solvers.solve import solve
-from ocnopt.staged import Stage, StagedOCP, transcribe
-from ocnopt.steps import Widened, expand_path, rollout
+from ocnopt.staged import Stage, StagedOCP, Widened, transcribe
 from tests.oracles.compare import assert_close
 from tests.oracles.lq import random_affine_quadratic
 from tests.solvers.cases import assert_converged

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import ocnopt as oc
+from ocnopt.differential.steps import rollout
 from ocnopt.ocp import OCP, FreeHorizon, Horizon
 from ocnopt.solvers.solution import Solution, load_solution
 from ocnopt.solvers.solve import solve
 from ocnopt.staged import Stage, StagedOCP
-from ocnopt.steps import rollout
 from tests.oracles.compare import assert_close
 
 STEPS = 8

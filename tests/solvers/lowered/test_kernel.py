@@ -9,16 +9,14 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from ocnopt import problems
-from ocnopt.differential.bellman import Direction
+from ocnopt.differential.steps import Direction, Path, TorchKernel, evaluate, walk
 from ocnopt.errors import ProblemError
 from ocnopt.ocp import OCP, FreeHorizon
-from ocnopt.solvers.ddp import TorchKernel
 from ocnopt.solvers.lowered import arrays, kernel
 from ocnopt.solvers.lowered.kernel import LoweredKernel
 from ocnopt.solvers.lowered.problem import fits
 from ocnopt.solvers.solution import Guess
-from ocnopt.staged import Stage, StagedOCP, transcribe
-from ocnopt.steps import Path, Widened
+from ocnopt.staged import Stage, StagedOCP, Widened, transcribe
 from tests.oracles.lq import random_affine_quadratic
 from tests.solvers.cases import swing
 from tests.solvers.test_ddp_random import random_problem
@@ -57,14 +55,14 @@ def some_path(problem: StagedOCP, guess: Guess, *, infeasible: bool) -> Path:
     """The guess rolled out, or states beside every path."""
     wide = Widened(problem)
     first = torch.cat([problem.initial_state, guess.parameters], dim=-1)
-    path = wide.walk(lambda k, x: guess.controls[k], first)
+    path = walk(wide, lambda k, x: guess.controls[k], first)
     if not infeasible:
         return path
     n = problem.state_dim
     generator = torch.Generator().manual_seed(5)
     states = path.states.clone()
     states[1:, ..., :n] += 0.1 * torch.randn(states[1:, ..., :n].shape, generator=generator).double()
-    return wide.evaluate(states, path.controls)
+    return evaluate(wide, states, path.controls)
 
 
 def assert_agree(problem: StagedOCP, *, mus=(0.0, 2.0), seed: int = 0, tolerance: float = 1e-10) -> Direction:

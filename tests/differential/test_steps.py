@@ -6,11 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.func import hessian, jacrev
 
-from ocnopt import steps
+from ocnopt.differential import steps
+from ocnopt.differential.steps import Path, expand_path, expand_terminal
 from ocnopt.linearise import derivatives
 from ocnopt.ocp import OCP, FreeHorizon
-from ocnopt.staged import Stage, StagedOCP, transcribe
-from ocnopt.steps import Path, Widened, expand_path, expand_terminal
+from ocnopt.staged import Stage, StagedOCP, Widened, transcribe
 from tests.oracles.compare import assert_close
 
 batches = st.lists(st.integers(1, 3), max_size=2).map(tuple)
@@ -98,7 +98,7 @@ def models_of(problem, states, controls, *, second_order):
             models.fw[k][..., :after, :][..., w],
             models.lw[k][..., w],
             models.lww[k][block],
-            models.curvature and (lambda c, k=k, block=block: models.curvature(k, c)[block]),
+            models.curvature and (lambda c, k=k, block=block: models.curvature[k].times(c)[block]),
         )
 
 
