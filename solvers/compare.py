@@ -12,10 +12,12 @@ from ocnopt.solvers.solution import Solution
 from ocnopt.solvers.solve import Solver, make_solver, read_guess
 from ocnopt.staged import StagedOCP, transcribe
 
+HEAD = ("solver", "cost", "T", "iterations", "time [s]", "build [s]", "max |dx|", "converged")
+
 
 @dataclass(frozen=True)
 class Row:
-    """One solver's line: worst case over a batch, cost summed over it."""
+    """One solver's line: worst case over a batch, cost summed over it; ``note`` says what the numbers do not."""
 
     solver: str
     cost: float
@@ -26,9 +28,10 @@ class Row:
     state_difference: float
     converged: bool
     status: str
+    note: str = ""
 
     def cells(self) -> tuple[str, ...]:
-        """The line as text, in the order of the table's head."""
+        """The line as text, in the order of ``HEAD``."""
         numbers = (f"{self.cost:.10g}", f"{self.horizon:.6g}", str(self.iterations))
         times = (f"{self.wall_time:.3f}", f"{self.build_time:.3f}")
         return self.solver, *numbers, *times, f"{self.state_difference:.1e}", "yes" if self.converged else "no"
@@ -42,9 +45,8 @@ class Comparison:
     solutions: dict[str, Solution]
 
     def __str__(self) -> str:
-        head = ("solver", "cost", "T", "iterations", "time [s]", "build [s]", "max |dx|", "converged")
-        table = [head, *(row.cells() for row in self.rows)]
-        widths = [max(len(line[i]) for line in table) for i in range(len(head))]
+        table = [HEAD, *(row.cells() for row in self.rows)]
+        widths = [max(len(line[i]) for line in table) for i in range(len(HEAD))]
         padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in table]
         return "\n".join("  ".join(line).rstrip() for line in padded)
 

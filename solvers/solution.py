@@ -165,18 +165,14 @@ class Solution:
         Raises:
             ProblemError: sizes vary from stage to stage.
         """
-        from ocnopt.solvers.plotting import plot_path
+        from ocnopt.solvers.plotting import plot_solutions
 
-        costs = self.history.get("cost")
-        return plot_path(
-            self.times,
-            self._tensor("states"),
-            self._tensor("controls"),
-            None if self.gains is None else self._tensor("K"),
-            None if costs is None else (costs - self.cost).abs() / (1 + self.cost.abs()),
-            time="time" if self.problem is None or self.problem.origin is not None else "step",
-            path=path,
-        )
+        for name in ("states", "controls", "K")[: 2 if self.gains is None else 3]:
+            self._tensor(name)
+        figure = plot_solutions({"": self}, time="time" if self.problem is None or self.problem.origin else "step")
+        if path is not None:
+            figure.savefig(path, dpi=150)
+        return figure
 
     def save(self, path: str | Path) -> None:
         """Write everything but the problem's functions to one file, read again by ``oc.load_solution``.
