@@ -171,18 +171,11 @@ class Solution:
             ProblemError: sizes vary from stage to stage.
             DataError: the picture cannot be written there.
         """
-        from ocnopt.solvers.plotting import plot_path
+        from ocnopt.solvers.plotting import plot_solutions
 
-        costs = self.history.get("cost")
-        figure = plot_path(
-            self.times,
-            self._tensor("states"),
-            self._tensor("controls"),
-            None if self.gains is None else self._tensor("K"),
-            None if costs is None else (costs - self.cost).abs() / (1 + self.cost.abs()),
-            time="time" if self.problem is None or self.problem.origin is not None else "step",
-            path=None,
-        )
+        for name in ("states", "controls", "K")[: 2 if self.gains is None else 3]:
+            self._tensor(name)
+        figure = plot_solutions({"": self}, time="time" if self.problem is None or self.problem.origin else "step")
         if path is not None:
             write_file(
                 path, "a picture whose ending names its format, such as .png", lambda: figure.savefig(path, dpi=150)

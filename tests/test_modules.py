@@ -6,7 +6,7 @@ from torch import nn
 
 from ocnopt.differential.differentiate import differentiate
 from ocnopt.errors import ProblemError
-from ocnopt.from_module import from_module, trainable_weights, unflatten
+from ocnopt.modules import from_module, trainable_weights, unflatten
 from ocnopt.ocp import FreeHorizon, Horizon
 from tests.differential.cases import Field, case
 from tests.oracles.compare import assert_close, relative_error
