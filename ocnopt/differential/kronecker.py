@@ -250,9 +250,10 @@ class Collector:
         # Counted as its gradient arrives: a forward pass without a backward pass leaves no trace, and until then
         # autograd holds the input anyway. A retained graph may bring further gradients.
         def arrive(g: Tensor) -> None:
-            if pending:
-                means.append(input_samples(layer, pending.pop(), uses.bias))
-            uses.add(means[0] if means else None, weight, gradient_samples(layer, g), factor)
+            with torch.autocast(g.device.type, enabled=False):
+                if pending:
+                    means.append(input_samples(layer, pending.pop(), uses.bias))
+                uses.add(means[0] if means else None, weight, gradient_samples(layer, g), factor)
 
         output.register_hook(arrive)
 

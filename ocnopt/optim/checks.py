@@ -158,6 +158,18 @@ def check_scaler(scaler: object) -> None:
         )
 
 
+def check_unscaled(parameter: Tensor, norm: Tensor) -> None:
+    """Refuse a gradient that a GradScaler unscaled after the backward pass: by a power of two, as nothing else does."""
+    if parameter.grad is None or not bool(norm.isfinite()) or not bool(norm):
+        return
+    ratio = float(parameter.grad.norm() / norm)
+    if 0.0 < ratio < 0.75 and abs(math.log2(ratio) - round(math.log2(ratio))) < 1e-5:
+        raise ProblemError(
+            f"the gradients were multiplied by {ratio:.3g} after the backward pass, as a GradScaler does; expected "
+            "those of the loss itself: HorizonPolicy(ode, lr=0.1, scaler=scaler), or scale the loss, not its gradients"
+        )
+
+
 def warn_first_order(places: Iterable[nn.Module], blocks: Iterable[Block], trained: Mapping[Tensor, str]) -> None:
     """Name the parameters of some modules that are trained but not preconditioned."""
     modules = {module for place in places for module in place.modules()}

@@ -26,7 +26,14 @@ from ocnopt.checks import check_choice, check_count, check_number
 from ocnopt.differential.kronecker import is_gone, is_within_backward, release
 from ocnopt.errors import NonFiniteError, ProblemError
 from ocnopt.neural.neural_ode import NeuralODE
-from ocnopt.optim.checks import check_not_parallel, check_one_process, check_policy_state, check_scaler, free_horizon
+from ocnopt.optim.checks import (
+    check_not_parallel,
+    check_one_process,
+    check_policy_state,
+    check_scaler,
+    check_unscaled,
+    free_horizon,
+)
 
 
 class _Shares:
@@ -44,6 +51,7 @@ class _Shares:
         self._closed: list[Tensor] = []
         self._present: list[Tensor] = []
         self._arrived = False
+        self.witness: tuple[Tensor, Tensor] | None = None  # a parameter, and the norm of its gradient as it arrived
 
     def attach(self, neural_ode: NeuralODE, handles: list[RemovableHandle]) -> None:
         """Watch until the handles, which are added to a list, are removed."""
@@ -79,8 +87,11 @@ class _Shares:
     def _live(self) -> list[nn.Parameter]:
         return [parameter for parameter in self._parameters if parameter.requires_grad]
 
-    def _arrive(self, _: Tensor) -> None:
+    def _arrive(self, parameter: Tensor) -> None:
         self._arrived = True
+        gradient = parameter.grad
+        if gradient is not None and (self.witness is None or self.witness[0] is parameter):
+            self.witness = parameter, gradient.norm()
 
     def _begin(self, *_: object) -> None:
         if is_within_backward():
@@ -116,7 +127,7 @@ class HorizonPolicy:
         reduction: "mean" or "sum": how the loss combines samples.
         max_change: the largest change of T in one update, as a share of the way from the lower to the upper bound; it
             holds where Q_TT is small.
-        scaler: the GradScaler that scales the loss, if there is one; left out, the loss counts as it comes.
+        scaler: the GradScaler that scales the loss, if there is one.
 
     Raises:
         ProblemError: an argument is wrong, the horizon is not free, or the model is trained by several processes
@@ -174,8 +185,8 @@ class HorizonPolicy:
         """Count an iteration, and move T if its turn has come.
 
         Raises:
-            ProblemError: no backward pass has been seen, its gradients are gone, or other processes run beside this
-                one.
+            ProblemError: no backward pass has been seen, its gradients are gone or were scaled since, or other
+                processes run beside this one.
             NonFiniteError: dL/dT is NaN or infinite without a scaler; T stays.
         """
         check_one_process()
@@ -218,6 +229,8 @@ class HorizonPolicy:
                 "policy.step() met no backward pass through the NeuralODE since the last step; expected "
                 "loss.backward(), optimizer.step(), policy.step() in this order"
             )
+        if self._scaler is None and self._shares.witness is not None:
+            check_unscaled(*self._shares.witness)
         s = torch.cat(shares).to(T.device)
         Q_T = self.penalty * T + s.sum()
         if self.rule == "adjoint":

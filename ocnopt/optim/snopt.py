@@ -166,20 +166,8 @@ class SNOpt(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         check_gradients(((name, parameter) for parameter, name in self._trained.items()), self._step_count)
-        samples = self._collector.take()
-        groups = {parameter: group for group in self.param_groups for parameter in group["params"]}
-        gradients, momenta = self._gradients()
-        left = dict(gradients)
-        for block in self._blocks:
-            if all(parameter in gradients for parameter in block.parameters):
-                gradient = block.matrix(gradients)
-                if self._handles:
-                    self._refresh(block, samples.get(block.layer), gradient)
-                if self._fits(block, gradient):
-                    self._move(block, gradient, block.matrix(momenta), groups)
-                    for parameter in block.parameters:
-                        del left[parameter]
-        self._move_others(left, momenta)
+        with torch.autocast(next(iter(self._trained)).device.type, enabled=False):
+            self._update()
         self._step_count += 1
         if [*map(is_live, self._trained)] == self._liveness:
             self._watch(self._is_refresh())
@@ -244,6 +232,23 @@ class SNOpt(torch.optim.Optimizer):
         release(self._handles)
         if refreshes:
             self._handles += [*self._collector.attach(), *(ode.observe(self._collector) for ode in self._odes)]
+
+    def _update(self) -> None:
+        """Refresh the factors if it is time, and move all parameters that have gradients."""
+        samples = self._collector.take()
+        groups = {parameter: group for group in self.param_groups for parameter in group["params"]}
+        gradients, momenta = self._gradients()
+        left = dict(gradients)
+        for block in self._blocks:
+            if all(parameter in gradients for parameter in block.parameters):
+                gradient = block.matrix(gradients)
+                if self._handles:
+                    self._refresh(block, samples.get(block.layer), gradient)
+                if self._fits(block, gradient):
+                    self._move(block, gradient, block.matrix(momenta), groups)
+                    for parameter in block.parameters:
+                        del left[parameter]
+        self._move_others(left, momenta)
 
     def _gradients(self) -> tuple[dict[Tensor, Tensor], dict[Tensor, Tensor]]:
         """Gradients with weight decay, and their running means, in working precision."""

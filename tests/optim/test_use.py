@@ -226,6 +226,22 @@ def test_a_step_that_the_scaler_skips_leaves_no_trace(to_none, bad, x):
     assert two.policy.state_dict() == one.policy.state_dict()
 
 
+def test_a_forgotten_scaler_is_found_out(x):
+    run = Run.start()
+    with pytest.raises(ProblemError, match=r"multiplied by 1.53e-05 after .*, as a GradScaler does; .*scaler=scaler"):
+        scaled(run, torch.amp.GradScaler("cpu"), x)
+    assert run.model.ode.T == 1.0
+
+
+def test_clipped_gradients_are_none_of_a_scaler(x):
+    run = Run.start()
+    loss(run.model, x).backward()
+    nn.utils.clip_grad_norm_(run.model.parameters(), 1e-3)
+    run.optimizer.step()
+    run.policy.step()
+    assert run.model.ode.T != 1.0
+
+
 def test_a_scaler_is_a_grad_scaler(model):
     with pytest.raises(ProblemError, match=r"scaler is float; expected the torch.amp.GradScaler that scales the loss"):
         HorizonPolicy(model.ode, lr=0.1, scaler=1024.0)
@@ -380,3 +396,23 @@ def test_a_field_frozen_or_set_free_after_the_policy_was_made(rule, model, x):
         optimizer.step()
         policy.step()
         assert before != model.ode.T
+
+
+@pytest.mark.parametrize("place", ["backward", "step"])
+def test_autocast_does_not_reach_the_factors(place):
+    """Whatever a training loop puts inside of its autocast context."""
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Conv1d(2, 3, 2), nn.Flatten(), nn.Linear(9, 2)).float()
+    optimizer, x = SNOpt(model, 0.01), torch.randn(5, 2, 4, dtype=torch.float32)
+    for _ in range(2):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            value = model(x).square().mean()
+            if place == "backward":
+                value.backward()
+        if place == "step":
+            value.backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=place == "step"):
+            optimizer.step()
+    assert all("moments" in optimizer.state[model[i].weight] for i in (0, 2))
+    assert {value.dtype for state in optimizer.state.values() for value in state.values()} == {torch.float32}
