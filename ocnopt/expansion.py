@@ -9,25 +9,22 @@ x_{k+1} of an infeasible path is one more column and a quadratic function is one
 
 All carry the batch axes in front.
 
-How: functions may capture per-sample data, so they are evaluated on extra leading axes, never mapped over samples. The
-n' + 1 outputs and the d directions become two leading axes of replicas; one forward pass and one or two reverse passes
-over all steps of a group give every row of every Jacobian and Hessian (a replicated reverse pass was measured faster
-than vmap of jacrev or jacfwd).
+How: functions may capture per-sample data, so all steps of a group are evaluated at once on extra leading axes, never
+mapped over samples (:func:`ocnopt.linearise.derivatives`).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ocnopt.linearise import derivatives
 from ocnopt.staged import Group, Index, StagedOCP
 
 # Beyond this many points in one evaluation a CPU gets slower per point (caches), and memory grows: cut along the steps.
 _POINTS = 100_000
-
-Function = Callable[[Tensor], Tensor]
 
 
 class StageModel(NamedTuple):
@@ -142,34 +139,3 @@ def _quadratic(gradient: Tensor, hessian: Tensor) -> Tensor:
     below = torch.cat([gradient[..., None], 0.5 * (hessian + hessian.mT)], dim=-1)
     zero = gradient.new_zeros((*gradient.shape[:-1], 1))
     return torch.cat([torch.cat([zero, gradient], dim=-1)[..., None, :], below], dim=-2)
-
-
-def derivatives(function: Function, w: Tensor, *, hessian: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Value ``(..., o)``, Jacobian ``(..., o, d)`` and Hessian ``(..., o, d, d)`` of a function of w ``(..., d)``.
-
-    The function accepts leading axes: ``(*extra, ..., d) -> (*extra, ..., o)``. Without ``hessian`` the third result is
-    empty. A function that does not depend on w has zero derivatives.
-    """
-    d = w.shape[-1]
-    with torch.no_grad():
-        o = function(w).shape[-1]
-    lead = (d, o) if hessian else (o,)
-    with torch.enable_grad():
-        point = w.detach().expand(*lead, *w.shape).clone().requires_grad_()
-        output = function(point)
-        rows = torch.diagonal(output, dim1=len(lead) - 1, dim2=-1)
-        first = _gradient(rows, point, create_graph=hessian)
-        if not hessian:
-            return output[0].detach(), first.movedim(0, -2).detach(), first.new_zeros(0)
-        second = _gradient(torch.diagonal(first, dim1=0, dim2=-1), point, create_graph=False)
-    return output[0, 0].detach(), first[0].movedim(0, -2).detach(), second.movedim((1, 0), (-3, -2)).detach()
-
-
-def _gradient(rows: Tensor, point: Tensor, *, create_graph: bool) -> Tensor:
-    """Gradient of the sum of ``rows``; zeros where nothing depends on the point."""
-    if not rows.requires_grad:
-        return torch.zeros_like(point)
-    (gradient,) = torch.autograd.grad(
-        rows.sum(), point, create_graph=create_graph, allow_unused=True, materialize_grads=True
-    )
-    return gradient

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch.func import hessian, jacrev
 
 from ocnopt import expansion
-from ocnopt.expansion import derivatives, expand_path, expand_terminal
+from ocnopt.expansion import expand_path, expand_terminal
+from ocnopt.linearise import derivatives
 from ocnopt.ocp import OCP, FreeHorizon
 from ocnopt.staged import Stage, StagedOCP, rollout, static_as_state, transcribe
 from tests.oracles.compare import assert_close

@@ -29,8 +29,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ocnopt.differential.flow import Flow
-from ocnopt.differential.jacobians import Function, flat
 from ocnopt.differential.path import Path, Piece, Readout, backward, walk_back
+from ocnopt.linearise import Function, flat
 
 
 class Matrices(NamedTuple):

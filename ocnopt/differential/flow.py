@@ -11,8 +11,8 @@ from functools import partial
 
 from torch import Tensor
 
-from ocnopt.differential import jacobians
-from ocnopt.differential.jacobians import Function, Linear, Quadratic
+from ocnopt import linearise
+from ocnopt.linearise import Function, Linear, Quadratic
 from ocnopt.ocp import Lifted
 
 
@@ -61,16 +61,16 @@ class Flow:
 
     def linearise(self, t: float, X: Tensor) -> Linear:
         """F, F_X and F_p."""
-        return jacobians.linearise(partial(self.dynamics, t), X, self.p, per_sample=self.per_sample)
+        return linearise.linearise(partial(self.dynamics, t), X, self.p, per_sample=self.per_sample)
 
     def pull_back(self, t: float, X: Tensor, columns: Tensor) -> Linear:
         """F, and F_X^T q_i, F_p^T q_i for columns q_i ``(..., K, n)``."""
-        return jacobians.pull_back(partial(self.dynamics, t), X, self.p, columns, per_sample=self.per_sample)
+        return linearise.pull_back(partial(self.dynamics, t), X, self.p, columns, per_sample=self.per_sample)
 
     def expand(self, function: Function, X: Tensor, r: Tensor) -> Quadratic:
         """Gradient and second derivatives of a scalar ``function(X, p)``, of the block pp its form in r alone."""
-        return jacobians.expand(function, X, self.p, r, per_sample=self.per_sample)
+        return linearise.quadratic(function, X, self.p, r, per_sample=self.per_sample)
 
     def add_curvature_in_p(self, total: Tensor, weight: float, function: Function, X: Tensor) -> None:
         """Add the block pp, summed over the samples and weighted, to ``total`` in place."""
-        jacobians.add_curvature_in_p(total, weight, function, X, self.p)
+        linearise.add_curvature_in_p(total, weight, function, X, self.p)

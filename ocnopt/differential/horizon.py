@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from ocnopt.differential.flow import Flow
-from ocnopt.differential.jacobians import gradient, leaves
 from ocnopt.differential.low_rank import Columns, by_columns
 from ocnopt.differential.path import trace
 from ocnopt.differential.request import read_request
 from ocnopt.errors import ProblemError
+from ocnopt.linearise import gradient, leaves
 from ocnopt.ocp import OCP
 
 

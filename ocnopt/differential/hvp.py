@@ -24,11 +24,11 @@ from torch.nn.functional import pad
 
 from ocnopt import checks
 from ocnopt.differential.flow import Flow
-from ocnopt.differential.jacobians import gradient, leaves
 from ocnopt.differential.path import Piece, walk, walk_back
 from ocnopt.differential.request import read_request
 from ocnopt.differential.sweep import sweep
 from ocnopt.errors import ProblemError
+from ocnopt.linearise import gradient, leaves
 from ocnopt.ocp import OCP
 
 

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ocnopt.differential.flow import Flow
-from ocnopt.differential.jacobians import flat, gradient, jacobian, leaves
 from ocnopt.differential.path import Path, Piece, Readout, backward, walk_back
 from ocnopt.errors import ProblemError
+from ocnopt.linearise import flat, gradient, jacobian, leaves
 
 
 class Columns(NamedTuple):

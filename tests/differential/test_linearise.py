@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from ocnopt.differential import jacobians
+from ocnopt import linearise
 from ocnopt.differential.packing import Packing
 from tests.oracles.compare import assert_close
 
@@ -36,19 +36,19 @@ def jacobian(function, argument):
 @pytest.mark.parametrize("per_sample", [True, False])
 def test_linearise_and_pull_back(per_sample):
     X, p, columns = randn(B, D), randn(Q), randn(B, 3, N)
-    F, FX, Fp = jacobians.linearise(smooth, X, p, per_sample=per_sample)
+    F, FX, Fp = linearise.linearise(smooth, X, p, per_sample=per_sample)
     assert_close(F, smooth(X, p))
     assert_close(FX, jacobian(smooth, 0), atol=1e-14)
     assert_close(Fp, jacobian(smooth, 1), atol=1e-14)
-    pulled = jacobians.pull_back(smooth, X, p, columns, per_sample=per_sample)
+    pulled = linearise.pull_back(smooth, X, p, columns, per_sample=per_sample)
     assert_close(pulled.X, columns @ FX, atol=1e-13)
     assert_close(pulled.p, columns @ Fp, atol=1e-13)
 
 
 @pytest.mark.parametrize("per_sample", [True, False])
-def test_expand(per_sample):
+def test_quadratic(per_sample):
     X, p, r = randn(B, D), randn(Q), randn(1, Q)[0]
-    C = jacobians.expand(scalar, X, p, r, per_sample=per_sample)
+    C = linearise.quadratic(scalar, X, p, r, per_sample=per_sample)
     assert_close(C.X, jacobian(scalar, 0), atol=1e-13)
     assert_close(C.p, jacobian(scalar, 1).sum(0), atol=1e-13)
     reverse = torch.func.jacrev
@@ -57,19 +57,19 @@ def test_expand(per_sample):
     pp = per_row(reverse(reverse(scalar, argnums=1), argnums=1))(X, p).sum(0)
     assert_close(C.form, r @ pp @ r, rtol=1e-10)
     total = torch.ones(Q, Q, dtype=torch.float64)
-    jacobians.add_curvature_in_p(total, 2.0, scalar, X, p)
+    linearise.add_curvature_in_p(total, 2.0, scalar, X, p)
     assert_close(total, 1 + 2 * pp, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("per_sample", [True, False])
 def test_functions_that_depend_on_nothing_have_zero_derivatives(per_sample):
     X, p = randn(B, D), randn(Q)
-    linear = jacobians.linearise(lambda X, p: torch.ones(B, N, dtype=X.dtype), X, p, per_sample=per_sample)
+    linear = linearise.linearise(lambda X, p: torch.ones(B, N, dtype=X.dtype), X, p, per_sample=per_sample)
     assert linear.X.shape == (B, N, D)
     assert linear.p.shape == (B, N, Q)
     assert not linear.X.any()
     assert not linear.p.any()
-    C = jacobians.expand(lambda X, p: X.sum(-1), X, p, p, per_sample=per_sample)
+    C = linearise.quadratic(lambda X, p: X.sum(-1), X, p, p, per_sample=per_sample)
     assert_close(C.X, torch.ones_like(X))
     assert not C.XX.any()
     assert C.pX.shape == (B, Q, D)
@@ -77,9 +77,9 @@ def test_functions_that_depend_on_nothing_have_zero_derivatives(per_sample):
 
 def test_more_cotangents_than_go_at_once(monkeypatch):
     X, p = randn(B, D), randn(Q)
-    whole = jacobians.linearise(smooth, X, p, per_sample=False), jacobians.expand(scalar, X, p, p, per_sample=False)
-    monkeypatch.setattr(jacobians, "_AT_ONCE", 2)
-    parts = jacobians.linearise(smooth, X, p, per_sample=False), jacobians.expand(scalar, X, p, p, per_sample=False)
+    whole = linearise.linearise(smooth, X, p, per_sample=False), linearise.quadratic(scalar, X, p, p, per_sample=False)
+    monkeypatch.setattr(linearise, "_AT_ONCE", 2)
+    parts = linearise.linearise(smooth, X, p, per_sample=False), linearise.quadratic(scalar, X, p, p, per_sample=False)
     for one, other in zip((*whole[0], *whole[1]), (*parts[0], *parts[1]), strict=True):
         assert_close(one, other, atol=1e-13)
 
@@ -140,7 +140,7 @@ def test_ordinary_operations(name):
     def function(X, p):
         return (operation(X) * weights).sum(-1) * p[..., 0]
 
-    C = jacobians.expand(function, X, randn(Q), randn(Q), per_sample=False)
+    C = linearise.quadratic(function, X, randn(Q), randn(Q), per_sample=False)
     H = torch.autograd.functional.hessian(lambda X: function(X, randn(Q)).sum(), X)
     assert_close(C.XX, H[range(B), :, range(B)], rtol=1e-10, atol=1e-12)
 

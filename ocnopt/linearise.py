@@ -1,13 +1,17 @@
-r"""Derivatives of a problem's functions at one time, for the continuous backward passes.
+r"""The one linearisation: first and second derivatives of functions of a point, by plain autograd.
 
-A function reads X ``(*batch, d)`` and the static control p ``(q,)``, which all samples share. X belongs to a sample,
-so one reverse pass differentiates all samples at once; a derivative in p keeps the samples apart in one of two ways:
+Two kinds of function are differentiated, and neither is ever mapped over samples (it may capture per-sample data and
+use autograd inside):
 
-* functions that accept p with leading axes get a copy of p per sample, and p behaves as X does (``per_sample``);
-* for others p stays shared, and what is wanted in p comes entry by entry: q reverse passes, each for all samples.
+* a function of w ``(..., d)`` that accepts extra leading axes (:func:`derivatives`, for control steps): its outputs
+  become replicas on one leading axis, so that one reverse pass gives every row of every Jacobian;
+* a function of X ``(*batch, d)`` and of the static control p ``(q,)`` that all samples share (:func:`linearise`,
+  :func:`quadratic`, for continuous time), evaluated once at the batch's own shape. X belongs to a sample, so one
+  reverse pass differentiates all samples at once; a derivative in p keeps them apart in one of two ways: functions that
+  accept p with leading axes get a copy of p per sample, and p behaves as X does (``per_sample``); for others p stays
+  shared, and what is wanted in p comes entry by entry, q cotangents each for all samples.
 
-How: a function is evaluated once, at the batch's own shape, by plain autograd (it may use autograd inside and capture
-per-sample data); only the reverse passes through its graph are batched, over cotangents.
+Directions are never replicas: they are cotangents of one batched reverse pass (:func:`pull`), some at a time.
 """
 
 import math
@@ -17,8 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Cotangents in one batched reverse pass: more gains no speed, and memory grows with their number.
-_AT_ONCE = 128
+# Cotangents in one batched reverse pass, and the numbers in them: more gains no speed, and memory grows with both.
+_AT_ONCE, _NUMBERS = 128, 1_000_000
 
 Function = Callable[[Tensor, Tensor], Tensor]
 
@@ -55,23 +59,31 @@ def gradient(y: Tensor, inputs: Sequence[Tensor], *, create_graph: bool = False)
     )
 
 
-def pull(y: Tensor, inputs: Sequence[Tensor], cotangents: Tensor) -> list[Tensor]:
-    """Vector-Jacobian products of K cotangents ``(K, *y.shape)``, each ``(K, *input.shape)``; the graph stays."""
-    zeros = [v.new_zeros((len(cotangents), *v.shape)) for v in inputs]
-    if not y.requires_grad or not len(cotangents):
+def pull(y: Tensor, inputs: Sequence[Tensor], columns: Tensor) -> list[Tensor]:
+    """Vector-Jacobian products of one column, shaped like y, or of K in front; the graph stays, K stays in front."""
+    lead = columns.shape[: columns.ndim - y.ndim]
+    zeros = [v.new_zeros((*lead, *v.shape)) for v in inputs]
+    if not y.requires_grad or 0 in lead:
         return zeros
+    batched, size = bool(lead), _at_once(y)
     parts = [
-        torch.autograd.grad(y, inputs, some, is_grads_batched=True, retain_graph=True, allow_unused=True)
-        for some in cotangents.split(_AT_ONCE)
+        torch.autograd.grad(y, inputs, some, is_grads_batched=batched, retain_graph=True, allow_unused=True)
+        for some in (columns.split(size) if batched else (columns,))
     ]
-    columns = zip(zeros, *parts, strict=True)
-    return [zero if products[0] is None else torch.cat(products) for zero, *products in columns]
+    if len(parts) == 1:
+        return [zero if product is None else product for zero, product in zip(zeros, parts[0], strict=True)]
+    products = zip(zeros, *parts, strict=True)
+    return [zero if some[0] is None else torch.cat(some) for zero, *some in products]
 
 
-def unit_rows(k: int, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def _at_once(y: Tensor) -> int:
+    return max(1, min(_AT_ONCE, _NUMBERS // max(1, y.numel())))
+
+
+def unit_rows(k: int, like: Tensor, at_once: int) -> Iterator[tuple[slice, Tensor]]:
     """The identity ``(k, k)`` in blocks of rows: k may be the number of parameters, and the whole too large to hold."""
-    for start in range(0, k, _AT_ONCE):
-        place = slice(start, min(start + _AT_ONCE, k))
+    for start in range(0, k, at_once):
+        place = slice(start, min(start + at_once, k))
         rows = like.new_zeros(place.stop - start, k)
         rows[:, place].fill_diagonal_(1.0)
         yield place, rows
@@ -84,9 +96,28 @@ def jacobian(y: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
     """
     k, axes = y.shape[-1], (1,) * (y.ndim - 1)
     parts = [
-        pull(y, inputs, rows.reshape(-1, *axes, k).expand(-1, *y.shape)) for _, rows in unit_rows(k, y.detach())
+        pull(y, inputs, rows.reshape(-1, *axes, k).expand(-1, *y.shape))
+        for _, rows in unit_rows(k, y.detach(), _at_once(y))
     ] or [[v.new_zeros((0, *v.shape)) for v in inputs]]
-    return [torch.cat(blocks).movedim(0, -2) for blocks in zip(*parts, strict=True)]
+    return [
+        (blocks[0] if len(blocks) == 1 else torch.cat(blocks)).movedim(0, -2) for blocks in zip(*parts, strict=True)
+    ]
+
+
+def derivatives(function: Callable[[Tensor], Tensor], w: Tensor, *, hessian: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Value ``(..., o)``, Jacobian ``(..., o, d)`` and Hessian ``(..., o, d, d)`` of a function of w ``(..., d)``.
+
+    The function accepts leading axes: ``(*extra, ..., d) -> (*extra, ..., o)``. Without ``hessian`` the third result is
+    empty. A function that does not depend on w has zero derivatives.
+    """
+    with torch.no_grad():
+        o = function(w).shape[-1]
+    with torch.enable_grad():
+        point = w.detach().expand(o, *w.shape).clone().requires_grad_()
+        output = function(point)
+        (rows,) = gradient(torch.diagonal(output, dim1=0, dim2=-1), (point,), create_graph=hessian)
+        second = jacobian(rows, (point,))[0].movedim(0, -3) if hessian else rows.new_zeros(0)
+    return output[0].detach(), rows.detach().movedim(0, -2), second
 
 
 def leaves(X: Tensor, p: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
@@ -125,7 +156,7 @@ def pull_back(function: Function, X: Tensor, p: Tensor, columns: Tensor, *, per_
 
 
 @torch.enable_grad()
-def expand(function: Function, X: Tensor, p: Tensor, r: Tensor, *, per_sample: bool) -> Quadratic:
+def quadratic(function: Function, X: Tensor, p: Tensor, r: Tensor, *, per_sample: bool) -> Quadratic:
     """Gradient and second derivatives of ``function(X, p) -> (...)``, of the block pp its form in r alone."""
     point, q = leaves(X, p, per_sample)
     gX, gp = gradient(function(point, q), (point, q), create_graph=True)
@@ -143,5 +174,5 @@ def add_curvature_in_p(total: Tensor, weight: float, function: Function, X: Tens
     """Add the weighted Hessian in p of the samples' sum of ``function(X, p)`` to ``total`` ``(q, q)``, in place."""
     p = p.detach().requires_grad_()
     (gp,) = gradient(function(X.detach(), p), (p,), create_graph=True)
-    for place, rows in unit_rows(len(p) if gp.requires_grad else 0, p.detach()):
+    for place, rows in unit_rows(len(p) if gp.requires_grad else 0, p.detach(), _AT_ONCE):
         total[place].add_(pull(gp, (p,), rows)[0], alpha=weight)
