@@ -28,6 +28,7 @@ from torch import Tensor
 from ocnopt import checks
 from ocnopt.checks import Bounds
 from ocnopt.errors import ProblemError
+from ocnopt.leading_axes import accepts_leading_axes
 
 Function = Callable[..., Any]
 _FUNCTIONS = ("dynamics", "running_cost", "terminal_cost", "path_constraint", "terminal_constraint")
@@ -234,20 +235,9 @@ def _check_functions(problem: OCP) -> bool:
         static = {} if p is None else {"p": p}
         size = problem.state_dim if name == "dynamics" else None
         check = partial(checks.function_rows, name, function, batch=problem.batch_shape, dtype=problem.dtype, size=size)
-        value = check([{**near, **static}, {**far, **static}])
-        broadcast = broadcast and (p is None or _accepts_leading_axes(check, near, far, p, value))
+        check([{**near, **static}, {**far, **static}])
+        broadcast = broadcast and (p is None or accepts_leading_axes(function, near, p))
     return broadcast
-
-
-def _accepts_leading_axes(
-    check: Callable[..., Tensor], near: dict[str, Tensor], far: dict[str, Tensor], p: Tensor, value: Tensor
-) -> bool:
-    """Whether p with the leading axes of x, other in each row, gives what a shared p (q,) gives (the value)."""
-    wide = p.expand(*near["x"].shape[:-1], -1)
-    try:
-        return torch.allclose(check([{**near, "p": wide}, {**far, "p": wide + 0.01 + 0.01 * wide.abs()}]), value)
-    except ProblemError:
-        return False
 
 
 @dataclass(frozen=True, eq=False)
