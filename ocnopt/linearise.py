@@ -8,7 +8,7 @@ use autograd inside):
 * a function of X ``(*batch, d)`` and of the static control p ``(q,)`` that all samples share (:func:`linearise`,
   :func:`quadratic`, for continuous time), evaluated once at the batch's own shape. X belongs to a sample, so one
   reverse pass differentiates all samples at once; a derivative in p keeps them apart in one of two ways: functions that
-  accept p with leading axes get a copy of p per sample, and p behaves as X does (``per_sample``); for others p stays
+  accept p with leading axes get a copy of p per sample (:func:`leaves`), and p behaves as X does; for others p stays
   shared, and what is wanted in p comes entry by entry, q cotangents each for all samples.
 
 Directions are never replicas: they are cotangents of one batched reverse pass (:func:`pull`), some at a time.
@@ -16,33 +16,12 @@ Directions are never replicas: they are cotangents of one batched reverse pass (
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 # Cotangents in one batched reverse pass, and the numbers in them: more gains no speed, and memory grows with both.
 _AT_ONCE, _NUMBERS = 128, 1_000_000
-
-Function = Callable[[Tensor, Tensor], Tensor]
-
-
-class Linear(NamedTuple):
-    """F ``(..., n)``, F_X ``(..., n, d)``, F_p ``(..., n, q)``."""
-
-    value: Tensor
-    X: Tensor
-    p: Tensor
-
-
-class Quadratic(NamedTuple):
-    """Of a scalar: X ``(..., d)``, XX ``(..., d, d)``, pX ``(..., q, d)``; as sums p ``(q,)`` and the form r^T pp r."""
-
-    X: Tensor
-    p: Tensor
-    XX: Tensor
-    pX: Tensor
-    form: Tensor
 
 
 def flat(v: Tensor) -> Tensor:
@@ -62,18 +41,22 @@ def gradient(y: Tensor, inputs: Sequence[Tensor], *, create_graph: bool = False)
 def pull(y: Tensor, inputs: Sequence[Tensor], columns: Tensor) -> list[Tensor]:
     """Vector-Jacobian products of one column, shaped like y, or of K in front; the graph stays, K stays in front."""
     lead = columns.shape[: columns.ndim - y.ndim]
-    zeros = [v.new_zeros((*lead, *v.shape)) for v in inputs]
-    if not y.requires_grad or 0 in lead:
-        return zeros
-    batched, size = bool(lead), _at_once(y)
-    parts = [
-        torch.autograd.grad(y, inputs, some, is_grads_batched=batched, retain_graph=True, allow_unused=True)
-        for some in (columns.split(size) if batched else (columns,))
-    ]
-    if len(parts) == 1:
-        return [zero if product is None else product for zero, product in zip(zeros, parts[0], strict=True)]
-    products = zip(zeros, *parts, strict=True)
-    return [zero if some[0] is None else torch.cat(some) for zero, *some in products]
+    parts = []
+    if y.requires_grad and 0 not in lead:
+        parts = [
+            torch.autograd.grad(y, inputs, some, is_grads_batched=bool(lead), retain_graph=True, allow_unused=True)
+            for some in (columns.split(_at_once(y)) if lead else (columns,))
+        ]
+    products = zip(*parts, strict=True) if parts else [(None,)] * len(inputs)
+    return [_joined(some, v, lead) for some, v in zip(products, inputs, strict=True)]
+
+
+def _joined(parts: Sequence[Tensor | None], v: Tensor, lead: Sequence[int]) -> Tensor:
+    """Parts of K products as one tensor, zeros where there are none."""
+    found = [part for part in parts if part is not None]
+    if not found:
+        return v.new_zeros((*lead, *v.shape))
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def _at_once(y: Tensor) -> int:
@@ -127,52 +110,32 @@ def leaves(X: Tensor, p: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
     return X.detach().requires_grad_(), p.detach().requires_grad_()
 
 
-@torch.enable_grad()
-def linearise(function: Function, X: Tensor, p: Tensor, *, per_sample: bool) -> Linear:
-    """Jacobians of ``function(X, p) -> (..., n)``."""
-    point, q = leaves(X, p, per_sample)
-    F = function(point, q)
-    if per_sample:
-        FX, Fp = jacobian(F, (point, q))
-    else:
-        (FX,) = jacobian(F, (point,))
-        # F_p w is linear in its weights w: its derivative in w is F_p, one entry of p a pass.
-        w = torch.zeros_like(F).requires_grad_()
-        (Fpw,) = gradient(F * w, (q,), create_graph=True)
-        Fp = jacobian(Fpw, (w,))[0].mT
-    return Linear(F.detach(), FX, Fp)
+def linearise(F: Tensor, inputs: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """F_X ``(..., n, d)`` and F_p ``(..., n, q)`` of F ``(..., n)``, which has a graph to the leaves X and p."""
+    X, p = inputs
+    if p.ndim == X.ndim:
+        return jacobian(F, inputs)
+    # F_p w is linear in its weights w: its derivative in w is F_p, one entry of p a pass.
+    w = torch.zeros_like(F).requires_grad_()
+    (Fpw,) = gradient(F * w, (p,), create_graph=True)
+    return [*jacobian(F, (X,)), jacobian(Fpw, (w,))[0].mT]
 
 
-@torch.enable_grad()
-def pull_back(function: Function, X: Tensor, p: Tensor, columns: Tensor, *, per_sample: bool) -> Linear:
-    """F, and the products F_X^T q_i ``(..., K, d)`` and F_p^T q_i ``(..., K, q)`` of K columns ``(..., K, n)``."""
-    if not per_sample:
-        F, FX, Fp = linearise(function, X, p, per_sample=False)
-        return Linear(F, columns @ FX, columns @ Fp)
-    point, q = leaves(X, p, True)
-    F = function(point, q)
-    products = pull(F, (point, q), columns.movedim(-2, 0))
-    return Linear(F.detach(), *(product.movedim(0, -2) for product in products))
+def quadratic(c: Tensor, inputs: tuple[Tensor, Tensor], r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """c_XX ``(..., d, d)`` and c_pX ``(..., q, d)`` of c ``(...)``, and the form r^T c_pp r, summed over samples."""
+    X, p = inputs
+    gX, gp = gradient(c, inputs, create_graph=True)
+    (ppr,) = pull(gp, (p,), r.expand(gp.shape))
+    form = (ppr * r).sum()
+    if p.ndim == X.ndim:
+        XX, Xp = jacobian(gX, inputs)
+        return XX, Xp.mT, form
+    (XX,), (pX,) = jacobian(gX, (X,)), jacobian(gp, (X,))
+    return XX, pX, form
 
 
-@torch.enable_grad()
-def quadratic(function: Function, X: Tensor, p: Tensor, r: Tensor, *, per_sample: bool) -> Quadratic:
-    """Gradient and second derivatives of ``function(X, p) -> (...)``, of the block pp its form in r alone."""
-    point, q = leaves(X, p, per_sample)
-    gX, gp = gradient(function(point, q), (point, q), create_graph=True)
-    (ppr,) = pull(gp, (q,), r.expand(1, *gp.shape))
-    if per_sample:
-        XX, Xp = jacobian(gX, (point, q))
-        pX, gp = Xp.mT, flat(gp).sum(0)
-    else:
-        (XX,), (pX,) = jacobian(gX, (point,)), jacobian(gp, (point,))
-    return Quadratic(gX.detach(), gp.detach(), XX, pX, (ppr * r).sum())
-
-
-@torch.enable_grad()
-def add_curvature_in_p(total: Tensor, weight: float, function: Function, X: Tensor, p: Tensor) -> None:
-    """Add the weighted Hessian in p of the samples' sum of ``function(X, p)`` to ``total`` ``(q, q)``, in place."""
-    p = p.detach().requires_grad_()
-    (gp,) = gradient(function(X.detach(), p), (p,), create_graph=True)
+def add_curvature_in_p(total: Tensor, weight: float, c: Tensor, p: Tensor) -> None:
+    """Add the weighted Hessian in the leaf p ``(q,)`` of the samples' sum of c to ``total`` ``(q, q)``, in place."""
+    (gp,) = gradient(c, (p,), create_graph=True)
     for place, rows in unit_rows(len(p) if gp.requires_grad else 0, p.detach(), _AT_ONCE):
         total[place].add_(pull(gp, (p,), rows)[0], alpha=weight)

@@ -8,7 +8,7 @@ Shapes: x ``(..., n)``, p ``(q,)`` or with leading axes, ``(..., q)``: then each
 
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,7 @@ class WeightLayout:
 class ModuleDynamics:
     """``dynamics(t, x, u, p)`` of a module."""
 
+    reads_samples_alike: ClassVar[bool] = True
     field: nn.Module
     layout: WeightLayout
 

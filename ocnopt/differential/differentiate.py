@@ -1,18 +1,18 @@
 """First and second derivatives of the mean cost of a problem, by one backward solve."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ocnopt.checks import nearest
-from ocnopt.differential.continuous import Matrices, by_matrices
-from ocnopt.differential.flow import Flow
-from ocnopt.differential.low_rank import Columns, by_columns, columns_suffice, terminal_columns
-from ocnopt.differential.memory import check_memory
-from ocnopt.differential.path import Readout, trace
-from ocnopt.differential.request import read_request
+from ocnopt.differential.columns import Columns, columns_suffice, terminal_columns
+from ocnopt.differential.flow import Flow, read_request
+from ocnopt.differential.matrix import Matrix, check_memory
+from ocnopt.differential.path import Path, Readout, back, trace
+from ocnopt.differential.sweep import sweep
 from ocnopt.errors import ProblemError
 from ocnopt.ocp import OCP
 
@@ -99,10 +99,19 @@ def differentiate(
     if not low_rank:
         check_memory(flow)
     path, costs = trace(flow, u)
-    if not low_rank and (exact or not columns_suffice(flow, path.end[0])):
-        return _expansion(flow, costs, *by_matrices(flow, path, exact=exact))
-    columns, readouts = by_columns(flow, path, terminal_columns(flow, path.end[0], rank))
+    x = path.end[0]
+    if not low_rank and (exact or not columns_suffice(flow, x)):
+        return _expansion(flow, costs, *by_matrix(flow, path, exact=exact))
+    terminal = terminal_columns(flow, x, rank)
+    columns, readouts = sweep(partial(back, flow), path.stretches, terminal)
     return _expansion(flow, costs, columns, readouts, factors=low_rank)
+
+
+def by_matrix(flow: Flow, path: Path, *, exact: bool) -> tuple[Matrix, list[Readout | None]]:
+    """Q's derivatives at the start of the path, and those in the control at the start of every interval."""
+    # The costliest pass: its own steps need less accuracy than the path that it runs along.
+    coarse = replace(flow, rtol=8 * flow.rtol, atol=8 * flow.atol)
+    return sweep(partial(back, coarse), path.stretches, Matrix.terminal(coarse, path.end[0], exact=exact))
 
 
 def _check_options(problem: OCP, curvature: str | None, representation: str, rank: Any) -> bool:
@@ -136,7 +145,7 @@ def _check_name(option: str, value: str, known: tuple[str, ...]) -> None:
 
 
 def _expansion(
-    flow: Flow, costs: Tensor, model: Matrices | Columns, readouts: list[Readout], *, factors: bool = False
+    flow: Flow, costs: Tensor, model: Matrix | Columns, readouts: list[Readout | None], *, factors: bool = False
 ) -> Expansion:
     """The record: means over the batch, T apart from p."""
     q, B = flow.lifted.problem.parameter_dim, flow.samples
@@ -147,7 +156,7 @@ def _expansion(
         row = model.row_of_pp(-1) / B
         blocks |= {"T": model.p[-1] / B, "TT": row[-1]} | ({"Tp": row[:-1]} if q else {})
     if flow.lifted.control_dim:
-        columns = zip(*readouts, strict=True)
+        columns = zip(*(readout for readout in readouts if readout is not None), strict=True)
         blocks |= {
             name: torch.stack(parts, len(flow.batch)) for name, parts in zip(Readout._fields, columns, strict=True)
         }
@@ -155,12 +164,12 @@ def _expansion(
     return Expansion(value=costs.mean(), x=model.X, **blocks)
 
 
-def _matrices(model: Matrices | Columns, q: int, B: int) -> dict[str, Tensor]:
+def _matrices(model: Matrix | Columns, q: int, B: int) -> dict[str, Tensor]:
     if not q:
         return {"xx": model.XX}
     return {"xx": model.XX, "pp": model.pp.div_(B)[:q, :q], "px": model.pX[..., :q, :]}
 
 
 def _factors(columns: Columns, q: int) -> dict[str, Tensor]:
-    blocks = {"x_factors": columns.in_X[..., 1:, :], "signs": columns.weights[..., 1:]}
+    blocks = {"x_factors": columns.q[..., 1:, :], "signs": columns.weights[..., 1:]}
     return blocks | {"p_factors": columns.in_p[..., 1:, :q]} if q else blocks

@@ -9,17 +9,18 @@ staged controls; with them, the lifted problem stretches the grid of the control
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ocnopt.differential.flow import Flow
-from ocnopt.differential.low_rank import Columns, by_columns
-from ocnopt.differential.path import trace
-from ocnopt.differential.request import read_request
+from ocnopt.differential.columns import columns_of
+from ocnopt.differential.flow import Flow, read_request
+from ocnopt.differential.path import back, trace
+from ocnopt.differential.sweep import sweep
 from ocnopt.errors import ProblemError
-from ocnopt.linearise import gradient, leaves
+from ocnopt.linearise import gradient
 from ocnopt.ocp import OCP
 
 
@@ -69,10 +70,10 @@ def horizon_derivatives(
     lifted = replace(free.lifted, t0=problem.horizon.t0, t1=float(T), parameters=p, parameter_bounds=None, free=False)
     fixed = replace(free, lifted=lifted, p=p)
     path, _ = trace(fixed, controls)
-    end = _at_the_end(free, fixed, path.end[0], controls[..., 0, :])
+    end = _at_the_end(free, fixed, path.end[0])
     none = p.new_zeros((*fixed.batch, 1))
-    terminal = Columns(end.x[..., None, :], torch.zeros_like(p).expand(*none.shape, len(p)), none)
-    J_gx = by_columns(fixed, path, terminal)[0].p
+    terminal = columns_of(fixed, end.x[..., None, :], p.new_zeros((*none.shape, len(p))), none)
+    J_gx = sweep(partial(back, fixed), path.stretches, terminal)[0].p
     return HorizonDerivatives(end.value / free.samples, end.T / free.samples, (J_gx + end.p) / free.samples)
 
 
@@ -86,11 +87,11 @@ class _End(NamedTuple):
 
 
 @torch.enable_grad()
-def _at_the_end(free: Flow, fixed: Flow, x: Tensor, u: Tensor) -> _End:
-    (point, p), T = leaves(x, fixed.p, False), free.p[-1].clone().requires_grad_()
+def _at_the_end(free: Flow, fixed: Flow, x: Tensor) -> _End:
+    point, p, T = (v.detach().clone().requires_grad_() for v in (x, fixed.p, free.p[-1]))
     Phi = free.lifted.terminal_cost(point, torch.cat([p, T[None]])).sum()
     Phi_x, Phi_T = gradient(Phi, (point, T), create_graph=True)
-    F = fixed.lifted.dynamics(T, point, u, p)
-    g = Phi_T + (Phi_x * F).sum() + fixed.lifted.running_cost(T, point, u, p).sum()
+    F = fixed.dynamics(T, point, p)
+    g = Phi_T + (Phi_x * F).sum() + fixed.running_cost(T, point, p).sum()
     gx, gp, gT = gradient(g, (point, p, T))
     return _End(g.detach(), gT + (gx * F.detach()).sum(), gx, gp)

@@ -15,29 +15,67 @@ S_a = F_x dx + F_p v. hv is a sum over the samples, so the Hessian of the mean c
 Shapes: x, dx, a, da ``(*batch, n)``; v, hv ``(q,)``.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from ocnopt import checks
-from ocnopt.differential.flow import Flow
-from ocnopt.differential.path import Piece, walk, walk_back
-from ocnopt.differential.request import read_request
+from ocnopt.differential.flow import Flow, read_request
+from ocnopt.differential.path import Gather, Readout, back, direction, walk
 from ocnopt.differential.sweep import sweep
 from ocnopt.errors import ProblemError
+from ocnopt.integrate.runge_kutta import Time
 from ocnopt.linearise import gradient, leaves
 from ocnopt.ocp import OCP
 
 
-class Directional(NamedTuple):
-    """The costate a, its derivative da along the direction, and hv."""
+@dataclass(frozen=True, eq=False)
+class Directional:
+    """The costate a, its derivative da along the direction v, the witness r . hv; hv itself grows in place."""
 
+    integrated: ClassVar[tuple[str, ...]] = ("a", "da", "seen")
     a: Tensor
     da: Tensor
+    seen: Tensor
     hv: Tensor
+    v: Tensor
+    r: Tensor
+
+    @classmethod
+    @torch.enable_grad()
+    def terminal(cls, flow: Flow, v: Tensor, x: Tensor, dx: Tensor) -> "Directional":
+        """The derivatives of Phi."""
+        point, p = leaves(x, flow.p, False)
+        gx, gp = gradient(flow.lifted.terminal_cost(point, p), (point, p), create_graph=True)
+        da, hv = gradient((gx * dx).sum() + (gp * v).sum(), (point, p))
+        return cls(gx.detach(), da, v.new_zeros(()), hv, v, direction(v))
+
+    def widen(self, m: int) -> "Directional":
+        """Nothing is asked in u."""
+        return self
+
+    def narrow(self, n: int) -> tuple["Directional", Readout | None]:
+        """Nothing to read out."""
+        return self, None
+
+    @torch.enable_grad()
+    def rates(
+        self, field: Flow, t: Time, x: Tensor, dx: Tensor, a: Tensor, da: Tensor, _: Tensor, *, wanted: bool
+    ) -> tuple[Sequence[Tensor], Gather]:
+        """The three lines above, as the gradient of S."""
+        (point, p), costate = leaves(x, field.p, False), a.detach().requires_grad_()
+        F = field.lifted.dynamics(t, point, field.u, p)
+        H = field.lifted.running_cost(t, point, field.u, p) + (costate * F).sum(-1)
+        Hx, Hp = gradient(H, (point, p), create_graph=True)
+        S = (Hx * dx).sum() + (Hp * self.v).sum() + (F * da).sum()
+        Sx, Sp, Sa = gradient(S, (point, p, costate))
+        rates = [F.detach(), Sa, -Hx.detach(), -Sx, -(Sp @ self.r)]
+        return rates, lambda weight: self.hv.add_(Sp, alpha=weight)
 
 
 def hvp(
@@ -98,41 +136,14 @@ def _wanted(sizes: list[int]) -> str:
 def _hessian_times(flow: Flow, controls: Tensor, v: Tensor) -> Tensor:
     """The Hessian in (p, T) times v."""
     x = flow.lifted.initial_state
-    path = walk(flow, controls, partial(_forward_rates, flow, v), (x, torch.zeros_like(x)), kept=2)
-    terminal = _terminal(flow, v, *path.end)
-    value, _ = sweep(partial(_carry, flow, v), path.pieces, terminal)
+    path = walk(flow, controls, partial(_forward_rates, v), (x, torch.zeros_like(x)), kept=2)
+    value, _ = sweep(partial(back, flow), path.stretches, Directional.terminal(flow, v, *path.end))
     return value.hv / flow.samples
 
 
 @torch.enable_grad()
-def _forward_rates(flow: Flow, v: Tensor, t: float, u: Tensor, x: Tensor, dx: Tensor) -> list[Tensor]:
+def _forward_rates(v: Tensor, flow: Flow, t: Time, x: Tensor, dx: Tensor) -> list[Tensor]:
     (point, p), w = leaves(x, flow.p, False), torch.ones_like(x).requires_grad_()
-    F = flow.lifted.dynamics(t, point, u, p)
+    F = flow.lifted.dynamics(t, point, flow.u, p)
     Fx, Fp = gradient(F * w, (point, p), create_graph=True)
     return [F.detach(), *gradient((Fx * dx).sum() + (Fp * v).sum(), (w,))]
-
-
-@torch.enable_grad()
-def _terminal(flow: Flow, v: Tensor, x: Tensor, dx: Tensor) -> Directional:
-    point, p = leaves(x, flow.p, False)
-    gx, gp = gradient(flow.lifted.terminal_cost(point, p), (point, p), create_graph=True)
-    da, hv = gradient((gx * dx).sum() + (gp * v).sum(), (point, p))
-    return Directional(gx.detach(), da, hv)
-
-
-def _carry(flow: Flow, v: Tensor, piece: Piece, value: Directional) -> tuple[Directional, None]:
-    a, da, hv = walk_back(flow, piece, partial(_backward_rates, flow, v, piece.u), value)
-    return Directional(a, da, hv), None
-
-
-@torch.enable_grad()
-def _backward_rates(
-    flow: Flow, v: Tensor, u: Tensor, t: float, x: Tensor, dx: Tensor, a: Tensor, da: Tensor, _: Tensor
-) -> list[Tensor]:
-    (point, p), costate = leaves(x, flow.p, False), a.detach().requires_grad_()
-    F = flow.lifted.dynamics(t, point, u, p)
-    H = flow.lifted.running_cost(t, point, u, p) + (costate * F).sum(-1)
-    Hx, Hp = gradient(H, (point, p), create_graph=True)
-    S = (Hx * dx).sum() + (Hp * v).sum() + (F * da).sum()
-    Sx, Sp, Sa = gradient(S, (point, p, costate))
-    return [F.detach(), Sa, -Hx.detach(), -Sx, -Sp]

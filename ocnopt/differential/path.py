@@ -1,72 +1,111 @@
-r"""A path in pieces, and the way back along them.
+r"""A path in stretches, and the way back over them.
 
 The control is constant on each of N equal intervals (without staged controls: one interval, m = 0). Backward passes
-integrate x backward too. So that it never drifts off the path, the walk forward leaves its state at the ends of
-*pieces*, cut where the way back could amplify errors by about e: the growth over a step is |h| rho with
+integrate x backward too. So that it never drifts off the path, the walk forward keeps its state at the ends of
+*stretches*, cut where the way back could amplify errors by about e: the growth over a step is |h| rho with
 rho = |k_7 - k_6| / |y_7 - y_6| from the last two stages of the method, both at the step's end (Hairer and Wanner,
-Solving ODEs II, IV.2). Smooth problems need few pieces, whatever the tolerance.
+Solving ODEs II, IV.2). Smooth problems need few stretches, whatever the tolerance.
 
-A *block* is a tensor that is integrated: x ``(*batch, n)`` and what travels with it.
+A *block* is a tensor that is integrated: x ``(*batch, n)`` and what travels with it. A model of the cost-to-go brings
+the blocks that its own equation of motion reads; the rest of it (derivatives in p) is a quadrature along the way, for
+which every evaluation leaves a *gather* behind, called with the weight of its stage once the step is accepted. Step
+control sees such a quadrature through a *witness*: one number, integrated with the blocks.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ocnopt.differential.flow import Flow
-from ocnopt.differential.packing import Packing
-from ocnopt.differential.sweep import sweep
 from ocnopt.integrate.adaptive import integrate
-from ocnopt.integrate.tableaus import DOPRI5
-from ocnopt.integrate.walk import Step
+from ocnopt.integrate.tableaus import DOPRI5, Tableau
+from ocnopt.integrate.walk import OnStep, Step, Walk
 
 Rates = Callable[..., Sequence[Tensor]]
-OnStage = Callable[..., None]
+Gather = Callable[[float], object]
 
 
-class Piece(NamedTuple):
-    """Part of the path: the control there, the blocks at its end, and the length of the last step before it."""
+@dataclass(frozen=True)
+class Packing:
+    """Several tensors as one flat vector; ``rows`` of a block belong to different samples (1: all samples share it)."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    rows: tuple[int, ...]
+
+    @classmethod
+    def of(cls, blocks: Sequence[Tensor], batch: tuple[int, ...]) -> "Packing":
+        """Read the shapes off the blocks: those that start with the batch's axes belong to samples."""
+        shapes = tuple(tuple(block.shape) for block in blocks)
+        samples = math.prod(batch)
+        return cls(shapes, tuple(samples if batch and shape[: len(batch)] == batch else 1 for shape in shapes))
+
+    def pack(self, blocks: Sequence[Tensor]) -> Tensor:
+        """One flat vector."""
+        return torch.cat([block.reshape(-1) for block in blocks])
+
+    def unpack(self, y: Tensor) -> list[Tensor]:
+        """The blocks, as views."""
+        parts = y.split([math.prod(shape) for shape in self.shapes])
+        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def root_mean_squares(self, y: Tensor) -> list[Tensor]:
+        """One number per sample, for each block that is not empty."""
+        blocks = [block.reshape(r, -1) for block, r in zip(self.unpack(y), self.rows, strict=True) if block.numel()]
+        return [torch.linalg.vector_norm(block, dim=-1) / math.sqrt(block.shape[-1]) for block in blocks]
+
+    def norm(self, y: Tensor) -> Tensor:
+        """The worst block of the worst sample: neither a large block nor easy samples hide the error of another."""
+        return torch.stack([means.amax() for means in self.root_mean_squares(y)]).amax()
+
+
+class Stretch(NamedTuple):
+    """Part of the path: the control there, the blocks at its end, and the length of the last step before it.
+
+    ``opens`` and ``closes`` say whether its control's interval starts and ends with it.
+    """
 
     start: float
     end: float
     u: Tensor
     blocks: tuple[Tensor, ...]
     size: float
+    opens: bool
+    closes: bool
 
 
 class Path(NamedTuple):
-    """The blocks at the end of the path, and its pieces, by control interval."""
+    """The blocks at the end of the path, and its stretches."""
 
     end: tuple[Tensor, ...]
-    intervals: list[list[Piece]]
-
-    @property
-    def pieces(self) -> list[Piece]:
-        """All pieces in order."""
-        return [piece for interval in self.intervals for piece in interval]
+    stretches: list[Stretch]
 
 
 class _Cutter:
-    """Cuts an interval into pieces while it is walked; ``kept`` blocks are stored."""
+    """Cuts an interval into stretches while it is walked; ``kept`` blocks are stored."""
 
     def __init__(self, packing: Packing, kept: int, times: tuple[float, float], u: Tensor) -> None:
         self.packing, self.kept, self.u = packing, kept, u
         self.start, self.stop = times
         self.growth = 0.0
-        self.pieces: list[Piece] = []
+        self.stretches: list[Stretch] = []
 
     def __call__(self, step: Step) -> None:
         points, slopes = step.stages.points, step.stages.slopes
         moved, turned = (self.packing.root_mean_squares(y[-1] - y[-2])[: self.kept] for y in (points, slopes))
         ratios = [torch.where(dy > 0, dk / dy, 0.0).amax() for dy, dk in zip(moved, turned, strict=True)]
         self.growth += abs(step.size) * float(torch.stack(ratios).amax())
-        if step.output is None and self.growth < 1.0:
+        closes = step.output is not None
+        if not closes and self.growth < 1.0:
             return
-        end = self.stop if step.output is not None else step.time + step.size
+        end = self.stop if closes else step.time + step.size
         blocks = tuple(block.clone() for block in self.packing.unpack(points[-1])[: self.kept])
-        self.pieces.append(Piece(self.start, end, self.u, blocks, abs(step.size)))
+        opens = not self.stretches
+        self.stretches.append(Stretch(self.start, end, self.u, blocks, abs(step.size), opens, closes))
         self.start, self.growth = end, 0.0
 
 
@@ -77,80 +116,37 @@ def walk(flow: Flow, controls: Tensor, rates: Rates, start: Sequence[Tensor], ke
     Args:
         flow: the problem.
         controls: ``(*batch, N, m)``.
-        rates: ``rates(t, u, *blocks)``, the blocks' derivatives in time.
+        rates: ``rates(flow with this u, t, *blocks)``, the blocks' derivatives in time.
         start: the blocks at the start.
-        kept: how many of them, from the first, the pieces store for the way back.
+        kept: how many of them, from the first, the stretches store for the way back.
     """
     N, t0, t1 = controls.shape[-2], flow.lifted.t0, flow.lifted.t1
     packing = Packing.of(start, flow.batch)
-    y, size, intervals = packing.pack(start), None, []
+    y, size = packing.pack(start), None
+    stretches: list[Stretch] = []
     for k, u in enumerate(controls.unbind(-2)):
         times = (t0 + (t1 - t0) * k / N, t0 + (t1 - t0) * (k + 1) / N)
-        cutter = _Cutter(packing, kept, times, u)
+        cutter, here = _Cutter(packing, kept, times, u), flow.at(u)
 
-        def field(t: float | Tensor, y: Tensor, u: Tensor = u) -> Tensor:
-            return packing.pack(rates(t, u, *packing.unpack(y)))
+        def field(t: float | Tensor, y: Tensor, here: Flow = here) -> Tensor:
+            return packing.pack(rates(here, t, *packing.unpack(y)))
 
         walked = integrate(
             field, y, times, rtol=flow.rtol, atol=flow.atol, norm=packing.norm, first_size=size, on_step=cutter
         )
         y, size = walked.state, walked.next_size
-        intervals.append(cutter.pieces)
-    return Path(tuple(packing.unpack(y)), intervals)
+        stretches += cutter.stretches
+    return Path(tuple(packing.unpack(y)), stretches)
 
 
 def trace(flow: Flow, controls: Tensor) -> tuple[Path, Tensor]:
     """Walk the state alone; the path and every sample's cost ``(*batch)``."""
-
-    def rates(t: float, u: Tensor, x: Tensor, *cost: Tensor) -> list[Tensor]:
-        X = torch.cat([x, u], dim=-1)
-        return [flow.dynamics(t, X, flow.p), *(flow.running_cost(t, X, flow.p) for _ in cost)]
-
     x = flow.lifted.initial_state
     cost = [x.new_zeros(flow.batch)] if flow.has_running_cost else []
-    path = walk(flow, controls, rates, (x, *cost), kept=1)
+    path = walk(flow, controls, Flow.rates, (x, *cost), kept=1)
     with torch.no_grad():
         terminal = flow.lifted.terminal_cost(path.end[0], flow.p)
-    return Path(path.end[:1], path.intervals), terminal + sum(path.end[1:])
-
-
-@torch.no_grad()
-def walk_back(
-    flow: Flow, piece: Piece, rates: Rates, blocks: Sequence[Tensor], on_stage: OnStage | None = None
-) -> list[Tensor]:
-    """Integrate the blocks of a piece and further ones from its end to its start.
-
-    Args:
-        flow: the problem.
-        piece: where.
-        rates: ``rates(t, *piece.blocks, *blocks)``, the derivatives in time of all of them.
-        blocks: the further blocks at the end.
-        on_stage: ``on_stage(weight, t, *piece.blocks, *blocks)`` sees the stages of every accepted step; summed with
-            the weights they make an integral over the piece, to the order of the method.
-
-    Returns:
-        The further blocks at the start.
-    """
-    start = (*piece.blocks, *blocks)
-    packing = Packing.of(start, flow.batch)
-
-    def see(step: Step) -> None:
-        for b, t, y in zip(DOPRI5.b, step.stages.times, step.stages.points, strict=True):
-            if on_stage is not None and b != 0.0:
-                on_stage(abs(step.size) * b, t, *packing.unpack(y))
-
-    walked = integrate(
-        lambda t, y: packing.pack(rates(t, *packing.unpack(y))),
-        packing.pack(start),
-        (piece.end, piece.start),
-        tableau=DOPRI5,
-        rtol=flow.rtol,
-        atol=flow.atol,
-        norm=packing.norm,
-        first_size=piece.size,
-        on_step=None if on_stage is None else see,
-    )
-    return packing.unpack(walked.state)[len(piece.blocks) :]
+    return Path(path.end[:1], path.stretches), terminal + sum(path.end[1:])
 
 
 class Readout(NamedTuple):
@@ -161,32 +157,105 @@ class Readout(NamedTuple):
     ux: Tensor
 
 
-V = TypeVar("V")
+@runtime_checkable
+class Model(Protocol):
+    """A local model of Q, the cost from a place on, in x and p: a frozen record; some fields are integrated."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+    integrated: ClassVar[tuple[str, ...]]
+
+    @property
+    def rates(self) -> Callable[..., tuple[Sequence[Tensor], Gather]]:
+        """``rates(field, t, *blocks, wanted=)``: derivatives in time of the path's blocks and its own, and a gather.
+
+        The gather adds to what is not integrated; it is never called where nothing is ``wanted``.
+        """
+
+    def widen(self, m: int) -> Any:
+        """At the end of an interval: Q in X = (x, u), which does not depend on u yet."""
+
+    def narrow(self, n: int) -> tuple[Any, Readout | None]:
+        """At its start: Q in x again, and the derivatives in u, read out."""
 
 
-def backward(
-    flow: Flow,
-    path: Path,
-    terminal: V,
+M = TypeVar("M", bound=Model)
+
+
+def blocks_of(model: Model) -> list[Tensor]:
+    """What is integrated of a model."""
+    return [getattr(model, name) for name in model.integrated]
+
+
+def carry(
+    model: M,
+    field: Any,
+    kept: Sequence[Tensor],
+    times: tuple[float, float],
     *,
-    widen: Callable[[V, int], V],
-    carry: Callable[[Piece, V], V],
-    narrow: Callable[[V, int], tuple[V, Readout]],
-) -> tuple[V, list[Readout]]:
-    """Fold the intervals of a path, and the pieces of each.
+    packing: Packing,
+    tableau: Tableau,
+    integrate: Callable[..., Walk],
+    on_step: OnStep | None = None,
+) -> M:
+    """Carry a model over a stretch of continuous time, from its end to its start.
 
     Args:
-        flow: the problem.
-        path: its path.
-        terminal: the value at the end: a local model of Q, the cost from there on, in x.
-        widen: ``widen(value, m)`` at the end of an interval: a model in X = (x, u), which does not depend on u yet.
-        carry: ``carry(piece, value at its end) -> value at its start``.
-        narrow: ``narrow(value, n)`` at the start of an interval: a model in x, and the derivatives in u, read out.
+        model: the model at the end.
+        field: what moves the path; the model's ``rates`` differentiate it.
+        kept: the path's own blocks at the end.
+        times: end and start.
+        packing: of the path's blocks and the model's.
+        tableau: the method that ``integrate`` uses.
+        integrate: walks over the stretch; it is told the slope at the end.
+        on_step: called with every accepted step besides.
     """
+    gathers: dict[int, Gather] = {}
+    later, same = len(tableau.c) - 1, tableau.first_same_as_last
+    wanted = [b != 0.0 for b in tableau.b]
+    wanted[-1] |= same
+    evaluations = 0
 
-    def over_interval(pieces: list[Piece], value: V) -> tuple[V, Readout]:
-        wide = widen(value, pieces[-1].u.shape[-1])
-        value, _ = sweep(lambda piece, value: (carry(piece, value), None), pieces, wide)
-        return narrow(value, flow.n)
+    def joint(t: float | Tensor, y: Tensor) -> Tensor:
+        nonlocal evaluations
+        # The slope at the start of a step is that of the last one's end, or a stage of its own.
+        stage = 1 + (evaluations - 1) % later if same and evaluations else evaluations % (later + 1)
+        evaluations += 1
+        rates, gather = model.rates(field, t, *packing.unpack(y), wanted=wanted[stage])
+        slope = packing.pack(rates)
+        gathers[id(slope)] = gather
+        return slope
 
-    return sweep(over_interval, path.intervals, terminal)
+    def accept(step: Step) -> None:
+        slopes = step.stages.slopes
+        for b, slope in zip(tableau.b, slopes, strict=True):
+            if b != 0.0:
+                gathers[id(slope)](-step.size * b)
+        following = gathers[id(slopes[-1])]
+        gathers.clear()
+        gathers[id(slopes[-1])] = following
+        if on_step is not None:
+            on_step(step)
+
+    y = packing.pack((*kept, *blocks_of(model)))
+    walked = integrate(joint, y, times, first=joint(times[0], y), on_step=accept)
+    blocks = packing.unpack(walked.state)[len(kept) :]
+    return replace(model, **dict(zip(model.integrated, blocks, strict=True)))
+
+
+def direction(p: Tensor) -> Tensor:
+    """A fixed direction of length one, for witnesses."""
+    r = torch.randn(p.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return (r / r.norm().clamp(min=1e-30)).to(p)
+
+
+@torch.no_grad()
+def back(flow: Flow, stretch: Stretch, model: M) -> tuple[M, Readout | None]:
+    """The step of the sweep: a model of Q over one stretch of the path."""
+    model = model.widen(stretch.u.shape[-1]) if stretch.closes else model
+    packing = Packing.of((*stretch.blocks, *blocks_of(model)), flow.batch)
+    walks = partial(
+        integrate, tableau=DOPRI5, rtol=flow.rtol, atol=flow.atol, norm=packing.norm, first_size=stretch.size
+    )
+    times = (stretch.end, stretch.start)
+    model = carry(model, flow.at(stretch.u), stretch.blocks, times, packing=packing, tableau=DOPRI5, integrate=walks)
+    return model.narrow(flow.n) if stretch.opens else (model, None)

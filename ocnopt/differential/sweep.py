@@ -9,7 +9,7 @@ of the parameters is stored per link.
 **The Bellman step** minimises the staged control out.
 
 In homogeneous coordinates (1, dx) the cost-to-go is one symmetric matrix V: twice the predicted change of cost in
-its corner, V_x beside it, V_xx below. A step is F and L (see :mod:`ocnopt.steps`). Splitting (1, dx, du) into s = (1,
+its corner, V_x beside it, V_xx below. A step is F and L (see :mod:`ocnopt.differential.steps`). Splitting (1, dx, du) into s = (1,
 dx) and u, the sweep over a step reads
 
     Q   = L + F^T V' F          (+ V'_x . f_ww on the block of w, exact curvature)

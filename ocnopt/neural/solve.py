@@ -8,12 +8,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ocnopt.differential.adjoint import ContinuousStep, Interval
+from ocnopt.differential.columns import Columns, Witness
 from ocnopt.differential.discrete import (
     Costate,
     DiscreteStep,
@@ -25,6 +25,7 @@ from ocnopt.differential.discrete import (
     WholePull,
     shortened,
 )
+from ocnopt.differential.path import Packing, blocks_of, carry
 from ocnopt.differential.sweep import sweep
 from ocnopt.errors import OcnoptError
 from ocnopt.integrate import adaptive
@@ -107,18 +108,35 @@ class Discrete:
             self._trajectory.release()
 
 
+class Interval(NamedTuple):
+    """What lies between two outputs, with the state at its end and dL/dx of the output there."""
+
+    start: float
+    end: float
+    output: int
+    state: Tensor
+    jump: Tensor | None
+
+
 class Continuous:
-    """The costate equation, integrated backwards."""
+    """The costate equation, integrated backwards as one column beside the path, with error control of its own.
+
+    The column goes in units of ten times its own root mean square at the end of each interval: a tolerance then means
+    the same for every scaling of the loss, and the kinks that a costate inherits from ReLUs do not rule the step size.
+    At an output the cotangent of the output is added, and x starts again from the output itself.
+    """
 
     def __init__(self, job: Job) -> None:
         self.job = job
+        self._adaptive = job.integrate.func is adaptive.integrate
         self._slope: Tensor | None = None
 
     def forward(self, x: Tensor) -> tuple[Walk, list[Tensor]]:
         """Walk, and what must be saved: the output states."""
         surroundings = self.job.evaluation.surroundings
         before = surroundings.noise()
-        walk = self.job.walk(x, self.job.evaluation.first(self.job.path[0], x))
+        self._first = self.job.evaluation.first(self.job.path[0], x)
+        walk = self.job.walk(x, self._first)
         if surroundings.moved(before):
             warnings.warn(
                 "the field draws random numbers (dropout?), and the continuous adjoint meets other ones on its way "
@@ -136,15 +154,71 @@ class Continuous:
         """Integrate from the last output to the start."""
         job = self.job
         job.tell_terminal(saved[-1], self._slope, terminal.x)
-        adaptively = job.integrate.func is adaptive.integrate
-        integrate = partial(job.integrate, first_size=self._size) if adaptively else job.integrate
         ends = enumerate(zip(job.path[:-1], job.path[1:], saved, strict=True), start=1)
-        intervals = [Interval(start, end, i, state, jumps.get(i)) for i, (start, end, state) in ends]
         # The sweep starts from zero, so that the last output's cotangent is a jump like any other.
-        last = intervals[-1]._replace(jump=terminal.x)
-        step = ContinuousStep(job.tableau, integrate, job.evaluation, job.observer, job.evaluation.moving)
+        jumps = {**jumps, len(saved): terminal.x}
+        intervals = [Interval(start, end, i, state, jumps.get(i)) for i, (start, end, state) in ends]
         nothing = terminal._replace(x=torch.zeros_like(terminal.x))
-        return sweep(step, [*intervals[:-1], last], nothing)[0]
+        return sweep(partial(self._back, self._witness()), intervals, nothing)[0]
+
+    def _back(self, witness: Witness, interval: Interval, value: Costate) -> tuple[Costate, None]:
+        """The step of the sweep: the costate from the end of an interval to its start."""
+        job, jump, state = self.job, interval.jump, interval.state
+        x = value.x if jump is None else value.x + jump
+        unit = 10.0 * float(torch.linalg.vector_norm(x)) / max(1, x.numel()) ** 0.5 or 1.0
+        seen = x.new_zeros(int(self._adaptive))
+        column = Columns(x / unit, value.parameters, witness, seen, x.new_ones(()), unit)
+        packing = Packing.of((state, *blocks_of(column)), ())
+        integrate = partial(job.integrate, first_size=self._size, norm=_norm) if self._adaptive else job.integrate
+        column = carry(
+            column,
+            job.evaluation,
+            (state,),
+            (interval.end, interval.start),
+            packing=packing,
+            tableau=job.tableau,
+            integrate=integrate,
+            on_step=None if job.observer is None else partial(self._watch, job.observer, packing, unit),
+        )
+        start = column.q * unit
+        if job.evaluation.moving:
+            if jump is not None:
+                value.times[interval.output] += _dot(jump, job.evaluation(interval.end, state))
+            if interval.output == 1:
+                value.times[0] -= _dot(start, self._first)
+        return value._replace(x=start, interval=interval.output), None
+
+    def _watch(self, observer: Observer, packing: Packing, unit: float, step: Step) -> None:
+        """Evaluate the stages of a step once more: it is known to be accepted only after the last of them."""
+        for weight, t, y in zip(self.job.tableau.quadrature, step.stages.times, step.stages.points, strict=True):
+            if weight > 0.0:
+                x, q, _ = packing.unpack(y)
+                with observer.stage(abs(step.size) * weight, -step.size * weight):
+                    self.job.evaluation.pull(t, x, q * unit)
+
+    def _witness(self) -> Witness:
+        """The product of the parameters' gradient with a fixed direction, by which step control sees it."""
+        x, generator = self._first, torch.Generator(self._first.device).manual_seed(0)
+        samples = x.shape[0] if x.ndim > 1 else 1
+        r = [
+            torch.randn(p.shape, generator=generator, device=p.device).to(p).div_(samples).reshape(-1)
+            for p in (self.job.evaluation.parameters if self._adaptive else ())
+        ]
+
+        def witness(terms: Sequence[Tensor | None]) -> Tensor:
+            products = [torch.dot(g.reshape(-1), d) for g, d in zip(terms, r, strict=True) if g is not None]
+            return torch.stack(products).sum().to(x).reshape(1) if products else x.new_zeros(1)
+
+        return witness
+
+
+def _norm(y: Tensor) -> Tensor:
+    """The root mean square of the path and the column; the witness is not lost among their entries."""
+    return torch.maximum(adaptive.root_mean_square(y[:-1]), y[-1].abs())
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    return (x * y).sum(dtype=torch.float64)
 
 
 class _Node(torch.autograd.Function):

@@ -5,7 +5,7 @@ are CasADi's own, contracted with the cost-to-go inside the Bellman step, so no 
 so a zero costs nothing. Every function is a fold over time: it takes what is carried from step to step first, then what
 each step is given, and returns what is carried on, then what each step yields.
 
-The algebra is that of :mod:`ocnopt.differential.bellman`, in the same homogeneous coordinates and letters, written
+The algebra is that of :mod:`ocnopt.differential.sweep`, in the same homogeneous coordinates and letters, written
 without branches; it stands a second time because its Hessian is contracted by CasADi and its zeros are structural.
 """
 
@@ -155,7 +155,7 @@ def _unpacked(upper: SX, size: int) -> SX:
 
 
 def minimise_box(H: SX, G: SX, room: tuple[SX, SX] | None) -> tuple[SX, SX]:
-    """[k  K] of :func:`ocnopt.differential.bellman.minimise_box` and whether H counts as positive definite.
+    """[k  K] of :func:`ocnopt.differential.sweep.minimise_box` and whether H counts as positive definite.
 
     With bounds m is at most 2, where the active sets are few enough to look at all of them.
     """

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from scipy.integrate import solve_ivp
 
 from ocnopt.differential.differentiate import differentiate
+from ocnopt.differential.flow import read_request
 from ocnopt.differential.hvp import hvp
 from ocnopt.differential.path import trace
-from ocnopt.differential.request import read_request
 from ocnopt.errors import NonFiniteError
 from ocnopt.ocp import OCP, FreeHorizon
 from tests.differential.cases import CASES, autograd_inside, case, expansion, pendulum
@@ -178,17 +178,44 @@ def test_integrals_that_no_state_shows_are_under_step_control():
     assert float((result.pp - expected).abs().max()) <= 1e-8
 
 
-def test_a_stiff_path_is_kept_by_many_pieces_and_a_smooth_one_by_few():
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"curvature": "exact"},
+        {"curvature": "gauss_newton"},
+        {"curvature": "gauss_newton", "representation": "low_rank"},
+    ],
+    ids=["matrix", "columns", "low rank"],
+)
+def test_what_is_gathered_is_under_step_control(options):
+    """x stands still at p = 0 and so do the columns: only their witness sees F_p = sin(40 t)^2."""
+    problem = OCP(
+        lambda t, x, u, p: p[..., :1] * torch.sin(40 * t)[..., None] ** 2 + 0 * x,
+        None,
+        lambda t, x, p: x[..., 0] ** 2 / 2 + x[..., 0],
+        initial_state=[0.0],
+        parameters=[0.0],
+        horizon=1.0,
+    )
+    moved = 0.5 - math.sin(80.0) / 160
+    result = differentiate(problem, **options)
+    pp = result.p_factors[0, 0] ** 2 if "representation" in options else result.pp
+    assert float(result.p) == pytest.approx(moved, abs=1e-8)
+    assert float(pp) == pytest.approx(moved**2, abs=1e-8)
+    assert float(hvp(problem, None, torch.ones(1))) == pytest.approx(moved**2, abs=1e-8)
+
+
+def test_a_stiff_path_is_kept_by_many_stretches_and_a_smooth_one_by_few():
     """x' = -p0 (x - p1) forgets its start: backwards an error grows by e^100."""
     stiff = OCP(lambda t, x, u, p: -p[..., :1] * (x - p[..., 1:]), None, lambda t, x, p: x[..., 0] ** 2,
                 initial_state=[0.0], parameters=[100.0, 2.0], horizon=1.0)  # fmt: skip
     flow, controls = read_request(stiff, None, None, None, 1e-6, 1e-6)
-    assert len(trace(flow, controls)[0].pieces) > 20
+    assert len(trace(flow, controls)[0].stretches) > 20
     result = differentiate(stiff, curvature="gauss_newton", rtol=1e-6, atol=1e-6)
     assert result.p.tolist() == pytest.approx([0.0, 4.0], abs=1e-6)
     assert float(result.pp[1, 1]) == pytest.approx(2.0, rel=1e-6)
     smooth = CASES["parameters_only"]().problem
-    counts = [len(trace(*read_request(smooth, None, None, None, tol, tol))[0].pieces) for tol in (1e-4, 1e-11)]
+    counts = [len(trace(*read_request(smooth, None, None, None, tol, tol))[0].stretches) for tol in (1e-4, 1e-11)]
     assert max(counts) <= 6
 
 

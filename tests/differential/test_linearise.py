@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from ocnopt import linearise
-from ocnopt.differential.packing import Packing
+from ocnopt.differential.path import Packing
 from tests.oracles.compare import assert_close
 
 B, D, N, Q = 4, 3, 2, 5
@@ -33,53 +33,72 @@ def jacobian(function, argument):
     return per_row(torch.func.jacrev(function, argnums=argument))(randn(B, D), randn(Q))
 
 
+def linear(function, X, p, per_sample):
+    """F, F_X, F_p and the leaves."""
+    inputs = linearise.leaves(X, p, per_sample)
+    F = function(*inputs)
+    return F, *linearise.linearise(F, inputs), inputs
+
+
+def second(function, X, p, r, per_sample):
+    """Second derivatives in ((w, X), p) of w function(X, p) at w = 1: the first row and column are the gradient."""
+    W, p = linearise.leaves(functional.pad(X, (1, 0), value=1.0), p, per_sample)
+    return linearise.quadratic(W[..., 0] * function(W[..., 1:], p), (W, p), r)
+
+
 @pytest.mark.parametrize("per_sample", [True, False])
-def test_linearise_and_pull_back(per_sample):
-    X, p, columns = randn(B, D), randn(Q), randn(B, 3, N)
-    F, FX, Fp = linearise.linearise(smooth, X, p, per_sample=per_sample)
+def test_linearise_and_pull(per_sample):
+    X, p, columns = randn(B, D), randn(Q), randn(3, B, N)
+    F, FX, Fp, inputs = linear(smooth, X, p, per_sample)
     assert_close(F, smooth(X, p))
     assert_close(FX, jacobian(smooth, 0), atol=1e-14)
     assert_close(Fp, jacobian(smooth, 1), atol=1e-14)
-    pulled = linearise.pull_back(smooth, X, p, columns, per_sample=per_sample)
-    assert_close(pulled.X, columns @ FX, atol=1e-13)
-    assert_close(pulled.p, columns @ Fp, atol=1e-13)
+    in_X, in_p = linearise.pull(F, inputs, columns)
+    assert_close(in_X, (columns.movedim(0, 1) @ FX).movedim(1, 0), atol=1e-13)
+    expected = (columns.movedim(0, 1) @ Fp).movedim(1, 0)
+    assert_close(in_p, expected if per_sample else expected.sum(1), atol=1e-13)
+    alone = linearise.pull(F, inputs, columns[0])
+    assert_close(alone[0], in_X[0], atol=1e-14)
+    assert_close(alone[1], in_p[0], atol=1e-14)
 
 
 @pytest.mark.parametrize("per_sample", [True, False])
 def test_quadratic(per_sample):
     X, p, r = randn(B, D), randn(Q), randn(1, Q)[0]
-    C = linearise.quadratic(scalar, X, p, r, per_sample=per_sample)
-    assert_close(C.X, jacobian(scalar, 0), atol=1e-13)
-    assert_close(C.p, jacobian(scalar, 1).sum(0), atol=1e-13)
+    C, Cp, form = second(scalar, X, p, r, per_sample)
+    assert_close(C[:, 1:, 0], jacobian(scalar, 0), atol=1e-13)
+    assert_close(C[:, 0, 1:], jacobian(scalar, 0), atol=1e-13)
+    assert not C[:, 0, 0].any()
+    assert_close(Cp[..., 0], jacobian(scalar, 1), atol=1e-13)
     reverse = torch.func.jacrev
-    assert_close(C.XX, per_row(reverse(reverse(scalar)))(X, p), atol=1e-12)
-    assert_close(C.pX, per_row(reverse(reverse(scalar, argnums=1), argnums=0))(X, p), atol=1e-12)
+    assert_close(C[:, 1:, 1:], per_row(reverse(reverse(scalar)))(X, p), atol=1e-12)
+    assert_close(Cp[..., 1:], per_row(reverse(reverse(scalar, argnums=1), argnums=0))(X, p), atol=1e-12)
     pp = per_row(reverse(reverse(scalar, argnums=1), argnums=1))(X, p).sum(0)
-    assert_close(C.form, r @ pp @ r, rtol=1e-10)
-    total = torch.ones(Q, Q, dtype=torch.float64)
-    linearise.add_curvature_in_p(total, 2.0, scalar, X, p)
+    assert_close(form, r @ pp @ r, rtol=1e-10)
+    total, p = torch.ones(Q, Q, dtype=torch.float64), p.requires_grad_()
+    linearise.add_curvature_in_p(total, 2.0, scalar(X, p), p)
     assert_close(total, 1 + 2 * pp, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("per_sample", [True, False])
 def test_functions_that_depend_on_nothing_have_zero_derivatives(per_sample):
     X, p = randn(B, D), randn(Q)
-    linear = linearise.linearise(lambda X, p: torch.ones(B, N, dtype=X.dtype), X, p, per_sample=per_sample)
-    assert linear.X.shape == (B, N, D)
-    assert linear.p.shape == (B, N, Q)
-    assert not linear.X.any()
-    assert not linear.p.any()
-    C = linearise.quadratic(lambda X, p: X.sum(-1), X, p, p, per_sample=per_sample)
-    assert_close(C.X, torch.ones_like(X))
-    assert not C.XX.any()
-    assert C.pX.shape == (B, Q, D)
+    _, FX, Fp, _ = linear(lambda X, p: torch.ones(B, N, dtype=X.dtype), X, p, per_sample)
+    assert FX.shape == (B, N, D)
+    assert Fp.shape == (B, N, Q)
+    assert not FX.any()
+    assert not Fp.any()
+    C, Cp, _ = second(lambda X, p: X.sum(-1), X, p, p, per_sample)
+    assert_close(C[:, 1:, 0], torch.ones_like(X))
+    assert not C[:, 1:, 1:].any()
+    assert Cp.shape == (B, Q, 1 + D)
 
 
 def test_more_cotangents_than_go_at_once(monkeypatch):
     X, p = randn(B, D), randn(Q)
-    whole = linearise.linearise(smooth, X, p, per_sample=False), linearise.quadratic(scalar, X, p, p, per_sample=False)
+    whole = linear(smooth, X, p, False)[:3], second(scalar, X, p, p, False)
     monkeypatch.setattr(linearise, "_AT_ONCE", 2)
-    parts = linearise.linearise(smooth, X, p, per_sample=False), linearise.quadratic(scalar, X, p, p, per_sample=False)
+    parts = linear(smooth, X, p, False)[:3], second(scalar, X, p, p, False)
     for one, other in zip((*whole[0], *whole[1]), (*parts[0], *parts[1]), strict=True):
         assert_close(one, other, atol=1e-13)
 
@@ -140,9 +159,9 @@ def test_ordinary_operations(name):
     def function(X, p):
         return (operation(X) * weights).sum(-1) * p[..., 0]
 
-    C = linearise.quadratic(function, X, randn(Q), randn(Q), per_sample=False)
+    C, _, _ = second(function, X, randn(Q), randn(Q), per_sample=False)
     H = torch.autograd.functional.hessian(lambda X: function(X, randn(Q)).sum(), X)
-    assert_close(C.XX, H[range(B), :, range(B)], rtol=1e-10, atol=1e-12)
+    assert_close(C[:, 1:, 1:], H[range(B), :, range(B)], rtol=1e-10, atol=1e-12)
 
 
 def test_packing_there_and_back():

@@ -1,7 +1,10 @@
 """Gradients: discrete against back-propagation, continuous against a tight solve, both against torchdiffeq."""
 
+import math
+
 import pytest
 import torch
+from torch import nn
 
 from ocnopt.integrate.tableaus import TABLEAUS
 from ocnopt.neural.neural_ode import NeuralODE
@@ -111,6 +114,22 @@ def test_continuous_does_not_care_for_the_scale_of_the_loss():
         found.append(torch.cat([p.grad.flatten() for p in field.parameters()]) / scale)
         field.zero_grad()
     assert distance(found[1], found[0]) < 1e-12
+
+
+def test_continuous_controls_the_steps_by_the_gradient_too():
+    """At p = 0 neither x nor its costate moves; the gradient in p is the integral of sin(40 t)^2."""
+
+    class Idle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.p = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+        def forward(self, t, x):
+            return self.p * torch.sin(40 * t) ** 2 + 0 * x
+
+    field, x = Idle(), torch.zeros(3, 1, dtype=torch.float64)
+    NeuralODE(field, adjoint="continuous", rtol=1e-8, atol=1e-8)(x).mean().backward()
+    assert float(field.p.grad) == pytest.approx(0.5 - math.sin(80.0) / 160, abs=1e-7)
 
 
 def test_continuous_keeps_nothing_per_step():

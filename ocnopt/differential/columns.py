@@ -1,42 +1,74 @@
-r"""Gauss-Newton curvature by columns.
+r"""Columns: derivatives of the cost-to-go that travel as its gradient does.
 
-Without a running cost the Gauss-Newton matrices keep the rank of the terminal Hessian. With Phi's Hessian in (x, p)
-split into sum_i s_i y_i y_i^T, each column y_i travels as the gradient does; backward in time, with X = (x, u)
-of size d,
+A column q is carried backward in time by
 
-    -dq_i/dt = F_X^T q_i,    -dp_i/dt = F_p^T q_i,    (q_i, p_i)(T) = y_i
+    -dq/dt = F_X^T q,   and gathers   integral of F_p^T q dt
+
+The costate is one column, with the gradient in p as its quadrature: the continuous adjoint of a network, and without a
+running cost the gradient of any problem. Without a running cost the Gauss-Newton matrices, too, keep the rank of the
+terminal Hessian: with Phi's Hessian in (x, p) split into sum_i s_i y_i y_i^T, a column goes out from each y_i = (q_i,
+p_i), p_i gathers, and
+
     Q_XX = sum_i s_i q_i q_i^T,    Q_pX = sum_i s_i p_i q_i^T,    Q_pp = sum_i s_i p_i p_i^T
 
 The gradient (Q_X, Q_p) is one more column, the first, with weight 0 in these sums. Shapes: q_i ``(*batch, K, d)``,
-p_i ``(*batch, K, q)``, weights s_i ``(*batch, K)``.
+p_i ``(*batch, K, q)``, weights s_i ``(*batch, K)``; one column alone has no axis K.
+
+Each column's witness is one number, the product of what it gathers with a fixed direction.
 
 Source: SNOpt, arXiv 2109.14158, Proposition 2 (with F_p^T q_i where (11), (12) print F_u^T p_i).
 """
 
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ocnopt.differential.discrete import Gradient, Pull
 from ocnopt.differential.flow import Flow
-from ocnopt.differential.path import Path, Piece, Readout, backward, walk_back
+from ocnopt.differential.path import Gather, Readout, direction
 from ocnopt.errors import ProblemError
-from ocnopt.linearise import flat, gradient, jacobian, leaves
+from ocnopt.integrate.runge_kutta import Time
+from ocnopt.linearise import flat, gradient, jacobian
+
+Witness = Callable[[Sequence[Tensor | None]], Tensor]
 
 
-class Columns(NamedTuple):
-    """q_i in ``in_X (..., K, d)``, p_i in ``in_p (..., K, q)``, s_i in ``weights (..., K)``; the gradient is first."""
+@runtime_checkable
+class Pullable(Protocol):
+    """A field, of a problem or of a network."""
 
-    in_X: Tensor
-    in_p: Tensor
+    def pull(self, t: Time, x: Tensor, columns: Tensor, /, *, wanted: bool) -> Pull:
+        """Evaluate once and pull columns back, to the parameters only if they are ``wanted``."""
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """Columns q in units of ``unit``, what they gather in place, their witness with what it has seen (if asked), s_i.
+
+    Of a problem the gathered are p_i in one tensor ``(..., K, q)``, of a network sums over the samples per parameter.
+    """
+
+    integrated: ClassVar[tuple[str, ...]] = ("q", "seen")
+    q: Tensor
+    gathered: Gradient
+    witness: Witness
+    seen: Tensor
     weights: Tensor
+    unit: float = 1.0
 
     @property
     def X(self) -> Tensor:
         """Q_X ``(..., d)``."""
-        return self.in_X[..., 0, :]
+        return self.q[..., 0, :]
+
+    @property
+    def in_p(self) -> Tensor:
+        """p_i ``(..., K, q)``."""
+        return torch.cat([total for total in self.gathered.totals if total is not None], dim=-1)
 
     @property
     def p(self) -> Tensor:
@@ -46,12 +78,12 @@ class Columns(NamedTuple):
     @property
     def XX(self) -> Tensor:
         """Q_XX ``(..., d, d)``."""
-        return self.in_X.mT @ self._weighted(self.in_X)
+        return self.q.mT @ self._weighted(self.q)
 
     @property
     def pX(self) -> Tensor:
         """Q_pX ``(..., q, d)``."""
-        return self.in_p.mT @ self._weighted(self.in_X)
+        return self.in_p.mT @ self._weighted(self.q)
 
     @property
     def pp(self) -> Tensor:
@@ -62,34 +94,40 @@ class Columns(NamedTuple):
         """One row of Q_pp."""
         return (self.in_p[..., i] * self.weights).reshape(-1) @ flat(self.in_p)
 
-    def widen(self, m: int) -> "Columns":
-        """Q does not depend on the control of an interval that is yet to come."""
-        return self._replace(in_X=pad(self.in_X, (0, m)))
-
-    def narrow(self, n: int) -> tuple["Columns", Readout]:
-        """Read the control's derivatives and drop them."""
-        XX = self.XX
-        return self._replace(in_X=self.in_X[..., :n]), Readout(self.X[..., n:], XX[..., n:, n:], XX[..., n:, :n])
-
     def _weighted(self, columns: Tensor) -> Tensor:
         return columns * self.weights[..., None]
 
+    def widen(self, m: int) -> "Columns":
+        """Entries for u."""
+        return replace(self, q=pad(self.q, (0, m)))
 
-def by_columns(flow: Flow, path: Path, terminal: Columns) -> tuple[Columns, list[Readout]]:
-    """The columns at the start of the path, and the derivatives in the control of every interval."""
-    carry = partial(_carry, flow)
-    return backward(flow, path, terminal, widen=Columns.widen, carry=carry, narrow=Columns.narrow)
+    def narrow(self, n: int) -> tuple["Columns", Readout | None]:
+        """Those of x."""
+        XX = self.XX
+        return replace(self, q=self.q[..., :n]), Readout(self.X[..., n:], XX[..., n:, n:], XX[..., n:, :n])
+
+    def rates(
+        self, field: Pullable, t: Time, x: Tensor, q: Tensor, seen: Tensor, *, wanted: bool
+    ) -> tuple[Sequence[Tensor], Gather]:
+        """The equation above."""
+        pulled = field.pull(t, x, q[..., : x.shape[-1]], wanted=wanted)
+        turn = -self.witness(pulled.parameters) if wanted and seen.numel() else torch.zeros_like(seen)
+
+        def gather(weight: float) -> None:
+            self.gathered.add(pulled.parameters, weight * self.unit)
+
+        return [pulled.slope, -pulled.x, turn], gather
 
 
-def _carry(flow: Flow, piece: Piece, value: Columns) -> Columns:
-    """From the end of a piece to its start."""
+def columns_of(flow: Flow, q: Tensor, in_p: Tensor, weights: Tensor) -> Columns:
+    """Columns of a problem that start with q and p_i, the latter's to keep."""
+    gathered, r = Gradient(1), direction(flow.p) / 2
+    gathered.totals[0] = in_p
 
-    def rates(t: float, x: Tensor, q: Tensor, _: Tensor) -> list[Tensor]:
-        F, FXq, Fpq = flow.pull_back(t, torch.cat([x, piece.u], dim=-1), q[..., : flow.n])
-        return [F, -FXq, -Fpq]
+    def witness(terms: Sequence[Tensor | None]) -> Tensor:
+        return torch.cat([p_i for p_i in terms if p_i is not None], dim=-1) @ r
 
-    in_X, in_p = walk_back(flow, piece, rates, value[:2])
-    return Columns(in_X, in_p, value.weights)
+    return Columns(q, gathered, witness, q.new_zeros(q.shape[:-1]), weights)
 
 
 class _Terminal(NamedTuple):
@@ -104,7 +142,7 @@ class _Terminal(NamedTuple):
 @torch.enable_grad()
 def _terminal(flow: Flow, x: Tensor) -> _Terminal:
     """Differentiate Phi; a parameter is read where the Hessian's product with a random vector does not vanish."""
-    inputs = leaves(x, flow.p, flow.per_sample)
+    inputs = flow.leaves(x)
     gx, gp = gradient(flow.lifted.terminal_cost(*inputs), inputs, create_graph=True)
     generator = torch.Generator().manual_seed(0)
     vx, vp = (torch.randn(v.shape, generator=generator, dtype=torch.float64).to(v) for v in inputs)
@@ -135,11 +173,11 @@ def terminal_columns(flow: Flow, x: Tensor, rank: int | None) -> Columns:
         )
     Hx, Hp = jacobian(torch.cat([gx, gp[..., read]], dim=-1) if len(read) else gx, inputs)
     y, signs = _factors(torch.cat([Hx, Hp[..., read]], dim=-1) if len(read) else Hx, rank)
-    in_X = torch.cat([gx.detach()[..., None, :], y[..., : flow.n]], dim=-2)
-    in_p = in_X.new_zeros((*in_X.shape[:-1], len(flow.p)))
+    q = torch.cat([gx.detach()[..., None, :], y[..., : flow.n]], dim=-2)
+    in_p = q.new_zeros((*q.shape[:-1], len(flow.p)))
     in_p[..., 0, :] = gp.detach()
     in_p[..., 1:, read] = y[..., flow.n :]
-    return Columns(in_X, in_p, pad(signs, (1, 0)))
+    return columns_of(flow, q, in_p, pad(signs, (1, 0)))
 
 
 def _factors(H: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
