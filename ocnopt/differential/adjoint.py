@@ -10,12 +10,12 @@ size. At an output time the cotangent of the output is added to a, and x starts 
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from ocnopt.differential.discrete import Costate, Differentiable, Gradient, Observer
+from ocnopt.differential.discrete import Costate, Gradient, Observer
 from ocnopt.integrate.runge_kutta import Field, Time
 from ocnopt.integrate.tableaus import Tableau
 from ocnopt.integrate.walk import StageLog, Step, Walk
@@ -57,7 +57,7 @@ class ContinuousStep:
         self,
         tableau: Tableau,
         integrate: Integrate,
-        field: Differentiable,
+        field: Any,
         observer: Observer | None = None,
         moving: bool = False,
     ) -> None:
@@ -86,7 +86,7 @@ class _Backward:
     """The joint field of (x, a / unit) over one interval, and the quadrature for the parameters."""
 
     def __init__(
-        self, tableau: Tableau, field: Differentiable, gradient: Gradient, unit: float, observer: Observer | None
+        self, tableau: Tableau, field: Any, gradient: Gradient, unit: float, observer: Observer | None
     ) -> None:
         self._tableau, self._pull, self._gradient = tableau, field.pull, gradient
         self.unit, self._observer = unit, observer
@@ -109,8 +109,8 @@ class _Backward:
             return
         for weight, t, state in zip(self._tableau.quadrature, step.stages.times, step.stages.points, strict=True):
             if weight > 0.0:
-                with self._observer.stage(abs(step.size) * weight, -step.size * weight):
-                    self._pull(t, state[0], state[1] * self.unit)
+                watch = self._observer.stage(abs(step.size) * weight, -step.size * weight)
+                self._pull(t, state[0], state[1] * self.unit, watch=watch)
 
 
 def _unit(x: Tensor) -> float:

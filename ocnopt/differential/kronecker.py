@@ -215,6 +215,8 @@ class Collector:
         # Counted as its gradient arrives: a forward pass without a backward pass leaves no trace, and until then
         # autograd holds the input anyway.
         def arrive(g: Tensor) -> None:
+            if self._stage is not None and layer in self._timed:
+                return  # the field differentiates inside; what counts arrives with the pull, after the stage
             inputs = input_samples(layer, pending.pop(), uses.bias) if pending else None
             uses.add(inputs, weight, gradient_samples(layer, g), factor)
 

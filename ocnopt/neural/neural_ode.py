@@ -20,7 +20,7 @@ from ocnopt.errors import ProblemError
 from ocnopt.integrate import adaptive, fixed, torchdiffeq_bridge
 from ocnopt.integrate.tableaus import TABLEAUS
 from ocnopt.integrate.walk import Walk
-from ocnopt.neural.evaluation import Evaluation, Packing, State, Statistics, Surroundings
+from ocnopt.neural.evaluation import Evaluation, State, StateLayout, Statistics, Surroundings
 from ocnopt.neural.solve import Job, solve
 from ocnopt.ocp import FreeHorizon, Horizon, read_horizon
 
@@ -118,15 +118,15 @@ class NeuralODE(nn.Module):
             NonFiniteError: the path left the finite numbers.
             ConvergenceError: the step underflowed, or ``max_evaluations`` were spent.
         """
-        packing = Packing.of(x)
+        layout = StateLayout.of(x)
         path, moving, from_start = self._path(times)
-        state = packing.join(x)
+        state = layout.join(x)
         if len(path) == 1:
-            return packing.split(state.unsqueeze(0))
-        outputs = self._solve(packing, state, path, moving)
+            return layout.split(state.unsqueeze(0))
+        outputs = self._solve(layout, state, path, moving)
         if times is None:
-            return packing.split(outputs[-1])
-        return packing.split(torch.stack([state, *outputs] if from_start else [*outputs]))
+            return layout.split(outputs[-1])
+        return layout.split(torch.stack([state, *outputs] if from_start else [*outputs]))
 
     def observe(self, observer: Observer) -> RemovableHandle:
         """Let ``observer`` watch the backward pass of every solve from now on, until ``handle.remove()``.
@@ -189,10 +189,10 @@ class NeuralODE(nn.Module):
         unique = {id(tensor): tensor for tensor in (*self.field.parameters(), *extra) if tensor.requires_grad}
         return [*unique.values()]
 
-    def _solve(self, packing: Packing, x: Tensor, path: list[float], moving: Tensor | None) -> Sequence[Tensor]:
+    def _solve(self, layout: StateLayout, x: Tensor, path: list[float], moving: Tensor | None) -> Sequence[Tensor]:
         """The states at ``path[1:]``."""
         surroundings = Surroundings(self.field, x.device)
-        evaluation = Evaluation(self.field, packing, self._differentiated(), surroundings, moving is not None)
+        evaluation = Evaluation(self.field, layout, self._differentiated(), surroundings, moving is not None)
         self.statistics = evaluation.statistics
         step_size = abs(self._end() - self.horizon.t0) / (self.steps or DEFAULT_STEPS)
         if self.method not in TABLEAUS:
