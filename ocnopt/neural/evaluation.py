@@ -365,5 +365,5 @@ def _stray_leaf(slope: Tensor, known: Sequence[Tensor]) -> Tensor | None:
 def _attributes(field: nn.Module) -> Iterator[tuple[str, object]]:
     """Tensors stored on a module and its submodules as plain attributes."""
     for prefix, module in field.named_modules():
-        for name, value in vars(module).items():
+        for name, value in (vars(module) | module._buffers).items():
             yield f"{prefix}.{name}".lstrip("."), value
