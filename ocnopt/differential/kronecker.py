@@ -250,6 +250,8 @@ class Collector:
         # Counted as its gradient arrives: a forward pass without a backward pass leaves no trace, and until then
         # autograd holds the input anyway. A retained graph may bring further gradients.
         def arrive(g: Tensor) -> None:
+            if self._stage is not None and layer in self._timed:
+                return  # the field differentiates inside; what counts arrives with the pull, after the stage
             with torch.autocast(g.device.type, enabled=False):
                 if pending:
                     means.append(input_samples(layer, pending.pop(), uses.bias))
