@@ -54,9 +54,9 @@ class Machine:
             output = np.empty((self.length + ahead, 1, size))
             if ahead:
                 output[0] = carried[i]
-            self.write(i, memoryview(output[ahead:]))
+            self.write(i, output[ahead:].data)
             outputs.append(output)
         for i, array in enumerate(inputs):
-            self.read(i, memoryview(array))
+            self.read(i, array.data)
         self.evaluate()
         return [outputs[i][-1] for i in range(len(carried))], [outputs[i] for i in self.fold.kept]
