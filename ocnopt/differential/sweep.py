@@ -9,8 +9,8 @@ of the parameters is stored per link.
 **The Bellman step** minimises the staged control out.
 
 In homogeneous coordinates (1, dx) the cost-to-go is one symmetric matrix V: twice the predicted change of cost in
-its corner, V_x beside it, V_xx below. A step is F and L (see :mod:`ocnopt.differential.steps`). Splitting (1, dx, du) into s = (1,
-dx) and u, the sweep over a step reads
+its corner, V_x beside it, V_xx below. A step is F and L (see :mod:`ocnopt.differential.steps`). Splitting (1, dx, du)
+into s = (1, dx) and u, the sweep over a step reads
 
     Q   = L + F^T V' F          (+ V'_x . f_ww on the block of w, exact curvature)
     K   = argmin over du = K s in the box of  du^T Q_us s + 1/2 du^T (Q_uu + mu I) du,   K = [k  K]
