@@ -385,3 +385,12 @@ def step_numbers(group: Group, start: int, stop: int, states: Tensor) -> Index:
     if group.single:
         return start
     return torch.arange(start, stop, device=states.device).reshape(-1, *(1,) * (states.ndim - 2))
+
+
+def behind(values: Series, tail: int = 1) -> Tensor | tuple[Tensor, ...]:
+    """A series with its time axis moved behind the batch, in front of ``tail`` axes; a tuple where sizes vary."""
+    if not isinstance(values, Tensor):
+        if len({tuple(value.shape) for value in values}) != 1:
+            return tuple(values)
+        values = torch.stack(list(values))
+    return values.movedim(0, -1 - tail)

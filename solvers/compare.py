@@ -10,7 +10,7 @@ from torch import Tensor
 from ocnopt.errors import OcnoptError, ProblemError
 from ocnopt.ocp import OCP
 from ocnopt.solvers.solution import Solution
-from ocnopt.solvers.solve import Solver, make_solver, read_guess, read_problem
+from ocnopt.solvers.solve import Solver, make_solution, make_solver, read_guess, read_problem
 from ocnopt.staged import StagedOCP
 
 HEAD = ("solver", "cost", "T", "iterations", "time [s]", "build [s]", "max |dx|", "converged")
@@ -93,7 +93,7 @@ def compare(
     refusals: list[OcnoptError] = []
     for name, solver in chosen.items():
         try:
-            solutions[name] = solver.solve(staged, guess)
+            solutions[name] = make_solution(staged, solver.solve(staged, guess))
         except OcnoptError as refusal:
             refusals.append(refusal)
             rows.append(_refused(name, refusal))

@@ -38,7 +38,7 @@ from ocnopt.solvers.search import (
     record,
     unflattened,
 )
-from ocnopt.solvers.solution import Guess, Solution, make_solution
+from ocnopt.solvers.solution import Guess, Result
 from ocnopt.staged import StagedOCP, Widened
 
 # Problems of a batch that are worked on at a time; a finished one leaves once an eighth of them have finished.
@@ -162,7 +162,7 @@ class DDP:
                 raise ProblemError(f"{name} is {value!r}; expected one of {', '.join(known)}{hint}")
         solver_options(self, at_least={"max_iterations": 1}, positive=["tolerance"], not_negative=["regularisation"])
 
-    def solve(self, problem: StagedOCP, guess: Guess, *, progress: bool = False) -> Solution:
+    def solve(self, problem: StagedOCP, guess: Guess, *, progress: bool = False) -> Result:
         """Solve a discrete problem from a guess.
 
         Raises:
@@ -177,7 +177,7 @@ class DDP:
             built = time.perf_counter()
             start, history = Start(wide, kernel, guess), History(progress)
             ended = self._search(kernel, start, history)
-        return _solution(wide, ended, kernel, history, (built - began, time.perf_counter() - built))
+        return _result(wide, ended, kernel, history, (built - began, time.perf_counter() - built))
 
     def _kernel(self, wide: Widened, guess: Guess) -> Kernel:
         if self.kernel != "torch":
@@ -220,26 +220,25 @@ class DDP:
                 new, begun = start.admit(self.regularisation, _WINDOW - running.numel())
                 history.add(begun, new.cost, torch.zeros_like(new.cost))
                 iterate, progress = joined(iterate, new), joined(progress, begun)
-            elif not start.waiting and iterate.gaps is not None and not bool(iterate.gaps.any()):
+            elif not start.split and iterate.gaps is not None and not bool(iterate.gaps.any()):
                 iterate = iterate._replace(gaps=None)
 
 
-def _solution(
+def _result(
     wide: Widened,
     ended: list[tuple[Iterate, Progress, Direction]],
     kernel: Kernel,
     history: History,
     times: tuple[float, float],
-) -> Solution:
-    problem, shape = wide.problem, wide.problem.batch_shape
+) -> Result:
+    shape = wide.problem.batch_shape
     iterate, progress, direction = ended[0]
     if kernel.apart and shape:
         order = torch.cat([part[1].row for part in ended]).argsort()
         together = [pick_rows(joined(*parts), order) for parts in zip(*ended, strict=True)]
         iterate, progress, direction = (unflattened(part, shape) for part in together)
     states, p = wide.split(iterate.states)
-    return make_solution(
-        problem,
+    return Result(
         states=states,
         controls=wide.cut(iterate.controls, wide.control_sizes),
         parameters=p,

@@ -16,7 +16,8 @@ from ocnopt.differential.steps import rollout
 from ocnopt.errors import DataError, NonFiniteError, ProblemError
 from ocnopt.solvers.audit import audit
 from ocnopt.solvers.files import check_fingerprint, fingerprint, write_file
-from ocnopt.staged import StagedOCP
+from ocnopt.staged import Series as TimeSeries
+from ocnopt.staged import StagedOCP, behind
 
 Series = Tensor | tuple[Tensor, ...]
 _FORMAT = 2
@@ -39,6 +40,27 @@ class Guess:
     controls: list[Tensor]
     parameters: Tensor
     states: list[Tensor] | None = None
+
+
+class Result(NamedTuple):
+    """What a solver hands over: as in :class:`Solution`, but with time in front: states ``(N + 1, *batch, n)``.
+
+    ``parameters (*batch, q)`` still hold T where the horizon is free, ``gains`` are (k, K).
+    """
+
+    states: TimeSeries
+    controls: TimeSeries
+    parameters: Tensor
+    cost: Tensor
+    converged: Tensor
+    iterations: Tensor
+    status: str | list[str]
+    constraint_violation: Tensor
+    wall_time: float
+    build_time: float
+    history: Mapping[str, Tensor]
+    costates: TimeSeries | None = None
+    gains: tuple[TimeSeries, TimeSeries] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,8 +170,8 @@ class Solution:
             violation = audit(self.problem, states, list(path.controls), p).violation
         return replace(
             self,
-            states=series(path.states),
-            controls=series(path.controls),
+            states=behind(path.states),
+            controls=behind(path.controls),
             cost=path.cost,
             converged=torch.zeros_like(self.converged),
             iterations=torch.zeros_like(self.iterations),
@@ -224,65 +246,6 @@ def _pick(values: Tensor, k: Tensor, tail: int) -> Tensor:
     axis = values.ndim - 1 - tail
     index = k[(..., None, *(None,) * tail)].expand(*values.shape[:axis], 1, *values.shape[axis + 1 :])
     return torch.gather(values, axis, index).squeeze(axis)
-
-
-def series(values: Tensor | Sequence[Tensor]) -> Series:
-    """The time axis, in front till now, behind the batch; a tuple where sizes vary."""
-    if isinstance(values, Tensor):
-        return values.movedim(0, -2)
-    core = {tuple(value.shape) for value in values}
-    if len(core) != 1:
-        return tuple(values)
-    return torch.stack(list(values), dim=-2)
-
-
-def make_solution(
-    problem: StagedOCP,
-    *,
-    states: Tensor | Sequence[Tensor],
-    controls: Tensor | Sequence[Tensor],
-    parameters: Tensor,
-    cost: Tensor,
-    converged: Tensor,
-    iterations: Tensor,
-    status: str | list[str],
-    constraint_violation: Tensor,
-    wall_time: float,
-    build_time: float,
-    history: Mapping[str, Tensor],
-    costates: Tensor | Sequence[Tensor] | None = None,
-    gains: tuple[Tensor | Sequence[Tensor], Tensor | Sequence[Tensor]] | None = None,
-) -> Solution:
-    """Collect results in a Solution's shapes; ``parameters (*batch, q)`` still hold T where the horizon is free."""
-    form = problem.origin
-    p, end = (parameters, cost.new_tensor(float(problem.steps))) if form is None else form.split(parameters)
-    same = len({group.stage.control_dim for group in problem.groups}) == 1
-    return Solution(
-        times=problem.times(parameters).expand(*cost.shape, -1),
-        states=series(states),
-        controls=series(controls),
-        parameters=p,
-        horizon=end.expand(cost.shape),
-        cost=cost,
-        converged=converged,
-        iterations=iterations,
-        status=status,
-        constraint_violation=constraint_violation,
-        wall_time=wall_time,
-        build_time=build_time,
-        history=history,
-        costates=None if costates is None else series(costates),
-        gains=None if gains is None else Gains(series(gains[0]), _matrices(gains[1])),
-        control_bounds=problem.control_bounds[0] if same else None,
-        problem=problem,
-    )
-
-
-def _matrices(values: Tensor | Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
-    """The time axis in front of the matrix axes (..., m, n)."""
-    if isinstance(values, Tensor):
-        return values.movedim(0, -3)
-    return torch.stack(list(values), dim=-3) if len({tuple(v.shape) for v in values}) == 1 else tuple(values)
 
 
 def _parameters_of(solution: Solution, problem: StagedOCP) -> Tensor:

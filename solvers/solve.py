@@ -13,8 +13,8 @@ from ocnopt.checks import float_tensor, listed, nearest, shape
 from ocnopt.differential.steps import rollout
 from ocnopt.errors import ConvergenceError, ProblemError
 from ocnopt.ocp import OCP
-from ocnopt.solvers.solution import Guess, Solution
-from ocnopt.staged import StagedOCP, transcribe
+from ocnopt.solvers.solution import Gains, Guess, Result, Solution
+from ocnopt.staged import StagedOCP, behind, transcribe
 
 _KEYS = ("controls", "states", "parameters", "horizon")
 _SOLVERS = {"ddp": ("ocnopt.solvers.ddp", "DDP"), "casadi": ("ocnopt.solvers.direct.casadi_solver", "CasADi")}
@@ -24,7 +24,7 @@ _SOLVERS = {"ddp": ("ocnopt.solvers.ddp", "DDP"), "casadi": ("ocnopt.solvers.dir
 class Solver(Protocol):
     """A frozen record of options with one method."""
 
-    def solve(self, problem: StagedOCP, guess: Guess, *, progress: bool = False) -> Solution:
+    def solve(self, problem: StagedOCP, guess: Guess, *, progress: bool = False) -> Result:
         """Solve the discrete problem from a guess; the continuous one is ``problem.origin``."""
         ...
 
@@ -70,7 +70,7 @@ def solve(
     given = {"max_iterations": max_iterations, "tolerance": tolerance}
     chosen = make_solver(solver, {**options, **{key: value for key, value in given.items() if value is not None}})
     staged = read_problem(problem, steps, integrator)
-    solution = chosen.solve(staged, read_guess(staged, initial_guess), progress=progress)
+    solution = make_solution(staged, chosen.solve(staged, read_guess(staged, initial_guess), progress=progress))
     if strict and not bool(solution.converged.all()):
         raise ConvergenceError(_unfinished(solution), solution)
     return solution
@@ -106,6 +106,33 @@ def read_problem(problem: Any, steps: int, integrator: str) -> StagedOCP:
     elif callable(getattr(problem, "build", None)):
         came, cure = f"the record of {getattr(problem, 'name', problem)!r}", "call its build() and pass what it returns"
     raise ProblemError(f"problem is {came}; expected an oc.OCP or oc.StagedOCP: {cure}")
+
+
+def make_solution(problem: StagedOCP, result: Result) -> Solution:
+    """What a solver found, in the shapes of a Solution."""
+    p, cost, form = result.parameters, result.cost, problem.origin
+    own, end = (p, cost.new_tensor(float(problem.steps))) if form is None else form.split(p)
+    same = len({group.stage.control_dim for group in problem.groups}) == 1
+    k, K = result.gains or (None, None)
+    return Solution(
+        times=problem.times(p).expand(*cost.shape, -1),
+        states=behind(result.states),
+        controls=behind(result.controls),
+        parameters=own,
+        horizon=end.expand(cost.shape),
+        cost=cost,
+        converged=result.converged,
+        iterations=result.iterations,
+        status=result.status,
+        constraint_violation=result.constraint_violation,
+        wall_time=result.wall_time,
+        build_time=result.build_time,
+        history=result.history,
+        costates=None if result.costates is None else behind(result.costates),
+        gains=None if k is None or K is None else Gains(behind(k), behind(K, tail=2)),
+        control_bounds=problem.control_bounds[0] if same else None,
+        problem=problem,
+    )
 
 
 def make_solver(solver: str | Solver, options: dict[str, Any]) -> Solver:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ocnopt.checks import nearest, solver_options
 from ocnopt.differential.steps import rollout
 from ocnopt.errors import NonFiniteError, ProblemError
-from ocnopt.solvers.solution import Guess, Solution, make_solution
+from ocnopt.solvers.solution import Guess, Result
 from ocnopt.staged import StagedOCP
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class CasADi:
         if self.degree > 9:
             raise ProblemError(f"degree of CasADi is {self.degree}; expected degree <= 9, as CasADi has points for")
 
-    def solve(self, problem: StagedOCP, guess: Guess, *, progress: bool = False) -> Solution:
+    def solve(self, problem: StagedOCP, guess: Guess, *, progress: bool = False) -> Result:
         """Solve a discrete problem from a guess; IPOPT prints its table with ``progress``.
 
         Raises:
@@ -92,7 +92,7 @@ class CasADi:
         ]
         if not problem.batch_shape and attempts[0].not_finite:
             raise NonFiniteError(attempts[0].status)
-        return _solution(problem, attempts, lowering_time)
+        return _result(problem, attempts, lowering_time)
 
     def options(self) -> dict[str, Any]:
         """What IPOPT is told."""
@@ -121,7 +121,7 @@ def start_states(problem: StagedOCP, guess: Guess) -> list[Tensor]:
     return nodes
 
 
-def _solution(problem: StagedOCP, attempts: "list[Attempt]", lowering_time: float) -> Solution:
+def _result(problem: StagedOCP, attempts: "list[Attempt]", lowering_time: float) -> Result:
     batch, dtype, device = problem.batch_shape, problem.dtype, problem.device
 
     def gather(values: list[Any], kind: torch.dtype = dtype) -> Tensor:
@@ -136,8 +136,7 @@ def _solution(problem: StagedOCP, attempts: "list[Attempt]", lowering_time: floa
         key: gather([[*a.history[key], *[a.history[key][-1]] * (longest - len(a.history[key]))] for a in attempts])
         for key in attempts[0].history
     }
-    return make_solution(
-        problem,
+    return Result(
         states=path("states"),
         controls=path("controls"),
         parameters=gather([a.parameters for a in attempts]),

@@ -35,7 +35,7 @@ def test_from_a_problem_to_its_feedback_gains() -> None:
             control_bounds=(-3.0, 3.0),
             horizon=oc.FreeHorizon(2.0, 0.1, 10.0),
         )
-        return oc.solve(problem, steps=20)
+        return oc.solve(problem, steps=20, kernel="torch")
 
     path = walk(reach_soon)
     assert bool(path.result.converged)

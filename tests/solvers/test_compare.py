@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -146,7 +146,7 @@ def test_a_nan_is_not_dropped():
             solution = DDP().solve(problem, guess)
             states = solution.states.clone()
             states[2] = math.nan
-            return replace(solution, states=states, cost=torch.full_like(solution.cost, math.nan))
+            return solution._replace(states=states, cost=torch.full_like(solution.cost, math.nan))
 
     row = compare(problem(), ("ddp", Lost()), steps=4).rows[1]
     assert math.isnan(row.state_difference)
