@@ -192,5 +192,5 @@ def warn_unseen(name: str) -> None:
         f"the layer {name!r} received a gradient without a forward pass that SNOpt could see: its "
         "weights are used without calling it, or its inputs are not those of its type; expected the layer "
         "itself to be called; it gets the first-order update",
-        stacklevel=6,
+        stacklevel=7,
     )

@@ -81,6 +81,8 @@ class _Shares:
         """The shares that count."""
         if self._arrived or not self._live():
             self._closed += self._present
+        if not self._closed:
+            self.before = []
         self._present, self._arrived = [], False
         return self._closed
 

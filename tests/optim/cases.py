@@ -6,6 +6,7 @@ from torch import nn
 
 from ocnopt.differential.kronecker import Collector, is_layer
 from ocnopt.neural.neural_ode import NeuralODE
+from ocnopt.ocp import FreeHorizon
 from ocnopt.optim.snopt import SNOpt
 
 
@@ -44,6 +45,32 @@ class Net(nn.Module):
 
     def forward(self, x):
         return self.head(self.norm(self.ode(self.stem(x)).mean((2, 3))))
+
+
+class Field(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(3, 3)
+
+    def forward(self, t, x):
+        return torch.tanh(self.inner(x))
+
+
+class Model(nn.Module):
+    """A layer, a Neural ODE whose T moves, a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Linear(2, 3)
+        self.ode = NeuralODE(Field(), FreeHorizon(1.0, 0.2, 3.0), method="rk4", steps=2)
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.head(self.ode(self.stem(x)))
+
+
+def loss(model, x):
+    return model(x).square().sum(1).mean()
 
 
 def data(count=6):
