@@ -8,10 +8,13 @@ Shapes: time first, then the batch: states ``(N + 1, *lead, n)``, controls ``(N,
 n)``. The state z = (x, p) holds the static controls. Numbers are float64 on the CPU.
 """
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ocnopt.differential.steps import Direction, Path
@@ -66,15 +69,17 @@ class LoweredKernel:
         self._steps: Steps = make_steps(step, end, self.n, self.m, self.q, box)
         self._numbers = np.arange(self.length, dtype=float)[:, None, None]
         self._backwards = np.ascontiguousarray(self._numbers[::-1])
+        self._ones = np.ones((self.length, 1, 1))
         self._no_gaps = np.zeros((self.length, 1, self.n))
-        self._runners: dict[tuple[type, str], Machine | Arrays] = {}
+        self._runners: dict[tuple[bool, str], Machine | Arrays] = {}
 
     def evaluate(self, states: Tensor, controls: Tensor) -> Path:
         """The gaps and the cost of a given path, ``(N + 1, *lead, n)`` and ``(N, *lead, m)``."""
         lead = controls.shape[1:-1]
         z, u = _rows(states), _rows(controls)
-        (cost,), (gaps,) = self._run(self._steps.gaps, [np.zeros((z.shape[1], 1))], [self._numbers, z[:-1], u, z[1:]])
-        return Path(states, controls, _tensor(self._total(cost, z), lead, 0)[..., 0], _tensor(gaps, lead))
+        given = [self._numbers, z[:-1], u, z[1:]]
+        (cost,), (gaps,) = self._run(self._steps.gaps, [np.zeros((z.shape[1], 1))], given)
+        return Path(states, controls, _tensor(self._total(cost, z), lead), _tensor(gaps, (self.length, *lead, self.n)))
 
     def direction(self, path: Path, mu: Tensor, *, exact: bool) -> Direction:
         """Sweep backwards along a path, then minimise over the static controls.
@@ -84,23 +89,19 @@ class LoweredKernel:
             mu: the regularisation of each problem, ``(*batch)``.
             exact: keep the second derivatives of the dynamics.
         """
-        lead = path.cost.shape
+        lead, N, n = path.cost.shape, self.length, self.n
         z, u = _rows(path.states), _rows(path.controls)
         _, (V, J) = self._run(self._steps.end_value, [], [z[-1:]])
         gaps = self._no_gaps if path.gaps is None else _rows(path.gaps)[::-1]
-        damping = np.broadcast_to(_rows(mu[None, ..., None]), (self.length, z.shape[1], 1))
-        given = [self._backwards, z[-2::-1], u[::-1], gaps, damping]
+        given = [self._backwards, z[-2::-1], u[::-1], gaps, self._ones * mu.numpy().reshape(1, -1, 1)]
         fold = self._steps.exact if exact else self._steps.gauss_newton
         start, (k, K, Jz) = self._run(fold, [V[0], J[0], np.ones((z.shape[1], 1))], given)
-        dp, linear, quadratic, solvable = self._minimise_start(path, start, mu)
+        costates = np.concatenate([Jz[::-1], J[..., 1:]])
         return Direction(
-            _tensor(k[::-1], lead),
-            _tensor(K[::-1], lead).reshape(self.length, *lead, self.m, self.n),
-            _tensor(np.concatenate([Jz[::-1], J[..., 1:]]), lead),
-            dp,
-            linear,
-            quadratic,
-            solvable & torch.isfinite(linear),
+            _tensor(k[::-1], (N, *lead, self.m)),
+            _tensor(K[::-1], (N, *lead, self.m, n)),
+            _tensor(costates, (N + 1, *lead, n)),
+            *self._minimise_start(path, start, mu),
         )
 
     def roll_out(self, path: Path, direction: Direction, alphas: Tensor) -> Path:
@@ -115,8 +116,8 @@ class LoweredKernel:
             The paths, ``lead`` = (A, *batch).
         """
         together = max(1, _TOGETHER // max(1, path.cost.numel()))
-        rolled = [self._roll_out(path, direction, some) for some in alphas.split(together)]
-        columns = zip(*rolled, strict=True)
+        some = [alphas] if len(alphas) <= together else alphas.split(together)
+        columns = zip(*(self._roll_out(path, direction, part) for part in some), strict=True)
         states, controls, cost = (_joined(parts, axis) for parts, axis in zip(columns, (1, 1, 0), strict=True))
         if path.gaps is None:
             return Path(states, controls, cost, None)
@@ -129,20 +130,21 @@ class LoweredKernel:
 
     def _roll_out(self, path: Path, direction: Direction, alphas: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """States, controls and costs for some step sizes at once."""
-        count, lead = len(alphas), (len(alphas), *path.cost.shape)
-        first = path.states[0].expand(*lead, self.n)
-        if self.q > 0:
-            moved = alphas.reshape(-1, *(1,) * direction.dp.ndim) * direction.dp
-            first = torch.cat([first[..., : -self.q], first[..., -self.q :] + moved], dim=-1)
-        z0 = _rows(first[None])[0]
-        law = [_rows(x) for x in (path.states[:-1], path.controls, direction.k, direction.K.flatten(-2))]
+        count, lead, N = len(alphas), (len(alphas), *path.cost.shape), self.length
+        zbar, alpha = _rows(path.states), alphas.numpy()
+        K = direction.K.numpy().reshape(N, zbar.shape[1], self.m * self.n)
+        law = [zbar[:-1], _rows(path.controls), _rows(direction.k), K]
         law.append(self._no_gaps if path.gaps is None else _rows(path.gaps))
-        # what has one lane is the same for all
-        law = [np.tile(x, (1, count, 1)) if count > 1 and x.shape[1] > 1 else x for x in law]
-        alpha = np.broadcast_to(alphas.numpy().repeat(path.cost.numel())[:, None], (self.length, len(z0), 1))
-        given = [self._numbers, *law, alpha]
+        if count > 1:
+            # what has one lane is the same for all
+            law = [np.tile(x, (1, count, 1)) if x.shape[1] > 1 else x for x in law]
+        z0 = np.tile(zbar[0], (count, 1))
+        if self.q > 0:
+            z0[:, self.n - self.q :] += (alpha[:, None, None] * _rows(direction.dp[None])).reshape(len(z0), self.q)
+        given = [self._numbers, *law, self._ones * alpha.repeat(zbar.shape[1])[:, None]]
         (_, cost), (z, u) = self._run(self._steps.walk, [z0, np.zeros((len(z0), 1))], given)
-        return _tensor(z, lead), _tensor(u, lead), _tensor(self._total(cost, z), lead, 0)[..., 0]
+        states, controls = _tensor(z, (N + 1, *lead, self.n)), _tensor(u, (N, *lead, self.m))
+        return states, controls, _tensor(self._total(cost, z), lead)
 
     def _total(self, cost: Array, z: Array) -> Array:
         """The cost along the path and at its end."""
@@ -151,38 +153,39 @@ class LoweredKernel:
 
     def _minimise_start(self, path: Path, start: Sequence[Array], mu: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The step of the static controls, and the predicted change of cost with its flag."""
-        lead, q = path.cost.shape, self.q
-        V, J, solvable = (_tensor(part, lead, 0) for part in start)
-        p, fine = path.states[0][..., self.n - q :], solvable[..., 0] > 0
+        lead, q, (V, J, solvable) = path.cost.shape, self.q, start
+        p, fine = path.states[0][..., self.n - q :], _tensor((solvable[:, 0] > 0) & np.isfinite(J[:, 0]), lead)
         if q == 0:
-            return p, J[..., 0], 0.5 * V[..., 0] - J[..., 0], fine
-        i = torch.arange(self.n + 1)
-        low, high = torch.minimum(i, i[:, None]), torch.maximum(i, i[:, None])
-        value = CostToGo(V[..., high * (high + 1) // 2 + low], J, fine)
+            return p, _tensor(J[:, 0], lead), _tensor(0.5 * V[:, 0] - J[:, 0], lead), fine
+        i = np.arange(self.n + 1)
+        low, high = np.minimum(i, i[:, None]), np.maximum(i, i[:, None])
+        whole = _tensor(V[:, high * (high + 1) // 2 + low], (*lead, self.n + 1, self.n + 1))
         bounds = self.parameter_bounds
         room = None if bounds is None else (bounds[0] - p, bounds[1] - p)
-        dp, value = minimise_start(value, q, mu[..., None, None] * torch.eye(q, dtype=p.dtype), room)
-        return dp, value.linear, value.quadratic, value.solvable
+        damping = mu[..., None, None] * torch.eye(q, dtype=p.dtype)
+        dp, value = minimise_start(CostToGo(whole, _tensor(J, (*lead, self.n + 1)), fine), q, damping, room)
+        return dp, value.linear, value.quadratic, value.solvable & torch.isfinite(value.linear)
 
     def _run(self, fold: Fold, carried: Sequence[Array], given: Sequence[Array]) -> tuple[list[Array], list[Array]]:
         """A fold over the horizon, or one step where nothing is carried."""
-        lanes = max([x.shape[0] for x in carried] + [x.shape[1] for x in given])
-        runner = Machine if lanes <= _FEW else Arrays
-        key = (runner, fold.function.name())
+        lanes = max(carried[0].shape[0] if carried else 1, *(x.shape[1] for x in given), 1)
+        key = (lanes <= _FEW, fold.name)
         if key not in self._runners:
+            runner = Machine if lanes <= _FEW else Arrays
             self._runners[key] = runner(fold, self.length if fold.carried else 1)
         return self._runners[key](carried, given)
 
 
 def _rows(values: Tensor) -> Array:
     """``(time, *lead, d)`` as ``(time, lanes, d)``."""
-    return values.detach().numpy().reshape(values.shape[0], values.shape[1:-1].numel(), values.shape[-1])
+    array: Array = values.numpy()
+    return array.reshape(array.shape[0], math.prod(array.shape[1:-1]), array.shape[-1])
 
 
-def _tensor(values: Array, lead: Sequence[int], time: int = 1) -> Tensor:
-    """Inverse of :func:`_rows`."""
-    own = torch.from_numpy(np.ascontiguousarray(values))
-    return own.reshape(*values.shape[:time], *lead, values.shape[-1])
+def _tensor(values: NDArray[Any], shape: Sequence[int]) -> Tensor:
+    """An array as a tensor of another shape; torch takes no negative strides, not even of an axis of size one."""
+    values = values.copy() if min(values.strides) < 0 else values
+    return torch.from_numpy(values.reshape(tuple(shape)))
 
 
 def _joined(values: Sequence[Tensor], axis: int) -> Tensor:

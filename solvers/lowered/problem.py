@@ -12,8 +12,8 @@ from ocnopt.errors import ProblemError
 from ocnopt.solvers.lowering.lowering import Lowering, lower, scattered
 from ocnopt.staged import StagedOCP
 
-# Beyond these sizes, or this many operations a step, torch's matrix products are faster than CasADi's single numbers.
-_SIZE, _OPERATIONS = 16, 4000
+# Beyond these sizes, or this many operations a step, building takes seconds (derivatives of single numbers).
+_SIZE, _OPERATIONS = 16, 2500
 _BOXED = 2
 _OWN_DATA = "its functions hold data of each problem of the batch"
 

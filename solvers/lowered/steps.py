@@ -24,6 +24,7 @@ class Fold(NamedTuple):
     The results numbered in ``kept`` are wanted at every step, the others only at the last.
     """
 
+    name: str
     function: casadi.Function
     carried: int
     kept: tuple[int, ...]
@@ -69,8 +70,8 @@ def make_steps(
         _gaps(k, z, u, f, cost),
         _bellman(k, z, u, f, cost, bounds, exact=True),
         _bellman(k, z, u, f, cost, bounds, exact=False),
-        Fold(_function("end", [z], [value]), 0, (0,)),
-        Fold(_function("end_value", [z], [_packed(L), L[0, :].T]), 0, (0, 1)),
+        _fold("end", [z], [value], 0, (0,)),
+        _fold("end_value", [z], [_packed(L), L[0, :].T], 0, (0, 1)),
     )
 
 
@@ -81,9 +82,10 @@ def _widened(step: casadi.Function, k: SX, z: SX, u: SX, n: int) -> tuple[SX, SX
     return f, cost
 
 
-def _function(name: str, inputs: list[SX], outputs: list[SX]) -> casadi.Function:
+def _fold(name: str, inputs: list[SX], outputs: list[SX], carried: int, kept: tuple[int, ...]) -> Fold:
     """A function of dense arguments and results that computes nothing twice."""
-    return casadi.Function(name, inputs, [casadi.densify(out) for out in casadi.cse(outputs)])
+    function = casadi.Function(name, inputs, [casadi.densify(out) for out in casadi.cse(outputs)])
+    return Fold(name, function, carried, kept)
 
 
 def _walk(step: casadi.Function, n: int, m: int, q: int, bounds: tuple[list[float], list[float]] | None) -> Fold:
@@ -97,13 +99,13 @@ def _walk(step: casadi.Function, n: int, m: int, q: int, bounds: tuple[list[floa
         u = casadi.vertcat(*(_clamp(u[i], lo, hi) for i, (lo, hi) in enumerate(zip(*bounds, strict=True))))
     f, running = _widened(step, k, z, u, n - q)
     inputs = [z, cost, k, zbar, ubar, forward, casadi.vec(K), gap, alpha]
-    return Fold(_function("walk", inputs, [f - (1 - alpha) * gap, cost + running, u]), 2, (0, 2))
+    return _fold("walk", inputs, [f - (1 - alpha) * gap, cost + running, u], 2, (0, 2))
 
 
 def _gaps(k: SX, z: SX, u: SX, f: SX, running: SX) -> Fold:
     """Cost and gap of a step from z to a given next z."""
     cost, after = casadi.SX.sym("cost"), casadi.SX.sym("after", *z.shape)
-    return Fold(_function("gaps", [cost, k, z, u, after], [cost + running, f - after]), 1, (1,))
+    return _fold("gaps", [cost, k, z, u, after], [cost + running, f - after], 1, (1,))
 
 
 def _bellman(
@@ -133,7 +135,7 @@ def _bellman(
     carried = [_packed(Q[:s, :s] + cross + cross.T), J_after, solvable * fine]
     name = "exact" if exact else "gauss_newton"
     yielded = [K[:, 0], casadi.vec(K[:, 1:].T), J_after[1:]]
-    return Fold(_function(name, inputs, [*carried, *yielded]), 3, (3, 4, 5))
+    return _fold(name, inputs, [*carried, *yielded], 3, (3, 4, 5))
 
 
 def _quadratic(gradient: SX, hessian: SX) -> SX:
