@@ -1,28 +1,33 @@
-"""Optimal control in PyTorch: training a network and steering a rocket are the same problem."""
+"""Optimal control in PyTorch: training a network and steering a rocket are the same problem.
 
-from ocnopt import problems as problems
-from ocnopt import solvers as solvers
-from ocnopt.differential.differentiate import Expansion as Expansion
-from ocnopt.differential.differentiate import differentiate as differentiate
-from ocnopt.differential.hvp import hvp as hvp
-from ocnopt.errors import ConvergenceError as ConvergenceError
-from ocnopt.errors import DataError as DataError
-from ocnopt.errors import NonFiniteError as NonFiniteError
-from ocnopt.errors import OcnoptError as OcnoptError
-from ocnopt.errors import ProblemError as ProblemError
-from ocnopt.from_module import from_module as from_module
-from ocnopt.from_module import unflatten as unflatten
-from ocnopt.neural.neural_ode import NeuralODE as NeuralODE
-from ocnopt.ocp import OCP as OCP
-from ocnopt.ocp import FreeHorizon as FreeHorizon
-from ocnopt.ocp import Horizon as Horizon
-from ocnopt.optim.horizon_policy import HorizonPolicy as HorizonPolicy
-from ocnopt.optim.snopt import SNOpt as SNOpt
-from ocnopt.solvers import Comparison as Comparison
-from ocnopt.solvers import Solution as Solution
-from ocnopt.solvers import compare as compare
-from ocnopt.solvers import load_solution as load_solution
-from ocnopt.solvers import solve as solve
-from ocnopt.staged import Stage as Stage
-from ocnopt.staged import StagedOCP as StagedOCP
-from ocnopt.staged import transcribe as transcribe
+The names are those of :mod:`ocnopt.api`, which imports torch; they are read at their first use (PEP 562), so that the
+command line answers ``--help`` at once.
+"""
+
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ocnopt.api import *  # noqa: F403 - every name of the interface; a type checker must not see __getattr__
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name == "__all__":
+            return __dir__()
+        if not name.startswith("__"):
+            if find_spec(f"ocnopt.{name}"):
+                return import_module(f"ocnopt.{name}")
+            globals().update(_interface())
+        if name not in globals():
+            raise AttributeError(f"module 'ocnopt' has no attribute {name!r}", name=name, obj=sys.modules[__name__])
+        return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted(_interface())
+
+
+def _interface() -> dict[str, Any]:
+    return {name: value for name, value in vars(import_module("ocnopt.api")).items() if not name.startswith("_")}

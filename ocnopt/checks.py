@@ -1,27 +1,22 @@
 """Checks at the door: what a user hands in is read here, once, or refused with what came, what was expected, a cure.
 
-A problem's function is *called* to be checked: at the batch shape of the initial state and on two stacked rows, which
-must come out as the two rows alone do, since the library evaluates functions on extra leading axes.
+Functions are checked in :mod:`ocnopt.problem_checks`.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import pairwise
+from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ocnopt.errors import NonFiniteError, ProblemError
 
 Bounds = tuple[Tensor, Tensor]
-
-_FLOAT32_CURE = (
-    "a float32 tensor captured in a float64 problem is the usual cause: create it with dtype=torch.float64, or pass "
-    "dtype=torch.float32"
-)
-
 
 _OPTIMISER_RANGES = {
     "lr": "a number >= 0",
@@ -49,7 +44,8 @@ def float_tensor(name: str, value: Any, dtype: torch.dtype, device: torch.device
         ProblemError: not numbers, or not finite.
     """
     try:
-        tensor = torch.as_tensor(value, dtype=dtype, device=device).detach()
+        # a copy: what the user does to the numbers later does not reach the problem
+        tensor = torch.as_tensor(value, dtype=dtype, device=device).detach().clone()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ProblemError(f"{name} is {type(value).__name__}; expected numbers or a tensor ({error})") from error
     if not bool(torch.isfinite(tensor).all()):
@@ -60,6 +56,31 @@ def float_tensor(name: str, value: Any, dtype: torch.dtype, device: torch.device
 def first_non_finite(tensor: Tensor) -> tuple[int, ...]:
     """Index of the first entry that is NaN or infinite."""
     return tuple(int(i) for i in (~torch.isfinite(tensor)).nonzero()[0])
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a real number of any library; bool is none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_whole(value: object) -> bool:
+    """Whether it is an integer of any library; bool is none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def as_floats(record: Any) -> None:
+    """Make every field of a frozen record a Python float.
+
+    Raises:
+        ProblemError: one is no number.
+    """
+    for name in record.__dataclass_fields__:
+        value = getattr(record, name)
+        if not is_number(value):
+            raise ProblemError(
+                f"{name} of {type(record).__name__} is {value!r}; expected a number: use float(..) for a tensor"
+            )
+        object.__setattr__(record, name, float(value))
 
 
 def callable_or_none(name: str, function: Any, *, required: bool = False) -> None:
@@ -78,7 +99,13 @@ def bounds(name: str, value: Any, size: int, dtype: torch.dtype, device: torch.d
     """
     if value is None:
         return None
-    if not isinstance(value, Sequence | Tensor) or (isinstance(value, Tensor) and value.ndim == 0) or len(value) != 2:
+    value = torch.as_tensor(value) if isinstance(value, np.ndarray) and value.ndim > 0 else value
+    if (
+        isinstance(value, str)
+        or not isinstance(value, Sequence | Tensor)
+        or (isinstance(value, Tensor) and value.ndim == 0)
+        or len(value) != 2
+    ):
         raise ProblemError(
             f"{name} is {value!r}; expected a pair (lower, upper) of scalars or of vectors of {size} numbers"
         )
@@ -92,6 +119,10 @@ def bounds(name: str, value: Any, size: int, dtype: torch.dtype, device: torch.d
 
 
 def _bound(name: str, value: Any, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if value is None or (isinstance(value, list | tuple) and None in value):
+        raise ProblemError(
+            f"{name} is {value!r}; expected numbers: float('inf') or -float('inf') stands for a side without a bound"
+        )
     try:
         side = torch.as_tensor(value, dtype=dtype, device=device).detach()
         side = side.expand(size).clone()
@@ -100,138 +131,6 @@ def _bound(name: str, value: Any, size: int, dtype: torch.dtype, device: torch.d
     if bool(torch.isnan(side).any()):
         raise ProblemError(f"{name} holds NaN; expected numbers (use float('inf') for a side without a bound)")
     return side
-
-
-def call(name: str, signature: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a user's function and turn whatever it raises into a ProblemError that says how it was called."""
-    try:
-        return function(*arguments)
-    except ProblemError:
-        raise
-    except Exception as error:
-        shapes = ", ".join(shape(torch.as_tensor(argument)) for argument in arguments)
-        cure = f" ({_FLOAT32_CURE})" if "dtype" in str(error) or "Double" in str(error) else ""
-        raise ProblemError(
-            f"{name}{signature} failed when called with arguments of shapes {shapes}: {type(error).__name__}: {error}"
-            f"{cure}; expected plain torch code over the last axis that takes {signature}"
-        ) from error
-
-
-def vector_output(
-    name: str, value: Any, expected: tuple[int, ...] | None, lead: tuple[int, ...], dtype: torch.dtype
-) -> Tensor:
-    """Check a vector-valued output: shape ``expected``, or ``(*lead, any)`` where that is None; dtype."""
-    output = _tensor_output(name, value, dtype)
-    if expected is not None:
-        fits, wanted = tuple(output.shape) == expected, str(expected)
-    else:
-        fits, wanted = output.ndim > 0 and tuple(output.shape[:-1]) == lead, f"{lead} and one last axis"
-    if not fits:
-        raise ProblemError(
-            f"{name} returned shape {shape(output)}; expected {wanted}: index the last axis (x[..., i]) and join the "
-            "results with torch.stack([...], dim=-1)"
-        )
-    return output
-
-
-def scalar_output(name: str, value: Any, lead: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Check a cost: it must broadcast to ``lead``, the state's shape without its last axis."""
-    number = isinstance(value, int | float)
-    output = _tensor_output(name, torch.as_tensor(value, dtype=dtype) if number else value, dtype)
-    try:
-        return output.expand(lead)
-    except RuntimeError as error:
-        raise ProblemError(
-            f"{name} returned shape {shape(output)}; expected one number per state, shape {lead}: sum over the last "
-            "axis (sum(-1)) and drop it"
-        ) from error
-
-
-def _tensor_output(name: str, value: Any, dtype: torch.dtype) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise ProblemError(
-            f"{name} returned {type(value).__name__}; expected a tensor: end with torch.stack([...], dim=-1) or a sum "
-            "of tensors"
-        )
-    if value.dtype != dtype:
-        raise ProblemError(f"{name} returned dtype {value.dtype}; expected {dtype}: {_FLOAT32_CURE}")
-    return value
-
-
-def finite_output(name: str, output: Tensor) -> None:
-    """Refuse an output at the initial state that is not finite."""
-    if not bool(torch.isfinite(output).all()):
-        index = first_non_finite(output)
-        raise ProblemError(
-            f"{name} returned {output[index].item()} at entry {index} of its output at the initial state; expected "
-            "finite numbers: start inside the function's domain"
-        )
-
-
-def same_rows(name: str, together: Tensor, rows: Sequence[Tensor]) -> None:
-    """Refuse a function whose output on stacked rows differs from its output on each row."""
-    for i, row in enumerate(rows):
-        if not torch.allclose(together[i], row, rtol=1e-5, atol=1e-8, equal_nan=True):
-            raise ProblemError(
-                f"{name} gives other values on states stacked along a leading axis than on each alone (row {i}); "
-                "expected the same: use the last axis only (x[..., 0], sum(-1)), no index from the front, no randomness"
-            )
-
-
-def function_rows(
-    name: str,
-    function: Callable[..., Any],
-    rows: Sequence[Mapping[str, Any]],
-    *,
-    batch: tuple[int, ...],
-    dtype: torch.dtype,
-    size: int | None = None,
-) -> Tensor:
-    """Call one function on two rows of named arguments, alone and stacked; return what it gives on the first.
-
-    Args:
-        name: ends in "cost" for a function that returns one number a state.
-        function: the user's.
-        rows: arguments at the start and at a point nearby; an int stays as it is, a 0-d tensor (a time, a step) is
-            stacked to broadcast against ``x[..., 0]``.
-        batch: the initial state's batch shape.
-        dtype: expected of what comes back.
-        size: expected of the last axis; any if None.
-
-    Raises:
-        ProblemError: it fails, mixes leading axes, or returns a wrong shape, dtype or a non-finite value.
-    """
-    signature = f"({', '.join(rows[0])})"
-
-    def read(given: Sequence[Any], lead: tuple[int, ...]) -> Tensor:
-        value = call(name, signature, function, *given)
-        if name.endswith("cost"):
-            return scalar_output(name, value, lead, dtype)
-        return vector_output(name, value, None if size is None else (*lead, size), lead, dtype)
-
-    with torch.no_grad():
-        alone = [read(tuple(row.values()), batch) for row in rows]
-        finite_output(name, alone[0])
-        together = [stack_rows(pair, len(batch)) for pair in zip(*(row.values() for row in rows), strict=True)]
-        same_rows(name, read(together, (len(rows), *batch)), alone)
-    return alone[0]
-
-
-def stack_rows(values: Sequence[Any], axes: int) -> Any:
-    """Rows on a leading axis; a 0-d tensor broadcasts against ``x[..., 0]``, an int or a shared vector stays."""
-    first = values[0]
-    if isinstance(first, int) or (first is values[1] and first.ndim > 0):
-        return first
-    rows = torch.stack(list(values))
-    return rows.reshape(len(values), *(1,) * axes) if first.ndim == 0 else rows
-
-
-def nearby(argument: Any) -> Any:
-    """A seeded point close by; what is not floating-point stays."""
-    if isinstance(argument, int) or not argument.is_floating_point():
-        return argument
-    generator = torch.Generator().manual_seed(0)
-    return argument + 0.01 * torch.randn(argument.shape, generator=generator, dtype=torch.float64).to(argument)
 
 
 def times_in_order(times: Sequence[float]) -> None:
@@ -317,14 +216,34 @@ def check_choice(what: str, value: object, options: Sequence[str]) -> None:
 
 def check_count(what: str, value: object, default: int) -> None:
     """Refuse what is not a positive whole number."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if not is_whole(value) or value < 1:  # type: ignore[operator]
         raise ProblemError(f"{what} is {value!r}; expected a whole number of at least 1, {default} by default")
 
 
 def check_number(what: str, value: object, expected: str, below: float = math.inf, above: float = 0.0) -> None:
     """Refuse what is not a number in ``[above, below)``."""
-    if not (isinstance(value, int | float) and above <= value < below):
+    if not (is_number(value) and above <= value < below):  # type: ignore[operator]
         raise ProblemError(f"{what} is {value!r}; expected {expected}")
+
+
+def solver_options(
+    record: Any, *, at_least: Mapping[str, int], positive: Sequence[str] = (), not_negative: Sequence[str] = ()
+) -> None:
+    """Refuse options of a solver out of range: whole numbers, finite numbers > 0, finite numbers >= 0.
+
+    Raises:
+        ProblemError: names the option.
+    """
+    for name, least in at_least.items():
+        value = getattr(record, name)
+        if not is_whole(value) or value < least:
+            raise ProblemError(
+                f"{name} of {type(record).__name__} is {value!r}; expected {name} >= {least}, a whole number"
+            )
+    for name in (*positive, *not_negative):
+        value, sign = getattr(record, name), ">" if name in positive else ">="
+        if not is_number(value) or not math.isfinite(value) or value < 0 or (value == 0 and sign == ">"):
+            raise ProblemError(f"{name} of {type(record).__name__} is {value!r}; expected {name} {sign} 0 and finite")
 
 
 def check_options(group: Mapping[str, Any]) -> None:

@@ -3,6 +3,8 @@
 Each message has three parts: what came, what was expected, what to do about it.
 """
 
+from typing import Any
+
 
 class OcnoptError(Exception):
     """Base class of every error that ocnopt raises on purpose."""
@@ -21,4 +23,11 @@ class NonFiniteError(OcnoptError, ArithmeticError):
 
 
 class ConvergenceError(OcnoptError, RuntimeError):
-    """A solver stopped before its tolerance under ``strict=True``, or an ODE solve ran out of steps or evaluations."""
+    """A solver stopped before its tolerance under ``strict=True``, or an ODE solve ran out of steps or evaluations.
+
+    ``solution`` is what the solver reached, where there is one.
+    """
+
+    def __init__(self, message: str, solution: Any = None) -> None:
+        super().__init__(message)
+        self.solution = solution

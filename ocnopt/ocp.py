@@ -19,19 +19,16 @@ dynamics are (T - t0) F and the running cost (T - t0) l, so that no backward pas
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ocnopt import checks
+from ocnopt import checks, problem_checks
 from ocnopt.checks import Bounds
 from ocnopt.errors import ProblemError
-from ocnopt.leading_axes import accepts_leading_axes
 
 Function = Callable[..., Any]
-_FUNCTIONS = ("dynamics", "running_cost", "terminal_cost", "path_constraint", "terminal_constraint")
 
 
 @dataclass(frozen=True)
@@ -46,6 +43,7 @@ class Horizon:
     t1: float
 
     def __post_init__(self) -> None:
+        checks.as_floats(self)
         if not (math.isfinite(self.t0) and math.isfinite(self.t1)) or self.t0 == self.t1:
             raise ProblemError(
                 f"Horizon({self.t0}, {self.t1}) is empty or infinite; expected two different finite times"
@@ -66,6 +64,7 @@ class FreeHorizon:
     t0: float = 0.0
 
     def __post_init__(self) -> None:
+        checks.as_floats(self)
         ends = (self.t0, self.lower, self.initial, self.upper)
         if not all(math.isfinite(end) for end in ends) or not self.t0 < self.lower <= self.initial <= self.upper:
             raise ProblemError(
@@ -82,7 +81,7 @@ def read_horizon(value: Any) -> Horizon | FreeHorizon:
     """
     if isinstance(value, Horizon | FreeHorizon):
         return value
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if checks.is_number(value):
         return Horizon(0.0, float(value))
     raise ProblemError(
         f"horizon is {value!r}; expected a number T, oc.Horizon(t0, t1) or oc.FreeHorizon(initial, lower, upper)"
@@ -156,12 +155,13 @@ class OCP:
     ) -> None:
         put = object.__setattr__
         functions = (dynamics, running_cost, terminal_cost, path_constraint, terminal_constraint)
-        for name, function in zip(_FUNCTIONS, functions, strict=True):
+        for name, function in zip(problem_checks.FUNCTIONS, functions, strict=True):
             checks.callable_or_none(name, function, required=name == "dynamics")
             put(self, name, function)
         x0, p = checks.start(initial_state, parameters, dtype)
-        if type(control_dim) is not int or control_dim < 0:
+        if not checks.is_whole(control_dim) or control_dim < 0:
             raise ProblemError(f"control_dim is {control_dim!r}; expected an integer >= 0")
+        control_dim = int(control_dim)
         put(self, "initial_state", x0)
         put(self, "control_dim", control_dim)
         put(self, "horizon", read_horizon(horizon))
@@ -171,8 +171,9 @@ class OCP:
         put(self, "parameter_bounds", checks.bounds("parameter_bounds", parameter_bounds, q, dtype, x0.device))
         put(self, "initial_guess", initial_guess)
         put(self, "dtype", dtype)
-        _check_order(self)
-        put(self, "parameters_broadcast", _check_functions(self))
+        end = self.horizon.initial if isinstance(self.horizon, FreeHorizon) else self.horizon.t1
+        problem_checks.check_order(self, end)
+        put(self, "parameters_broadcast", problem_checks.check_functions(self, end))
 
     @property
     def state_dim(self) -> int:
@@ -193,51 +194,6 @@ class OCP:
     def device(self) -> torch.device:
         """The initial state's device."""
         return self.initial_state.device
-
-
-def _check_order(problem: OCP) -> None:
-    if isinstance(problem.horizon, Horizon) and problem.horizon.t1 <= problem.horizon.t0:
-        raise ProblemError(
-            f"horizon runs from {problem.horizon.t0} to {problem.horizon.t1}; expected an end after the start"
-        )
-    for name, given in (("parameter_bounds", problem.parameter_bounds), ("control_bounds", problem.control_bounds)):
-        size = problem.parameter_dim if name == "parameter_bounds" else problem.control_dim
-        if given is not None and size == 0:
-            raise ProblemError(
-                f"{name} is given for a problem without such controls; expected none, or parameters= / control_dim="
-            )
-
-
-def _rows(problem: OCP) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Arguments of two rows: the initial state, controls clipped to their bounds; a seeded point nearby, at the end."""
-    x0, horizon = problem.initial_state, problem.horizon
-    u0 = x0.new_zeros((*problem.batch_shape, problem.control_dim))
-    u1 = checks.nearby(u0)
-    if problem.control_bounds is not None:
-        u0, u1 = u0.clamp(*problem.control_bounds), u1.clamp(*problem.control_bounds)
-    end = horizon.initial if isinstance(horizon, FreeHorizon) else horizon.t1
-    near = {"t": x0.new_tensor(horizon.t0), "x": x0, "u": u0}
-    return near, {"t": x0.new_tensor(end), "x": checks.nearby(x0), "u": u1}
-
-
-def _check_functions(problem: OCP) -> bool:
-    """Call every function and check what it returns; return whether p may carry leading axes."""
-    p, broadcast = problem.parameters, True
-    for name in _FUNCTIONS:
-        function = getattr(problem, name)
-        if function is None:
-            continue
-        near, far = _rows(problem)
-        if name.startswith("terminal"):
-            # Phi may not even exist at t0, and it has no control.
-            near["t"] = far["t"]
-            del near["u"], far["u"]
-        static = {} if p is None else {"p": p}
-        size = problem.state_dim if name == "dynamics" else None
-        check = partial(checks.function_rows, name, function, batch=problem.batch_shape, dtype=problem.dtype, size=size)
-        check([{**near, **static}, {**far, **static}])
-        broadcast = broadcast and (p is None or accepts_leading_axes(function, near, p))
-    return broadcast
 
 
 @dataclass(frozen=True, eq=False)

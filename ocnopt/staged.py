@@ -6,24 +6,26 @@ Shapes: x ``(*extra, *batch, n)``, u ``(*extra, *batch, m)``, p ``(*extra, *batc
 stage serves all N steps, k is an integer tensor that broadcasts against ``x[..., 0]``, so that many steps are evaluated
 at once; in a sequence of stages k is an int.
 
-A static control is a state whose first value is free: :func:`static_as_state` appends p to x, and a backward pass over
-states and staged controls needs nothing else.
+A static control is a state whose first value is free: :class:`Widened` appends p to x, and a backward pass over states
+and staged controls needs nothing else.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from ocnopt import checks
+from ocnopt import checks, staged_checks
 from ocnopt.errors import ProblemError
 from ocnopt.integrate.runge_kutta import combine, stages
 from ocnopt.integrate.tableaus import get_tableau
 from ocnopt.ocp import OCP, Function, Lifted, lift
 
 Index = int | Tensor
+Series = Tensor | Sequence[Tensor]  # stacked over time, or step by step where sizes vary
 Advance = Callable[[Index, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -93,6 +95,8 @@ class StagedOCP:
     initial_guess: Any
     dtype: torch.dtype
     origin: Lifted | None
+    state_sizes: tuple[int, ...]
+    """n at each of the N + 1 nodes."""
 
     def __init__(
         self,
@@ -127,8 +131,8 @@ class StagedOCP:
         put(self, "initial_guess", initial_guess)
         put(self, "dtype", dtype)
         put(self, "origin", origin)
-        if origin is None:
-            _check(self)
+        n = x0.shape[-1]
+        put(self, "state_sizes", staged_checks.check_stages(self) if origin is None else (n,) * (self.steps + 1))
 
     @property
     def steps(self) -> int:
@@ -204,40 +208,6 @@ def _groups(stages: Stage | Sequence[Stage], steps: int | None) -> tuple[Group, 
     return tuple(Group(stage, k, k + 1, single=True) for k, stage in enumerate(stages))
 
 
-def _check(problem: StagedOCP) -> None:
-    """Walk once along the stages with zero controls, clipped to their bounds, and check what every function returns."""
-    x, p = problem.initial_state, problem.start_parameters()
-    static = {} if problem.parameters is None else {"p": p}
-    for group, bounds in zip(problem.groups, problem.control_bounds, strict=True):
-        u = x.new_zeros((*problem.batch_shape, group.stage.control_dim))
-        k: Index = group.start if group.single else torch.tensor(group.start, device=x.device)
-        arguments = {"k": k, "x": x, "u": u if bounds is None else u.clamp(*bounds)}
-        x = _check_stage(problem, group, {**arguments, **(static if group.stage.joint is None else {"p": p})})
-    if problem.terminal_cost is not None:
-        _check_function(problem, "terminal_cost", problem.terminal_cost, {"x": x, **static})
-
-
-def _check_stage(problem: StagedOCP, group: Group, arguments: dict[str, Any]) -> Tensor:
-    """Check one stage's functions and return its next state, which keeps its size where the stage is applied again."""
-    stage, name = group.stage, f"stage {group.start}'s"
-    dynamics, cost, joint = stage.dynamics, stage.cost, stage.joint
-    if joint is not None:
-        dynamics, cost = (lambda *given: joint(*given)[0]), (lambda *given: joint(*given)[1])
-    checks.callable_or_none(f"{name} dynamics", dynamics, required=True)
-    checks.callable_or_none(f"{name} cost", cost)
-    if cost is not None:
-        _check_function(problem, f"{name} cost", cost, arguments)
-    size = None if group.single else arguments["x"].shape[-1]
-    return _check_function(problem, f"{name} dynamics", dynamics, arguments, size)
-
-
-def _check_function(
-    problem: StagedOCP, name: str, function: Any, here: dict[str, Any], size: int | None = None
-) -> Tensor:
-    rows = [here, {key: checks.nearby(argument) for key, argument in here.items()}]
-    return checks.function_rows(name, function, rows, batch=problem.batch_shape, dtype=problem.dtype, size=size)
-
-
 def transcribe(problem: OCP, steps: int, integrator: str = "rk4") -> StagedOCP:
     """Cut a continuous problem into N equal steps, each with one constant control.
 
@@ -300,100 +270,118 @@ def _arity(function: Function, has_parameters: bool) -> Function:
     return lambda *arguments: function(*arguments, arguments[-1].new_zeros(0))
 
 
-def static_as_state(problem: StagedOCP) -> StagedOCP:
-    """The same problem with the state (x, p) and p_{k+1} = p_k; its initial state holds the first guess of p."""
-    q = problem.parameter_dim
-    if q == 0:
-        return problem
+class Widened:
+    """A discrete problem with its static controls as states: z = (x, p), p_{k+1} = p_k, the first p being free.
 
-    def widen(stage: Stage) -> Stage:
-        def joint(k: Index, z: Tensor, u: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
-            x, p = z[..., :-q], z[..., -q:]
-            x_next, cost = problem.advance(stage, k, x, u, p)
-            return torch.cat([x_next, p], dim=-1), cost
-
-        return Stage(None, None, stage.control_dim, joint)
-
-    wide = object.__new__(StagedOCP)
-    for name in StagedOCP.__dataclass_fields__:
-        object.__setattr__(wide, name, getattr(problem, name))
-    cache = {id(group.stage): widen(group.stage) for group in problem.groups}
-    groups = tuple(Group(cache[id(g.stage)], g.start, g.stop, g.single) for g in problem.groups)
-    object.__setattr__(wide, "groups", groups)
-    object.__setattr__(wide, "initial_state", torch.cat([problem.initial_state, problem.start_parameters()], dim=-1))
-    object.__setattr__(wide, "parameters", None)
-    object.__setattr__(wide, "parameter_bounds", None)
-    object.__setattr__(wide, "terminal_cost", lambda z: problem.terminal(z[..., :-q], z[..., -q:]))
-    return wide
-
-
-class Path(NamedTuple):
-    """States x_0..x_N, controls u_0..u_{N-1} and the cost, stage by stage because sizes may vary."""
-
-    states: list[Tensor]
-    controls: list[Tensor]
-    cost: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class FeedbackLaw:
-    """u_k = clip(ubar_k + alpha k_k + K_k (x - xbar_k)); alpha has the leading axes that the step sizes need."""
-
-    states: Sequence[Tensor]
-    controls: Sequence[Tensor]
-    k: Sequence[Tensor]
-    K: Sequence[Tensor]
-    alpha: Tensor
-    bounds: Sequence[checks.Bounds | None]
-
-    def __call__(self, k: int, x: Tensor) -> Tensor:
-        """The control at step k in state x."""
-        feedback = (self.K[k] @ (x - self.states[k])[..., None])[..., 0]
-        u = self.controls[k] + self.alpha * self.k[k] + feedback
-        bound = self.bounds[k]
-        return u if bound is None else u.clamp(*bound)
-
-
-def rollout(
-    problem: StagedOCP,
-    policy: Callable[[int, Tensor], Tensor] | Sequence[Tensor],
-    x0: Tensor,
-    p: Tensor | None = None,
-    gaps: Sequence[Tensor] | None = None,
-    after: Callable[[int, Tensor], Tensor] | None = None,
-) -> Path:
-    """Walk along the stages with ``u_k = policy(k, x_k)``, or with given controls.
-
-    The next state is f(x_k, u_k) - gap_k where ``gaps`` are given; ``after(k, x_next)`` may move it (a disturbance).
+    Its unknowns are states and staged controls alone, stacked over time: z ``(*extra, *batch, n)`` and u ``(*extra,
+    *batch, m)``, n and m the largest of all steps. Smaller states and controls are followed by zeros, p comes last.
     """
-    p = problem.start_parameters() if p is None else p
-    states, controls = [x0], []
-    cost = x0.new_zeros(x0.shape[:-1])
-    for group in problem.groups:
-        for k in range(group.start, group.stop):
-            u = policy(k, states[-1]) if callable(policy) else policy[k]
-            x_next, stage_cost = problem.advance(group.stage, _index(group, k, x0), states[-1], u, p)
-            x_next = x_next if gaps is None else x_next - gaps[k]
-            states.append(x_next if after is None else after(k, x_next))
-            controls.append(u)
-            cost = cost + stage_cost
-    return Path(states, controls, cost + problem.terminal(states[-1], p))
+
+    def __init__(self, problem: StagedOCP) -> None:
+        self.problem, self.groups, self.steps = problem, problem.groups, problem.steps
+        self.q = problem.parameter_dim
+        self.state_sizes = problem.state_sizes
+        self.control_sizes = [
+            group.stage.control_dim for group in problem.groups for _ in range(group.start, group.stop)
+        ]
+        self.n, self.m = max(self.state_sizes) + self.q, max(self.control_sizes)
+        self.parameter_bounds = problem.parameter_bounds
+        self.control_bounds = self._stacked_bounds()
+
+    def _stacked_bounds(self) -> checks.Bounds | None:
+        """Two tensors ``(N, m)``; no control that is only there to fill up may move."""
+        given, m = self.problem.step_bounds, self.m
+        if not any(given):
+            return None
+        infinite = self.problem.initial_state.new_full((m,), torch.inf)
+        pairs = [
+            bounds or (-infinite[:size], infinite[:size])
+            for bounds, size in zip(given, self.control_sizes, strict=True)
+        ]
+        lower, upper = (
+            torch.stack([pad(side, (0, m - len(side))) for side in sides]) for sides in zip(*pairs, strict=True)
+        )
+        return lower, upper
+
+    def join(self, states: Series, p: Tensor) -> Tensor:
+        """States and static controls as z, stacked over time."""
+        x = _stacked(states, self.n - self.q)
+        return x if not self.q else torch.cat([x, p.expand(*x.shape[:-1], self.q)], dim=-1)
+
+    def join_controls(self, controls: Series) -> Tensor:
+        """Controls stacked over time."""
+        return _stacked(controls, self.m)
+
+    def split(self, z: Tensor) -> tuple[Series, Tensor]:
+        """The states behind stacked z, a list where their sizes vary, and p at the start."""
+        return self.cut(z, self.state_sizes), z[0, ..., self.n - self.q :]
+
+    def cut(self, values: Tensor, sizes: Sequence[int]) -> Series:
+        """What belongs to each step out of a stacked series, a list where sizes vary."""
+        if len(set(sizes)) == 1:
+            return values[..., : sizes[0]]
+        return [value[..., :size] for value, size in zip(values, sizes, strict=True)]
+
+    def cut_gains(self, K: Tensor) -> Series:
+        """Feedback gains of x alone, a list where sizes vary."""
+        sizes = list(zip(self.control_sizes, self.state_sizes, strict=False))
+        if len(set(sizes)) == 1:
+            return K[..., : self.state_sizes[0]]
+        return [gain[..., :m, :n] for gain, (m, n) in zip(K, sizes, strict=True)]
+
+    def advance(self, group: Group, k: Index, z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """One step: the next z and the stage's cost."""
+        first, p = group.start, z[..., self.n - self.q :]
+        x, u = z[..., : self.state_sizes[first]], u[..., : group.stage.control_dim]
+        x_next, cost = self.problem.advance(group.stage, k, x, u, p)
+        room = self.n - self.q - x_next.shape[-1]
+        parts = [x_next, *([x.new_zeros((*x_next.shape[:-1], room))] if room else []), *([p] if self.q else [])]
+        return torch.cat(parts, dim=-1) if len(parts) > 1 else x_next, cost
+
+    def terminal(self, z: Tensor) -> Tensor:
+        """Phi(x_N, p)."""
+        return self.problem.terminal(z[..., : self.state_sizes[-1]], z[..., self.n - self.q :])
+
+    def stretches(self, length: int | None = None) -> Iterator[tuple[Group, int, int]]:
+        """Runs of steps, of at most the given length, that are evaluated at once."""
+        for group in self.groups:
+            step = length or group.stop - group.start
+            for start in range(group.start, group.stop, step):
+                yield group, start, min(start + step, group.stop)
+
+    def outputs(self, group: Group, k: Index) -> Callable[[Tensor], Tensor]:
+        """Next state, without the static controls, and cost of a step as a function of w = (z, u)."""
+
+        def outputs(w: Tensor) -> Tensor:
+            z, cost = self.advance(group, k, w[..., : self.n], w[..., self.n :])
+            return torch.cat([z[..., : self.n - self.q], cost[..., None]], dim=-1)
+
+        return outputs
+
+    def cost(self, group: Group, k: Index) -> Callable[[Tensor], Tensor]:
+        """The cost of a step alone as a function of w, ``(..., 1)``."""
+        outputs = self.outputs(group, k)
+        return lambda w: outputs(w)[..., -1:]
+
+    def phi(self, z: Tensor) -> Tensor:
+        """Phi(x_N, p), ``(..., 1)``."""
+        return self.terminal(z)[..., None]
 
 
-def shoot(
-    problem: StagedOCP, states: Sequence[Tensor], controls: Sequence[Tensor], p: Tensor
-) -> tuple[list[Tensor], Tensor]:
-    """Start every stage at its own given state: the gaps f(x_k, u_k) - x_{k+1} and the cost of the broken path."""
-    gaps: list[Tensor] = []
-    cost = problem.terminal(states[-1], p)
-    for group in problem.groups:
-        for k in range(group.start, group.stop):
-            x_next, stage_cost = problem.advance(group.stage, _index(group, k, states[k]), states[k], controls[k], p)
-            gaps.append(x_next - states[k + 1])
-            cost = cost + stage_cost
-    return gaps, cost
+def _stacked(values: Series, size: int) -> Tensor:
+    """A series of varying sizes as one tensor, filled up with zeros."""
+    if isinstance(values, Tensor):
+        return values
+    return torch.stack([v if v.shape[-1] == size else pad(v, (0, size - v.shape[-1])) for v in values])
 
 
-def _index(group: Group, k: int, like: Tensor) -> Index:
+def step_number(group: Group, k: int, like: Tensor) -> Index:
     """Step k as a stage's functions expect it."""
     return k if group.single or group.stage.joint is not None else torch.tensor(k, device=like.device)
+
+
+def step_numbers(group: Group, start: int, stop: int, states: Tensor) -> Index:
+    """The numbers of several steps, for a leading axis of states ``(N + 1, *lead, n)``."""
+    if group.single:
+        return start
+    return torch.arange(start, stop, device=states.device).reshape(-1, *(1,) * (states.ndim - 2))

@@ -1,21 +1,27 @@
 """``compare``: several solvers on one problem from one start, as a table."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ocnopt.errors import OcnoptError, ProblemError
 from ocnopt.ocp import OCP
 from ocnopt.solvers.solution import Solution
-from ocnopt.solvers.solve import Solver, make_solver, read_guess
-from ocnopt.staged import StagedOCP, transcribe
+from ocnopt.solvers.solve import Solver, make_solver, read_guess, read_problem
+from ocnopt.staged import StagedOCP
+
+HEAD = ("solver", "cost", "T", "iterations", "time [s]", "build [s]", "max |dx|", "converged")
+_SAME = 1e-5
+
+HEAD = ("solver", "cost", "T", "iterations", "time [s]", "build [s]", "max |dx|", "converged")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One solver's line: worst case over a batch, cost summed over it."""
+    """One solver's line: worst case over a batch, cost summed over it; ``note`` says what the numbers do not."""
 
     solver: str
     cost: float
@@ -26,9 +32,10 @@ class Row:
     state_difference: float
     converged: bool
     status: str
+    note: str = ""
 
     def cells(self) -> tuple[str, ...]:
-        """The line as text, in the order of the table's head."""
+        """The line as text, in the order of ``HEAD``."""
         numbers = (f"{self.cost:.10g}", f"{self.horizon:.6g}", str(self.iterations))
         times = (f"{self.wall_time:.3f}", f"{self.build_time:.3f}")
         return self.solver, *numbers, *times, f"{self.state_difference:.1e}", "yes" if self.converged else "no"
@@ -36,17 +43,21 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Rows in the order asked for, and the solutions by solver name; ``print`` shows the table."""
+    """Rows in the order asked for, and the solutions by solver name; ``print`` shows the table and the notes."""
 
     rows: tuple[Row, ...]
     solutions: dict[str, Solution]
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """One sentence for each solver that refused the problem or found another minimum."""
+        return tuple(f"{row.solver}: {row.note}" for row in self.rows if row.note)
+
     def __str__(self) -> str:
-        head = ("solver", "cost", "T", "iterations", "time [s]", "build [s]", "max |dx|", "converged")
-        table = [head, *(row.cells() for row in self.rows)]
-        widths = [max(len(line[i]) for line in table) for i in range(len(head))]
+        table = [HEAD, *(row.cells() for row in self.rows)]
+        widths = [max(len(line[i]) for line in table) for i in range(len(HEAD))]
         padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in table]
-        return "\n".join("  ".join(line).rstrip() for line in padded)
+        return "\n".join([*("  ".join(line).rstrip() for line in padded), *self.notes])
 
 
 def compare(
@@ -67,23 +78,52 @@ def compare(
         initial_guess: as for ``solve``.
 
     Returns:
-        Rows with cost, T, iterations, time and the largest state difference to the first solver.
+        Rows with cost, T, iterations, time and the largest state difference to the first solver. A solver that refuses
+        the problem has a row with the reason.
+
+    Raises:
+        ProblemError: no solvers, an unknown one, or no problem.
+        OcnoptError: every solver refuses; what the first one said.
     """
-    staged = problem if isinstance(problem, StagedOCP) else transcribe(problem, steps, integrator)
+    chosen = _read_solvers(solvers)
+    staged = read_problem(problem, steps, integrator)
     guess = read_guess(staged, initial_guess)
     solutions: dict[str, Solution] = {}
     rows: list[Row] = []
-    for solver in solvers:
-        solution = make_solver(solver, {}).solve(staged, guess)
-        name = solver if isinstance(solver, str) else type(solver).__name__.lower()
-        while name in solutions:
-            name += "'"
-        solutions[name] = solution
-        rows.append(_row(name, solution, solutions[next(iter(solutions))]))
+    refusals: list[OcnoptError] = []
+    for name, solver in chosen.items():
+        try:
+            solutions[name] = solver.solve(staged, guess)
+        except OcnoptError as refusal:
+            refusals.append(refusal)
+            rows.append(_refused(name, refusal))
+            continue
+        rows.append(_row(name, solutions))
+    if not solutions:
+        raise refusals[0]
     return Comparison(tuple(rows), solutions)
 
 
-def _row(name: str, solution: Solution, first: Solution) -> Row:
+def _read_solvers(solvers: Any) -> dict[str, Solver]:
+    """Solver objects by name, primed where one comes again."""
+    if isinstance(solvers, str | Solver) or not isinstance(solvers, Iterable):
+        shown = repr(solvers) if isinstance(solvers, str) else type(solvers).__name__
+        raise ProblemError(f"solvers is {shown}; expected several: write a tuple such as ('ddp', 'casadi')")
+    chosen: dict[str, Solver] = {}
+    for solver in solvers:
+        made = make_solver(solver, {})
+        name = solver if isinstance(solver, str) else type(solver).__name__.lower()
+        while name in chosen:
+            name += "'"
+        chosen[name] = made
+    if not chosen:
+        raise ProblemError("solvers is empty; expected one or more: write a tuple such as ('ddp', 'casadi')")
+    return chosen
+
+
+def _row(name: str, solutions: dict[str, Solution]) -> Row:
+    solution, first = solutions[name], next(iter(solutions))
+    gaps = [(a - b).abs().amax() for a, b in zip(_nodes(solution), _nodes(solutions[first]), strict=True)]
     return Row(
         solver=name,
         cost=float(solution.cost.sum()),
@@ -91,10 +131,28 @@ def _row(name: str, solution: Solution, first: Solution) -> Row:
         iterations=int(solution.iterations.max()),
         wall_time=solution.wall_time,
         build_time=solution.build_time,
-        state_difference=max(float((a - b).abs().max()) for a, b in zip(_nodes(solution), _nodes(first), strict=True)),
+        # torch's maximum keeps a NaN, Python's drops it
+        state_difference=float(torch.stack(gaps).max()),
         converged=bool(solution.converged.all()),
         status=solution.status if isinstance(solution.status, str) else "; ".join(dict.fromkeys(solution.status)),
+        note=_other_minimum(solution, solutions[first], first),
     )
+
+
+def _refused(name: str, refusal: OcnoptError) -> Row:
+    nan = float("nan")
+    return Row(name, nan, nan, 0, 0.0, 0.0, nan, converged=False, status=str(refusal), note=f"refused: {refusal}")
+
+
+def _other_minimum(solution: Solution, first: Solution, name: str) -> str:
+    """A sentence where both converged, but to different costs."""
+    gap = (solution.cost - first.cost) / (1 + first.cost.abs())
+    other = solution.converged & first.converged & (gap.abs() > _SAME)
+    if not bool(other.any()):
+        return ""
+    many = f" in {int(other.sum())} of {other.numel()} problems" if other.ndim else ""
+    worst = float((solution.cost - first.cost)[other].abs().max())
+    return f"cost differs from {name}'s by {worst:.2g}{many}: another local minimum, or another discretisation"
 
 
 def _nodes(solution: Solution) -> tuple[Tensor, ...]:

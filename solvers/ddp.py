@@ -1,330 +1,134 @@
 r"""Differential dynamic programming.
 
-One iteration: expand the path (local models of every stage), sweep backwards (gains), search along the step (roll the
-feedback law out), accept or raise the regularisation. Static controls and a free T are part of the state with a free
-first value; an infeasible start keeps gaps g_k = f(x_k, u_k) - x_{k+1}, which a step of size alpha shrinks to (1 -
-alpha) g_k. Problems of a batch are independent: each has its own step size, regularisation and stop.
+One iteration: a sweep backwards over local models of the path (gains), a search along the step (the feedback law rolled
+out), accept or raise the regularisation. Static controls and a free T are part of the state with a free first value; an
+infeasible start keeps gaps g_k = f(x_k, u_k) - x_{k+1}, which a step of size alpha shrinks to (1 - alpha) g_k.
+
+Problems of a batch are independent: each has its own step size, regularisation and stop, and leaves when it is done.
+What belongs to a problem is a row of every tensor, time in front where there is time: costs ``(B,)``, states ``(N + 1,
+B, n)``; without a batch the axis B is missing.
+
+The three things that cost time are the kernel's: evaluate a path, find a direction, roll the feedback law out.
 
 Source: Mayne 1966; Tassa, Mansard and Todorov, ICRA 2014 (bounds, regularisation schedule); Mastalli et al., ICRA 2020
 (gaps).
 """
 
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ocnopt.checks import Bounds, finite_path, nearest, no_constraints
-from ocnopt.differential.bellman import BellmanStage, bellman_step, minimise_start, terminal_value
-from ocnopt.differential.sweep import sweep
+from ocnopt.checks import finite_path, nearest, no_constraints, solver_options
+from ocnopt.differential.steps import Direction, Path, TorchKernel
 from ocnopt.errors import ProblemError
-from ocnopt.expansion import StageModel, TerminalModel, expand_path, expand_terminal
+from ocnopt.solvers.search import (
+    Curvature,
+    Iterate,
+    Kernel,
+    Outcome,
+    Progress,
+    find_direction,
+    joined,
+    judge,
+    line_search,
+    pick_rows,
+    record,
+    unflattened,
+)
 from ocnopt.solvers.solution import Guess, Solution, make_solution
-from ocnopt.staged import FeedbackLaw, StagedOCP, rollout, shoot, static_as_state
+from ocnopt.staged import StagedOCP, Widened
 
-_MU_MIN, _MU_MAX = 1e-6, 1e12
-# mu grows by _UP when nothing was accepted, falls by _DOWN after a step >= _LONG, rises by _DOWN after one < _SHORT:
-# a fifth to a quarter fewer sweeps than the schedule of Tassa et al. 2012 on pendulum and cartpole swing-ups.
-_UP, _DOWN, _LONG, _SHORT = 10.0, 3.0, 0.5, 0.1
-# Gauss-Newton converges linearly and may creep on in the last digits: so many steps below rounding are the end too.
-_IDLE = 5
-# Step sizes beside the full one, tried in the same rollout where a batch is so small that only calls cost time.
-_SMALL = 64
-_ALPHAS = tuple(0.5**i for i in range(1, 14))
-
-Curvature = Literal["exact", "gauss_newton", "auto"]
+# Problems of a batch that are worked on at a time; a finished one leaves once an eighth of them have finished.
+_WINDOW = 512
 
 
-def rounding(cost: Tensor) -> Tensor:
-    """Costs closer than this cannot be told apart in floating point."""
-    return 64 * torch.finfo(cost.dtype).eps * (1 + cost.abs())
+class History:
+    """Cost, step and regularisation of every problem after each of its sweeps."""
 
+    def __init__(self, progress: bool) -> None:
+        self._rows: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._print = progress
 
-def picker(mask: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """Choose for each problem of the batch: the first tensor where the mask holds, else the second."""
+    def add(self, progress: Progress, cost: Tensor, step: Tensor) -> None:
+        """Note one sweep of some problems."""
+        places = torch.stack([progress.sweeps.reshape(-1), progress.row.reshape(-1)])
+        self._rows.append((*places, torch.stack([v.reshape(-1) for v in (cost, step, progress.mu)])))
+        if self._print:
+            sweep, mean, size, mu = (
+                float(v) for v in (progress.sweeps.max(), cost.mean(), step.mean(), progress.mu.max())
+            )
+            print(f"{sweep:4.0f}  cost {mean:.10g}  step {size:.3g}  mu {mu:.1e}")  # noqa: T201
 
-    def pick(a: Tensor, b: Tensor) -> Tensor:
-        return torch.where(mask.reshape((*mask.shape, *(1,) * (a.ndim - mask.ndim))), a, b)
-
-    return pick
-
-
-class Direction(NamedTuple):
-    """Feedforward and feedback gains, costates, the step dp of the static controls, the predicted change of cost."""
-
-    k: list[Tensor]
-    K: list[Tensor]
-    costates: list[Tensor]
-    dp: Tensor
-    linear: Tensor
-    quadratic: Tensor
-    solvable: Tensor
-
-    def where(self, mask: Tensor, other: "Direction") -> "Direction":
-        """This direction where the mask holds, the other elsewhere."""
-        pick = picker(mask)
-        k, K, costates = (list(map(pick, mine, others)) for mine, others in zip(self[:3], other[:3], strict=True))
-        return Direction(k, K, costates, *map(pick, self[3:], other[3:]))
-
-
-class Iterate(NamedTuple):
-    """A path (states hold the static controls too), its cost, its gaps or None, and the merit's weight on them."""
-
-    states: list[Tensor]
-    controls: list[Tensor]
-    cost: Tensor
-    gaps: list[Tensor] | None
-    weight: Tensor
-
-    def gap_sum(self) -> Tensor:
-        """Sum of |g_k| over the path, for each problem."""
-        zero = torch.zeros_like(self.cost)
-        return zero if self.gaps is None else torch.stack([gap.abs().sum(-1) for gap in self.gaps]).sum(0)
-
-    def gap_size(self) -> Tensor:
-        """The largest |g_k|, for each problem."""
-        zero = torch.zeros_like(self.cost)
-        return zero if self.gaps is None else torch.stack([gap.abs().amax(-1) for gap in self.gaps]).amax(0)
-
-    def finite(self) -> Tensor:
-        """Whether path and cost hold finite numbers."""
-        return torch.stack([torch.isfinite(x).all(-1) for x in self.states]).all(0) & torch.isfinite(self.cost)
-
-    def select(self, chosen: Tensor) -> "Iterate":
-        """Pick a row of the leading axis for each problem."""
-
-        def pick(value: Tensor) -> Tensor:
-            index = chosen.reshape((1, *chosen.shape, *(1,) * (value.ndim - 1 - chosen.ndim)))
-            return torch.gather(value, 0, index.expand(1, *value.shape[1:]))[0]
-
-        gaps = None if self.gaps is None else [pick(gap) for gap in self.gaps]
-        return Iterate(
-            [pick(x) for x in self.states], [pick(u) for u in self.controls], pick(self.cost), gaps, pick(self.weight)
-        )
-
-    def replace_where(self, mask: Tensor, other: "Iterate") -> "Iterate":
-        """The other iterate where the mask holds."""
-        pick = picker(mask)
-        gaps = None
-        if self.gaps is not None and other.gaps is not None:
-            gaps = [pick(b, a) for a, b in zip(self.gaps, other.gaps, strict=True)]
-            gaps = gaps if any(bool((gap != 0).any()) for gap in gaps) else None
-        return Iterate(
-            [pick(b, a) for a, b in zip(self.states, other.states, strict=True)],
-            [pick(b, a) for a, b in zip(self.controls, other.controls, strict=True)],
-            pick(other.cost, self.cost),
-            gaps,
-            pick(other.weight, self.weight),
-        )
-
-
-def start(problem: StagedOCP, wide: StagedOCP, guess: Guess) -> Iterate:
-    """The first path: controls rolled out, or the guessed states with their gaps.
-
-    Raises:
-        NonFiniteError: the path of a single problem is not finite; in a batch such a problem alone is given up.
-    """
-    q, p = problem.parameter_dim, guess.parameters
-    states = None if guess.states is None else [torch.cat([x, p], dim=-1) if q else x for x in guess.states]
-    if states is None:
-        first = torch.cat([problem.initial_state, p], dim=-1) if q else problem.initial_state
-        path = rollout(wide, guess.controls, first)
-        iterate = Iterate(path.states, path.controls, path.cost, None, torch.zeros_like(path.cost))
-    else:
-        gaps, cost = shoot(wide, states, guess.controls, wide.start_parameters())
-        iterate = Iterate(states, list(guess.controls), cost, gaps, torch.zeros_like(cost))
-    if not problem.batch_shape:
-        finite_path(iterate.states if iterate.gaps is None else iterate.gaps, iterate.cost, problem.times(p))
-    return iterate
-
-
-def expand_and_sweep(
-    problem: StagedOCP, wide: StagedOCP, iterate: Iterate, mu: Tensor, curvature: Curvature
-) -> Direction:
-    """The direction at a path; for a non-convex exact model, where allowed, the Gauss-Newton direction instead."""
-    models = expand_path(wide, iterate.states, iterate.controls, second_order=curvature != "gauss_newton")
-    terminal = expand_terminal(wide, iterate.states[-1])
-    direction = find_direction(problem, iterate, models, terminal, mu)
-    if curvature == "gauss_newton":
-        return direction
-    # An infeasible path's costates belong to no trajectory: its exact curvature misleads more than it helps.
-    keep = direction.solvable if curvature == "auto" else direction.solvable | (iterate.gap_size() == 0)
-    if bool(keep.all()):
-        return direction
-    convex = find_direction(problem, iterate, [model._replace(fww=None) for model in models], terminal, mu)
-    return direction.where(keep, convex)
-
-
-def find_direction(
-    problem: StagedOCP, iterate: Iterate, models: Sequence[StageModel], terminal: TerminalModel, mu: Tensor
-) -> Direction:
-    """Sweep backwards over the local models, then minimise over the static controls."""
-    rooms = [_room(bounds, u) for bounds, u in zip(problem.step_bounds, iterate.controls, strict=True)]
-    damping = {size: _damping(mu, size) for size in {u.shape[-1] for u in iterate.controls}}
-    stages = [
-        BellmanStage(model, room, damping[u.shape[-1]])
-        for model, room, u in zip(models, rooms, iterate.controls, strict=True)
-    ]
-    end = terminal_value(terminal)
-    value, gains = sweep(bellman_step, stages, end)
-    q = problem.parameter_dim
-    p = iterate.states[0][..., problem.state_dim :]
-    dp = torch.zeros_like(p)
-    if q > 0:
-        dp, value = minimise_start(value, q, _damping(mu, q), _room(problem.parameter_bounds, p))
-    return Direction(
-        k=[gain.K[..., 0] for gain in gains],
-        K=[gain.K[..., 1:] for gain in gains],
-        costates=[*(gain.costate for gain in gains), end.J[..., 1:]],
-        dp=dp,
-        linear=value.linear,
-        quadratic=value.quadratic,
-        solvable=value.solvable & torch.isfinite(value.linear),
-    )
-
-
-def line_search(problem: StagedOCP, iterate: Iterate, direction: Direction, active: Tensor) -> tuple[Iterate, Tensor]:
-    """Try the full step and shorter ones, many at once; each problem takes the longest that decreases its merit enough.
-
-    Returns:
-        The new iterate and the step taken, zero where none was.
-    """
-    step = torch.zeros_like(iterate.cost)
-    small = iterate.cost.numel() <= _SMALL
-    for alphas in ((1.0, *_ALPHAS),) if small else ((1.0,), _ALPHAS):
-        open_ = active & (step == 0)
-        if not bool(open_.any()):
-            break
-        trial, accepted = _try(problem, iterate, direction, step.new_tensor(alphas))
-        accepted = accepted & open_
-        chosen, found = accepted.to(torch.int8).argmax(0), accepted.any(0)
-        if not bool(found.any()):
-            continue
-        step = torch.where(found, step.new_tensor(alphas)[chosen], step)
-        iterate = iterate.replace_where(found, trial.select(chosen))
-    return iterate, step
-
-
-def _try(problem: StagedOCP, iterate: Iterate, direction: Direction, alphas: Tensor) -> tuple[Iterate, Tensor]:
-    """Roll the feedback law out for each step size on a leading axis; which of them decrease the merit enough."""
-    alpha = alphas.reshape((-1, *(1,) * iterate.cost.ndim))
-    a, q = alpha[..., None], direction.dp.shape[-1]
-    first = iterate.states[0].expand(len(alphas), *iterate.states[0].shape)
-    if q > 0:
-        first = torch.cat([first[..., :-q], first[..., -q:] + a * direction.dp], dim=-1)
-    law = FeedbackLaw(iterate.states, iterate.controls, direction.k, direction.K, a, problem.step_bounds)
-    left = None if iterate.gaps is None else [(1 - a) * gap for gap in iterate.gaps]
-    path = rollout(problem, law, first, gaps=left)
-    infeasible, weight = iterate.gap_sum(), iterate.weight
-    if left is not None:
-        # twice the smallest weight for which the step descends on cost + weight * |gaps| (Nocedal and Wright, 18.36)
-        needed = 2 * (direction.linear + direction.quadratic.clamp_min(0)) / infeasible
-        weight = torch.where(infeasible > 0, torch.maximum(weight, needed), weight)
-    slope = weight * infeasible - direction.linear
-    actual = iterate.cost - path.cost + weight * alpha * infeasible
-    # a step predicted to gain less than rounding is taken if it loses no more
-    enough = actual >= torch.minimum(1e-4 * alpha * slope, alpha * slope - rounding(iterate.cost))
-    trial = Iterate(path.states, path.controls, path.cost, left, weight.expand_as(path.cost))
-    return trial, enough & (slope >= 0) & trial.finite()
-
-
-def _room(bounds: Bounds | None, value: Tensor) -> Bounds | None:
-    return None if bounds is None else (bounds[0] - value, bounds[1] - value)
-
-
-def _damping(mu: Tensor, size: int) -> Tensor:
-    """Mu I, ``(..., size, size)``."""
-    return mu[..., None, None] * torch.eye(size, dtype=mu.dtype, device=mu.device)
-
-
-class Monitor:
-    """Regularisation, stop and history of each problem of the batch."""
-
-    def __init__(self, iterate: Iterate, regularisation: float, tolerance: float, progress: bool) -> None:
-        self.mu = torch.full_like(iterate.cost, regularisation)
-        self.tolerance = tolerance
-        self.iterations = torch.zeros_like(iterate.cost, dtype=torch.int64)
-        self.converged = torch.zeros_like(iterate.cost, dtype=torch.bool)
-        self.failed = ~iterate.finite()
-        self._stuck = torch.zeros_like(self.failed)
-        self._restart = torch.zeros_like(iterate.cost)
-        self._quiet = torch.zeros_like(self.iterations)
-        self._rows: list[tuple[Tensor, Tensor, Tensor]] = [(iterate.cost, torch.zeros_like(iterate.cost), self.mu)]
-        self._report: Callable[[str], None] = print if progress else _silent
-
-    @property
-    def sweeps(self) -> int:
-        """Sweeps that a line search has followed."""
-        return len(self._rows) - 1
-
-    @property
-    def active(self) -> Tensor:
-        """Problems that still move."""
-        return ~(self.converged | self.failed | self._stuck)
-
-    def finished(self, iterate: Iterate, direction: Direction) -> bool:
-        """Mark what has converged; whether nothing is left to do."""
-        decrease = -(direction.linear + direction.quadratic)
-        flat = (decrease.abs() <= self.tolerance**2 * (1 + iterate.cost.abs())) & (iterate.gap_size() <= self.tolerance)
-        # no room to move at any mu: every gradient vanishes or pushes against a bound, whatever the curvature there
-        idle = ((self._quiet >= _IDLE) | (decrease == 0)) & (iterate.gap_size() <= self.tolerance)
-        self.converged = self.converged | (self.active & direction.solvable & ((flat & (self.mu <= _MU_MIN)) | idle))
-        return not bool(self.active.any())
-
-    def record(self, iterate: Iterate, direction: Direction, step: Tensor) -> None:
-        """Count accepted steps and move mu: up on failure, down to zero on success."""
-        moved, active = step > 0, self.active
-        self.iterations = self.iterations + (moved & active)
-        up = torch.maximum(_UP * self.mu, self._restart.clamp_min(_MU_MIN))
-        down = torch.where(step >= _LONG, self.mu / _DOWN, torch.where(step >= _SHORT, self.mu, _DOWN * self.mu))
-        down = torch.where(down < _MU_MIN, 0.0, down)
-        small = (self._rows[-1][0] - iterate.cost).abs() <= rounding(iterate.cost)
-        predicted = -(direction.linear + direction.quadratic) <= 1e3 * rounding(iterate.cost)
-        # a sweep or search that failed on the way says nothing about progress
-        self._quiet = torch.where(moved, torch.where(small & predicted, self._quiet + 1, 0), self._quiet)
-        self._restart = torch.where(moved & (self.mu > 0), self.mu / _DOWN, self._restart)
-        self.mu = torch.where(active, torch.where(moved, down, up), self.mu)
-        self._stuck = self._stuck | (active & (self.mu > _MU_MAX))
-        self._rows.append((iterate.cost, step, self.mu))
-        cost, size, mu = float(iterate.cost.mean()), float(step.mean()), float(self.mu.max())
-        self._report(f"{self.sweeps:4d}  cost {cost:.10g}  step {size:.3g}  mu {mu:.1e}")
-
-    def history(self) -> dict[str, Tensor]:
-        """cost, step and regularisation, ``(iterations + 1, ...)``, the start first."""
+    def tables(self, shape: torch.Size) -> dict[str, Tensor]:
+        """Each ``(sweeps + 1, ...)``, the start first; what has ended stays as it was, without a step."""
+        sweep, row, values = (torch.cat(parts, dim=-1) for parts in zip(*self._rows, strict=True))
+        table = values.new_zeros(3, int(sweep.max()) + 1, shape.numel())
+        table[:, sweep, row] = values
+        last = torch.zeros_like(table[0, 0], dtype=torch.int64).scatter_reduce(0, row, sweep, "amax")
+        number = torch.arange(table.shape[1], device=row.device)[:, None]
+        kept = torch.minimum(number, last).expand(3, -1, -1)
+        table = table.gather(1, kept)
+        table[1] = torch.where(number <= last, table[1], 0.0)
         return {
-            name: torch.stack([row[i] for row in self._rows])
-            for i, name in enumerate(("cost", "step", "regularisation"))
+            name: v.unflatten(1, shape) if shape else v[:, 0]
+            for name, v in zip(("cost", "step", "regularisation"), table, strict=True)
         }
 
-    def status(self, iterate: Iterate) -> str | list[str]:
-        """One sentence for each problem."""
-        flat = [
-            v.reshape(-1).tolist()
-            for v in (self.converged, self.failed, self._stuck, self.iterations, iterate.gap_size())
-        ]
-        sentences = [_sentence(*row) for row in zip(*flat, strict=True)]
-        return sentences if iterate.cost.ndim else sentences[0]
+
+class Start:
+    """Problems that wait for their turn: the guess, one row for each."""
+
+    def __init__(self, wide: Widened, kernel: Kernel, guess: Guess) -> None:
+        first = wide.join([wide.problem.initial_state], guess.parameters)[0]
+        controls = wide.join_controls(guess.controls)
+        states = None if guess.states is None else wide.join(guess.states, guess.parameters)
+        self.kernel, self.split, self.next = kernel, kernel.apart and first.ndim > 1, 0
+        if self.split:
+            first, controls = first.flatten(0, -2), controls.flatten(1, -2)
+            states = None if states is None else states.flatten(1, -2)
+        self.first, self.controls, self.states = first, controls, states
+        self.times = wide.problem.times(guess.parameters)
+        self.count, self.q = first[..., 0].numel(), wide.q
+
+    @property
+    def waiting(self) -> bool:
+        """Whether any problem has not begun."""
+        return self.next < self.count
+
+    def admit(self, regularisation: float, room: int) -> tuple[Iterate, Progress]:
+        """The first paths of the next problems."""
+        rows = torch.arange(self.next, min(self.next + room, self.count) if self.split else self.count)
+        first, controls, states = self.first, self.controls, self.states
+        if self.split:
+            first, controls = first[rows], controls[:, rows]
+            states = None if states is None else states[:, rows]
+        self.next = self.count if not self.split else self.next + len(rows)
+        if states is None:
+            path = roll_controls(self.kernel, first, controls, self.q)
+        else:
+            path = self.kernel.evaluate(states, controls)
+        zero, count = torch.zeros_like(path.cost), torch.zeros_like(path.cost, dtype=torch.int64)
+        finite = torch.isfinite(path.cost) & torch.isfinite(path.states).all(-1).all(0)
+        if not path.cost.ndim and not (bool(finite) and (path.gaps is None or bool(path.gaps.isfinite().all()))):
+            finite_path(list(path.states if path.gaps is None else path.gaps), path.cost, self.times)
+        outcome = torch.where(finite, Outcome.RUNNING, Outcome.NOT_FINITE)
+        row = rows.to(count.device).reshape(count.shape)
+        progress = Progress(row, zero + regularisation, zero, count, count, count, outcome)
+        return Iterate(*path, zero), progress
 
 
-def _sentence(converged: bool, failed: bool, stuck: bool, iterations: int, gap: float) -> str:
-    steps = f"{iterations} step{'' if iterations == 1 else 's'}"
-    if converged:
-        return f"converged after {steps}"
-    if failed:
-        return "given up: the first path is not finite; pass another initial_guess"
-    gaps = f"; gaps up to {gap:.1e} are still open" if gap > 0 else ""
-    if stuck:
-        reason = "no step decreases the cost under the largest regularisation"
-        return f"stopped after {steps}: {reason}{gaps}; look for a kink in the functions, or start elsewhere"
-    advice = "raise max_iterations, or start from this solution"
-    return f"stopped after {steps}: the iteration limit was reached{gaps}; {advice}"
-
-
-def _silent(_: str) -> None:
-    """Print nothing."""
+def roll_controls(kernel: Kernel, first: Tensor, controls: Tensor, q: int) -> Path:
+    """The path of given controls."""
+    lead = first.shape[:-1]
+    k, nothing = torch.zeros_like(controls), first.new_zeros(lead)
+    K = controls.new_zeros((*controls.shape, first.shape[-1]))
+    states = first.expand(len(controls) + 1, *first.shape)
+    still = Direction(k, K, states, first.new_zeros((*lead, q)), nothing, nothing, nothing == 0)
+    trial = kernel.roll_out(Path(states, controls, nothing, None), still, first.new_zeros(1))
+    return Path(trial.states[:, 0], trial.controls[:, 0], trial.cost[0], None)
 
 
 @dataclass(frozen=True)
@@ -339,59 +143,146 @@ class DDP:
         tolerance: stop when the predicted decrease falls below ``tolerance**2 * (1 + |cost|)`` and every gap below
             ``tolerance``.
         regularisation: first value of mu; it rises when a sweep or a line search fails.
+        kernel: "torch" runs any function on any device; "lowered" runs expressions that CasADi makes of the functions,
+            much faster for small problems; "auto" takes the lowered kernel where the problem is small and allows it.
+            The status says which was used.
     """
 
     curvature: Curvature = "auto"
     max_iterations: int = 500
     tolerance: float = 1e-8
     regularisation: float = 0.0
+    kernel: Literal["auto", "torch", "lowered"] = "auto"
 
     def __post_init__(self) -> None:
-        known = ("exact", "gauss_newton", "auto")
-        if self.curvature not in known:
-            hint = nearest(str(self.curvature), known)
-            raise ProblemError(f"curvature is {self.curvature!r}; expected one of {', '.join(known)}{hint}")
-        if self.max_iterations < 1 or self.tolerance <= 0 or self.regularisation < 0:
-            raise ProblemError(
-                f"{self} has an option out of range; expected max_iterations >= 1, tolerance > 0, regularisation >= 0"
-            )
+        for name, known in (("curvature", ("exact", "gauss_newton", "auto")), ("kernel", ("auto", "torch", "lowered"))):
+            value = getattr(self, name)
+            if value not in known:
+                hint = nearest(str(value), known)
+                raise ProblemError(f"{name} is {value!r}; expected one of {', '.join(known)}{hint}")
+        solver_options(self, at_least={"max_iterations": 1}, positive=["tolerance"], not_negative=["regularisation"])
 
     def solve(self, problem: StagedOCP, guess: Guess, *, progress: bool = False) -> Solution:
         """Solve a discrete problem from a guess.
 
         Raises:
-            ProblemError: the problem has terminal or path constraints, which need multipliers.
+            ProblemError: the problem has terminal or path constraints, which need multipliers, or cannot be lowered.
             NonFiniteError: the first path of a single problem is not finite.
         """
         no_constraints(problem, "ddp")
         began = time.perf_counter()
         with torch.no_grad():
-            wide = static_as_state(problem)
-            iterate = start(problem, wide, guess)
-            monitor = Monitor(iterate, self.regularisation, self.tolerance, progress)
-            direction = expand_and_sweep(problem, wide, iterate, monitor.mu, self.curvature)
-            while not monitor.finished(iterate, direction) and monitor.sweeps < self.max_iterations:
-                iterate, step = line_search(wide, iterate, direction, active=monitor.active & direction.solvable)
-                monitor.record(iterate, direction, step)
-                direction = expand_and_sweep(problem, wide, iterate, monitor.mu, self.curvature)
-        return _solution(problem, iterate, direction, monitor, time.perf_counter() - began)
+            wide = Widened(problem)
+            kernel = self._kernel(wide, guess)
+            built = time.perf_counter()
+            start, history = Start(wide, kernel, guess), History(progress)
+            ended = self._search(kernel, start, history)
+        return _solution(wide, ended, kernel, history, (built - began, time.perf_counter() - built))
+
+    def _kernel(self, wide: Widened, guess: Guess) -> Kernel:
+        if self.kernel != "torch":
+            from ocnopt.solvers.lowered.kernel import LoweredKernel
+
+            try:
+                return LoweredKernel(wide.problem, guess)
+            except ProblemError:
+                if self.kernel == "lowered":
+                    raise
+        return TorchKernel(wide)
+
+    def _search(self, kernel: Kernel, start: Start, history: History) -> list[tuple[Iterate, Progress, Direction]]:
+        """Work on a window of problems until all have ended."""
+        ended: list[tuple[Iterate, Progress, Direction]] = []
+        iterate, progress = start.admit(self.regularisation, _WINDOW)
+        history.add(progress, iterate.cost, torch.zeros_like(iterate.cost))
+        while True:
+            direction = find_direction(kernel, iterate, progress.mu, self.curvature)
+            progress = judge(progress, iterate, direction, self.tolerance, self.max_iterations)
+            running = progress.running
+            done = running.numel() - int(running.sum())
+            if done == running.numel() and not start.waiting:
+                return [*ended, (iterate, progress, direction)]
+            if start.split and 8 * done >= running.numel():
+                rows, left = running.nonzero()[:, 0], (~running).nonzero()[:, 0]
+                ended.append((pick_rows(iterate, left), pick_rows(progress, left), pick_rows(direction, left)))
+                iterate, progress, direction = (
+                    pick_rows(iterate, rows),
+                    pick_rows(progress, rows),
+                    pick_rows(direction, rows),
+                )
+                running = progress.running
+            if running.numel():
+                before = iterate.cost
+                iterate, step = line_search(kernel, iterate, direction, running & direction.solvable)
+                progress = record(progress, before, iterate, direction, step)
+                history.add(progress, iterate.cost, step)
+            if start.waiting and running.numel() < _WINDOW:
+                new, begun = start.admit(self.regularisation, _WINDOW - running.numel())
+                history.add(begun, new.cost, torch.zeros_like(new.cost))
+                iterate, progress = joined(iterate, new), joined(progress, begun)
+            elif not start.waiting and iterate.gaps is not None and not bool(iterate.gaps.any()):
+                iterate = iterate._replace(gaps=None)
 
 
-def _solution(problem: StagedOCP, iterate: Iterate, direction: Direction, monitor: Monitor, seconds: float) -> Solution:
-    q, n = problem.parameter_dim, [x.shape[-1] - problem.parameter_dim for x in iterate.states]
+def _solution(
+    wide: Widened,
+    ended: list[tuple[Iterate, Progress, Direction]],
+    kernel: Kernel,
+    history: History,
+    times: tuple[float, float],
+) -> Solution:
+    problem, shape = wide.problem, wide.problem.batch_shape
+    iterate, progress, direction = ended[0]
+    if kernel.apart and shape:
+        order = torch.cat([part[1].row for part in ended]).argsort()
+        together = [pick_rows(joined(*parts), order) for parts in zip(*ended, strict=True)]
+        iterate, progress, direction = (unflattened(part, shape) for part in together)
+    states, p = wide.split(iterate.states)
     return make_solution(
         problem,
-        states=[x[..., :size] for x, size in zip(iterate.states, n, strict=True)],
-        controls=iterate.controls,
-        parameters=iterate.states[0][..., n[0] : n[0] + q],
+        states=states,
+        controls=wide.cut(iterate.controls, wide.control_sizes),
+        parameters=p,
         cost=iterate.cost,
-        converged=monitor.converged,
-        iterations=monitor.iterations,
-        status=monitor.status(iterate),
+        converged=progress.outcome == Outcome.CONVERGED,
+        iterations=progress.iterations,
+        status=_status(progress, iterate, kernel.name),
         constraint_violation=iterate.gap_size(),
-        wall_time=seconds,
-        build_time=0.0,
-        history=monitor.history(),
-        costates=[costate[..., :size] for costate, size in zip(direction.costates, n, strict=True)],
-        gains=(direction.k, [K[..., :size] for K, size in zip(direction.K, n, strict=False)]),
+        build_time=times[0],
+        wall_time=times[1],
+        history=history.tables(iterate.cost.shape),
+        costates=wide.split(direction.costates)[0],
+        gains=(wide.cut(direction.k, wide.control_sizes), wide.cut_gains(direction.K)),
     )
+
+
+def _status(progress: Progress, iterate: Iterate, kernel: str) -> str | list[str]:
+    """One sentence for each problem."""
+    flat = [v.reshape(-1).tolist() for v in (progress.outcome, progress.iterations, iterate.gap_size())]
+    sentences = [_sentence(kernel, *row) for row in zip(*flat, strict=True)]
+    return sentences if iterate.cost.ndim else sentences[0]
+
+
+def _sentence(kernel: str, outcome: int, iterations: int, gap: float) -> str:
+    steps = f"{iterations} step{'' if iterations == 1 else 's'}"
+    if outcome == Outcome.CONVERGED:
+        return f"converged after {steps} ({kernel} kernel)"
+    if outcome == Outcome.NOT_FINITE:
+        return "given up: the first path is not finite; pass another initial_guess"
+    reason, advice = {
+        Outcome.STUCK: (
+            "no step decreases the cost under the largest regularisation",
+            "look for a kink in the functions, or start elsewhere",
+        ),
+        Outcome.NOT_SMOOTH: (
+            "a derivative is NaN or infinite",
+            "look for a square root, a norm or a division at zero, also behind torch.where, or start elsewhere",
+        ),
+        Outcome.UNBOUNDED: (
+            "the cost falls without bound",
+            "bound the controls, or look for a cost that is not bounded below",
+        ),
+        Outcome.LIMIT: ("the iteration limit was reached", "raise max_iterations, or start from this solution"),
+    }[outcome]
+    gaps = f"; gaps up to {gap:.1e} are still open" if gap > 0 else ""
+    return f"stopped after {steps}: {reason}{gaps}; {advice} ({kernel} kernel)"

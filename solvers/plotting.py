@@ -1,87 +1,169 @@
-"""``Solution.plot``: states, controls, feedback gains and convergence of one problem in one figure."""
+"""Pictures of solutions: states, controls, feedback gains and convergence, of one solver or of several.
 
-from collections.abc import Sequence
-from pathlib import Path
+Shapes: states ``(..., N + 1, n)``, controls ``(..., N, m)``, gains K ``(..., N, m, n)``; the problems of a batch lie on
+top of each other.
+"""
 
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+# Okabe and Ito's colours, which colour-blind readers can tell apart; line styles differ too.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+STYLES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (5, 1.5, 1.2, 1.5)))
+_GREY, _MOST_PANELS, _LONGEST_LEGEND = "#6b7480", 6, 8
+Item = TypeVar("Item")
 
-def plot_path(
-    times: Tensor,
-    states: Tensor,
-    controls: Tensor,
-    feedback: Tensor | None,
-    gaps: Tensor | None,
-    *,
-    time: str,
-    path: str | Path | None,
+
+def plot_solutions(
+    solutions: Mapping[str, Any], *, states: Sequence[str] = (), controls: Sequence[str] = (), time: str = "time"
 ) -> Figure:
-    """Draw four panels, the problems of a batch on top of each other, and write them to ``path`` if one is given.
+    """Draw solutions of one problem: a panel for each state, each control and its gains, and one for the cost.
 
     Args:
-        times: ``(..., N + 1)``.
-        states: ``(..., N + 1, n)``.
-        controls: ``(..., N, m)``.
-        feedback: gains ``(..., N, m, n)``, or None.
-        gaps: relative distance of the cost from the last one, ``(iterations + 1, ...)``, or None.
+        solutions: by solver name; each a ``Solution`` whose sizes do not vary from stage to stage.
+        states: name and unit of each state; x0, x1, ... if empty.
+        controls: name and unit of each control; u0, u1, ... if empty.
         time: label of the time axis.
-        path: a file whose ending names the format.
     """
-    figure = Figure(figsize=(10, 6.5), layout="constrained")
-    panels = figure.subplots(2, 2)
-    _lines(panels[0, 0], times, states, [f"x{j}" for j in range(states.shape[-1])], step=False)
-    _labels(panels[0, 0], "states", time)
-    _lines(panels[0, 1], times[..., :-1], controls, [f"u{j}" for j in range(controls.shape[-1])], step=True)
-    _labels(panels[0, 1], "controls", time)
-    if feedback is None:
-        _empty(panels[1, 0], "this solver returns no feedback gains")
-    else:
-        names = [f"K[{i},{j}]" for i in range(feedback.shape[-2]) for j in range(feedback.shape[-1])]
-        _lines(panels[1, 0], times[..., :-1], feedback.flatten(-2), names, step=True)
-        _labels(panels[1, 0], "feedback gains", time)
-    if gaps is None:
-        _empty(panels[1, 1], "no history of the cost")
-    else:
-        _convergence(panels[1, 1], gaps.reshape(len(gaps), -1))
-    if path is not None:
-        figure.savefig(path, dpi=150)
+    first = next(iter(solutions.values()))
+    states = states or [f"x{j}" for j in range(first.states.shape[-1])]
+    controls = controls or [f"u{i}" for i in range(first.controls.shape[-1])]
+    feedback = [(name, s) for name, s in solutions.items() if s.gains is not None and len(controls) > 0][:1]
+    costs = {name: s for name, s in solutions.items() if "cost" in s.history}
+    of_states, of_controls = _parts(len(states)), _parts(len(controls))
+    count = len(of_states) + (1 + len(feedback)) * len(of_controls) + bool(costs)
+    figure, axes = panels(count, columns=2 if count <= 4 else 3)
+    free = iter(axes)
+    for part in of_states:
+        _draw(next(free), {name: (s.times, s.states) for name, s in solutions.items()}, states, part, time)
+    for part in of_controls:
+        axis = next(free)
+        _draw(axis, {name: (s.times, s.controls) for name, s in solutions.items()}, controls, part, time)
+        if first.control_bounds is not None and len(part) == 1:
+            for side in first.control_bounds:
+                if bool(side[part[0]].isfinite()):
+                    axis.axhline(float(side[part[0]]), color=_GREY, lw=0.9, ls=":")
+    for name, solution in feedback:
+        for part in of_controls:
+            _draw_gains(next(free), name if len(solutions) > 1 else "", solution, states, controls, part, time)
+    if costs:
+        _draw_convergence(next(free), costs)
+    if len(solutions) > 1:
+        legend(figure, axes[0] if len(of_states[0]) == 1 else axes[-1])
     return figure
 
 
-def _lines(axis: Axes, times: Tensor, values: Tensor, names: Sequence[str], *, step: bool) -> None:
-    """One colour for each component, one line for each problem of the batch."""
-    t = times.reshape(-1, times.shape[-1]).cpu().numpy()
-    v = values.reshape(-1, *values.shape[-2:]).cpu().numpy()
-    style = "steps-post" if step else "default"
-    for j, name in enumerate(names):
-        for i in range(len(v)):
-            label = name if i == 0 else None
-            axis.plot(t[i], v[i, :, j], color=f"C{j}", label=label, alpha=_alpha(len(v)), drawstyle=style)
+def panels(count: int, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """An empty figure with as many axes, row by row.
+
+    Args:
+        count: of axes.
+        columns: at most.
+    """
+    columns = min(count, columns)
+    rows = -(-count // columns)
+    size = (7.2, max(3.9, 3.0 * rows)) if columns == 1 else (4.6 * columns, 0.6 + 2.8 * rows)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
+    for spare in grid[count:]:
+        spare.remove()
+    return figure, grid[:count]
+
+
+def finish(axis: Axes, x: str, y: str) -> None:
+    """Labels, grid and margins.
+
+    Args:
+        axis: drawn already.
+        x: label.
+        y: label.
+    """
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
+    axis.grid(visible=True, color="#e3e7ec", lw=0.7)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.margins(x=0.02)
+
+
+def legend(figure: Figure, axis: Axes) -> None:
+    """One legend for the figure, of the lines of one axis, where there are several.
+
+    Args:
+        figure: with a constrained layout.
+        axis: whose lines are named.
+    """
+    handles, names = axis.get_legend_handles_labels()
     if len(names) > 1:
-        axis.legend(fontsize="small")
+        figure.legend(handles, names, loc="outside upper left", ncols=min(len(names), 4), frameon=False)
 
 
-def _convergence(axis: Axes, gaps: Tensor) -> None:
-    for column in gaps.cpu().unbind(-1):
-        rows = (column > 0).nonzero()[:, 0]
-        axis.semilogy(
-            rows.numpy(), column[rows].numpy(), marker="o", markersize=3, color="C0", alpha=_alpha(gaps.shape[-1])
-        )
-    _labels(axis, "distance from the final cost, relative", "iteration")
+def styled(items: Mapping[str, Item]) -> Iterator[tuple[str, Item, dict[str, Any]]]:
+    """Each item with a colour and a line style of its own.
+
+    Args:
+        items: by name.
+    """
+    for i, (name, item) in enumerate(items.items()):
+        yield name, item, {"color": COLOURS[i % len(COLOURS)], "ls": STYLES[i % len(STYLES)]}
 
 
-def _alpha(lines: int) -> float:
-    return 1.0 if lines == 1 else 0.4
+def _parts(count: int) -> list[range]:
+    """The components of each panel: one each, or all in one where they are many."""
+    return [range(j, j + 1) for j in range(count)] if count <= _MOST_PANELS else [range(count)]
 
 
-def _empty(axis: Axes, reason: str) -> None:
-    axis.text(0.5, 0.5, reason, ha="center", va="center", transform=axis.transAxes)
-    axis.set_axis_off()
+def _draw(
+    axis: Axes, curves: Mapping[str, tuple[Tensor, Tensor]], labels: Sequence[str], part: range, time: str
+) -> None:
+    """Colours tell solvers apart, or components where a panel holds several."""
+    for name, (times, values), look in styled(curves):
+        for j in part:
+            if len(part) == 1:
+                _lines(axis, times, values[..., j], name, **look)
+            else:
+                _lines(axis, times, values[..., j], labels[j], color=COLOURS[j % len(COLOURS)], ls=look["ls"])
+    finish(axis, time, labels[part[0]] if len(part) == 1 else f"{labels[0]} to {labels[part[-1]]}")
 
 
-def _labels(axis: Axes, name: str, horizontal: str) -> None:
-    axis.set_xlabel(horizontal)
-    axis.set_ylabel(name)
-    axis.grid(alpha=0.3)
+def _draw_gains(
+    axis: Axes, name: str, solution: Any, states: Sequence[str], controls: Sequence[str], part: range, time: str
+) -> None:
+    """K of some controls, one line a state."""
+    for i in part:
+        for j, state in enumerate(states):
+            label = state if i == part[0] else None
+            style = {"color": COLOURS[j % len(COLOURS)], "ls": STYLES[j % len(STYLES)]}
+            _lines(axis, solution.times, solution.gains.K[..., i, j], label, **style)
+    what = controls[part[0]] if len(part) == 1 else "all controls"
+    finish(axis, time, f"gains on {what}" + (f", {name}" if name else ""))
+    if 1 < len(states) <= _LONGEST_LEGEND:
+        axis.legend(fontsize="x-small")
+
+
+def _draw_convergence(axis: Axes, solutions: Mapping[str, Any]) -> None:
+    """Distance of each iteration's cost from the solver's last one."""
+    for name, solution, look in styled(solutions):
+        gaps = (solution.history["cost"] - solution.cost).abs() / solution.cost.abs().clamp(min=1.0)
+        gaps = torch.where(gaps > 0, gaps, torch.nan).movedim(0, -1)
+        axis.set_yscale("log")
+        axis.set_xlim(-0.3, max(axis.get_xlim()[1], gaps.shape[-1] - 0.7))
+        _lines(axis, torch.arange(float(gaps.shape[-1])), gaps, name, **look, marker="o", ms=3)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    finish(axis, "iteration", "distance from final cost")
+
+
+def _lines(axis: Axes, times: Tensor, values: Tensor, label: str | None, **look: Any) -> None:
+    """One line for each problem of the batch; a value of a step holds until the step's end."""
+    if values.shape[-1] < times.shape[-1]:
+        values, look = torch.cat([values, values[..., -1:]], dim=-1), {**look, "drawstyle": "steps-post"}
+    rows = values.detach().cpu().reshape(-1, values.shape[-1])
+    for t, row in zip(times.detach().cpu().expand(values.shape).reshape(rows.shape), rows, strict=True):
+        axis.plot(t.numpy(), row.numpy(), **look, alpha=1.0 if len(rows) == 1 else 0.4, label=label)
+        label = None

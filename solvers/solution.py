@@ -4,19 +4,22 @@ Shapes: ``...`` is the problem's batch shape; N steps, n states, m controls, q p
 sizes vary from stage to stage, ``states``, ``controls``, ``costates`` and gains are tuples, one tensor a node or step.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ocnopt.errors import DataError, ProblemError
-from ocnopt.staged import StagedOCP, rollout
+from ocnopt.differential.steps import rollout
+from ocnopt.errors import DataError, NonFiniteError, ProblemError
+from ocnopt.solvers.audit import audit
+from ocnopt.solvers.files import check_fingerprint, fingerprint, write_file
+from ocnopt.staged import StagedOCP
 
 Series = Tensor | tuple[Tensor, ...]
-_FORMAT = 1
+_FORMAT = 2
 
 
 class Gains(NamedTuple):
@@ -81,6 +84,9 @@ class Solution:
     def policy(self, t: float | Tensor, x: Tensor) -> Tensor:
         """The feedback law u_k + K_k (x - xbar(t)), clipped to the bounds; open loop without gains.
 
+        A node belongs to the step that it begins, the end to the last step. Outside the horizon nothing is
+        extrapolated: before it the first control, gains and state hold, after it the last.
+
         Args:
             t: a time, or one for each problem of the batch.
             x: the states there, ``(..., n)``.
@@ -95,12 +101,12 @@ class Solution:
         if x.shape[-1] != states.shape[-1]:
             raise ProblemError(f"policy got a state of shape {tuple(x.shape)}; expected (..., {states.shape[-1]})")
         t = self._per_problem(t)
-        steps = controls.shape[-2]
-        k = (torch.searchsorted(self.times.contiguous(), t[..., None].contiguous(), right=True)[..., 0] - 1).clamp(
-            0, steps - 1
-        )
+        # k h and the k-th node differ by rounding, and the node must find its own step
+        slack = 8 * torch.finfo(t.dtype).eps * self.times.abs().amax(-1)
+        passed = torch.searchsorted(self.times.contiguous(), (t + slack)[..., None].contiguous(), right=True)[..., 0]
+        k = (passed - 1).clamp(0, controls.shape[-2] - 1)
         start, end = _pick(self.times, k, 0), _pick(self.times, k + 1, 0)
-        share = ((t - start) / (end - start))[..., None]
+        share = ((t - start) / (end - start)).clamp(0.0, 1.0)[..., None]
         before = _pick(states, k, 1)
         nominal = before + share * (_pick(states, k + 1, 1) - before)
         u = _pick(controls, k, 1)
@@ -119,11 +125,12 @@ class Solution:
             disturbance: ``disturbance(t, x) -> (..., n)``, added to the state after each step.
 
         Returns:
-            A Solution with the new states, controls and cost; it keeps gains and parameters and makes no claim of
-            convergence.
+            A Solution with the new states, controls, cost and constraint violation; it keeps gains and parameters
+            and makes no claim of convergence.
 
         Raises:
             ProblemError: the state has another shape, or the solution was loaded from a file without its problem.
+            NonFiniteError: the path of a single problem leaves the numbers; in a batch its status says so.
         """
         if self.problem is None:
             raise ProblemError("this solution has no problem to run; load it with oc.load_solution(path, problem=...)")
@@ -137,23 +144,21 @@ class Solution:
         after = None if disturbance is None else lambda k, x: x + disturbance(nodes[k + 1], x)
         with torch.no_grad():
             path = rollout(self.problem, lambda k, x: self.policy(nodes[k], x), x0.expand(size), p, after=after)
-        return Solution(
-            times=self.times,
+            states = list(path.states)
+            violation = audit(self.problem, states, list(path.controls), p).violation
+        return replace(
+            self,
             states=series(path.states),
             controls=series(path.controls),
-            parameters=self.parameters,
-            horizon=self.horizon,
             cost=path.cost,
             converged=torch.zeros_like(self.converged),
             iterations=torch.zeros_like(self.iterations),
-            status="closed-loop rollout of a policy; nothing was optimised",
-            constraint_violation=torch.zeros_like(self.cost),
+            status=_rollout_status(states, path.cost, nodes),
+            constraint_violation=violation,
             wall_time=0.0,
             build_time=0.0,
             history={},
-            gains=self.gains,
-            control_bounds=self.control_bounds,
-            problem=self.problem,
+            costates=None,
         )
 
     def plot(self, path: str | Path | None = None) -> Any:
@@ -164,32 +169,32 @@ class Solution:
 
         Raises:
             ProblemError: sizes vary from stage to stage.
+            DataError: the picture cannot be written there.
         """
-        from ocnopt.solvers.plotting import plot_path
+        from ocnopt.solvers.plotting import plot_solutions
 
-        costs = self.history.get("cost")
-        return plot_path(
-            self.times,
-            self._tensor("states"),
-            self._tensor("controls"),
-            None if self.gains is None else self._tensor("K"),
-            None if costs is None else (costs - self.cost).abs() / (1 + self.cost.abs()),
-            time="time" if self.problem is None or self.problem.origin is not None else "step",
-            path=path,
-        )
+        for name in ("states", "controls", "K")[: 2 if self.gains is None else 3]:
+            self._tensor(name)
+        figure = plot_solutions({"": self}, time="time" if self.problem is None or self.problem.origin else "step")
+        if path is not None:
+            write_file(
+                path, "a picture whose ending names its format, such as .png", lambda: figure.savefig(path, dpi=150)
+            )
+        return figure
 
     def save(self, path: str | Path) -> None:
         """Write everything but the problem's functions to one file, read again by ``oc.load_solution``.
 
         Raises:
-            DataError: its folder does not exist.
+            DataError: the file cannot be written there.
         """
         record = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("problem", "gains")}
         record["history"] = dict(self.history)
         record["gains"] = None if self.gains is None else tuple(self.gains)
-        if not Path(path).absolute().parent.is_dir():
-            raise DataError(f"{path} lies in no folder; expected one that exists: create {Path(path).parent} first")
-        torch.save({"format": _FORMAT, **record}, path)
+        record["fingerprint"] = None if self.problem is None else _fingerprint(self, self.problem)
+        write_file(
+            path, "a file in a folder that you may write to", lambda: torch.save({"format": _FORMAT, **record}, path)
+        )
 
     def _per_problem(self, t: float | Tensor) -> Tensor:
         batch = tuple(self.cost.shape)
@@ -203,8 +208,7 @@ class Solution:
 
     def _full_parameters(self) -> Tensor:
         """p as the discrete problem sees it: with T where the horizon was free."""
-        free = self.problem is not None and self.problem.origin is not None and self.problem.origin.free
-        return torch.cat([self.parameters, self.horizon[..., None]], dim=-1) if free else self.parameters
+        return self.parameters if self.problem is None else _parameters_of(self, self.problem)
 
     def _tensor(self, name: str) -> Tensor:
         value = self.gains.K if name == "K" and self.gains is not None else getattr(self, name)
@@ -222,19 +226,21 @@ def _pick(values: Tensor, k: Tensor, tail: int) -> Tensor:
     return torch.gather(values, axis, index).squeeze(axis)
 
 
-def series(values: list[Tensor]) -> Series:
-    """Stack along the time axis, behind the batch; a tuple where sizes vary."""
+def series(values: Tensor | Sequence[Tensor]) -> Series:
+    """The time axis, in front till now, behind the batch; a tuple where sizes vary."""
+    if isinstance(values, Tensor):
+        return values.movedim(0, -2)
     core = {tuple(value.shape) for value in values}
     if len(core) != 1:
         return tuple(values)
-    return torch.stack(values, dim=-2)
+    return torch.stack(list(values), dim=-2)
 
 
 def make_solution(
     problem: StagedOCP,
     *,
-    states: list[Tensor],
-    controls: list[Tensor],
+    states: Tensor | Sequence[Tensor],
+    controls: Tensor | Sequence[Tensor],
     parameters: Tensor,
     cost: Tensor,
     converged: Tensor,
@@ -244,8 +250,8 @@ def make_solution(
     wall_time: float,
     build_time: float,
     history: Mapping[str, Tensor],
-    costates: list[Tensor] | None = None,
-    gains: tuple[list[Tensor], list[Tensor]] | None = None,
+    costates: Tensor | Sequence[Tensor] | None = None,
+    gains: tuple[Tensor | Sequence[Tensor], Tensor | Sequence[Tensor]] | None = None,
 ) -> Solution:
     """Collect results in a Solution's shapes; ``parameters (*batch, q)`` still hold T where the horizon is free."""
     form = problem.origin
@@ -272,9 +278,54 @@ def make_solution(
     )
 
 
-def _matrices(values: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
-    """Stack (..., m, n) along the time axis in front of the matrix axes."""
-    return torch.stack(values, dim=-3) if len({tuple(v.shape) for v in values}) == 1 else tuple(values)
+def _matrices(values: Tensor | Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
+    """The time axis in front of the matrix axes (..., m, n)."""
+    if isinstance(values, Tensor):
+        return values.movedim(0, -3)
+    return torch.stack(list(values), dim=-3) if len({tuple(v.shape) for v in values}) == 1 else tuple(values)
+
+
+def _parameters_of(solution: Solution, problem: StagedOCP) -> Tensor:
+    """p as the discrete problem sees it: with T where the horizon was free."""
+    free = problem.origin is not None and problem.origin.free
+    return torch.cat([solution.parameters, solution.horizon[..., None]], dim=-1) if free else solution.parameters
+
+
+def _rollout_status(states: Sequence[Tensor], cost: Tensor, times: Tensor) -> str | list[str]:
+    """What became of each closed loop.
+
+    Raises:
+        NonFiniteError: a single one left the numbers.
+    """
+    sentence = "closed-loop rollout of a policy; nothing was optimised"
+    lost = torch.stack([~torch.isfinite(x).all(-1) for x in states])
+    broken = lost.any(0) | ~torch.isfinite(cost)
+    if not bool(broken.any()):
+        return sentence
+
+    def told(step: Tensor, off_path: Tensor, time: Tensor) -> str:
+        place = f"at t = {float(time):.6g} (node {int(step)} of {len(times) - 1})" if bool(off_path) else "in its cost"
+        return f"closed-loop rollout of a policy that left the finite numbers {place}"
+
+    steps = lost.to(torch.int8).argmax(0)
+    when = torch.gather(times, 0, steps[None])[0]
+    if cost.ndim == 0:
+        raise NonFiniteError(
+            f"{told(steps, lost.any(), when)}; expected finite states: take more steps (a stiff plan from collocation "
+            "needs them), or start nearer to the plan"
+        )
+    rows = zip(broken.reshape(-1), steps.reshape(-1), lost.any(0).reshape(-1), when.reshape(-1), strict=True)
+    return [told(*row) if bool(bad) else sentence for bad, *row in rows]
+
+
+def _nodes_of(values: Series) -> tuple[Tensor, ...]:
+    """One tensor a node or step."""
+    return values.unbind(-2) if isinstance(values, Tensor) else values
+
+
+def _fingerprint(solution: Solution, problem: StagedOCP) -> dict[str, Tensor]:
+    p = _parameters_of(solution, problem)
+    return fingerprint(problem, _nodes_of(solution.states), _nodes_of(solution.controls), p)
 
 
 def load_solution(path: str | Path, problem: StagedOCP | None = None) -> Solution:
@@ -282,19 +333,25 @@ def load_solution(path: str | Path, problem: StagedOCP | None = None) -> Solutio
 
     Args:
         path: the file.
-        problem: the discrete problem (``oc.transcribe(...)``), needed only for ``rollout``.
+        problem: the discrete problem (``oc.transcribe(...)``), needed only for ``rollout``; it must be the one that
+            was solved.
 
     Raises:
-        DataError: not a solution, or of a newer format.
+        ProblemError: the problem is not a discrete one.
+        DataError: not a solution, of another format, or of another problem.
     """
+    if problem is not None and not isinstance(problem, StagedOCP):
+        raise ProblemError(
+            f"problem is {type(problem).__name__}; expected the discrete one: oc.transcribe(problem, steps, integrator)"
+        )
     try:
         record = torch.load(path, weights_only=True)
         if record.pop("format") != _FORMAT:
             raise DataError(
                 f"{path} has another format than {_FORMAT}; expected a file written by this version's Solution.save"
             )
-        gains = record.pop("gains")
-        return Solution(**record, gains=None if gains is None else Gains(*gains), problem=problem)
+        gains, saved = record.pop("gains"), record.pop("fingerprint")
+        solution = Solution(**record, gains=None if gains is None else Gains(*gains), problem=problem)
     except DataError:
         raise
     except FileNotFoundError as error:
@@ -303,3 +360,6 @@ def load_solution(path: str | Path, problem: StagedOCP | None = None) -> Solutio
         raise DataError(
             f"{path} is no saved solution ({type(error).__name__}); expected a file written by Solution.save"
         ) from error
+    if problem is not None:
+        check_fingerprint(path, saved, lambda: _fingerprint(solution, problem))
+    return solution

@@ -9,11 +9,12 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ocnopt.checks import float_tensor, nearest, shape
+from ocnopt.checks import float_tensor, listed, nearest, shape
+from ocnopt.differential.steps import rollout
 from ocnopt.errors import ConvergenceError, ProblemError
 from ocnopt.ocp import OCP
 from ocnopt.solvers.solution import Guess, Solution
-from ocnopt.staged import StagedOCP, rollout, transcribe
+from ocnopt.staged import StagedOCP, transcribe
 
 _KEYS = ("controls", "states", "parameters", "horizon")
 _SOLVERS = {"ddp": ("ocnopt.solvers.ddp", "DDP"), "casadi": ("ocnopt.solvers.direct.casadi_solver", "CasADi")}
@@ -58,7 +59,7 @@ def solve(
 
     Raises:
         ProblemError: unknown solver or option, or a problem that the solver cannot handle (the message says which can).
-        ConvergenceError: ``strict`` and not converged.
+        ConvergenceError: ``strict`` and not converged; its ``solution`` is what was reached.
 
     Example:
         >>> cost = lambda t, x, u: (x**2 + u**2).sum(-1)
@@ -68,16 +69,50 @@ def solve(
     """
     given = {"max_iterations": max_iterations, "tolerance": tolerance}
     chosen = make_solver(solver, {**options, **{key: value for key, value in given.items() if value is not None}})
-    staged = problem if isinstance(problem, StagedOCP) else transcribe(problem, steps, integrator)
+    staged = read_problem(problem, steps, integrator)
     solution = chosen.solve(staged, read_guess(staged, initial_guess), progress=progress)
     if strict and not bool(solution.converged.all()):
-        raise ConvergenceError(f"not converged: {solution.status}; pass strict=False to look at the result")
+        raise ConvergenceError(_unfinished(solution), solution)
     return solution
+
+
+def _unfinished(solution: Solution) -> str:
+    """Which problems did not converge, and why the first did not."""
+    cure = "pass strict=False to look at the result, or read it from this error's .solution"
+    if isinstance(solution.status, str):
+        return f"not converged: {solution.status}; {cure}"
+    rows = (~solution.converged).reshape(-1).nonzero()[:, 0].tolist()
+    indices = [tuple(row) for row in (~solution.converged).nonzero().tolist()]
+    named = listed([str(index[0] if len(index) == 1 else index) for index in indices]).replace("'", "")
+    return f"not converged: {len(rows)} of {len(solution.status)}, problems {named}: {solution.status[rows[0]]}; {cure}"
+
+
+def read_problem(problem: Any, steps: int, integrator: str) -> StagedOCP:
+    """The discrete problem behind what the caller gave.
+
+    Raises:
+        ProblemError: no problem; the message says how to come by one.
+    """
+    if isinstance(problem, StagedOCP):
+        return problem
+    if isinstance(problem, OCP):
+        return transcribe(problem, steps, integrator)
+    came, cure = (
+        f"of type {type(problem).__name__}",
+        "use oc.OCP(dynamics, running_cost, ..), oc.StagedOCP or oc.from_module",
+    )
+    if isinstance(problem, str):
+        came, cure = f"the name {problem!r}", f"take it from the library, oc.problems.get({problem!r}).build()"
+    elif callable(getattr(problem, "build", None)):
+        came, cure = f"the record of {getattr(problem, 'name', problem)!r}", "call its build() and pass what it returns"
+    raise ProblemError(f"problem is {came}; expected an oc.OCP or oc.StagedOCP: {cure}")
 
 
 def make_solver(solver: str | Solver, options: dict[str, Any]) -> Solver:
     """A solver object from a name and its options; an object is taken as it is."""
     if not isinstance(solver, str):
+        if isinstance(solver, type):
+            raise ProblemError(f"solver is the class {solver.__name__}; expected an object: write {solver.__name__}()")
         if not isinstance(solver, Solver):
             raise ProblemError(
                 f"solver is {type(solver).__name__}; expected a name ({', '.join(_SOLVERS)}) or a solver object "
@@ -106,7 +141,8 @@ def make_solver(solver: str | Solver, options: dict[str, Any]) -> Solver:
 def read_guess(problem: StagedOCP, given: Any) -> Guess:
     """The start of every solver: what the caller gave, else the problem's own, else zero controls clipped to bounds.
 
-    A default start with a zero gradient is perturbed (seeded) with a warning, since every solver would stop there.
+    Controls that nobody gave are zero; where the gradient is zero there, they are perturbed (seeded) with a warning,
+    since every solver would stop. A start with controls or states is taken as it is, so that an optimum stays one.
 
     Raises:
         ProblemError: unknown keys, wrong shapes, or non-finite numbers.
@@ -114,9 +150,12 @@ def read_guess(problem: StagedOCP, given: Any) -> Guess:
     own = problem.initial_guess if given is None else given
     if callable(own):
         own = own(problem.steps)
-    if own is not None:
-        return _from_mapping(problem, _as_mapping(own))
-    return _leave_stationary_point(problem, default_guess(problem))
+    if own is None:
+        return _leave_stationary_point(problem, default_guess(problem))
+    mapping = _as_mapping(problem, own)
+    guess = _from_mapping(problem, mapping)
+    chosen = mapping.get("controls") is not None or mapping.get("states") is not None
+    return guess if chosen else _leave_stationary_point(problem, guess)
 
 
 def default_guess(problem: StagedOCP) -> Guess:
@@ -128,9 +167,11 @@ def default_guess(problem: StagedOCP) -> Guess:
     return Guess(controls, problem.start_parameters())
 
 
-def _as_mapping(given: Any) -> Mapping[str, Any]:
+def _as_mapping(problem: StagedOCP, given: Any) -> Mapping[str, Any]:
     if isinstance(given, Solution):
-        return {key: getattr(given, key) for key in _KEYS}
+        # every Solution has an end time; it is a guess only where the end time is free
+        keys = _KEYS if _has_free_end(problem) else _KEYS[:-1]
+        return {key: getattr(given, key) for key in keys}
     if isinstance(given, Mapping):
         for key in given:
             if key not in _KEYS:
@@ -180,13 +221,28 @@ def _expanded(name: str, value: Tensor, size: tuple[int, ...]) -> Tensor:
         ) from error
 
 
+def _has_free_end(problem: StagedOCP) -> bool:
+    return problem.origin is not None and problem.origin.free
+
+
 def _parameters(problem: StagedOCP, given: Mapping[str, Any]) -> Tensor:
-    free = problem.origin is not None and problem.origin.free
+    free = _has_free_end(problem)
+    if not free and given.get("horizon") is not None:
+        fixed = "is fixed" if problem.origin is not None else "is its number of steps"
+        raise ProblemError(
+            f"initial_guess has a horizon, but the problem's end time {fixed}; expected none: leave it out, or free "
+            "the end time with oc.FreeHorizon(initial, lower, upper)"
+        )
     p = problem.start_parameters()
     parts = {"parameters": p[..., :-1], "horizon": p[..., -1:]} if free else {"parameters": p}
     for name, part in parts.items():
-        if given.get(name) is None or part.shape[-1] == 0:
+        if given.get(name) is None:
             continue
+        if part.shape[-1] == 0 and torch.as_tensor(given[name]).numel() > 0:
+            raise ProblemError(
+                "initial_guess has parameters, but the problem has none; expected none: leave them out, or give the "
+                "problem parameters="
+            )
         value = float_tensor(f"initial_guess {name}", given[name], problem.dtype, problem.device)
         value = value[..., None] if name == "horizon" else value
         if value.shape[-1:] != part.shape[-1:]:
@@ -197,7 +253,7 @@ def _parameters(problem: StagedOCP, given: Mapping[str, Any]) -> Tensor:
 
 
 def _leave_stationary_point(problem: StagedOCP, guess: Guess) -> Guess:
-    """Perturb problems whose cost has a zero gradient at the default start; constraints are left to their solver."""
+    """Perturb problems whose cost has a zero gradient at zero controls; constraints are left to their solver."""
     constrained = problem.terminal_constraint is not None or problem.path_constraint is not None
     if constrained or sum(u.shape[-1] for u in guess.controls) == 0:
         return guess
@@ -214,7 +270,7 @@ def _leave_stationary_point(problem: StagedOCP, guess: Guess) -> Guess:
         return guess
     which = "" if not problem.batch_shape else f" in {int(still.sum())} of {still.numel()} problems"
     warnings.warn(
-        f"the default start (zero controls) is a stationary point{which}: its gradient is zero and no solver would "
+        f"the start (zero controls) is a stationary point{which}: its gradient is zero and no solver would "
         "move; a seeded perturbation is used instead. Pass initial_guess= to choose the start",
         stacklevel=4,
     )

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ocnopt.differential.differentiate import differentiate
-from ocnopt.from_module import from_module
 from ocnopt.leading_axes import accepts_leading_axes
+from ocnopt.modules import from_module
 from ocnopt.ocp import OCP
 from tests.differential.cases import Field
 

@@ -1,5 +1,6 @@
 """Discrete problems: transcription against hand-written steps, static controls as states, rollouts, every refusal."""
 
+import inspect
 import math
 from functools import partial
 
@@ -8,9 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ocnopt.differential.steps import evaluate, rollout, rows_stand_alone, walk
 from ocnopt.errors import ProblemError
 from ocnopt.ocp import OCP, FreeHorizon, Horizon
-from ocnopt.staged import FeedbackLaw, Stage, StagedOCP, rollout, shoot, static_as_state, transcribe
+from ocnopt.staged import Stage, StagedOCP, Widened, transcribe
 from tests.oracles.compare import assert_close
 
 
@@ -181,7 +183,7 @@ class TestStagedOCP:
         stage = Stage(lambda k, x, u: x + weights[k][..., None], lambda k, x, u: weights[k])
         problem = StagedOCP(stage, initial_state=[1.0], steps=5)
         path = rollout(problem, lambda k, x: x.new_zeros(0), problem.initial_state)
-        assert_close(torch.cat(path.states), [1.0, 1.0, 2.0, 4.0, 7.0, 11.0])
+        assert_close(path.states[:, 0], [1.0, 1.0, 2.0, 4.0, 7.0, 11.0])
         assert path.cost.item() == 10.0
 
     def test_stages_with_parameters(self):
@@ -212,7 +214,7 @@ class TestStagedOCP:
     def test_the_next_state_may_be_moved(self):
         problem = StagedOCP(Stage(linear, square, 1), initial_state=[1.0], steps=2)
         path = rollout(problem, lambda k, x: x.new_zeros(1), problem.initial_state, after=lambda k, x: x + k + 1)
-        assert_close(torch.cat(path.states), [1.0, 1.9, 3.71])
+        assert_close(path.states[:, 0], [1.0, 1.9, 3.71])
         assert_close(path.cost, 1.0 + 1.9**2)
 
     @pytest.mark.parametrize("steps", [None, 0])
@@ -298,22 +300,16 @@ def test_static_controls_as_states_change_no_path(batch, n, q, free):
         parameters=torch.rand(q) if q else None,
     )
     staged = transcribe(problem, 3, "midpoint")
-    wide = static_as_state(staged)
+    wide = Widened(staged)
     count = q + int(free)
-    assert wide.state_dim == n + count
-    assert wide.parameter_dim == 0
+    assert (wide.n, wide.q) == (n + count, count)
     p = staged.start_parameters() + 0.1
     controls = torch.rand(3, *batch, 1).double()
     narrow_path = rollout(staged, lambda k, x: controls[k], staged.initial_state, p)
-    wide_path = rollout(wide, lambda k, x: controls[k], torch.cat([staged.initial_state, p], dim=-1))
+    wide_path = walk(wide, lambda k, x: controls[k], torch.cat([staged.initial_state, p], dim=-1))
     assert_close(wide_path.cost, narrow_path.cost)
     for z, x in zip(wide_path.states, narrow_path.states, strict=True):
         assert_close(z, torch.cat([x, p], dim=-1))
-
-
-def test_without_static_controls_nothing_is_widened():
-    problem = StagedOCP(Stage(linear, control_dim=1), initial_state=[1.0], steps=2)
-    assert static_as_state(problem) is problem
 
 
 class TestPaths:
@@ -326,23 +322,94 @@ class TestPaths:
         given_, policy = (rollout(problem, way, problem.initial_state) for way in (controls, lambda k, x: controls[k]))
         assert_close(given_.cost, policy.cost, rtol=0.0)
 
-    def test_shooting_from_every_node_finds_the_gaps_that_a_rollout_was_given(self, problem):
-        controls, gaps = list(torch.rand(4, 3, 1).double()), list(torch.rand(4, 3, 2).double())
-        path = rollout(problem, controls, problem.initial_state, gaps=gaps)
-        found, cost = shoot(problem, path.states, controls, problem.start_parameters())
-        assert_close(torch.stack(found), torch.stack(gaps), rtol=1e-12)
-        assert_close(cost, path.cost, rtol=1e-13)
+    def test_evaluating_a_broken_path_finds_the_gaps_that_a_walk_was_given(self, problem):
+        wide = Widened(problem)
+        controls, gaps = torch.rand(4, 3, 1).double(), torch.rand(4, 3, 2).double()
+        path = walk(wide, lambda k, x: controls[k], problem.initial_state, gaps)
+        found = evaluate(wide, path.states, controls)
+        assert_close(found.gaps, gaps, rtol=1e-12)
+        assert_close(found.cost, path.cost, rtol=1e-13)
 
-    def test_a_feedback_law(self):
-        bounds = (torch.tensor([-1.0]).double(), torch.tensor([1.0]).double())
-        law = FeedbackLaw(
-            states=[torch.tensor([1.0, 2.0]).double()] * 2,
-            controls=[torch.tensor([0.1], dtype=torch.float64)] * 2,
-            k=[torch.tensor([0.4], dtype=torch.float64)] * 2,
-            K=[torch.tensor([[1.0, -1.0]]).double()] * 2,
-            alpha=torch.tensor([[1.0], [0.5]]).double(),
-            bounds=[None, bounds],
+    def test_smaller_states_and_controls_are_followed_by_zeros(self):
+        grow = Stage(lambda k, x, u: torch.cat([x, u], dim=-1), lambda k, x, u: (u**2).sum(-1), 1)
+        rest = Stage(lambda k, x, u: x.sum(-1, keepdim=True), None, 0)
+        wide = Widened(StagedOCP([grow, rest], initial_state=[2.0], control_bounds=(-1.0, 3.0)))
+        path = walk(wide, lambda k, x: torch.tensor([[3.0], [0.0]]).double()[k], torch.tensor([2.0, 0.0]).double())
+        assert_close(path.states, [[2.0, 0.0], [2.0, 3.0], [5.0, 0.0]])
+        assert [x.tolist() for x in wide.split(path.states)[0]] == [[2.0], [2.0, 3.0], [5.0]]
+        assert [u.tolist() for u in wide.cut(path.controls, wide.control_sizes)] == [[3.0], []]
+        assert_close(evaluate(wide, path.states, path.controls).gaps, torch.zeros(2, 2))
+        assert wide.control_bounds[0].tolist() == [[-1.0], [0.0]]
+
+    @pytest.mark.parametrize(
+        ("stage", "alone"),
+        [
+            (lambda data: Stage(lambda k, x, u: x * 2.0, lambda k, x, u: x.sum(-1)), True),
+            (lambda data: Stage(lambda k, x, u: x * data[0], None), True),
+            (lambda data: Stage(lambda k, x, u: x * data, None), False),
+            (lambda data: Stage(lambda k, x, u: x, lambda k, x, u: (x * data).sum(-1)), False),
+            (lambda data: Stage(lambda k, x, u: x * data[: x.shape[-2]], None), False),
+        ],
+    )
+    def test_whether_a_problem_of_a_batch_stands_alone(self, stage, alone):
+        data = torch.tensor([[1.0], [2.0], [3.0]]).double()
+        problem = StagedOCP(stage(data), initial_state=torch.ones(3, 2), steps=2)
+        assert rows_stand_alone(Widened(problem)) == alone
+
+    def test_the_data_of_a_terminal_cost_count_too(self):
+        data = torch.rand(2, 2, 3).double()
+        problem = StagedOCP(
+            Stage(lambda k, x, u: x), lambda x: (x * data).sum(-1), initial_state=torch.ones(2, 2, 3), steps=2
         )
-        x = torch.tensor([3.0, 3.0]).double()
-        assert_close(law(0, x), [[0.1 + 0.4 + 1.0], [0.1 + 0.2 + 1.0]])
-        assert_close(law(1, x), [[1.0], [1.0]])
+        assert not rows_stand_alone(Widened(problem))
+
+
+class TestConstraintsAreChecked:
+    """A discrete problem's own constraints, at both ends of the path."""
+
+    def make(self, **options):
+        return StagedOCP(Stage(lambda k, x, u: x + u, control_dim=1), initial_state=[1.0], steps=3, **options)
+
+    def test_what_is_no_function(self):
+        for name in ("path_constraint", "terminal_constraint"):
+            with pytest.raises(ProblemError, match=f"{name} is int; expected a function of plain torch code"):
+                inspect.unwrap(StagedOCP.__init__)(
+                    object.__new__(StagedOCP), Stage(lambda k, x, u: x), initial_state=[1.0], steps=3, **{name: 3}
+                )
+
+    def test_wrong_shapes(self):
+        with pytest.raises(ProblemError, match=r"path_constraint returned shape \(\); expected \(\) and one last axis"):
+            self.make(path_constraint=lambda k, x, u: x[..., 0])
+        with pytest.raises(ProblemError, match=r"terminal_constraint returned shape \(\); expected \(\) and one last"):
+            self.make(terminal_constraint=lambda x: x[..., 0])
+
+    def test_wrong_arguments(self):
+        with pytest.raises(ProblemError, match=r"path_constraint\(k, x, u\) failed when called"):
+            self.make(path_constraint=lambda x: x)
+        with pytest.raises(ProblemError, match=r"terminal_constraint\(x\) failed when called"):
+            self.make(terminal_constraint=lambda k, x: x)
+
+    def test_at_the_end_too(self):
+        with pytest.raises(ProblemError, match="path_constraint returned inf at entry"):
+            self.make(path_constraint=lambda k, x, u: x / (k - 3)[..., None])
+
+    def test_sizes_that_vary(self):
+        stages = [
+            Stage(lambda k, x, u: torch.cat([x, u], dim=-1), control_dim=1),
+            Stage(lambda k, x, u: x[..., :1], control_dim=2),
+        ]
+        seen = []
+
+        def constraint(k, x, u):
+            seen.append((k, x.shape[-1], u.shape[-1]))
+            return x - 5
+
+        StagedOCP(stages, initial_state=[0.5], path_constraint=constraint, terminal_constraint=lambda x: x - 1)
+        assert set(seen) == {(0, 1, 1), (2, 1, 2)}
+
+    def test_parameters_outside_their_bounds(self):
+        stage = Stage(lambda k, x, u, p: x + p)
+        with pytest.raises(
+            ProblemError, match=r"parameters\[0\] is 2.0, outside its bounds \[0.0, 1.0\]; expected a start"
+        ):
+            StagedOCP(stage, initial_state=[1.0], steps=3, parameters=[2.0], parameter_bounds=(0.0, 1.0))

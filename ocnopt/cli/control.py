@@ -1,82 +1,43 @@
 """Solving and comparing control problems by name, with a run folder for what came out."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
-from ocnopt.cli import plots
+from ocnopt.cli.plots import save
 from ocnopt.cli.report import Image, Section, write_report
 from ocnopt.cli.runs import CHECKPOINT, RunFolder, replace_file
-from ocnopt.cli.tables import Table
+from ocnopt.cli.tables import Table, as_options
 from ocnopt.ocp import OCP
 from ocnopt.problems import ControlRecord, control
-from ocnopt.solvers.compare import Comparison, compare
+from ocnopt.solvers.compare import HEAD, Comparison, compare
+from ocnopt.solvers.plotting import plot_solutions
 from ocnopt.solvers.solution import Solution, load_solution
 from ocnopt.solvers.solve import solve
 
 
-def solve_request(
-    name: str,
-    solver: str = "ddp",
-    steps: int | None = None,
-    integrator: str | None = None,
-    max_iterations: int | None = None,
-    tolerance: float | None = None,
-) -> dict[str, Any]:
-    """What ``ocnopt solve`` was asked, with the problem's recommendations filled in.
+def request(name: str, *, steps: int | None, integrator: str | None, **others: Any) -> dict[str, Any]:
+    """What ``ocnopt solve`` or ``ocnopt compare`` was asked, with the problem's recommendations filled in.
 
     Args:
         name: of a control problem.
-        solver: name of a solver.
         steps: N; the recommended one if None.
         integrator: the recommended one if None.
-        max_iterations: the solver's own if None.
-        tolerance: the solver's own if None.
+        others: kept as they are.
 
     Raises:
         ProblemError: no such control problem.
     """
     record = control(name)
-    return {
-        "command": "solve",
-        "problem": name,
-        "solver": solver,
-        "steps": steps or record.steps,
-        "integrator": integrator or record.integrator,
-        "max_iterations": max_iterations,
-        "tolerance": tolerance,
-    }
-
-
-def compare_request(
-    name: str, solvers: Sequence[str] | None = None, steps: int | None = None, integrator: str | None = None
-) -> dict[str, Any]:
-    """What ``ocnopt compare`` was asked, with the problem's recommendations filled in.
-
-    Args:
-        name: of a control problem.
-        solvers: names of solvers; DDP and CasADi if None or empty.
-        steps: N; the recommended one if None.
-        integrator: the recommended one if None.
-
-    Raises:
-        ProblemError: no such control problem.
-    """
-    record = control(name)
-    return {
-        "command": "compare",
-        "problem": name,
-        "solvers": list(solvers or ("ddp", "casadi")),
-        "steps": steps or record.steps,
-        "integrator": integrator or record.integrator,
-    }
+    numbers = {"steps": steps or record.steps, "integrator": integrator or record.integrator}
+    return {"problem": name, **numbers, **others}
 
 
 def run_solve(folder: RunFolder) -> Solution:
     """Solve what a folder's configuration asks for, unless its solution is there already; write plots and a page.
 
     Args:
-        folder: made with a :func:`solve_request`.
+        folder: made with a :func:`request`.
     """
     asked = folder.config
     record = control(asked["problem"])
@@ -94,9 +55,8 @@ def run_solve(folder: RunFolder) -> Solution:
             tolerance=asked["tolerance"],
         )
         _keep(folder, CHECKPOINT, solution, asked["solver"])
-    tables = [solution_table(record, solution, asked["solver"], asked["steps"])]
-    images = draw(folder.plots, {asked["solver"]: solution}, record.state_labels, record.control_labels, _time(record))
-    _write_page(folder, record, f"{record.name} by {asked['solver']}", tables, images)
+    table = solution_table(record, solution, asked["solver"], asked["steps"])
+    _write_page(folder, record, f"{record.name} by {asked['solver']}", table, {asked["solver"]: solution})
     return solution
 
 
@@ -104,7 +64,7 @@ def run_compare(folder: RunFolder) -> Comparison:
     """Solve with every solver of a folder's configuration from one start; write plots and a page.
 
     Args:
-        folder: its configuration names problem, solvers, steps and integrator.
+        folder: made with a :func:`request`.
     """
     asked = folder.config
     record = control(asked["problem"])
@@ -114,10 +74,8 @@ def run_compare(folder: RunFolder) -> Comparison:
     for name, solution in comparison.solutions.items():
         _keep(folder, f"{name}.pt", solution, name)
     title = f"{record.name}: {' against '.join(comparison.solutions)}"
-    images = draw(folder.plots, comparison.solutions, record.state_labels, record.control_labels, _time(record))
-    _write_page(
-        folder, record, title, [comparison_table(record.name, comparison, known_cost(record, asked["steps"]))], images
-    )
+    table = comparison_table(record.name, comparison, known_cost(record, asked["steps"]))
+    _write_page(folder, record, title, table, comparison.solutions)
     return comparison
 
 
@@ -132,41 +90,29 @@ def known_cost(record: ControlRecord, steps: int) -> float | None:
 
 
 def draw(
-    folder: Path,
+    folder: RunFolder,
     solutions: Mapping[str, Solution],
     states: Sequence[str],
     controls: Sequence[str],
     time: str,
-    prefix: str = "",
-) -> list[Image]:
-    """The pictures of one problem, solved by one or more solvers.
+    name: str = "solution",
+) -> Image:
+    """The picture of one problem, solved by one or more solvers.
 
     Args:
-        folder: of the PNGs.
+        folder: takes the PNG.
         solutions: by solver name.
         states: labels.
         controls: labels.
         time: label of the time axis.
-        prefix: of the file names.
+        name: of the file.
     """
-    images = [
-        (plots.plot_states(folder / f"{prefix}states.png", solutions, states, time), "States."),
-        (
-            plots.plot_controls(folder / f"{prefix}controls.png", solutions, controls, time),
-            "Controls, constant on each step; dotted lines are bounds.",
-        ),
-    ]
-    for name, solution in solutions.items():
-        if solution.gains is not None:
-            path = folder / f"{prefix}gains.png"
-            plots.plot_gains(path, solution, states, controls, time)
-            images.append((path, f"Feedback gains K of {name}: what the control does about a deviation of each state."))
-            break
-    path = plots.plot_convergence(folder / f"{prefix}convergence.png", solutions)
-    images.append(
-        (path, "Convergence: distance of each iteration's cost from the solver's final one, divided by it if above 1.")
+    path = save(plot_solutions(solutions, states=states, controls=controls, time=time), folder.plots / f"{name}.png")
+    caption = (
+        "States; controls, constant on each step, dotted lines are bounds; feedback gains K, what a control does about "
+        "a deviation of each state; distance of each iteration's cost from the final one, divided by it if above 1."
     )
-    return [Image(f"{path.parent.name}/{path.name}", caption) for path, caption in images]
+    return Image(f"{path.parent.name}/{path.name}", caption)
 
 
 def solution_table(record: ControlRecord, solution: Solution, solver: str, steps: int) -> Table:
@@ -191,7 +137,7 @@ def solution_table(record: ControlRecord, solution: Solution, solver: str, steps
         ("time", f"{solution.wall_time:.2f} s, and {solution.build_time:.2f} s to build"),
         ("largest violation", f"{float(solution.constraint_violation):.1e}"),
         ("converged", "yes" if bool(solution.converged) else "no"),
-        ("status", solution.status if isinstance(solution.status, str) else "; ".join(solution.status)),
+        ("status", as_options(str(solution.status))),
     ]
     return Table(record.name, ("", ""), rows, text=True)
 
@@ -204,25 +150,49 @@ def comparison_table(name: str, comparison: Comparison, known: float | None = No
         comparison: of its solvers.
         known: best known cost of the discrete problem.
     """
-    first = next(iter(comparison.solutions))
-    head = ("solver", "cost", "T", "iterations", "time s", "build s", "max |dx|", "converged")
-    rows = [
-        (
-            row.solver,
-            f"{row.cost:.10g}",
-            f"{row.horizon:.6g}",
-            str(row.iterations),
-            f"{row.wall_time:.3f}",
-            f"{row.build_time:.3f}",
-            "" if row.solver == first else f"{row.state_difference:.1e}",
-            "yes" if row.converged else "no",
-        )
-        for row in comparison.rows
-    ]
-    note = f"max |dx|: largest difference of a state to {first}'s path."
+    note = "max |dx|: largest difference of a state to the first solver's path."
     if known is not None:
         note += f" Best known cost of this discrete problem: {known:.10g}."
-    return Table(name, head, rows, note=note)
+    return Table(name, HEAD, [row.cells() for row in comparison.rows], note=note)
+
+
+def solve_result(folder: RunFolder, solution: Solution) -> dict[str, Any]:
+    """What ``ocnopt solve --json`` prints.
+
+    Args:
+        folder: of the run.
+        solution: of one problem, no batch.
+    """
+    asked, record = folder.config, control(folder.config["problem"])
+    numbers = ("cost", "horizon", "constraint_violation", "iterations", "converged")
+    return {
+        **{key: asked[key] for key in ("problem", "solver", "steps", "integrator")},
+        **{key: getattr(solution, key).item() for key in numbers},
+        "status": as_options(str(solution.status)),
+        "wall_time": solution.wall_time,
+        "build_time": solution.build_time,
+        "best_known_cost": known_cost(record, asked["steps"]),
+        "best_known_cost_exact": record.optimal_cost,
+        "folder": str(folder.path),
+    }
+
+
+def compare_result(folder: RunFolder, comparison: Comparison) -> dict[str, Any]:
+    """What ``ocnopt compare --json`` prints.
+
+    Args:
+        folder: of the run.
+        comparison: of its solvers.
+    """
+    asked = folder.config
+    return {
+        **{key: asked[key] for key in ("problem", "steps", "integrator")},
+        "rows": [
+            {**asdict(row), "status": as_options(row.status), "note": as_options(row.note)} for row in comparison.rows
+        ],
+        "best_known_cost": known_cost(control(asked["problem"]), asked["steps"]),
+        "folder": str(folder.path),
+    }
 
 
 def _build(record: ControlRecord, steps: int) -> Any:
@@ -240,10 +210,10 @@ def _keep(folder: RunFolder, file: str, solution: Solution, solver: str) -> None
     replace_file(folder.path / file, solution.save)
 
 
-def _write_page(folder: RunFolder, record: ControlRecord, title: str, tables: list[Table], images: list[Image]) -> None:
+def _write_page(
+    folder: RunFolder, record: ControlRecord, title: str, table: Table, solutions: Mapping[str, Solution]
+) -> None:
+    time = "time (s)" if isinstance(record.build(), OCP) else "step"
+    image = draw(folder, solutions, record.state_labels, record.control_labels, time)
     about = Section("The problem", f"{record.summary}. Start: {record.start}. Best known cost: {record.source}.")
-    write_report(folder.path, title, record.summary, [Section("Result", tables=tables, images=images), about])
-
-
-def _time(record: ControlRecord) -> str:
-    return "time (s)" if isinstance(record.build(), OCP) else "step"
+    write_report(folder.path, title, record.summary, [Section("Result", tables=[table], images=[image]), about])

@@ -5,6 +5,7 @@ compared. Each has a run folder inside the demo's, so that a killed demo goes on
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
@@ -28,20 +29,11 @@ LEARNING_PROBLEM = "digits"
 Runs = Mapping[str, Sequence[Metrics]]
 
 
-def demo_request(seeds: int) -> dict[str, Any]:
-    """What ``ocnopt demo`` was asked.
-
-    Args:
-        seeds: how many training runs of each method.
-    """
-    return {"command": "demo", "seeds": list(range(seeds))}
-
-
 def run_demo(folder: RunFolder, console: Console) -> Path:
     """Run everything, print the tables, and write plots and the report page.
 
     Args:
-        folder: made with a :func:`demo_request`.
+        folder: its configuration says how many ``seeds``.
         console: shows tables and progress.
 
     Returns:
@@ -60,23 +52,21 @@ def _pendulum(folder: RunFolder, console: Console) -> Section:
     comparison = compare(record.build(), steps=record.steps)
     table = comparison_table(record.name, comparison, record.discrete_values[record.steps])
     show(console, table)
-    images = draw(
-        folder.plots, comparison.solutions, record.state_labels, record.control_labels, "time (s)", "pendulum-"
-    )
+    image = draw(folder, comparison.solutions, record.state_labels, record.control_labels, "time (s)", "pendulum")
     text = f"A problem of the library, {record.summary}, on {record.steps} steps. Start: {record.start}."
-    return Section("Pendulum swing-up", text, [table], images)
+    return Section("Pendulum swing-up", text, [table], [image])
 
 
 def _own_problem(folder: RunFolder, console: Console) -> Section:
     comparison = compare(boat.problem(), steps=boat.STEPS)
     table = comparison_table("own problem: a boat crosses a river", comparison)
     show(console, table)
-    images = draw(folder.plots, comparison.solutions, boat.STATES, boat.CONTROLS, "time (s)", "boat-")
+    image = draw(folder, comparison.solutions, boat.STATES, boat.CONTROLS, "time (s)", "boat")
     text = (
         f"Defined in this demo as a user would define it, in three torch functions, on {boat.STEPS} steps: cross a "
         "river with a current and dock right opposite, at rest."
     )
-    return Section("A problem of one's own: crossing a river", text, [table], images)
+    return Section("A problem of one's own: crossing a river", text, [table], [image])
 
 
 def _digits(folder: RunFolder, console: Console) -> Section:
@@ -84,14 +74,14 @@ def _digits(folder: RunFolder, console: Console) -> Section:
     window = len(record.build().train_targets) // record.batch_size
     configs = {
         seed: [_config(optimizer, horizon, seed, window * record.epochs) for optimizer, horizon in METHODS]
-        for seed in folder.config["seeds"]
+        for seed in range(folder.config["seeds"])
     }
     runs: dict[str, list[Metrics]] = {label(config): [] for config in next(iter(configs.values()))}
     for seed, same_seed in configs.items():
         metrics = _train_in_turn(folder, console, seed, same_seed)
         for name, lines in metrics.items():
             runs[name].append(lines)
-    table = training_table(runs, window)
+    table = _training_table(runs, window)
     show(console, table)
     images = draw_training(runs, folder, window)
     split = record.build().split
@@ -120,11 +110,12 @@ def _train_in_turn(
     """One iteration of each method after the other, until all are done."""
     runs: dict[str, tuple[Trainer, RunFolder]] = {}
     metrics: dict[str, list[dict[str, Any]]] = {}
-    with progress_bar(console) as bar:
+    with progress_bar(console) as bar, ExitStack() as locks:
         tasks = {}
         for config in configs:
             name = label(config)
             inner = _inner_folder(folder, config)
+            locks.enter_context(inner.locked())
             trainer, metrics[name] = open_trainer(inner)
             runs[name] = (trainer, inner)
             last = metrics[name][-1] if metrics[name] else None
@@ -147,13 +138,8 @@ def _inner_folder(folder: RunFolder, config: TrainConfig) -> RunFolder:
     return RunFolder.create(path, {"command": "train", "train": asdict(config)})
 
 
-def training_table(runs: Runs, window: int) -> Table:
-    """What each method reached over the same budget, and how soon it met the loss that the first method ended with.
-
-    Args:
-        runs: label -> the metrics of each seed; the first label is the one to beat.
-        window: iterations that a loss is averaged over.
-    """
+def _training_table(runs: Runs, window: int) -> Table:
+    """What each method reached over the same budget, and how soon it met the loss that the first method ended with."""
     first = next(iter(runs))
     targets = [last_loss(metrics, window) for metrics in runs[first]]
     goal = f"to {first}'s\nloss"

@@ -16,7 +16,7 @@ from ocnopt.cli.plots import Metrics, smooth
 from ocnopt.cli.report import Image, Section, write_report
 from ocnopt.cli.runs import RunFolder
 from ocnopt.cli.tables import Table, show
-from ocnopt.cli.training import TrainConfig, Trainer, open_trainer, train
+from ocnopt.cli.training import TrainConfig, open_trainer, train
 from ocnopt.errors import ProblemError
 from ocnopt.problems import learning_task
 
@@ -55,7 +55,7 @@ def fields(record: Mapping[str, Any] | None) -> dict[str, Any]:
 def train_request(
     name: str,
     *,
-    optimizer: str,
+    optimizer: str | None,
     lr: float | None,
     epochs: int | None,
     iterations: int | None,
@@ -66,7 +66,7 @@ def train_request(
 
     Args:
         name: of a learning problem.
-        optimizer: "adam", "sgd" or "snopt".
+        optimizer: "adam", "sgd" or "snopt"; "snopt" if None.
         lr: the tuned one if None.
         epochs: the recommended number if this and ``iterations`` are None.
         iterations: instead of ``epochs``.
@@ -81,28 +81,27 @@ def train_request(
             f"--epochs {epochs} came with --iterations {iterations}; expected one of them: leave one out"
         )
     record = learning_task(name)
+    optimizer = optimizer or "snopt"
     batch = batch_size or record.batch_size
+    epochs = None if iterations else epochs or record.epochs
     samples = len(record.build().train_targets)
     config = TrainConfig(
         problem=name,
         optimizer=optimizer,
         lr=lr if lr is not None else record.learning_rates.get(optimizer, 0.01),
-        iterations=iterations or (epochs or record.epochs) * max(1, samples // batch),
+        iterations=iterations or (epochs or 0) * max(1, samples // batch),
         batch_size=batch,
         **{key: value for key, value in others.items() if value is not None},
     )
-    return {"command": "train", "train": asdict(config)}
+    return {"problem": name, "epochs": epochs, "train": asdict(config)}
 
 
-def run_train(folder: RunFolder, console: Console) -> list[dict[str, Any]]:
+def run_train(folder: RunFolder, console: Console) -> None:
     """Train what a folder's configuration asks for, from its last checkpoint; write plots and a page.
 
     Args:
         folder: its configuration holds the fields of a :class:`TrainConfig` under "train".
         console: shows the bar and the table.
-
-    Returns:
-        All lines of metrics.
     """
     trainer, metrics = open_trainer(folder)
     if metrics:
@@ -119,11 +118,13 @@ def run_train(folder: RunFolder, console: Console) -> list[dict[str, Any]]:
 
         train(trainer, folder, on_step)
     window = trainer.batches_per_epoch
-    table = train_table(trainer.config, metrics, window)
+    table = _train_table(trainer.config, metrics, window)
     show(console, table)
     images = draw_training({label(trainer.config): [metrics]}, folder, window)
-    write_train_page(folder, trainer, table, images)
-    return metrics
+    record = learning_task(trainer.config.problem)
+    about = Section("The data", f"{record.source}. {trainer.problem.split}.")
+    title = f"{trainer.config.problem} with {label(trainer.config)}"
+    write_report(folder.path, title, record.summary, [Section("Result", tables=[table], images=images), about])
 
 
 def label(config: TrainConfig) -> str:
@@ -140,14 +141,7 @@ def label(config: TrainConfig) -> str:
     return name if config.horizon == "fixed" else f"{name} + {config.horizon} T"
 
 
-def train_table(config: TrainConfig, metrics: Metrics, window: int) -> Table:
-    """What a run reached, one line a quantity.
-
-    Args:
-        config: of the run.
-        metrics: all its lines.
-        window: W.
-    """
+def _train_table(config: TrainConfig, metrics: Metrics, window: int) -> Table:
     end = metrics[-1]
     evaluations = sum(record["forward"] + record["backward"] for record in metrics) / len(metrics)
     rows = [
@@ -218,18 +212,3 @@ def draw_training(runs: Mapping[str, Sequence[Metrics]], folder: RunFolder, wind
         path = plots.plot_horizon(folder.plots / "horizon.png", runs)
         made.append((path, "Integration time T against the iteration."))
     return [Image(f"{path.parent.name}/{path.name}", caption) for path, caption in made]
-
-
-def write_train_page(folder: RunFolder, trainer: Trainer, table: Table, images: list[Image]) -> None:
-    """The report page of one training run.
-
-    Args:
-        folder: of the run.
-        trainer: at its end.
-        table: its result.
-        images: its pictures.
-    """
-    record = learning_task(trainer.config.problem)
-    about = Section("The data", f"{record.source}. {trainer.problem.split}.")
-    title = f"{trainer.config.problem} with {label(trainer.config)}"
-    write_report(folder.path, title, record.summary, [Section("Result", tables=[table], images=images), about])

@@ -1,30 +1,49 @@
-"""The list of problems on the terminal."""
+"""The list of problems, as a table or as records."""
 
-from rich.console import Console
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
 
-from ocnopt.cli.tables import Table, show
-from ocnopt.problems import control, learning_task, names
+from ocnopt.cli.tables import Table
+from ocnopt.problems import ControlRecord, LearningRecord, get, names
 
 
-def show_problems(console: Console, kind: str | None = None) -> None:
-    """Print the library's problems.
+def problem_tables(kind: str | None = None) -> list[Table]:
+    """The library's problems, one table a kind.
 
     Args:
-        console: where to.
         kind: "control", "learning", or None for both.
 
     Raises:
         ProblemError: another kind.
     """
-    listed = names(kind)
-    if kind != "learning":
-        records = [control(name) for name in listed if name in names("control")]
-        rows = [
-            (r.name, f"{r.optimal_cost:.7g}", "" if r.T_star is None else f"{r.T_star:.7g}", r.summary) for r in records
-        ]
-        head = ("control problem", "best cost", "best T", "what")
-        show(console, Table("", head, rows, text=True))
-    if kind != "control":
-        tasks = [learning_task(name) for name in listed if name in names("learning")]
-        learn = [(t.name, f"{t.summary}; {t.source}") for t in tasks]
-        show(console, Table("", ("learning problem", "what"), learn, text=True))
+    records = [get(name) for name in names(kind)]
+    control = [
+        (r.name, f"{r.optimal_cost:.7g}", r.summary + ("" if r.T_star is None else f" (best T {r.T_star:.7g})"))
+        for r in records
+        if isinstance(r, ControlRecord)
+    ]
+    learning = [(r.name, f"{r.summary}; {r.source}") for r in records if isinstance(r, LearningRecord)]
+    tables = (
+        Table("", ("control problem", "best cost", "what"), control, text=True),
+        Table("", ("learning problem", "what"), learning, text=True),
+    )
+    return [table for table in tables if table.rows]
+
+
+def problem_records(kind: str | None = None) -> list[dict[str, Any]]:
+    """What ``ocnopt problems --json`` prints: every entry of a record that is a number, a text, or several of them.
+
+    Args:
+        kind: "control", "learning", or None for both.
+
+    Raises:
+        ProblemError: another kind.
+    """
+    plain = str | int | float | tuple | None
+    records = []
+    for record in (get(name) for name in names(kind)):
+        entries = {field.name: getattr(record, field.name) for field in fields(record)}
+        maps = {key: dict(value) for key, value in entries.items() if isinstance(value, Mapping)}
+        records.append({key: value for key, value in entries.items() if isinstance(value, plain)} | maps)
+    return records

@@ -4,14 +4,23 @@ Torch and the solvers are imported inside the commands, so that ``--help`` answe
 """
 
 import functools
-from collections.abc import Callable
+import json
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 from rich.console import Console
 
+from ocnopt.cli.tables import as_options, show
 from ocnopt.errors import OcnoptError, ProblemError
+
+if TYPE_CHECKING:
+    from ocnopt.cli.runs import RunFolder
 
 app = typer.Typer(
     name="ocnopt",
@@ -24,18 +33,21 @@ app = typer.Typer(
 console = Console()
 errors = Console(stderr=True)
 
-NOT_CONVERGED, MISTAKE = 1, 2
+NOT_CONVERGED, MISTAKE, STOPPED = 1, 2, 130
 Arguments = ParamSpec("Arguments")
 Name = Annotated[
     str | None, typer.Argument(help="Name of a problem, see [bold]ocnopt problems[/bold].", show_default=False)
 ]
-Out = Annotated[
-    Path | None, typer.Option(help="Run folder; runs/<command>-<name>-<time> if not given.", show_default=False)
-]
+Out = Annotated[Path | None, typer.Option(help="Run folder; a new one in runs/ if not given.", show_default=False)]
 Resume = Annotated[
     Path | None,
-    typer.Option(metavar="FOLDER", help="Continue the run in this folder; takes no other option.", show_default=False),
+    typer.Option(
+        metavar="FOLDER",
+        help="Continue the run in this folder, with the options that it began with.",
+        show_default=False,
+    ),
 ]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Steps N; the problem's own if not given.", show_default=False)]
 Integrator = Annotated[
     str | None, typer.Option(help="euler, midpoint, rk4, ...; the problem's own if not given.", show_default=False)
@@ -48,7 +60,7 @@ def _examples(*lines: str) -> str:
 
 
 def explain_errors(command: Callable[Arguments, None]) -> Callable[Arguments, None]:
-    """Turn the library's errors into one message and an exit code, and Ctrl-C into advice.
+    """Turn errors into one message and an exit code, and warnings into notes, in the words of the command line.
 
     Args:
         command: a command of the app.
@@ -57,16 +69,47 @@ def explain_errors(command: Callable[Arguments, None]) -> Callable[Arguments, No
     @functools.wraps(command)
     def wrapped(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
         try:
-            command(*args, **kwargs)
+            with warnings.catch_warnings():
+                warnings.showwarning = lambda message, *_: _tell("[yellow]note:[/yellow]", str(message))
+                command(*args, **kwargs)
         except OcnoptError as error:
-            errors.print(f"[bold red]error:[/bold red] {type(error).__name__}: ", end="")
-            errors.print(str(error), markup=False, highlight=False)
+            _tell("[bold red]error:[/bold red]", f"{type(error).__name__}: {error}")
+            raise typer.Exit(MISTAKE) from error
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            _tell(
+                "[bold red]error:[/bold red]",
+                f"{error}; expected files that can be read and written: mend that, then continue with --resume",
+            )
             raise typer.Exit(MISTAKE) from error
         except KeyboardInterrupt as interrupt:
-            errors.print("stopped; continue the run with --resume and its folder")
-            raise typer.Exit(130) from interrupt
+            _tell("[bold red]stopped[/bold red]", "before anything was saved")
+            raise typer.Exit(STOPPED) from interrupt
 
     return wrapped
+
+
+def _tell(kind: str, message: str) -> None:
+    """One message on standard error."""
+    errors.print(kind, end=" ")
+    errors.print(as_options(message), markup=False, highlight=False, soft_wrap=True)
+
+
+def _version(wanted: bool) -> bool:
+    if wanted:
+        typer.echo(f"ocnopt {metadata.version('ocnopt')}")
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Optimal control and Neural ODEs: solve problems, compare solvers, train networks."""
 
 
 @app.command(epilog=_examples("ocnopt problems", "ocnopt problems --kind control"))
@@ -75,11 +118,16 @@ def problems(
     kind: Annotated[
         str | None, typer.Option(help="Only 'control' or only 'learning' problems.", show_default=False)
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """List the problems of the library with what is known about them."""
-    from ocnopt.cli.listing import show_problems
+    from ocnopt.cli.listing import problem_records, problem_tables
 
-    show_problems(console, kind)
+    if as_json:
+        _print_json(problem_records(kind))
+        return
+    for table in problem_tables(kind):
+        show(console, table)
 
 
 @app.command(
@@ -90,31 +138,30 @@ def problems(
 @explain_errors
 def solve(
     name: Name = None,
-    solver: Annotated[str, typer.Option(help="ddp or casadi.")] = "ddp",
+    solver: Annotated[str | None, typer.Option(help="ddp or casadi; ddp if not given.", show_default=False)] = None,
     steps: Steps = None,
     integrator: Integrator = None,
     max_iterations: Annotated[int | None, typer.Option(min=1, help="Of the solver.", show_default=False)] = None,
     tolerance: Annotated[float | None, typer.Option(help="Of the solver.", show_default=False)] = None,
     out: Out = None,
     resume: Resume = None,
+    as_json: Json = False,
 ) -> None:
     """Solve a control problem. Exit code 1: not converged."""
-    from ocnopt.cli.control import run_solve, solution_table, solve_request
-    from ocnopt.cli.tables import show
+    from ocnopt.cli.control import request, run_solve, solution_table, solve_result
     from ocnopt.problems import control
 
-    folder = _folder(
-        "solve",
-        name,
-        out,
-        resume,
-        lambda problem: solve_request(problem, solver, steps, integrator, max_iterations, tolerance),
-    )
-    asked = folder.config
-    with console.status(f"solving {asked['problem']} by {asked['solver']}"):
-        solution = run_solve(folder)
-    show(console, solution_table(control(asked["problem"]), solution, asked["solver"], asked["steps"]))
-    _done(folder.path)
+    given: dict[str, Any] = {"steps": steps, "integrator": integrator}
+    given |= {"max_iterations": max_iterations, "tolerance": tolerance}
+    begin = functools.partial(request, solver=solver or "ddp", **given)
+    with _run("solve", name, out, resume, {"solver": solver, **given}, begin, quiet=as_json) as folder:
+        asked = folder.config
+        with errors.status(f"solving {asked['problem']} by {asked['solver']}"):
+            solution = run_solve(folder)
+        if as_json:
+            _print_json(solve_result(folder, solution))
+        else:
+            show(console, solution_table(control(asked["problem"]), solution, asked["solver"], asked["steps"]))
     if not bool(solution.converged):
         raise typer.Exit(NOT_CONVERGED)
 
@@ -135,20 +182,25 @@ def compare(
     integrator: Integrator = None,
     out: Out = None,
     resume: Resume = None,
+    as_json: Json = False,
 ) -> None:
     """Solve a control problem with several solvers from one start. Exit code 1: one did not converge."""
-    from ocnopt.cli.control import compare_request, comparison_table, known_cost, run_compare
-    from ocnopt.cli.tables import show
+    from ocnopt.cli.control import compare_result, comparison_table, known_cost, request, run_compare
     from ocnopt.problems import control
 
-    folder = _folder("compare", name, out, resume, lambda problem: compare_request(problem, solver, steps, integrator))
-    asked = folder.config
-    with console.status(f"solving {asked['problem']} by {', '.join(asked['solvers'])}"):
-        comparison = run_compare(folder)
-    show(console, comparison_table(asked["problem"], comparison, known_cost(control(asked["problem"]), asked["steps"])))
-    for row in comparison.rows:
-        console.print(f"{row.solver}: {row.status}", markup=False, highlight=False)
-    _done(folder.path)
+    given: dict[str, Any] = {"steps": steps, "integrator": integrator}
+    begin = functools.partial(request, solvers=list(solver or ("ddp", "casadi")), **given)
+    with _run("compare", name, out, resume, {"solvers": solver or None, **given}, begin, quiet=as_json) as folder:
+        asked = folder.config
+        with errors.status(f"solving {asked['problem']} by {', '.join(asked['solvers'])}"):
+            comparison = run_compare(folder)
+        if as_json:
+            _print_json(compare_result(folder, comparison))
+        else:
+            known = known_cost(control(asked["problem"]), asked["steps"])
+            show(console, comparison_table(asked["problem"], comparison, known))
+            for line in (f"{row.solver}: {row.status}" for row in comparison.rows):
+                console.print(as_options(line), markup=False, highlight=False)
     if not all(row.converged for row in comparison.rows):
         raise typer.Exit(NOT_CONVERGED)
 
@@ -164,10 +216,16 @@ def compare(
 @explain_errors
 def train(
     name: Name = None,
-    optimizer: Annotated[str, typer.Option(help="adam, sgd or snopt.")] = "snopt",
+    optimizer: Annotated[
+        str | None, typer.Option(help="adam, sgd or snopt; snopt if not given.", show_default=False)
+    ] = None,
     horizon: Annotated[
-        str, typer.Option(help="fixed; or move T by its second- or first-order rule: feedback, adjoint.")
-    ] = "fixed",
+        str | None,
+        typer.Option(
+            help="fixed, the default; or move T by its second- or first-order rule: feedback, adjoint.",
+            show_default=False,
+        ),
+    ] = None,
     lr: Annotated[
         float | None, typer.Option(help="Learning rate; the problem's tuned one if not given.", show_default=False)
     ] = None,
@@ -180,10 +238,16 @@ def train(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="The problem's own if not given.", show_default=False)
     ] = None,
-    checkpoint_every: Annotated[int, typer.Option(min=1, help="Iterations.")] = 20,
-    seed: Annotated[int, typer.Option(help="Of weights and order of the samples.")] = 0,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(min=1, help="Iterations; 20 if not given.", show_default=False)
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, max=2**31, help="Of weights and order of the samples; 0 if not given.", show_default=False),
+    ] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Torch's own number if not given.", show_default=False)
+        int | None,
+        typer.Option(min=1, max=1024, help="Of torch; 1 if not given: more pay on idle machines.", show_default=False),
     ] = None,
     out: Out = None,
     resume: Resume = None,
@@ -191,80 +255,107 @@ def train(
     """Train a network around a Neural ODE."""
     from ocnopt.cli.learning import run_train, train_request
 
-    folder = _folder(
-        "train",
-        name,
-        out,
-        resume,
-        lambda problem: train_request(
-            problem,
-            optimizer=optimizer,
-            horizon=horizon,
-            lr=lr,
-            horizon_lr=horizon_lr,
-            horizon_penalty=horizon_penalty,
-            epochs=epochs,
-            iterations=iterations,
-            batch_size=batch_size,
-            checkpoint_every=checkpoint_every,
-            seed=seed,
-        ),
-        threads,
-    )
-    run_train(folder, console)
-    _done(folder.path)
+    given: dict[str, Any] = {"optimizer": optimizer, "horizon": horizon, "lr": lr, "horizon_lr": horizon_lr}
+    given |= {"horizon_penalty": horizon_penalty, "epochs": epochs, "iterations": iterations, "seed": seed}
+    given |= {"batch_size": batch_size, "checkpoint_every": checkpoint_every}
+    begin = functools.partial(train_request, **given)
+    with _run("train", name, out, resume, {**given, "threads": threads}, begin) as folder:
+        run_train(folder, console)
 
 
 @app.command(epilog=_examples("ocnopt demo", "ocnopt demo --seeds 1 --out runs/demo"))
 @explain_errors
 def demo(
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds of each training run.")] = 2,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Seeds of each training run; 2 if not given.", show_default=False)
+    ] = None,
     out: Out = None,
     resume: Resume = None,
 ) -> None:
     """Show the main job end to end in a few minutes: control, then training, then a report page."""
-    from ocnopt.cli.demo import demo_request, run_demo
+    from ocnopt.cli.demo import run_demo
 
-    folder = _folder("demo", "all", out, resume, lambda _: demo_request(seeds))
-    run_demo(folder, console)
-    _done(folder.path)
+    with _run("demo", "all", out, resume, {"seeds": seeds}, lambda _: {"seeds": seeds or 2}) as folder:
+        run_demo(folder, console)
 
 
-def _folder(
+@contextmanager
+def _run(
     command: str,
     name: str | None,
     out: Path | None,
     resume: Path | None,
-    request: Callable[[str], dict[str, Any]],
-    threads: int | None = 1,
-) -> Any:
-    """The folder of a new run, or of the one to continue.
+    given: Mapping[str, Any],
+    begin: Callable[[str], dict[str, Any]],
+    *,
+    quiet: bool = False,
+) -> Iterator["RunFolder"]:
+    """The locked folder of a new run, or of the one to continue; says where it is, and what to do after Ctrl-C.
 
     The number of threads is part of a run, since it decides the last digit. Small matrices are fastest with one.
     """
     import torch
 
-    from ocnopt.cli.runs import RunFolder, default_folder
+    from ocnopt.cli.runs import CHECKPOINT, RunFolder, default_folder
 
     if resume is not None:
         folder = RunFolder.open(resume)
-        if folder.config.get("command") != command:
-            began = folder.config.get("command")
-            raise ProblemError(
-                f"{resume} was made by 'ocnopt {began}'; expected a folder of '{command}': use 'ocnopt {began}'"
-            )
-        torch.set_num_threads(folder.config.get("threads", torch.get_num_threads()))
-        return folder
-    if name is None:
+        _agree(folder, command, {**given, "out": out, "problem": None if command == "demo" else name})
+    elif name is None:
         raise ProblemError(
             f"no problem is named; expected 'ocnopt {command} NAME': list the names with 'ocnopt problems'"
         )
-    torch.set_num_threads(threads or torch.get_num_threads())
-    folder = RunFolder.create(out or default_folder(command, name), request(name))
-    console.print(f"run folder: {folder.path}", markup=False, highlight=False, soft_wrap=True)
-    return folder
+    else:
+        torch.set_num_threads(given.get("threads") or 1)
+        folder = RunFolder.create(out or default_folder(command, name), {"command": command, **begin(name)})
+    torch.set_num_threads(folder.config.get("threads", 1))
+    with folder.locked():
+        if not quiet:
+            console.print(f"run folder: {folder.path}", markup=False, highlight=False, soft_wrap=True)
+        try:
+            yield folder
+        except OcnoptError:
+            if resume is None and not (folder.path / CHECKPOINT).exists():
+                folder.discard()
+            raise
+        except KeyboardInterrupt as interrupt:
+            _tell("[bold red]stopped;[/bold red]", f"continue with: ocnopt {command} --resume {folder.path}")
+            raise typer.Exit(STOPPED) from interrupt
+    if not quiet:
+        page = (folder.path / "report.html").resolve()
+        console.print(f"report: {page}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _done(folder: Path) -> None:
-    """Say where the page is."""
-    console.print(f"report: {(folder / 'report.html').resolve()}", markup=False, highlight=False, soft_wrap=True)
+def _agree(folder: "RunFolder", command: str, given: Mapping[str, Any]) -> None:
+    """Refuse to resume a run of another command, or with an option that the run did not begin with."""
+    began = folder.config.get("command")
+    if began != command:
+        raise ProblemError(
+            f"{folder.path} was made by 'ocnopt {began}'; expected a folder of '{command}': use 'ocnopt {began}'"
+        )
+    stored = {**folder.config.get("train", {}), **folder.config, "out": folder.path}
+    spelled = {"problem": "NAME", "solvers": "--solver"}
+    differ = [
+        f"{spelled.get(key, '--' + key.replace('_', '-'))} {value} "
+        f"(began {'without' if stored.get(key) is None else f'with {stored[key]}'})"
+        for key, value in given.items()
+        if value is not None and value != stored.get(key)
+    ]
+    if differ:
+        raise ProblemError(
+            f"{', '.join(differ)} came with --resume {folder.path}; expected the options that the run began with: "
+            "leave them out, or start a new run without --resume"
+        )
+
+
+def _print_json(value: Any) -> None:
+    """JSON has no NaN and no infinity; null stands for them."""
+
+    def finite(item: Any) -> Any:
+        if isinstance(item, dict):
+            return {key: finite(entry) for key, entry in item.items()}
+        if isinstance(item, list | tuple):
+            return [finite(entry) for entry in item]
+        return None if isinstance(item, float) and not math.isfinite(item) else item
+
+    typer.echo(json.dumps(finite(value), indent=2, ensure_ascii=False))

@@ -4,25 +4,30 @@
     metrics.jsonl   one line an iteration, appended
     checkpoint.pt   replaced as a whole
     plots/*.png, report.html
+    .lock           held by the one process that may write
 
 A kill at any moment leaves a folder that can be resumed: every file but the metrics is written beside its place,
-flushed to the disk and moved there in one step; the metrics are cut back to the checkpoint when a run resumes.
+flushed to the disk and moved there in one step; the metrics are cut back to the checkpoint when a run resumes; the
+system releases the lock of a process that ends, however it ends.
 """
 
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from ocnopt.errors import DataError, ProblemError
 
 CONFIG, METRICS, CHECKPOINT, REPORT, PLOTS = "config.json", "metrics.jsonl", "checkpoint.pt", "report.html", "plots"
+_LOCK = ".lock"
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -60,6 +65,19 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
+def _lock(file: IO[str]) -> None:
+    """Take an exclusive lock or raise at once; the system gives it back when the file is closed."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        os.lseek(file.fileno(), 1 << 20, os.SEEK_SET)  # beyond the text, which others may read
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def default_folder(command: str, name: str) -> Path:
     """``runs/<command>-<name>-<time>`` in the working folder; a number is added where it exists.
 
@@ -88,18 +106,24 @@ class RunFolder:
             config: what the run was asked, plain JSON values.
 
         Raises:
-            ProblemError: the folder holds a run already, or is a file.
+            ProblemError: the folder holds a run already, is a file, or cannot be written.
         """
-        if (path / CONFIG).exists():
-            raise ProblemError(
-                f"{path} holds a run already; expected a new folder: continue that run with --resume {path}"
-            )
-        if path.exists() and not path.is_dir():
-            raise ProblemError(f"{path} is a file; expected a folder that may be created: choose another --out")
-        (path / PLOTS).mkdir(parents=True, exist_ok=True)
         versions = {"torch": torch.__version__, "python": platform.python_version()}
         full = {**config, "threads": torch.get_num_threads(), "versions": versions}
-        write_atomically(path / CONFIG, json.dumps(full, indent=2).encode())
+        try:
+            if (path / CONFIG).exists():
+                raise ProblemError(
+                    f"{path} holds a run already; expected a new folder: continue that run with --resume {path}"
+                )
+            if path.exists() and not path.is_dir():
+                raise ProblemError(f"{path} is a file; expected a folder that may be created: choose another --out")
+            (path / PLOTS).mkdir(parents=True, exist_ok=True)
+            write_atomically(path / CONFIG, json.dumps(full, indent=2).encode())
+        except OSError as error:
+            raise ProblemError(
+                f"{path} cannot be written ({error.strerror}); expected a folder that may be created: choose another "
+                "--out"
+            ) from error
         return cls(path, full)
 
     @classmethod
@@ -114,9 +138,10 @@ class RunFolder:
         """
         try:
             config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
+        except OSError as error:
             raise DataError(
-                f"{path} holds no {CONFIG}; expected the folder of a run: give the one that the run printed as it began"
+                f"{path} holds no {CONFIG} that can be read; expected the folder of a run: give the one that the run "
+                "printed as it began"
             ) from error
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise DataError(
@@ -124,8 +149,38 @@ class RunFolder:
             ) from error
         if not isinstance(config, dict):
             raise DataError(f"{path / CONFIG} holds {type(config).__name__}; expected an object: start a new run")
-        (path / PLOTS).mkdir(exist_ok=True)
         return cls(path, config)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep every other process from writing into this folder meanwhile.
+
+        Raises:
+            ProblemError: another process does so.
+        """
+        with (self.path / _LOCK).open("a+", encoding="utf-8") as file:
+            try:
+                _lock(file)
+            except (BlockingIOError, PermissionError) as error:
+                file.seek(0)
+                owner = file.read()
+                raise ProblemError(
+                    f"another process{f' ({owner})' if owner else ''} writes into {self.path}; expected one at a time: "
+                    "wait for its end, or start a new run in another folder"
+                ) from error
+            file.truncate(0)
+            file.write(f"pid {os.getpid()}")
+            file.flush()
+            self.plots.mkdir(exist_ok=True)
+            yield
+
+    def discard(self) -> None:
+        """Take back a new folder in which nothing was computed, so that its name can be used again."""
+        for name in (CONFIG, METRICS, _LOCK):
+            (self.path / name).unlink(missing_ok=True)
+        for folder in (self.plots, self.path):
+            with suppress(OSError):  # somebody else's files are in it
+                folder.rmdir()
 
     @property
     def plots(self) -> Path:

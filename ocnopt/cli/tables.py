@@ -1,14 +1,19 @@
-"""One table, shown on the terminal and in the report page alike."""
+"""One table, shown on the terminal and in the report page alike, and messages in the words of the command line."""
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table as RichTable
+from rich.text import Text
 
 BREAK = "\n"
+_LONG = "max_iterations|horizon_lr|horizon_penalty|batch_size|checkpoint_every"
+_OPTIONS = f"{_LONG}|solver|steps|integrator|tolerance|optimizer|horizon|lr|epochs|iterations|seed"
 
 
 @dataclass(frozen=True)
@@ -30,18 +35,46 @@ class Table:
     text: bool = False
 
 
+def as_options(message: str) -> str:
+    """A message of the library with the options of the command line instead of the arguments of Python.
+
+    Args:
+        message: of an error or a status.
+
+    Example:
+        >>> as_options("no constraints here; use solver='casadi', or raise max_iterations")
+        'no constraints here; use --solver casadi, or raise --max-iterations'
+    """
+
+    def option(match: re.Match[str]) -> str:
+        return " ".join(filter(None, (f"--{match[1].replace('_', '-')}", *match.groups()[1:])))
+
+    message = re.sub(rf"\b({_OPTIONS})=(?:'([^']*)'|([\w.+-]*))", option, message)
+    message = re.sub(rf"(?<!-)\b({_LONG})\b", option, message)
+    return re.sub(rf"^({_OPTIONS})(?= is | ')", option, message)
+
+
 def show(console: Console, table: Table) -> None:
-    """Print a table.
+    """Print a table; one of figures that is too wide for the terminal is turned, with a column for each row.
 
     Args:
         console: where to.
         table: what.
     """
+    rich = _rich(table)
+    wide = console.options.update(max_width=1000)
+    if not table.text and Measurement.get(console, wide, rich).minimum > console.width:
+        head, *rows = zip(*([name.replace(BREAK, " ") for name in table.head], *table.rows), strict=True)
+        rich = _rich(replace(table, head=head, rows=rows))
+    console.print(rich)
+
+
+def _rich(table: Table) -> RichTable:
     rich = RichTable(
-        title=table.title,
+        title=Text(table.title),
         title_justify="left",
         title_style="bold",
-        caption=table.note or None,
+        caption=Text(table.note) if table.note else None,
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -50,12 +83,12 @@ def show(console: Console, table: Table) -> None:
     )
     for i, name in enumerate(table.head):
         left = i == 0 or table.text
-        # heads may wrap, figures must not
-        widest = None if table.text and i else max((len(row[i]) for row in table.rows), default=0)
-        rich.add_column(name, justify="left" if left else "right", overflow="fold", min_width=widest)
+        # a minimal width instead would make rich cut the other columns
+        folds = table.text and i == len(table.head) - 1
+        rich.add_column(Text(name), justify="left" if left else "right", overflow="fold", no_wrap=not folds)
     for row in table.rows:
-        rich.add_row(*row)
-    console.print(rich)
+        rich.add_row(*map(Text, row))
+    return rich
 
 
 def to_html(table: Table) -> str:

@@ -102,8 +102,8 @@ class Trainer:
             torch.manual_seed(config.seed)
             self.model = problem.make_model(1.0 if config.horizon == "fixed" else HORIZON)
             self._random_state = torch.get_rng_state()
-        self.optimizer = make_optimizer(self.model, config)
-        self.policy = make_policy(self.model, config)
+        self.optimizer = _optimizer(self.model, config)
+        self.policy = _policy(self.model, config)
 
     @property
     def finished(self) -> bool:
@@ -214,10 +214,11 @@ class Trainer:
 
     def _solver_metrics(self) -> dict[str, int | float]:
         """T and the field evaluations of the step, over every Neural ODE of the model."""
-        odes = neural_odes(self.model)
+        odes = _neural_odes(self.model)
         forward = sum(ode.statistics.forward for ode in odes)
         backward = sum(ode.statistics.backward for ode in odes)
-        return {"T": end_time(odes[0]), "forward": forward, "backward": backward}
+        end = odes[0].T if isinstance(odes[0].horizon, FreeHorizon) else odes[0].horizon.t1
+        return {"T": float(end), "forward": forward, "backward": backward}
 
     @contextmanager
     def _own_random_state(self) -> Iterator[None]:
@@ -228,31 +229,11 @@ class Trainer:
             self._random_state = torch.get_rng_state()
 
 
-def neural_odes(model: nn.Module) -> list[NeuralODE]:
-    """The Neural ODEs inside a model.
-
-    Args:
-        model: any module.
-    """
+def _neural_odes(model: nn.Module) -> list[NeuralODE]:
     return [module for module in model.modules() if isinstance(module, NeuralODE)]
 
 
-def end_time(ode: NeuralODE) -> float:
-    """T of a Neural ODE, whether fixed or free.
-
-    Args:
-        ode: any.
-    """
-    return float(ode.T) if isinstance(ode.horizon, FreeHorizon) else ode.horizon.t1
-
-
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimiser of a configuration.
-
-    Args:
-        model: whose parameters move.
-        config: names the optimiser and its learning rate.
-    """
+def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     if config.optimizer == "adam":
         return torch.optim.Adam(model.parameters(), lr=config.lr)
     if config.optimizer == "sgd":
@@ -260,16 +241,11 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     return SNOpt(model, lr=config.lr)
 
 
-def make_policy(model: nn.Module, config: TrainConfig) -> HorizonPolicy | None:
-    """The policy that moves T, or None where it is fixed.
-
-    Args:
-        model: with one Neural ODE of a free horizon.
-        config: names the rule.
-    """
+def _policy(model: nn.Module, config: TrainConfig) -> HorizonPolicy | None:
+    """The policy that moves T, or None where it is fixed."""
     if config.horizon == "fixed":
         return None
-    (ode,) = neural_odes(model)
+    (ode,) = _neural_odes(model)
     return HorizonPolicy(ode, rule=config.horizon, lr=config.horizon_lr, penalty=config.horizon_penalty)
 
 

@@ -1,31 +1,25 @@
-"""The exact gradient of a Runge-Kutta solve: accepted steps are replayed backwards.
+"""The exact gradient of a Runge-Kutta solve: its accepted steps are pulled back from the last to the first.
 
-A step x_next = x + h sum_i b_i F(t_i, y_i) with y_i = x + h sum_{j<i} a_ij F(t_j, y_j) maps the costate p' = dL/dx_next
-back by
+A step x_next = x + h sum_i b_i F(t_i, y_i), y_i = x + h sum_{j<i} a_ij F(t_j, y_j), maps the costate dL/dx_next to
+dL/dx and adds to dL/dtheta: one vector-Jacobian product by autograd through the whole step, for any explicit tableau.
+The graph of a step is that of the forward pass where it was kept (:class:`Trajectory`); elsewhere the step is taken
+again from the state at its start.
 
-    kbar_i = h (b_i p' + sum_{k>i} a_ki lambda_k),   lambda_i = F_y(y_i)^T kbar_i,   i = s, ..., 1
-    p = p' + sum_i lambda_i,   dL/dtheta = sum_i F_theta(y_i)^T kbar_i
-
-without divisions by b_i, so for any explicit tableau: one evaluation and one vector-Jacobian product a stage. Step
-sizes count as constants; as times move, all steps of an interval scale with it, which gives gradients for times: for a
-step dL/dh = sum_i (k_i / h + c_i F_t) . kbar_i and dL/dt = sum_i F_t . kbar_i.
-
-Stage by stage this needs the stage points and lets observers watch (:class:`StagewisePull`). Where nobody watches, the
-same map is one vector-Jacobian product through the whole step, which needs the state at its start alone and spares the
-autograd engine s - 1 calls (:class:`WholePull`).
+Step sizes count as constants. As times move, all steps of an interval stretch with it: the step from t + shift of
+length stretch h is that from t of length h with the field stretch F(tau + shift + (stretch - 1)(tau - t), y), so
+dL/dshift and dL/dstretch at 0 and 1 are two more products of the same pull.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache
-from itertools import islice
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from ocnopt.integrate.runge_kutta import Field, Time, step, weighted_sum
+from ocnopt.integrate.runge_kutta import Field, Stages, Time, step
 from ocnopt.integrate.tableaus import Tableau
 from ocnopt.integrate.walk import StageLog, Step
 
@@ -35,7 +29,10 @@ class Observer(Protocol):
     """Watches a backward pass through its own evaluations of the field."""
 
     def stage(self, input_weight: float, gradient_weight: float) -> AbstractContextManager[Any]:
-        """Give a context around one evaluation of the field, with gradients, and its vector-Jacobian product.
+        """Give a context around one evaluation of the field with a graph.
+
+        The gradients of its vector-Jacobian product arrive after the context has closed: those that arrive within it
+        are the field's own, which may differentiate inside.
 
         Args:
             input_weight: weight of what flows in there in an integral over time: >= 0, summing to the time integrated.
@@ -65,12 +62,11 @@ class Observers(tuple[Observer, ...]):
 
 
 class Pull(NamedTuple):
-    """One evaluation F(t, y) and its products with a cotangent: F_y^T c, F_theta^T c for each parameter, F_t . c."""
+    """One evaluation F(t, y) and its products with a cotangent: F_y^T c, F_theta^T c for each parameter."""
 
     slope: Tensor
     x: Tensor
     parameters: Sequence[Tensor | None]
-    time: Tensor | None
 
 
 @runtime_checkable
@@ -79,11 +75,15 @@ class Differentiable(Protocol):
 
     parameters: Sequence[Tensor]
 
+    @property
+    def held(self) -> Sequence[Tensor]:
+        """Tensors that live on without any graph."""
+
     def noted(self, notes: Sequence[Any]) -> Field:
         """Return the field for a row of evaluations that see what the notes say."""
 
-    def pull(self, t: Time, x: Tensor, cotangent: Tensor, *, wanted: bool = True, note: Any = None) -> Pull:
-        """Evaluate once and pull a cotangent back, to the parameters only if they are ``wanted``."""
+    def require_same(self, came: Tensor, expected: Tensor, inputs: Sequence[Tensor]) -> None:
+        """Raise if a replayed state, differentiable in ``inputs``, is not that of the forward pass."""
 
 
 class Gradient:
@@ -117,98 +117,164 @@ class Costate(NamedTuple):
     interval: int = 0
 
 
-class Replay(NamedTuple):
-    """One accepted step, ready to be walked backwards; ``points`` holds as many stage points as were asked for."""
+class Taken(NamedTuple):
+    """An accepted step, without its tensors; ``output`` is i where it ends at ``times[i]``."""
 
     time: float
     size: float
-    points: list[Tensor]
     notes: Sequence[Any]
     output: int | None
 
 
-class Trajectory:
-    """The accepted steps of a solve, for walking backwards.
+class Replay(NamedTuple):
+    """An accepted step to be pulled back, from ``start``.
 
-    The first ``depth`` stage points of every step are kept until ``budget`` bytes are full. From then on only every
-    stride-th state is kept, stride about the square root of the number of steps, and each stretch is recomputed, bit
-    for bit, when the backward walk reaches it.
+    ``end`` carries the graph of the step where it was kept; ``expected`` is what a replay must reproduce, if known.
+    """
+
+    step: Taken
+    start: Tensor
+    end: Tensor | None = None
+    expected: Tensor | None = None
+
+
+class Trajectory:
+    """Records the accepted steps of a walk, for walking backwards.
+
+    States are kept as long as ``budget`` lasts, and in what remains of it the graphs of the first steps. Where the
+    states alone are too many, only every stride-th is kept, stride at most about the square root of the number of
+    steps, and each stretch is taken again, bit for bit, when the backward walk reaches it.
 
     Args:
         tableau: the method.
-        depth: how many stage points the backward walk needs; one is the state at the start of the step.
-        budget: bytes to keep.
         field: takes the steps again.
+        budget: bytes to keep.
+        graphs: whether graphs are kept; the walk must then take its steps by :meth:`take`.
         log: notes of the evaluations, where the field needs them to be repeated.
     """
 
     def __init__(
-        self, tableau: Tableau, depth: int, budget: int, field: Differentiable, log: StageLog[Any] | None = None
+        self,
+        tableau: Tableau,
+        field: Differentiable,
+        budget: int,
+        graphs: bool = False,
+        log: StageLog[Any] | None = None,
     ) -> None:
-        self._tableau, self._depth, self._budget, self._field, self._log = tableau, depth, budget, field, log
-        self._unnoted = (None,) * len(tableau.c)
-        self._steps: list[Replay] = []
-        self._points: dict[int, list[Tensor]] = {}
-        self._kept: list[tuple[int, int]] = []
-        self._bytes, self._stride = 0, 0
+        self.tableau, self.field, self._budget, self._log = tableau, field, budget, log
+        self._graphs = graphs and budget > 0
+        self.steps: list[Taken] = []
+        self.kept: list[int] = []
+        self._starts: dict[int, Tensor] = {}
+        self._ends: list[Tensor] = []
+        self._end: Tensor | None = None
+        self._stride, self._graph_bytes, self.is_whole = 1, 0, False
 
-    def __len__(self) -> int:
-        return len(self._steps)
+    def take(
+        self, tableau: Tableau, field: Field, t: Time, h: float, x: Tensor, first: Tensor | None = None
+    ) -> tuple[Tensor, Stages]:
+        """Take a step as :func:`ocnopt.integrate.runge_kutta.step` does, with a graph of its own while it is kept."""
+        self._end = None
+        if not self._graphs:
+            return step(tableau, field, t, h, x, first)
+        complete = first is None or tableau.first_same_as_last
+        with torch.enable_grad(), self._weighed() if complete and not self._graph_bytes else nullcontext():
+            self._end, seen = step(shortened(tableau), field, t, h, x, first)
+            x = self._end.detach().requires_grad_()
+            if tableau.first_same_as_last:
+                # The graph of the next step begins at its own leaf.
+                last = t + tableau.c[-1] * h
+                seen.times.append(last)
+                seen.points.append(x)
+                seen.slopes.append(field(last, x))
+        return x, seen
 
-    def append(self, step: Step) -> None:
+    def append(self, taken: Step) -> None:
         """Keep one accepted step."""
-        i, points = len(self._steps), step.stages.points[: self._depth]
-        notes = self._unnoted if self._log is None else self._log.accept()
-        self._steps.append(Replay(step.time, step.size, [], notes, step.output))
-        if not self._stride:
-            self._points[i] = points
-            self._bytes += sum(point.numel() * point.element_size() for point in points)
-        elif i % self._stride == 0:
-            self._points[i] = points[:1]
-        if self._bytes > self._budget:
-            self._thin()
+        notes = (None,) * len(self.tableau.c) if self._log is None else self._log.accept()
+        if len(self.steps) % self._stride == 0:
+            self._starts[len(self.steps)] = taken.stages.points[0]
+        self.steps.append(Taken(taken.time, taken.size, notes, taken.output))
+        if self._end is not None:
+            self._ends.append(self._end)
+        state = taken.stages.points[0].nbytes
+        while len(self._starts) * state + len(self._ends) * self._graph_bytes > self._budget:
+            if self._ends:
+                self._graphs = False
+                self._ends.pop()
+            elif 2 * self._stride**2 < len(self.steps):
+                self._stride *= 2
+                self._starts = {i: start for i, start in self._starts.items() if i % self._stride == 0}
+            else:
+                break
+        self.is_whole = len(self._ends) == len(self.steps)
 
-    def _thin(self) -> None:
-        """Keep one state per stride, at most twice as many as a stride has steps."""
-        stride = max(1, self._stride)
-        while len(self._steps) > 2 * stride**2:
-            stride *= 2
-        if stride != self._stride:
-            self._stride = stride
-            self._points = {i: points[:1] for i, points in self._points.items() if i % stride == 0}
+    @contextmanager
+    def _weighed(self) -> Iterator[None]:
+        """Measure what the graph of a step saves; all steps save as much."""
+        saved: list[Tensor] = []
+
+        def pack(tensor: Tensor) -> Tensor:
+            saved.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield
+        sizes = dict.fromkeys((tensor.data_ptr() for tensor in self.field.held), 0)
+        for tensor in saved:
+            if tensor.data_ptr() not in sizes:
+                # A view keeps all of its storage; asking for the storage of every tensor would be slow.
+                whole = tensor.untyped_storage() if tensor._is_view() else tensor
+                sizes.setdefault(
+                    whole.data_ptr(), whole.nbytes() if isinstance(whole, torch.UntypedStorage) else whole.nbytes
+                )
+        self._graph_bytes = sum(sizes.values())
 
     def release(self) -> list[Tensor]:
-        """Hand over the tensors that are kept, so that autograd owns them."""
-        self._kept = [(i, len(points)) for i, points in self._points.items()]
-        tensors = [point for points in self._points.values() for point in points]
-        self._points = {}
+        """Hand over the tensors, so that autograd keeps and frees them; the steps stay."""
+        tensors = [*self._starts.values(), *self._ends]
+        self.kept, self._starts, self._ends, self._end = [*self._starts], {}, [], None
         return tensors
 
-    def restore(self, tensors: Iterable[Tensor]) -> None:
-        """Take back what :meth:`release` handed over."""
-        following = iter(tensors)
-        self._points = {i: list(islice(following, count)) for i, count in self._kept}
+
+class Path:
+    """The steps of a finished walk, from the last to the first.
+
+    Args:
+        trajectory: what was recorded.
+        tensors: what it handed over.
+        end: the state at the end.
+    """
+
+    def __init__(self, trajectory: Trajectory, tensors: Sequence[Tensor], end: Tensor) -> None:
+        count = len(trajectory.kept)
+        self._trajectory, self._end = trajectory, end
+        self._starts, self._ends = dict(zip(trajectory.kept, tensors, strict=False)), tensors[count:]
 
     def __iter__(self) -> Iterator[Replay]:
         yield from [*reversed(self)][::-1]
 
     def __reversed__(self) -> Iterator[Replay]:
-        end = len(self._steps)
-        for start in sorted(self._points, reverse=True):
-            stretch = [self._points[start]] if not self._stride else self._retaken(start, end)
-            for i in range(end - 1, start - 1, -1):
-                yield self._steps[i]._replace(points=stretch[i - start])
-            end = start
+        steps = self._trajectory.steps
+        expected: Tensor | None = self._end
+        stop = len(steps)
+        for kept in sorted(self._starts, reverse=True):
+            stretch = self._retaken(kept, stop)
+            for i in range(stop - 1, kept - 1, -1):
+                yield Replay(steps[i], stretch.pop(), self._ends[i] if i < len(self._ends) else None, expected)
+                expected = None
+            stop = kept
 
-    def _retaken(self, start: int, end: int) -> list[list[Tensor]]:
-        """Stage points of the steps from ``start`` up to ``end``."""
-        x, first, stretch = self._points[start][0], None, []
-        for taken in self._steps[start:end]:
-            field = self._field.noted(taken.notes[first is not None :])
-            x, seen = step(self._tableau, field, taken.time, taken.size, x, first)
-            first = seen.slopes[-1] if self._tableau.first_same_as_last else None
-            stretch.append(seen.points[: self._depth])
-        return stretch
+    def _retaken(self, kept: int, stop: int) -> list[Tensor]:
+        """The states at the starts of the steps from a kept one up to ``stop``."""
+        tableau, x, first = self._trajectory.tableau, self._starts[kept], None
+        states = [x]
+        for taken in self._trajectory.steps[kept : stop - 1]:
+            field = self._trajectory.field.noted(taken.notes[first is not None :])
+            x, seen = step(tableau, field, taken.time, taken.size, x, first)
+            first = seen.slopes[-1] if tableau.first_same_as_last else None
+            states.append(x)
+        return states
 
 
 @cache
@@ -221,70 +287,69 @@ def shortened(tableau: Tableau) -> Tableau:
 
 
 class PulledStep(NamedTuple):
-    """The costate at the start of a step, and dL/dh, dL/dt of the step where they are wanted."""
+    """The costate at the start of a step, and dL/dstretch, dL/dshift of the step where they are wanted."""
 
     x: Tensor
-    size: Tensor | None = None
-    time: Tensor | None = None
+    stretch: Tensor | None = None
+    shift: Tensor | None = None
 
 
-PullStep = Callable[[Replay, Tensor, Gradient], PulledStep]
-
-
-class WholePull:
-    """The vector-Jacobian product of one step by autograd through the step; it needs the first stage point alone.
+class StepPull:
+    """The vector-Jacobian product of one step.
 
     Args:
-        tableau: the method, see :func:`shortened`.
+        tableau: the method.
         field: the field.
-    """
-
-    def __init__(self, tableau: Tableau, field: Differentiable) -> None:
-        self._tableau, self._field = tableau, field
-
-    def __call__(self, replay: Replay, costate: Tensor, gradient: Gradient) -> PulledStep:
-        """Map the costate at the end of a step to its start, and add to the gradient."""
-        leaf = replay.points[0].detach().requires_grad_()
-        with torch.enable_grad():
-            x, _ = step(self._tableau, self._field.noted(replay.notes), replay.time, replay.size, leaf)
-        x_bar, *terms = torch.autograd.grad(x, (leaf, *self._field.parameters), costate, allow_unused=True)
-        gradient.add(terms)
-        return PulledStep(x_bar)
-
-
-class StagewisePull:
-    """The stage adjoint of one step: the one that observers can watch, and that knows dL/dh and dL/dt.
-
-    Args:
-        tableau: the method, see :func:`shortened`.
-        field: the field.
-        observer: watches every stage.
-        moving: whether dL/dh and dL/dt are wanted.
+        observer: watches every evaluation of a replayed step.
+        moving: whether dL/dstretch and dL/dshift are wanted; then, too, steps must be replayed.
     """
 
     def __init__(
         self, tableau: Tableau, field: Differentiable, observer: Observer | None = None, moving: bool = False
     ) -> None:
-        self._columns, self._c, self._quadrature = _columns(tableau), tableau.c, tableau.quadrature
-        self._pull, self._moving = field.pull, moving
-        self._watch = _unwatched if observer is None else observer.stage
+        self._tableau, self._field, self._observer, self._moving = shortened(tableau), field, observer, moving
 
     def __call__(self, replay: Replay, costate: Tensor, gradient: Gradient) -> PulledStep:
         """Map the costate at the end of a step to its start, and add to the gradient."""
-        h, reverse, total = replay.size, [costate], costate.clone()
-        size = time = costate.new_zeros((), dtype=torch.float64) if self._moving else None
-        for i, column in self._columns:
-            kbar = weighted_sum(h, column, reverse)
-            with self._watch(abs(h) * self._quadrature[i], 1.0):
-                seen = self._pull(replay.time + self._c[i] * h, replay.points[i], kbar, note=replay.notes[i])
-            reverse.append(seen.x)
-            total += seen.x
-            gradient.add(seen.parameters)
-            if size is not None and time is not None:
-                shift = torch.zeros_like(time) if seen.time is None else seen.time.double()
-                size = size + (seen.slope * kbar).sum(dtype=torch.float64) / h + self._c[i] * shift
-                time = time + shift
-        return PulledStep(total, size, time)
+        taken, start, end = replay.step, replay.start, replay.end
+        moves: Sequence[Tensor] = ()
+        if end is None:
+            start = start.detach().requires_grad_()
+            field = self._field.noted(taken.notes)
+            if self._observer is not None:
+                field = _watched(field, self._observer, abs(taken.size), self._tableau.quadrature)
+            if self._moving:
+                moves = [
+                    torch.tensor(value, dtype=torch.float64, device=start.device, requires_grad=True)
+                    for value in (1.0, 0.0)
+                ]
+                field = _moved(field, taken.time, *moves)
+            with torch.enable_grad():
+                end, _ = step(self._tableau, field, taken.time, taken.size, start)
+        inputs = (start, *self._field.parameters, *moves)
+        if replay.end is None and replay.expected is not None:
+            self._field.require_same(end, replay.expected, inputs)
+        # A kept graph may be pulled again: autograd frees it with the node of the solve.
+        x, *found = torch.autograd.grad(end, inputs, costate, retain_graph=end is replay.end, allow_unused=True)
+        count = len(self._field.parameters)
+        gradient.add(found[:count])
+        return PulledStep(x, *found[count:])
+
+
+def _watched(field: Field, observer: Observer, length: float, quadrature: Sequence[float]) -> Field:
+    """Let an observer watch the evaluations of one step."""
+    weights = iter(quadrature)
+
+    def watched(t: Time, y: Tensor) -> Tensor:
+        with observer.stage(length * next(weights), 1.0):
+            return field(t, y)
+
+    return watched
+
+
+def _moved(field: Field, start: float, stretch: Tensor, shift: Tensor) -> Field:
+    """The field of a step that moves by ``shift`` and grows by ``stretch``."""
+    return lambda t, y: stretch.to(y.dtype) * field(t + shift + (stretch - 1.0) * (t - start), y)
 
 
 class DiscreteStep:
@@ -296,34 +361,21 @@ class DiscreteStep:
         times: start and outputs, where dL/dtimes is wanted.
     """
 
-    def __init__(self, pull_step: PullStep, jumps: Mapping[int, Tensor], times: Sequence[float] = ()) -> None:
+    def __init__(self, pull_step: StepPull, jumps: Mapping[int, Tensor], times: Sequence[float] = ()) -> None:
         self._pull_step, self._jumps, self._times = pull_step, jumps, times
 
     def __call__(self, replay: Replay, value: Costate) -> tuple[Costate, None]:
         """Carry the costate from the end of a step to its start."""
         x, interval = value.x, value.interval
-        if replay.output is not None:
-            interval = replay.output
+        if replay.step.output is not None:
+            interval = replay.step.output
             x = x + self._jumps[interval] if interval in self._jumps else x
         pulled = self._pull_step(replay, x, value.parameters)
-        if pulled.size is not None and pulled.time is not None:
+        if pulled.stretch is not None:
             # An interval stretches its steps and moves their starts in proportion.
             start, length = self._times[interval - 1], self._times[interval] - self._times[interval - 1]
-            stretch = pulled.size * (replay.size / length) + pulled.time * ((replay.time - start) / length)
+            shift = 0.0 if pulled.shift is None else pulled.shift
+            stretch = pulled.stretch / length + shift * ((replay.step.time - start) / length)
             value.times[interval] += stretch
-            value.times[interval - 1] += pulled.time - stretch
+            value.times[interval - 1] += shift - stretch
         return Costate(pulled.x, value.parameters, value.times, interval), None
-
-
-@cache
-def _columns(tableau: Tableau) -> list[tuple[int, tuple[float, ...]]]:
-    """For i = s, ..., 1 the weights (b_i, a_{s,i}, ..., a_{i+1,i}) of p', lambda_s, ..., lambda_{i+1}."""
-    stages = range(len(tableau.c))
-    return [(i, (tableau.b[i], *(tableau.a[k][i] for k in reversed(stages[i + 1 :])))) for i in reversed(stages)]
-
-
-_NOBODY = nullcontext()
-
-
-def _unwatched(input_weight: float, gradient_weight: float) -> AbstractContextManager[Any]:
-    return _NOBODY

@@ -90,7 +90,7 @@ class Flow:
                 products = [product.movedim(0, -2) for product in pull(F, of, columns.movedim(-2, 0))]
             else:
                 products = [columns @ block for block in linearise(F, inputs)]
-        return Pull(F.detach(), products[0], products[1:], None)
+        return Pull(F.detach(), products[0], products[1:])
 
 
 class Request(NamedTuple):

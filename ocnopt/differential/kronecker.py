@@ -118,20 +118,43 @@ class Samples(NamedTuple):
         return self if bool(keep.all()) else Samples(self.inputs[:, keep], self.gradients[:, keep])
 
 
-class _Uses:
-    """What a layer met in one iteration: running sums over the uses by the present samples, and the samples before."""
+def is_gone(gradient: Tensor | None) -> bool:
+    """Whether what was accumulated in a parameter's ``.grad`` has been thrown away since."""
+    return gradient is None or not (gradient.is_sparse or bool(gradient.any()))
 
-    def __init__(self, bias: bool, mean: bool) -> None:
-        self.bias, self.mean = bias, mean
-        self.closed: list[Samples] = []
+
+def is_within_backward() -> bool:
+    """Whether a backward pass is running, which evaluates modules again (replays, checkpoints)."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def release(handles: list[RemovableHandle]) -> None:
+    """Remove hooks, and forget their handles."""
+    while handles:
+        handles.pop().remove()
+
+
+class _Uses:
+    """What a layer met in one iteration: running sums over the uses by the present samples, and the samples before.
+
+    Samples count once their gradient has reached the weight's ``.grad``, and for as long as it is there.
+    """
+
+    def __init__(self, parameter: Tensor, bias: bool, mean: bool) -> None:
+        self.parameter, self.bias, self.mean = parameter, bias, mean
+        self._before: list[Samples] = []
+        self._present: list[Samples] = []
+        self._counts = False
         self._inputs: Tensor | None = None
         self._gradients: Tensor | None = None
         self._weight = 0.0
 
     def add(self, inputs: Tensor | None, weight: float, gradients: Tensor, factor: float) -> None:
         """Add one use: inputs with a weight in their mean over time, gradients with a factor in their integral."""
+        if (self._before or self._counts) and is_gone(self.parameter.grad):
+            self.take()
         if self._gradients is not None and self._gradients.shape != gradients.shape:
-            self.close()
+            self._complete()
         sums = self._gradients
         self._gradients = gradients * factor if sums is None else sums.add_(gradients, alpha=factor)
         if inputs is not None:
@@ -139,20 +162,37 @@ class _Uses:
             self._inputs = inputs * weight if means is None else means.add_(inputs, alpha=weight)
             self._weight += weight
 
+    def count(self, _: Tensor) -> None:
+        """The present samples have reached ``.grad``."""
+        self._counts = True
+
     def close(self) -> None:
-        """The present samples are complete."""
+        """What follows are other samples."""
+        self._complete()
+        if self._counts:
+            self._before += self._present
+        self._present, self._counts = [], False
+
+    def take(self) -> list[Samples]:
+        """Hand over all samples that count."""
+        self.close()
+        taken, self._before = self._before, []
+        return [] if self.parameter.grad is None else taken
+
+    def _complete(self) -> None:
         z, g = self._inputs, self._gradients
         if z is not None and g is not None:
-            self.closed.append(Samples(z / self._weight, g * g.shape[1] if self.mean else g))
+            self._present.append(Samples(z / self._weight, g * g.shape[1] if self.mean else g))
         self._inputs = self._gradients = None
         self._weight = 0.0
 
 
 class Collector:
-    """Gathers the samples of layers while it is attached, as forward hooks and as observer of Neural ODEs.
+    """Gathers the samples of layers while it is attached, as hooks of layers and as observer of Neural ODEs.
+
+    A layer that is called again once its gradient has arrived meets other samples (accumulated gradients).
 
     Args:
-        model: whose forward pass marks the beginning of new samples.
         layers: the layers, and whether their bias counts as an input.
         timed: those that act inside a Neural ODE; they count in :meth:`stage` alone, the others in every forward pass.
         mean: the loss is a mean over the samples of a batch, not a sum.
@@ -160,18 +200,18 @@ class Collector:
     A copy of a watched module is not watched: copying or pickling a collector makes one without layers.
     """
 
-    def __init__(
-        self, model: nn.Module, layers: Mapping[nn.Module, bool], timed: Collection[nn.Module], *, mean: bool = True
-    ) -> None:
-        self._model, self._timed = model, frozenset(timed)
-        self._uses = {layer: _Uses(bias, mean) for layer, bias in layers.items()}
+    def __init__(self, layers: Mapping[nn.Module, bool], timed: Collection[nn.Module], *, mean: bool = True) -> None:
+        self._timed = frozenset(timed)
+        self._uses: dict[nn.Module, _Uses] = {
+            layer: _Uses(layer.weight, bias, mean) for layer, bias in layers.items() if is_layer(layer)
+        }
         self._stage: tuple[float, float] | None = None
 
     def attach(self) -> list[RemovableHandle]:
         """Begin with nothing gathered, and watch until the handles are removed."""
         self.take()
-        handles = [layer.register_forward_hook(self._see, with_kwargs=True) for layer in self._uses]
-        return [self._model.register_forward_pre_hook(self._begin), *handles]
+        hooks = [layer.register_forward_hook(self._see, with_kwargs=True) for layer in self._uses]
+        return hooks + [uses.parameter.register_post_accumulate_grad_hook(uses.count) for uses in self._uses.values()]
 
     @contextmanager
     def stage(self, input_weight: float, gradient_weight: float) -> Iterator[None]:
@@ -187,22 +227,17 @@ class Collector:
 
     def take(self) -> dict[nn.Module, Samples]:
         """Hand over what was gathered at every layer that was used and received a gradient."""
-        self._begin()
         taken = {}
         for layer, uses in self._uses.items():
-            closed, uses.closed = uses.closed, []
-            finite = [kept for kept in map(Samples.finite, closed) if kept.inputs.shape[1]]
+            finite = [kept for kept in map(Samples.finite, uses.take()) if kept.inputs.shape[1]]
             if finite:
                 taken[layer] = Samples(*(torch.cat(part, 1) for part in zip(*finite, strict=True)))
         return taken
 
-    def _begin(self, *_: object) -> None:
-        # A backward pass since the last forward pass means that what follows are other samples (accumulated gradients).
-        for uses in self._uses.values():
-            uses.close()
-
     def _see(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
         uses = self._uses.get(layer)
+        if uses is not None and not is_within_backward():
+            uses.close()
         weights = self._stage if layer in self._timed else (1.0, 1.0)
         z = args[0] if args else kwargs.get("input")
         if uses is None or weights is None or not (isinstance(z, Tensor) and isinstance(output, Tensor)):
@@ -210,18 +245,22 @@ class Collector:
         if not (is_layer(layer) and output.requires_grad and _fits(layer, z, output)):
             return
         weight, factor = weights
-        pending = [z.detach()] if weight > 0.0 else []
+        pending, means = [z.detach()] if weight > 0.0 else [], []
 
         # Counted as its gradient arrives: a forward pass without a backward pass leaves no trace, and until then
-        # autograd holds the input anyway.
+        # autograd holds the input anyway. A retained graph may bring further gradients.
         def arrive(g: Tensor) -> None:
-            inputs = input_samples(layer, pending.pop(), uses.bias) if pending else None
-            uses.add(inputs, weight, gradient_samples(layer, g), factor)
+            if self._stage is not None and layer in self._timed:
+                return  # the field differentiates inside; what counts arrives with the pull, after the stage
+            with torch.autocast(g.device.type, enabled=False):
+                if pending:
+                    means.append(input_samples(layer, pending.pop(), uses.bias))
+                uses.add(means[0] if means else None, weight, gradient_samples(layer, g), factor)
 
         output.register_hook(arrive)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Collector, (nn.Identity(), {}, ())
+        return Collector, ({}, ())
 
 
 def _fits(layer: Layer, z: Tensor, output: Tensor) -> bool:

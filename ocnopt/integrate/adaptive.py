@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ocnopt.checks import times_in_order
 from ocnopt.errors import ConvergenceError, NonFiniteError, ProblemError
-from ocnopt.integrate.runge_kutta import Field, Stages, step, weighted_sum
+from ocnopt.integrate.runge_kutta import Field, Stages, Take, step, weighted_sum
 from ocnopt.integrate.tableaus import DOPRI5, Tableau
 from ocnopt.integrate.walk import OnStep, Step, Walk
 
@@ -41,6 +41,7 @@ def integrate(
     first_size: float | None = None,
     on_step: OnStep | None = None,
     max_evaluations: int | None = None,
+    take: Take = step,
 ) -> Walk:
     """Integrate dx/dt = F(t, x) from ``times[0]`` through ``times[1:]`` with controlled local error.
 
@@ -57,6 +58,7 @@ def integrate(
         first_size: length of the first step; None asks Hairer's heuristic, at the price of one evaluation.
         on_step: called with every accepted :class:`~ocnopt.integrate.walk.Step`.
         max_evaluations: cap on evaluations of the field.
+        take: takes each step.
 
     Raises:
         ProblemError: the method has no error estimate, or times or tolerances make no sense.
@@ -74,7 +76,7 @@ def integrate(
         )
     if not (rtol >= 0 and atol >= 0 and rtol + atol > 0):
         raise ProblemError(f"rtol={rtol}, atol={atol}; expected two tolerances >= 0, not both zero")
-    walker = _Walker(field, tableau, rtol, atol, norm, on_step, max_evaluations)
+    walker = _Walker(field, tableau, rtol, atol, norm, on_step, max_evaluations, take)
     walker.start(times, x, first, first_size)
     states = [walker.advance(output, end) for output, end in enumerate(times[1:], start=1)]
     slope = walker.slope if tableau.first_same_as_last else None
@@ -93,7 +95,9 @@ class _Walker:
         norm: Norm,
         on_step: OnStep | None,
         max_evaluations: int | None,
+        take: Take,
     ) -> None:
+        self.take = take
         self.field, self.tableau, self.norm, self.on_step = field, tableau, norm, on_step
         self.rtol, self.atol, self.max_evaluations = rtol, atol, max_evaluations
         self.error_weights: Sequence[float] = tableau.b_error or ()
@@ -125,7 +129,7 @@ class _Walker:
         """Try one step; whether it was accepted."""
         h = self.direction * length
         self._charge(len(self.tableau.c) - (self.slope is not None), h)
-        x, seen = step(self.tableau, self.field, self.t, h, self.x, self.slope)
+        x, seen = self.take(self.tableau, self.field, self.t, h, self.x, self.slope)
         error, magnitude = self._measure(h, x.detach(), seen)
         accepted = error <= 1.0
         factor = self._factor(error)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ocnopt.checks import times_in_order
 from ocnopt.errors import NonFiniteError, ProblemError
-from ocnopt.integrate.runge_kutta import Field, step
+from ocnopt.integrate.runge_kutta import Field, Take, step
 from ocnopt.integrate.tableaus import RK4, Tableau
 from ocnopt.integrate.walk import OnStep, Step, Walk
 
@@ -23,6 +23,7 @@ def integrate(
     tableau: Tableau = RK4,
     first: Tensor | None = None,
     on_step: OnStep | None = None,
+    take: Take = step,
 ) -> Walk:
     """Integrate dx/dt = F(t, x) from ``times[0]`` through ``times[1:]`` in equal steps no longer than ``step_size``.
 
@@ -34,6 +35,7 @@ def integrate(
         tableau: any explicit method.
         first: F at the start, where it is known already.
         on_step: called with every :class:`~ocnopt.integrate.walk.Step`.
+        take: takes each step.
 
     Raises:
         ProblemError: the times or the step size make no grid.
@@ -53,7 +55,7 @@ def integrate(
         t = start
         for i in range(count):
             evaluations += len(tableau.c) - (slope is not None)
-            x, seen = step(tableau, field, t, h, x, slope)
+            x, seen = take(tableau, field, t, h, x, slope)
             slope = seen.slopes[-1] if tableau.first_same_as_last else None
             if on_step is not None:
                 on_step(Step(t, h, seen, output if i == count - 1 else None))

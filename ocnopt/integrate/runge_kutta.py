@@ -6,7 +6,7 @@ ODEs, the adjoints) takes its steps here.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -67,3 +67,13 @@ def step(
     if tableau.first_same_as_last:
         return seen.points[-1], seen
     return combine(x, h, tableau.b, seen.slopes), seen
+
+
+@runtime_checkable
+class Take(Protocol):
+    """A way to take one step: :func:`step`, or one that also keeps something of it."""
+
+    def __call__(
+        self, tableau: Tableau, field: Field, t: Time, h: float, x: Tensor, first: Tensor | None = None, /
+    ) -> tuple[Tensor, Stages]:
+        """As :func:`step`."""

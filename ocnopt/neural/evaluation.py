@@ -7,7 +7,7 @@ care of that, as torch.utils.checkpoint does for a plain function.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ State = Tensor | tuple[Tensor, ...]
 Noise = tuple[Tensor, Tensor | None]
 
 
-class Packing(NamedTuple):
+class StateLayout(NamedTuple):
     """How a state travels as one tensor.
 
     A tensor stays as it is. A tuple becomes ``(batch, sum of sizes)`` where all parts share their leading axis, else
@@ -35,7 +35,7 @@ class Packing(NamedTuple):
     sizes: tuple[int, ...] = ()
 
     @staticmethod
-    def of(state: object) -> "Packing":
+    def of(state: object) -> "StateLayout":
         """Read the layout of a state.
 
         Raises:
@@ -56,12 +56,12 @@ class Packing(NamedTuple):
                 "one dtype and one device (a non-empty tuple): convert them with .to(...)"
             )
         if not isinstance(state, tuple):
-            return Packing()
+            return StateLayout()
         shapes = tuple(part.shape for part in parts)
         leading = {shape[:1] for shape in shapes}
         together = len(leading) == 1 and leading != {torch.Size()}
         sizes = tuple((shape[1:] if together else shape).numel() for shape in shapes)
-        return Packing(shapes, shapes[0][0] if together else 1, sizes)
+        return StateLayout(shapes, shapes[0][0] if together else 1, sizes)
 
     def join(self, state: State) -> Tensor:
         """A state as one tensor."""
@@ -93,6 +93,16 @@ class Surroundings:
             for kind in {"cpu", device.type}
             if torch.amp.is_autocast_available(kind)
         }
+        self.buffers: list[tuple[Tensor, Tensor]] = []
+        self.attributes: list[tuple[str, object]] = []
+
+    def close(self, *, repeats: bool) -> None:
+        """The forward pass is over; note what a backward pass needs, which ``repeats`` evaluations or not."""
+        self.buffers = [(buffer, buffer.clone()) for buffer in self.field.buffers()]
+        self.attributes = [*_attributes(self.field)] if repeats else []
+        if any(enabled for enabled, _, _ in self.autocast.values()):
+            # Weights that autocast has cast without a graph: later uses in the same region would lose gradients.
+            torch.clear_autocast_cache()
 
     def noise(self) -> Noise:
         """The state of the random generators that a field may draw from."""
@@ -113,34 +123,33 @@ class Surroundings:
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """As in the forward pass; afterwards as before, with buffers untouched."""
-        changed = [(module, was) for module, was in self.training if module.training != was]
+        """As in the forward pass; afterwards as before."""
+        flags = [(module, flag) for module, flag in self.training if module.training != flag]
         noise = self.noise()
-        buffers = [(buffer, buffer.clone()) for buffer in self.field.buffers()]
+        # Through .data: batch normalisation moves its statistics without telling autograd, and so do we.
+        buffers = [(buffer, was, buffer.clone()) for buffer, was in self.buffers if not torch.equal(buffer, was)]
         try:
-            for module, was in changed:
-                module.training = was
+            for module, flag in flags:
+                module.training = flag
+            for buffer, was, _ in buffers:
+                buffer.data.copy_(was)
             with self._autocasting():
                 yield
         finally:
-            for module, was in changed:
-                module.training = not was
+            for module, flag in flags:
+                module.training = not flag
             self.set_noise(noise)
-            for buffer, value in buffers:
+            for buffer, value in self.buffers:
                 if not torch.equal(buffer, value):
-                    # Through .data: batch normalisation moves its statistics without telling autograd, and so do we.
                     buffer.data.copy_(value)
+            for buffer, _, now in buffers:
+                buffer.data.copy_(now)
 
     def _autocasting(self) -> ExitStack:
         stack = ExitStack()
         for kind, (enabled, dtype, cached) in self.autocast.items():
             stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=dtype, cache_enabled=cached))
         return stack
-
-    def forget_casts(self) -> None:
-        """Drop weights that autocast has cast without a graph: later uses in the same region would lose gradients."""
-        if any(enabled for enabled, _, _ in self.autocast.values()):
-            torch.clear_autocast_cache()
 
 
 @dataclass
@@ -161,7 +170,7 @@ class Evaluation:
 
     Args:
         field: the user's module.
-        packing: the layout of the state.
+        layout: the layout of the state.
         parameters: what vector-Jacobian products differentiate besides x.
         surroundings: random numbers, flags and autocast of the forward pass.
         moving: whether dL/dt is wanted.
@@ -170,12 +179,12 @@ class Evaluation:
     def __init__(
         self,
         field: nn.Module,
-        packing: Packing,
+        layout: StateLayout,
         parameters: Sequence[Tensor],
         surroundings: Surroundings,
         moving: bool = False,
     ) -> None:
-        self.field, self.packing, self.parameters = field, packing, parameters
+        self.field, self.layout, self.parameters = field, layout, parameters
         self.surroundings, self.moving = surroundings, moving
         self.owned = [*field.parameters()]
         self.statistics, self.is_backward = Statistics(), False
@@ -200,13 +209,17 @@ class Evaluation:
             return self.at(self._time(t, x), x.detach().requires_grad_()).detach()
 
     def first(self, t: Time, x: Tensor) -> Tensor:
-        """F(t, x) without a graph, after a look at what it depends on.
+        """F(t, x) without a graph, after a look at what it depends on; see :meth:`root`."""
+        return self.root(t, x)[1].detach()
+
+    def root(self, t: Time, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x as the leaf of a new graph and F(t, x), after a look at what it depends on.
 
         Raises:
             ProblemError: it depends on a tensor whose gradient would be lost.
         """
+        leaf = x.detach().requires_grad_()
         with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
             slope = self.at(self._time(t, x), leaf)
         stray = _stray_leaf(slope, (leaf, *self.parameters))
         if stray is not None:
@@ -217,7 +230,12 @@ class Evaluation:
                 "hand it over as adjoint_params=[...] (or a function that returns such a list), detach it, or use "
                 'adjoint="backprop"'
             )
-        return slope.detach()
+        return leaf, slope
+
+    @property
+    def held(self) -> Sequence[Tensor]:
+        """Tensors that live on without any graph."""
+        return [*self.owned, *self.field.buffers(), *self.parameters]
 
     def noted(self, notes: Sequence[Noise | None]) -> Field:
         """Return the field for a row of evaluations, each with the random numbers of its note."""
@@ -235,29 +253,54 @@ class Evaluation:
         if note is not None:
             self.surroundings.set_noise(note)
 
-    def pull(self, t: Time, x: Tensor, cotangent: Tensor, *, wanted: bool = True, note: Noise | None = None) -> Pull:
-        """F(t, x) and F_x^T c, F_theta^T c (if ``wanted``), F_t . c (if times move)."""
-        self._hear(note)
+    def pull(
+        self,
+        t: Time,
+        x: Tensor,
+        cotangent: Tensor,
+        *,
+        wanted: bool = True,
+        watch: AbstractContextManager[Any] | None = None,
+    ) -> Pull:
+        """F(t, x), evaluated within ``watch``, and F_x^T c, F_theta^T c (if ``wanted``)."""
         parameters = self.parameters if wanted else ()
-        time = self._time(t, x)
         leaf = x.detach().requires_grad_()
-        inputs = (leaf, *parameters, time.requires_grad_()) if self.moving else (leaf, *parameters)
-        with torch.enable_grad():
-            slope = self.at(time, leaf)
+        with torch.enable_grad(), watch or nullcontext():
+            slope = self.at(self._time(t, x), leaf)
         if not slope.requires_grad:
-            return Pull(slope, torch.zeros_like(x), (None,) * len(parameters), None)
-        found: Sequence[Tensor | None] = torch.autograd.grad(slope, inputs, cotangent, allow_unused=True)
-        x_bar = torch.zeros_like(x) if found[0] is None else found[0]
-        terms, t_bar = (found[1:-1], found[-1]) if self.moving else (found[1:], None)
-        return Pull(slope.detach(), x_bar, terms, t_bar)
+            return Pull(slope, torch.zeros_like(x), (None,) * len(parameters))
+        found: Sequence[Tensor | None] = torch.autograd.grad(slope, (leaf, *parameters), cotangent, allow_unused=True)
+        return Pull(slope.detach(), torch.zeros_like(x) if found[0] is None else found[0], found[1:])
+
+    def require_same(self, came: Tensor, expected: Tensor, inputs: Sequence[Tensor]) -> None:
+        """Compare a replayed state with that of the forward pass, bit for bit, or up to rounding.
+
+        Raises:
+            OcnoptError: they differ, or it depends on other tensors than ``inputs``, whose gradients would be lost.
+        """
+        eps, start = torch.finfo(came.dtype).eps, inputs[0].detach()
+        # Compiled fields and some kernels round differently with a graph than without.
+        slack = eps**0.5 * (expected - start).abs().max() + 16 * eps * expected.abs().max() if came.numel() else 0.0
+        is_same = torch.equal(came, expected) or bool((came.detach() - expected).abs().max() <= slack)
+        if is_same and _stray_leaf(came, inputs) is None:
+            return
+        now = dict(_attributes(self.field))
+        changed = [repr(name) for name, was in self.surroundings.attributes if now.get(name) is not was]
+        raise OcnoptError(
+            "the field has changed between the forward and the backward pass, which evaluates it again: "
+            f"{', '.join(changed) or 'something it depends on'} is not what it was; expected the same field: call "
+            "backward() before changing attributes, buffers or adjoint_params, keep the forward pass in memory (raise "
+            'checkpoint_bytes), or use adjoint="backprop"'
+        )
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
-        """The backward pass: surroundings as in the forward pass, evaluations counted apart.
+        """The backward pass: surroundings as in the forward pass, evaluations counted apart."""
+        self.is_backward, self.statistics.backward = True, 0
+        with torch.no_grad(), self.surroundings.restored():
+            yield
 
-        Raises:
-            OcnoptError: the field's parameters were exchanged since the forward pass.
-        """
+    def _require_own_parameters(self) -> None:
         now = [*self.field.parameters()]
         if len(now) != len(self.owned) or any(new is not old for new, old in zip(now, self.owned, strict=True)):
             raise OcnoptError(
@@ -265,34 +308,34 @@ class Evaluation:
                 "(torch.func.functional_call does that); expected the same tensors, since the backward pass evaluates "
                 'the field again: use adjoint="backprop"'
             )
-        self.is_backward, self.statistics.backward = True, 0
-        with torch.no_grad(), self.surroundings.restored():
-            yield
 
     def _time(self, t: Time, x: Tensor) -> Tensor:
-        return t if isinstance(t, Tensor) else torch.full((), t, dtype=x.dtype, device=x.device)
+        return t.to(x.dtype) if isinstance(t, Tensor) else torch.full((), t, dtype=x.dtype, device=x.device)
 
     def at(self, t: Tensor, x: Tensor) -> Tensor:
         """F(t, x) with t a 0-d tensor: the one place where the field is called.
 
         Raises:
             ProblemError: what it returns does not fit the state.
+            OcnoptError: the field's parameters were exchanged since the forward pass.
         """
         if self.is_backward:
+            if not self.statistics.backward:
+                self._require_own_parameters()
             self.statistics.backward += 1
         else:
             self.statistics.forward += 1
-        if self.packing.shapes is None:
+        if self.layout.shapes is None:
             slope = self.field(t, x)
             if isinstance(slope, Tensor) and slope.shape == x.shape:
                 return slope if slope.dtype == x.dtype else slope.to(x.dtype)
         else:
-            slope = self.field(t, self.packing.split(x))
-        return self.packing.join(self._checked(slope, x)).to(x.dtype)
+            slope = self.field(t, self.layout.split(x))
+        return self.layout.join(self._checked(slope, x)).to(x.dtype)
 
     def _checked(self, slope: object, x: Tensor) -> State:
-        expected = [tuple(shape) for shape in self.packing.shapes or (x.shape,)]
-        parts = slope if isinstance(slope, tuple | list) and self.packing.shapes is not None else (slope,)
+        expected = [tuple(shape) for shape in self.layout.shapes or (x.shape,)]
+        parts = slope if isinstance(slope, tuple | list) and self.layout.shapes is not None else (slope,)
         came = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
         if came != expected:
             raise ProblemError(
@@ -322,5 +365,5 @@ def _stray_leaf(slope: Tensor, known: Sequence[Tensor]) -> Tensor | None:
 def _attributes(field: nn.Module) -> Iterator[tuple[str, object]]:
     """Tensors stored on a module and its submodules as plain attributes."""
     for prefix, module in field.named_modules():
-        for name, value in vars(module).items():
+        for name, value in (vars(module) | module._buffers).items():
             yield f"{prefix}.{name}".lstrip("."), value

@@ -4,6 +4,7 @@ The whole solve is one node of autograd. Its forward pass walks without a graph 
 its backward pass runs that adjoint, through which observers (curvature, the horizon's policy) see what they need.
 """
 
+import inspect
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -16,11 +17,11 @@ from torch.utils.hooks import RemovableHandle
 
 from ocnopt.checks import nearest, times_in_order
 from ocnopt.differential.discrete import Observer, Observers
-from ocnopt.errors import ProblemError
+from ocnopt.errors import ConvergenceError, ProblemError
 from ocnopt.integrate import adaptive, fixed, torchdiffeq_bridge
 from ocnopt.integrate.tableaus import TABLEAUS
 from ocnopt.integrate.walk import Walk
-from ocnopt.neural.evaluation import Evaluation, Packing, State, Statistics, Surroundings
+from ocnopt.neural.evaluation import Evaluation, State, StateLayout, Statistics, Surroundings
 from ocnopt.neural.solve import Job, solve
 from ocnopt.ocp import FreeHorizon, Horizon, read_horizon
 
@@ -46,7 +47,7 @@ class NeuralODE(nn.Module):
             steps and recomputed in stretches.
         adjoint_params: tensors besides the field's parameters that it depends on and that need gradients, or a function
             that returns them at every forward pass.
-        max_evaluations: cap on the evaluations of one adaptive walk.
+        max_evaluations: cap on the evaluations of one adaptive walk forwards.
 
     Raises:
         ProblemError: an argument is wrong, or the field's output does not fit the state.
@@ -90,9 +91,20 @@ class NeuralODE(nn.Module):
                 f"field is {type(field).__name__}; expected an nn.Module called as field(t, x): put the function into "
                 "the forward method of a module, with its parameters"
             )
+        _require_time(field)
         _require_name("adjoint", adjoint, ADJOINTS)
         if method not in TABLEAUS:
             _require_name("method", method, (*TABLEAUS, *torchdiffeq_bridge.method_names()))
+            if steps is not None and method not in torchdiffeq_bridge.GRID:
+                raise ProblemError(
+                    f"steps={steps!r} met method={method!r} of torchdiffeq, which chooses its own steps; expected "
+                    f"steps=None with rtol and atol, or a method on a grid: {', '.join(torchdiffeq_bridge.GRID)}"
+                )
+            if method == "scipy_solver" and adjoint != "continuous":
+                raise ProblemError(
+                    f"method='scipy_solver' met adjoint={adjoint!r}: its steps leave torch, and gradients would be cut "
+                    'off; expected adjoint="continuous"'
+                )
         if steps is not None and (type(steps) is not int or steps < 1):
             raise ProblemError(f"steps is {steps!r}; expected a positive whole number, or None for error control")
         self.field = field
@@ -118,15 +130,15 @@ class NeuralODE(nn.Module):
             NonFiniteError: the path left the finite numbers.
             ConvergenceError: the step underflowed, or ``max_evaluations`` were spent.
         """
-        packing = Packing.of(x)
+        layout = StateLayout.of(x)
         path, moving, from_start = self._path(times)
-        state = packing.join(x)
+        state = layout.join(x)
         if len(path) == 1:
-            return packing.split(state.unsqueeze(0))
-        outputs = self._solve(packing, state, path, moving)
+            return layout.split(state.unsqueeze(0))
+        outputs = self._solve(layout, state, path, moving)
         if times is None:
-            return packing.split(outputs[-1])
-        return packing.split(torch.stack([state, *outputs] if from_start else [*outputs]))
+            return layout.split(outputs[-1])
+        return layout.split(torch.stack([state, *outputs] if from_start else [*outputs]))
 
     def observe(self, observer: Observer) -> RemovableHandle:
         """Let ``observer`` watch the backward pass of every solve from now on, until ``handle.remove()``.
@@ -147,6 +159,15 @@ class NeuralODE(nn.Module):
         """What ``print(module)`` shows of the solve."""
         control = f"steps={self.steps}" if self.steps else f"rtol={self.rtol}, atol={self.atol}"
         return f"{self.horizon}, method={self.method!r}, {control}, adjoint={self.adjoint!r}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NeuralODE":
+        # T keeps single precision at least, and its value, where the rest is cast to half.
+        before = self._buffers.get("T")
+        super()._apply(fn, recurse)
+        if before is not None and self.T.dtype != before.dtype:
+            kept = before.detach().to(self.T.device, torch.promote_types(self.T.dtype, torch.float32))
+            self.T = kept.requires_grad_(before.requires_grad)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is a new module: whoever observes this one has not asked to observe that one.
@@ -189,10 +210,10 @@ class NeuralODE(nn.Module):
         unique = {id(tensor): tensor for tensor in (*self.field.parameters(), *extra) if tensor.requires_grad}
         return [*unique.values()]
 
-    def _solve(self, packing: Packing, x: Tensor, path: list[float], moving: Tensor | None) -> Sequence[Tensor]:
+    def _solve(self, layout: StateLayout, x: Tensor, path: list[float], moving: Tensor | None) -> Sequence[Tensor]:
         """The states at ``path[1:]``."""
         surroundings = Surroundings(self.field, x.device)
-        evaluation = Evaluation(self.field, packing, self._differentiated(), surroundings, moving is not None)
+        evaluation = Evaluation(self.field, layout, self._differentiated(), surroundings, moving is not None)
         self.statistics = evaluation.statistics
         step_size = abs(self._end() - self.horizon.t0) / (self.steps or DEFAULT_STEPS)
         if self.method not in TABLEAUS:
@@ -213,8 +234,19 @@ class NeuralODE(nn.Module):
         continuous = self.adjoint == "continuous" and torch.is_grad_enabled()
         if continuous:
             evaluation.first(path[0], x)
+        cap = None if self.method in torchdiffeq_bridge.GRID else self.max_evaluations
+
+        def field(t: Tensor, x: Tensor) -> Tensor:
+            if cap is not None and not evaluation.is_backward and evaluation.statistics.forward >= cap:
+                raise ConvergenceError(
+                    f"method={self.method!r} of torchdiffeq would spend more than its {cap} evaluations of the field "
+                    f"and stands at t = {t.item():.6g}; expected to reach the end within max_evaluations: the field "
+                    "has grown stiff or fast, the tolerance is too tight, or the cap too low"
+                )
+            return evaluation.at(t, x)
+
         states = torchdiffeq_bridge.integrate(
-            evaluation.at,
+            field,
             x,
             torch.tensor(path, dtype=x.dtype, device=x.device) if moving is None else moving,
             method=self.method,
@@ -241,6 +273,20 @@ class NeuralODE(nn.Module):
     def _observer(self) -> Observer | None:
         observers = [*self._observers.values()]
         return None if not observers else observers[0] if len(observers) == 1 else Observers(observers)
+
+
+def _require_time(field: nn.Module) -> None:
+    try:
+        signature = inspect.signature(field.forward)
+    except (TypeError, ValueError):
+        return  # not written in Python
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        raise ProblemError(
+            f"the field's forward takes {signature}; expected field(t, x), with the time first: wrap a network of x "
+            "alone in a module whose forward(self, t, x) returns self.net(x)"
+        ) from None
 
 
 def _require_name(what: str, name: str, options: Sequence[str]) -> None:

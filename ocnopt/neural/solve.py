@@ -1,6 +1,6 @@
 """A whole solve as one node of autograd: the walk forwards, the chosen adjoint backwards.
 
-``Discrete`` keeps the accepted steps and replays them, ``Continuous`` keeps the output states and integrates the
+``Discrete`` keeps the accepted steps and pulls them back, ``Continuous`` keeps the output states and integrates the
 costate. What must survive until the backward pass is saved through autograd, which frees it afterwards.
 """
 
@@ -19,16 +19,16 @@ from ocnopt.differential.discrete import (
     DiscreteStep,
     Gradient,
     Observer,
-    PullStep,
-    StagewisePull,
+    Path,
+    StepPull,
     Trajectory,
-    WholePull,
-    shortened,
 )
 from ocnopt.differential.path import Packing, blocks_of, carry
 from ocnopt.differential.sweep import sweep
 from ocnopt.errors import OcnoptError
 from ocnopt.integrate import adaptive
+from ocnopt.integrate.runge_kutta import Take
+from ocnopt.integrate.runge_kutta import step as take_step
 from ocnopt.integrate.tableaus import Tableau
 from ocnopt.integrate.walk import StageLog, Step, Walk
 from ocnopt.neural.evaluation import Evaluation, Noise
@@ -44,9 +44,15 @@ class Job:
     path: Sequence[float]
     observer: Observer | None
 
-    def walk(self, x: Tensor, first: Tensor | None = None, on_step: Callable[[Step], None] | None = None) -> Walk:
+    def walk(
+        self,
+        x: Tensor,
+        first: Tensor | None = None,
+        on_step: Callable[[Step], None] | None = None,
+        take: Take = take_step,
+    ) -> Walk:
         """Walk the path and note its statistics."""
-        walk = self.integrate(self.evaluation, x, self.path, first=first, on_step=on_step)
+        walk = self.integrate(self.evaluation, x, self.path, first=first, on_step=on_step, take=take)
         self.evaluation.statistics.steps, self.evaluation.statistics.rejected = walk.steps, walk.rejected
         return walk
 
@@ -58,54 +64,53 @@ class Job:
 
 
 class Discrete:
-    """The exact gradient of the accepted steps, which are kept within ``budget`` bytes."""
+    """The exact gradient of the accepted steps, which are kept within ``budget`` bytes.
 
-    def __init__(self, job: Job, budget: int) -> None:
+    Graphs are kept only if ``graphs``, and not where somebody watches: observers see evaluations in the backward pass.
+    """
+
+    def __init__(self, job: Job, budget: int, graphs: bool) -> None:
         self.job, self._budget = job, budget
-        self._tableau = shortened(job.tableau)
-        self._stagewise = job.observer is not None or job.evaluation.moving
+        self._graphs = graphs and job.observer is None and not job.evaluation.moving
         self._slope: Tensor | None = None
 
+    @property
+    def repeats(self) -> bool:
+        """Whether the backward pass evaluates the field again."""
+        return not self._trajectory.is_whole
+
     def forward(self, x: Tensor) -> tuple[Walk, list[Tensor]]:
-        """Walk, and what must be saved: x(T) if somebody watches, then the trajectory."""
+        """Walk, and what must be saved: x(T), then the trajectory's tensors."""
         evaluation, surroundings = self.job.evaluation, self.job.evaluation.surroundings
         before = surroundings.noise()
-        first = evaluation.first(self.job.path[0], x)
+        leaf, first = evaluation.root(self.job.path[0], x)
         noisy = surroundings.moved(before)
-        walk = self._walk(x, first, before if noisy else None)
-        if not noisy and surroundings.moved(before):
+        walk = self._walk(leaf, first, before if noisy else None)
+        if not noisy and self.repeats and surroundings.moved(before):
             # The field drew its first random numbers on the way: walk again and note their states.
             surroundings.set_noise(before)
-            walk = self._walk(x, first, before)
-        end = [] if self.job.observer is None else [walk.states[-1].clone()]
-        self._slope = None if self.job.observer is None else walk.slope
-        return walk, end + self._trajectory.release()
+            walk = self._walk(leaf, first, before)
+        self._slope = None if self.job.observer is None or walk.slope is None else walk.slope.detach()
+        *states, end = (state.detach() for state in walk.states)
+        # The last output is the caller's, who may work on it in place.
+        return walk._replace(states=[*states, end.clone()]), [end, *self._trajectory.release()]
 
     def _walk(self, x: Tensor, first: Tensor, noise: Noise | None) -> Walk:
         job = self.job
         log = job.evaluation.log = None if noise is None else StageLog(job.tableau)
         if log is not None and noise is not None:
             log.add(noise)
-        depth = len(self._tableau.c) if self._stagewise else 1
-        self._trajectory = Trajectory(job.tableau, depth, self._budget, job.evaluation, log)
-        walk = job.walk(x, first, self._trajectory.append)
+        self._trajectory = Trajectory(job.tableau, job.evaluation, self._budget, self._graphs, log)
+        walk = job.walk(x, first, self._trajectory.append, self._trajectory.take)
         job.evaluation.log = None
         return walk
 
     def backward(self, saved: Sequence[Tensor], terminal: Costate, jumps: dict[int, Tensor]) -> Costate:
-        """Replay the steps from the last to the first."""
-        job, moving = self.job, self.job.evaluation.moving
-        if job.observer is not None:
-            job.tell_terminal(saved[0], self._slope, terminal.x)
-            saved = saved[1:]
-        pull: PullStep = WholePull(self._tableau, job.evaluation)
-        if self._stagewise:
-            pull = StagewisePull(self._tableau, job.evaluation, job.observer, moving)
-        self._trajectory.restore(saved)
-        try:
-            return sweep(DiscreteStep(pull, jumps, job.path), self._trajectory, terminal)[0]
-        finally:
-            self._trajectory.release()
+        """Pull the steps back from the last to the first."""
+        job, (end, *kept) = self.job, saved
+        job.tell_terminal(end, self._slope, terminal.x)
+        pull = StepPull(job.tableau, job.evaluation, job.observer, job.evaluation.moving)
+        return sweep(DiscreteStep(pull, jumps, job.path), Path(self._trajectory, kept, end), terminal)[0]
 
 
 class Interval(NamedTuple):
@@ -125,6 +130,8 @@ class Continuous:
     the same for every scaling of the loss, and the kinks that a costate inherits from ReLUs do not rule the step size.
     At an output the cotangent of the output is added, and x starts again from the output itself.
     """
+
+    repeats = True
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -193,8 +200,8 @@ class Continuous:
         for weight, t, y in zip(self.job.tableau.quadrature, step.stages.times, step.stages.points, strict=True):
             if weight > 0.0:
                 x, q, _ = packing.unpack(y)
-                with observer.stage(abs(step.size) * weight, -step.size * weight):
-                    self.job.evaluation.pull(t, x, q * unit)
+                watch = observer.stage(abs(step.size) * weight, -step.size * weight)
+                self.job.evaluation.pull(t, x, q * unit, watch=watch)
 
     def _witness(self) -> Witness:
         """The product of the parameters' gradient with a fixed direction, by which step control sees it."""
@@ -225,7 +232,7 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, adjoint: Discrete | Continuous, x: Tensor, moving: Tensor | None, *parameters: Tensor) -> Any:
         walk, kept = adjoint.forward(x)
-        adjoint.job.evaluation.surroundings.forget_casts()
+        adjoint.job.evaluation.surroundings.close(repeats=adjoint.repeats)
         ctx.adjoint, ctx.count = adjoint, len(parameters)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *parameters, *kept)
@@ -273,7 +280,8 @@ def solve(job: Job, x: Tensor, moving: Tensor | None, budget: int | None) -> tup
         job: what to solve.
         x: the state at the start.
         moving: start and output times as a tensor where they need gradients.
-        budget: bytes of stage points that the discrete adjoint may keep.
+        budget: bytes of states and graphs that the discrete adjoint may keep.
     """
-    adjoint = Continuous(job) if budget is None else Discrete(job, budget)
+    graphs = x.requires_grad or bool(job.evaluation.parameters)
+    adjoint = Continuous(job) if budget is None else Discrete(job, budget, graphs)
     return _Node.apply(adjoint, x, moving, *job.evaluation.parameters)

@@ -13,24 +13,109 @@ uses; the mean of products s_i g_i would need the gradient of each sample.
 Source: Liu, Chen, Theodorou, arXiv 2109.14158.
 """
 
+import weakref
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ocnopt.checks import check_choice, check_count, check_number
+from ocnopt.differential.kronecker import is_gone, is_within_backward, release
 from ocnopt.errors import NonFiniteError, ProblemError
 from ocnopt.neural.neural_ode import NeuralODE
-from ocnopt.ocp import FreeHorizon
+from ocnopt.optim.checks import (
+    check_not_parallel,
+    check_one_process,
+    check_policy_state,
+    check_scaler,
+    check_unscaled,
+    free_horizon,
+)
+
+
+class _Shares:
+    """The share s_i of each sample in dL/dT, and the parameters that it belongs to: observer of one Neural ODE.
+
+    Shares count once a gradient has reached ``.grad``, and for as long as it is there. Further solves in the same pass
+    are of the same samples; a new forward pass, after a backward pass, is of others.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], scaler: torch.amp.GradScaler | None, keep: bool) -> None:
+        self._parameters, self._scaler, self._keep = parameters, scaler, keep
+        self._handles: list[RemovableHandle] = []
+        self._hooked: set[Tensor] = set()
+        self.before: list[tuple[Tensor, Tensor]] = []
+        self._closed: list[Tensor] = []
+        self._present: list[Tensor] = []
+        self._arrived = False
+        self.witness: tuple[Tensor, Tensor] | None = None  # a parameter, and the norm of its gradient as it arrived
+
+    def attach(self, neural_ode: NeuralODE, handles: list[RemovableHandle]) -> None:
+        """Watch until the handles, which are added to a list, are removed."""
+        self._handles = handles
+        handles += [neural_ode.observe(self), neural_ode.register_forward_pre_hook(self._begin)]
+
+    def stage(self, input_weight: float, gradient_weight: float) -> AbstractContextManager[None]:
+        """The policy needs nothing along the path: see :class:`ocnopt.differential.discrete.Observer`."""
+        return nullcontext()
+
+    def terminal(self, x: Tensor, slope: Tensor, costate: Tensor) -> None:
+        """Note the shares, and the parameters before they move."""
+        products = (slope.double() * costate.double()).reshape(len(x) if x.ndim > 1 else 1, -1).sum(1)
+        if self._scaler is not None:
+            products = products / self._scaler.scale(products.new_ones(()))
+        live = self._live()
+        if live and (self._closed or self._arrived) and all(is_gone(parameter.grad) for parameter in live):
+            self._closed, self._present, self.before = [], [], []
+        if self._present and len(self._present[-1]) == len(products):
+            self._present[-1] = self._present[-1] + products
+        else:
+            self._present.append(products)
+        if self._keep and not self.before:
+            self.before = [(parameter, parameter.detach().clone()) for parameter in live]
+
+    def take(self) -> list[Tensor]:
+        """The shares that count."""
+        if self._arrived or not self._live():
+            self._closed += self._present
+        self._present, self._arrived = [], False
+        return self._closed
+
+    def _live(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self._parameters if parameter.requires_grad]
+
+    def _arrive(self, parameter: Tensor) -> None:
+        self._arrived = True
+        gradient = parameter.grad
+        if gradient is not None and (self.witness is None or self.witness[0] is parameter):
+            self.witness = parameter, gradient.norm()
+
+    def _begin(self, *_: object) -> None:
+        if is_within_backward():
+            return
+        self.take()
+        new = [parameter for parameter in self._live() if parameter not in self._hooked]
+        self._handles += [parameter.register_post_accumulate_grad_hook(self._arrive) for parameter in new]
+        self._hooked.update(new)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Shares, ([], None, False)  # a copy of a watched module is not watched
 
 
 class HorizonPolicy:
     """Moves the integration time of a NeuralODE that was built with ``horizon=oc.FreeHorizon(...)``.
 
-    Call ``policy.step()`` after ``optimizer.step()`` and before the gradients are cleared.
+    Call ``policy.step()`` after ``optimizer.step()`` and before the gradients are cleared. Several backward passes
+    without ``zero_grad`` in between accumulate: each forward pass that follows a backward pass is one of other samples,
+    while all solves within one forward and backward pass are of the same samples.
+
+    With a ``torch.amp.GradScaler`` say ``HorizonPolicy(ode, lr=0.1, scaler=scaler)`` and call, in this order,
+    ``scaler.scale(loss).backward()``, ``scaler.step(optimizer)``, ``policy.step()``, ``scaler.update()``. The scale is
+    read during the backward pass. Where the scaled gradients overflow, which the scaler skips, T stays and the
+    iteration does not count.
 
     Args:
         neural_ode: the module whose T moves.
@@ -42,12 +127,15 @@ class HorizonPolicy:
         reduction: "mean" or "sum": how the loss combines samples.
         max_change: the largest change of T in one update, as a share of the way from the lower to the upper bound; it
             holds where Q_TT is small.
+        scaler: the GradScaler that scales the loss, if there is one.
 
     Raises:
-        ProblemError: an argument is wrong, or the horizon is not free.
+        ProblemError: an argument is wrong, the horizon is not free, or the model is trained by several processes
+            (DistributedDataParallel), which is not supported.
 
     Source: Liu, Chen, Theodorou, "Second-order Neural ODE optimizer", arXiv 2109.14158.
 
+    >>> from ocnopt.ocp import FreeHorizon
     >>> class Clock(torch.nn.Module):
     ...     def forward(self, t, x):
     ...         return torch.ones_like(x)
@@ -70,47 +158,41 @@ class HorizonPolicy:
         every: int = 1,
         reduction: str = "mean",
         max_change: float = 0.1,
+        scaler: torch.amp.GradScaler | Any | None = None,
     ) -> None:
+        check_not_parallel(neural_ode)
+        check_scaler(scaler)
         check_choice("rule", rule, ("feedback", "adjoint"))
         check_choice("reduction", reduction, ("mean", "sum"))
         check_number("lr", lr, "a number >= 0")
         check_number("penalty", penalty, "a number >= 0")
         check_number("max_change", max_change, "a number > 0, 0.1 by default", above=1e-12)
         check_count("every", every, default=1)
-        self._ode, self._bounds = neural_ode, _free_horizon(neural_ode)
+        self._ode, self._bounds, self._scaler = neural_ode, free_horizon(neural_ode), scaler
         self.rule, self.lr, self.penalty, self.every = rule, lr, penalty, every
         self._mean, self._max_change, self._count = reduction == "mean", max_change, 0
-        self._shares: list[Tensor] = []
-        self._before: list[tuple[Tensor, Tensor]] = []
-        self._handle: RemovableHandle | None = None
-        self._watch()
+        self._start()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_handles", "_shares")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start()
 
     @torch.no_grad()
     def step(self) -> None:
         """Count an iteration, and move T if its turn has come.
 
         Raises:
-            ProblemError: no backward pass has been seen, or its gradients are gone.
-            NonFiniteError: dL/dT is NaN or infinite; T stays.
+            ProblemError: no backward pass has been seen, its gradients are gone or were scaled since, or other
+                processes run beside this one.
+            NonFiniteError: dL/dT is NaN or infinite without a scaler; T stays.
         """
-        if self._handle is not None:
-            self._move()
-        self._count += 1
+        check_one_process()
+        if not self._handles or self._move():
+            self._count += 1
         self._watch()
-
-    def stage(self, input_weight: float, gradient_weight: float) -> AbstractContextManager[None]:
-        """The policy needs nothing along the path: see :class:`ocnopt.differential.discrete.Observer`."""
-        return nullcontext()
-
-    def terminal(self, x: Tensor, slope: Tensor, costate: Tensor) -> None:
-        """Note the share of each sample in dL/dT, and the parameters that it belongs to."""
-        products = (slope.double() * costate.double()).reshape(len(x) if x.ndim > 1 else 1, -1).sum(1)
-        if self._shares and len(self._shares[-1]) == len(products):
-            self._shares[-1] = self._shares[-1] + products  # further solves by the same samples
-        else:
-            self._shares.append(products)
-        if self.rule == "feedback" and not self._before:
-            self._before = [(p, p.detach().clone()) for p in self._ode.parameters() if p.requires_grad]
 
     def state_dict(self) -> dict[str, Any]:
         """What the next step depends on besides T, which is saved with the module."""
@@ -122,30 +204,34 @@ class HorizonPolicy:
         Raises:
             ProblemError: the state is something else.
         """
-        if [*state_dict] != ["count"]:
-            raise ProblemError(
-                f"the state holds {sorted(state_dict)}; expected the 'count' of a HorizonPolicy: load what its "
-                "state_dict() returned"
-            )
+        check_policy_state(state_dict)
         self._count = state_dict["count"]
+        self._watch()
+
+    def _start(self) -> None:
+        """Begin to watch, for as long as this policy is used."""
+        self._handles: list[RemovableHandle] = []
+        weakref.finalize(self, release, self._handles)
         self._watch()
 
     def _watch(self) -> None:
         """Watch the next iteration if T moves then."""
-        if self._handle is not None:
-            self._handle.remove()
-        self._shares, self._before = [], []
-        is_due = (self._count + 1) % self.every == 0
-        self._handle = self._ode.observe(self) if is_due else None
+        release(self._handles)
+        self._shares = _Shares([*self._ode.parameters()], self._scaler, keep=self.rule == "feedback")
+        if (self._count + 1) % self.every == 0:
+            self._shares.attach(self._ode, self._handles)
 
-    def _move(self) -> None:
-        T = self._ode.T
-        if not self._shares:
+    def _move(self) -> bool:
+        """Move T, unless the scaled gradients overflowed."""
+        T, shares = self._ode.T, self._shares.take()
+        if not shares:
             raise ProblemError(
                 "policy.step() met no backward pass through the NeuralODE since the last step; expected "
                 "loss.backward(), optimizer.step(), policy.step() in this order"
             )
-        s = torch.cat(self._shares).to(T.device)
+        if self._scaler is None and self._shares.witness is not None:
+            check_unscaled(*self._shares.witness)
+        s = torch.cat(shares).to(T.device)
         Q_T = self.penalty * T + s.sum()
         if self.rule == "adjoint":
             change = self.lr * Q_T
@@ -153,33 +239,22 @@ class HorizonPolicy:
             Q_TT = self.penalty + s.square().sum() * (len(s) if self._mean else 1)
             change = self.lr * (Q_T + s.sum() * self._loss_change()) / Q_TT.clamp(min=torch.finfo(Q_TT.dtype).tiny)
         if not bool(torch.isfinite(Q_T)) or bool(torch.isnan(change)):
+            if self._scaler is not None and self._scaler.is_enabled():
+                return False
             raise NonFiniteError(
                 f"dL/dT is {float(Q_T)} and the change of T {float(change)}; expected finite numbers. T stays at "
                 f"{float(T)}: look for NaN or infinity in the loss"
             )
         longest = self._max_change * (self._bounds.upper - self._bounds.lower)
         T.sub_(change.clamp(-longest, longest)).clamp_(self._bounds.lower, self._bounds.upper)
+        return True
 
     def _loss_change(self) -> Tensor:
         """Q_p . dp, for the change dp of the Neural ODE's parameters since the backward pass."""
-        moved = [(p.grad, p - before) for p, before in self._before if p.grad is not None]
-        if self._before and not moved:
+        moved = [(p.grad, p - before) for p, before in self._shares.before if p.grad is not None]
+        if self._shares.before and not moved:
             raise ProblemError(
                 "policy.step() met parameters without gradients; expected those of the last backward pass: call "
                 "optimizer.zero_grad() after policy.step()"
             )
         return sum((grad.double() * dp.double()).sum() for grad, dp in moved) + torch.zeros_like(self._ode.T)
-
-
-def _free_horizon(neural_ode: object) -> FreeHorizon:
-    if not isinstance(neural_ode, NeuralODE):
-        raise ProblemError(
-            f"neural_ode is {type(neural_ode).__name__}; expected the NeuralODE itself: "
-            "HorizonPolicy(model.ode, lr=0.1)"
-        )
-    if not isinstance(neural_ode.horizon, FreeHorizon):
-        raise ProblemError(
-            f"the NeuralODE has the horizon {neural_ode.horizon}; expected a free one: "
-            "NeuralODE(field, horizon=oc.FreeHorizon(initial=1.0, lower=0.1, upper=2.0))"
-        )
-    return neural_ode.horizon

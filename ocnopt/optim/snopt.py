@@ -14,59 +14,48 @@ parameters move by the same rule without a basis.
 """
 
 import math
-import warnings
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, NamedTuple, TypeGuard
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ocnopt.checks import check_choice, check_count, check_model, check_options, listed
+from ocnopt.checks import check_choice, check_count, check_model, check_options
 from ocnopt.differential.kronecker import (
-    LAYERS,
     Basis,
     Collector,
     Eigen,
-    Layer,
     Samples,
-    as_matrix,
     carried_moments,
     eigenbasis,
     first_moments,
-    is_layer,
+    release,
     working_dtype,
 )
-from ocnopt.errors import NonFiniteError, ProblemError
 from ocnopt.neural.neural_ode import NeuralODE
+from ocnopt.optim.checks import (
+    Block,
+    check_fields,
+    check_gradients,
+    check_known,
+    check_not_parallel,
+    check_one_process,
+    check_state,
+    find_blocks,
+    is_live,
+    warn_first_order,
+    warn_unseen,
+)
 
 RANK = 128  # eigenvectors of A that are kept, at most
-WIDEST = 2048  # outputs of a layer (in a group) up to which B and its eigenbasis are affordable
 MOMENTS_DECAY = 0.95  # beta
 FACTORS_KEEP = 0.5  # share of the old factors in a refresh
 FIRST_GAP = 5  # the first refreshes come at steps 0, 5, 10, 20, 40, ...: the curvature changes fastest at the start
 EPSILON = 1e-8  # keeps the first-order update of a parameter without gradients at zero
 
 Groups = Mapping[Tensor, dict[str, Any]]
-
-
-class Block(NamedTuple):
-    """A layer whose live parameters move as one matrix."""
-
-    name: str
-    layer: Layer
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-
-    @property
-    def parameters(self) -> tuple[nn.Parameter, ...]:
-        """Weight, and bias where it is live."""
-        return (self.weight,) if self.bias is None else (self.weight, self.bias)
-
-    def matrix(self, of: Mapping[Tensor, Tensor]) -> Tensor:
-        """What belongs to the parameters, as one matrix."""
-        return as_matrix(self.layer, of[self.weight], None if self.bias is None else of[self.bias])
 
 
 class SNOpt(torch.optim.Optimizer):
@@ -86,8 +75,15 @@ class SNOpt(torch.optim.Optimizer):
         reduction: "mean" or "sum": how the loss combines samples, so that batches of different size weigh alike.
         everywhere: whether layers outside of NeuralODEs are preconditioned too.
 
+    A ``torch.amp.GradScaler`` is used as with every torch optimiser: only directions and proportions of the samples
+    enter, so that the scale of a loss does not matter, and a step that the scaler skips leaves no trace. What enters
+    the factors belongs to the gradients that are in ``.grad`` at the step: several backward passes without
+    ``zero_grad`` add up, and what ``zero_grad`` threw away is forgotten. A copy of the optimiser, by copy or pickle,
+    trains the copy of the model that came with it; an optimiser that is dropped lets go of its model.
+
     Raises:
-        ProblemError: an argument is wrong, or a NeuralODE's backward pass cannot be observed.
+        ProblemError: an argument is wrong, a NeuralODE's backward pass cannot be observed, or the model is trained by
+            several processes (DistributedDataParallel), which is not supported.
 
     Source: Liu, Chen, Theodorou, "Second-order Neural ODE optimizer", arXiv 2109.14158.
 
@@ -115,21 +111,29 @@ class SNOpt(torch.optim.Optimizer):
         everywhere: bool = True,
     ) -> None:
         check_model(model)
+        check_not_parallel(model)
         check_choice("curvature", curvature, ("empirical",))
         check_choice("reduction", reduction, ("mean", "sum"))
         check_count("refresh_every", refresh_every, default=100)
-        self._names = {parameter: name for name, parameter in model.named_parameters()}
         self._model, self._everywhere, self._mean = model, everywhere, reduction == "mean"
         self._refresh_every, self._step_count = refresh_every, 0
-        self._handles: list[RemovableHandle] = []
         self._unseen: set[str] = set()
-        self._ready = False
-        groups = [*param_groups] if param_groups is not None else [{"params": [*filter(_is_live, model.parameters())]}]
+        self._handles: list[RemovableHandle] = []
+        self._is_ready = False
+        groups = [*param_groups] if param_groups is not None else [{"params": [*filter(is_live, model.parameters())]}]
         options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "damping": damping}
         super().__init__(groups, options)
-        self._ready = True
-        self._find_blocks()
-        self._warn_of_others()
+        self._start()
+        warn_first_order([model] if everywhere else self._odes, self._blocks, self._trained)
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("_model", "_everywhere", "_mean", "_refresh_every", "_step_count", "_unseen")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_model" in state:  # a copy; torch also sets a part of the state when it loads one
+            self._start()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Train further parameters of the model.
@@ -138,15 +142,11 @@ class SNOpt(torch.optim.Optimizer):
             ProblemError: an option is out of range, or a parameter is not one of the model's.
         """
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
+        group = self.param_groups.pop()
         check_options(group)
-        for parameter in group["params"]:
-            if parameter not in self._names:
-                raise ProblemError(
-                    f"param_groups holds a tensor of shape {tuple(parameter.shape)} that is no parameter of the model; "
-                    "expected parameters of the model that SNOpt was given: give it the module that contains them all"
-                )
-        if self._ready:
+        check_known(group["params"], self._names())
+        self.param_groups.append(group)
+        if self._is_ready:
             self._find_blocks()
 
     @torch.no_grad()
@@ -158,29 +158,22 @@ class SNOpt(torch.optim.Optimizer):
 
         Raises:
             NonFiniteError: a gradient is NaN or infinite; parameters and state are those before the step.
-            ProblemError: a gradient is sparse.
+            ProblemError: a gradient is sparse, or other processes run beside this one.
         """
+        check_one_process()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._require_finite()
-        samples = self._collector.take()
-        groups = {parameter: group for group in self.param_groups for parameter in group["params"]}
-        gradients, momenta = self._gradients()
-        left = dict(gradients)
-        for block in self._blocks:
-            if all(parameter in gradients for parameter in block.parameters):
-                gradient = block.matrix(gradients)
-                if self._handles:
-                    self._refresh(block, samples.get(block.layer), gradient)
-                if "moments" in self.state[block.weight]:
-                    self._move(block, gradient, block.matrix(momenta), groups)
-                    for parameter in block.parameters:
-                        del left[parameter]
-        self._move_others(left, momenta)
+        check_gradients(((name, parameter) for parameter, name in self._trained.items()), self._step_count)
+        with torch.autocast(next(iter(self._trained)).device.type, enabled=False):
+            self._update()
         self._step_count += 1
-        self._watch()
+        if [*map(is_live, self._trained)] == self._liveness:
+            self._watch(self._is_refresh())
+        else:  # a parameter was frozen or set free
+            self._find_blocks()
+            self._watch(True)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -193,11 +186,7 @@ class SNOpt(torch.optim.Optimizer):
         Raises:
             ProblemError: the state is another optimiser's.
         """
-        if "step_count" not in state_dict:
-            raise ProblemError(
-                f"the state holds {sorted(state_dict)}; expected the state of an SNOpt, with its 'step_count': "
-                "load the state of another optimiser into that one"
-            )
+        check_state(state_dict)
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
@@ -206,37 +195,30 @@ class SNOpt(torch.optim.Optimizer):
             for key, value in state_dict["state"].get(index, {}).items():
                 self.state[parameter][key] = value.to(parameter.device, copy=True)
         self._step_count = state_dict["step_count"]
-        self._watch()
+        self._find_blocks()
+
+    def _start(self) -> None:
+        """Begin to watch, for as long as this optimiser is used."""
+        self._handles, self._is_ready = [], True
+        weakref.finalize(self, release, self._handles)
+        self._find_blocks()
+
+    def _names(self) -> dict[Tensor, str]:
+        return {parameter: name for name, parameter in self._model.named_parameters()}
 
     def _find_blocks(self) -> None:
-        trained = {parameter for group in self.param_groups for parameter in group["params"]}
-        odes = [module for module in self._model.modules() if isinstance(module, NeuralODE)]
-        timed = {module for ode in odes for module in ode.field.modules()}
-        if not (self._everywhere or timed):
-            raise ProblemError(
-                "everywhere=False met a model without a NeuralODE; expected at least one, as only layers inside of "
-                "them are preconditioned then: leave everywhere=True"
-            )
-        blocks = _blocks(self._model, trained)
-        self._blocks = blocks if self._everywhere else [block for block in blocks if block.layer in timed]
+        names = self._names()
+        self._trained = {p: names.get(p, "no longer in the model") for g in self.param_groups for p in g["params"]}
+        self._liveness = [*map(is_live, self._trained)]
+        self._odes = [module for module in self._model.modules() if isinstance(module, NeuralODE)]
+        timed = {module for ode in self._odes for module in ode.field.modules()}
+        if not self._everywhere:
+            check_fields(self._odes)
+        self._blocks = [b for b in find_blocks(self._model, self._trained) if self._everywhere or b.layer in timed]
         layers: dict[nn.Module, bool] = {block.layer: block.bias is not None for block in self._blocks}
-        self._collector = Collector(self._model, layers, timed & layers.keys(), mean=self._mean)
-        self._odes = [ode for ode in odes if not layers.keys().isdisjoint(ode.field.modules())]
-        self._watch()
-
-    def _warn_of_others(self) -> None:
-        inside = {parameter for block in self._blocks for parameter in block.parameters}
-        places = [self._model] if self._everywhere else self._odes
-        alone = {m.bias for m in self._model.modules() if is_layer(m) and not _is_live(m.weight)}  # of frozen weights
-        meant = {parameter for place in places for parameter in place.parameters()} - inside - alone
-        names = [self._names[p] for group in self.param_groups for p in group["params"] if p in meant and _is_live(p)]
-        if names:
-            warnings.warn(
-                f"SNOpt preconditions the weights of {', '.join(kind.__name__ for kind in LAYERS)}; these parameters "
-                f"are of other kinds, shared by several modules or of more than {WIDEST} outputs, and get the "
-                f"first-order update: {listed(names)}",
-                stacklevel=3,
-            )
+        self._collector = Collector(layers, timed & layers.keys(), mean=self._mean)
+        self._odes = [ode for ode in self._odes if not layers.keys().isdisjoint(ode.field.modules())]
+        self._watch(self._is_refresh())
 
     def _is_refresh(self) -> bool:
         """Whether the next iteration refreshes the factors."""
@@ -245,13 +227,28 @@ class SNOpt(torch.optim.Optimizer):
             count < self._refresh_every and count % FIRST_GAP == 0 and math.log2(count // FIRST_GAP).is_integer()
         )
 
-    def _watch(self) -> None:
-        """Watch the next iteration if it is a refresh, and let go of it otherwise."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        if self._is_refresh():
-            self._handles = [*self._collector.attach(), *(ode.observe(self._collector) for ode in self._odes)]
+    def _watch(self, refreshes: bool) -> None:
+        """Watch the next iteration if it refreshes the factors, and let go of it otherwise."""
+        release(self._handles)
+        if refreshes:
+            self._handles += [*self._collector.attach(), *(ode.observe(self._collector) for ode in self._odes)]
+
+    def _update(self) -> None:
+        """Refresh the factors if it is time, and move all parameters that have gradients."""
+        samples = self._collector.take()
+        groups = {parameter: group for group in self.param_groups for parameter in group["params"]}
+        gradients, momenta = self._gradients()
+        left = dict(gradients)
+        for block in self._blocks:
+            if all(parameter in gradients for parameter in block.parameters):
+                gradient = block.matrix(gradients)
+                if self._handles:
+                    self._refresh(block, samples.get(block.layer), gradient)
+                if self._fits(block, gradient):
+                    self._move(block, gradient, block.matrix(momenta), groups)
+                    for parameter in block.parameters:
+                        del left[parameter]
+        self._move_others(left, momenta)
 
     def _gradients(self) -> tuple[dict[Tensor, Tensor], dict[Tensor, Tensor]]:
         """Gradients with weight decay, and their running means, in working precision."""
@@ -263,46 +260,34 @@ class SNOpt(torch.optim.Optimizer):
             if group["weight_decay"] and parameters:
                 weights = [parameter.to(gradient) for parameter, gradient in zip(parameters, found, strict=True)]
                 found = [*torch._foreach_add(found, weights, alpha=group["weight_decay"])]
-            means = [
-                self._entry(parameter, "momentum", gradient)
-                for parameter, gradient in zip(parameters, found, strict=True)
-            ]
+            means = [self._momentum(parameter, gradient) for parameter, gradient in zip(parameters, found, strict=True)]
             if parameters:
                 torch._foreach_lerp_(means, found, 1.0 - group["momentum"])
             gradients.update(zip(parameters, found, strict=True))
             momenta.update(zip(parameters, means, strict=True))
         return gradients, momenta
 
-    def _entry(self, parameter: Tensor, key: str, first: Tensor) -> Tensor:
-        """An entry of a parameter's state, which starts as a copy of ``first``."""
+    def _momentum(self, parameter: Tensor, gradient: Tensor) -> Tensor:
+        """The running mean of a parameter's gradients; its state follows where the parameter went (``model.to``)."""
         state = self.state[parameter]
-        if key not in state:
-            state[key] = first.clone()
-        return state[key]
-
-    def _require_finite(self) -> None:
-        found = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        sparse = [self._names[parameter] for parameter in found if parameter.grad.is_sparse]
-        if sparse:
-            raise ProblemError(
-                f"the gradients of {listed(sparse)} are sparse; expected dense ones: build the layer with sparse=False"
-            )
-        sizes = torch._foreach_norm([parameter.grad for parameter in found], math.inf) if found else ()
-        if found and not bool(torch.stack([size.to(sizes[0]) for size in sizes]).isfinite().all()):
-            names = [self._names[p] for p, size in zip(found, sizes, strict=True) if not bool(size.isfinite())]
-            raise NonFiniteError(
-                f"the gradients of {listed(names)} hold NaN or infinity at step {self._step_count}; expected finite "
-                "numbers. Parameters and state are as before this step: catch this error to skip the batch; if it "
-                "comes again, lower lr or raise damping"
-            )
+        momentum = state.get("momentum")
+        if momentum is None:
+            momentum = state["momentum"] = gradient.clone()
+        elif momentum.dtype != gradient.dtype or momentum.device != gradient.device:
+            for key, value in state.items():
+                state[key] = value.to(gradient)
+            momentum = state["momentum"]
+        return momentum
 
     def _refresh(self, block: Block, samples: Samples | None, gradient: Tensor) -> None:
         """A new eigenbasis for a layer, if samples came."""
         state = self.state[block.weight]
         if samples is None:
-            self._warn_unseen(block)
+            if "moments" not in state and block.name not in self._unseen:
+                self._unseen.add(block.name)
+                warn_unseen(block.name)
             return
-        if "moments" in state:
+        if self._fits(block, gradient):
             old = _basis(state)
             new = eigenbasis(samples, RANK, old, FACTORS_KEEP)
             state["moments"] = carried_moments(state["moments"], old, new)
@@ -311,16 +296,10 @@ class SNOpt(torch.optim.Optimizer):
             state["moments"] = first_moments(new, gradient)
         (state["input_vectors"], state["input_values"]), (state["output_vectors"], state["output_values"]) = new
 
-    def _warn_unseen(self, block: Block) -> None:
-        """Say once that a layer has gradients but was never seen at work."""
-        if "moments" not in self.state[block.weight] and block.name not in self._unseen:
-            self._unseen.add(block.name)
-            warnings.warn(
-                f"the layer {block.name!r} received a gradient without a forward pass that SNOpt could see: its "
-                "weights are used without calling it, or its inputs are not those of its type; expected the layer "
-                "itself to be called; it gets the first-order update",
-                stacklevel=4,
-            )
+    def _fits(self, block: Block, gradient: Tensor) -> bool:
+        """Whether a layer has an eigenbasis for its matrix, which changes as a bias is frozen or set free."""
+        vectors = self.state[block.weight].get("input_vectors")
+        return vectors is not None and vectors.shape[-2] == gradient.shape[-1]
 
     def _move(self, block: Block, gradient: Tensor, momentum: Tensor, groups: Groups) -> None:
         """The preconditioned step of a layer."""
@@ -341,10 +320,10 @@ class SNOpt(torch.optim.Optimizer):
             if not parameters:
                 continue
             found = [gradients[parameter] for parameter in parameters]
-            squares = [
-                self._entry(parameter, "squares", gradient.square())
-                for parameter, gradient in zip(parameters, found, strict=True)
-            ]
+            for parameter, gradient in zip(parameters, found, strict=True):
+                if "squares" not in self.state[parameter]:
+                    self.state[parameter]["squares"] = gradient.square()
+            squares = [self.state[parameter]["squares"] for parameter in parameters]
             torch._foreach_mul_(squares, MOMENTS_DECAY)
             torch._foreach_addcmul_(squares, found, found, value=1.0 - MOMENTS_DECAY)
             roots = torch._foreach_sqrt(squares)
@@ -358,22 +337,3 @@ def _basis(state: Mapping[str, Tensor]) -> Basis:
     return Basis(
         Eigen(state["input_vectors"], state["input_values"]), Eigen(state["output_vectors"], state["output_values"])
     )
-
-
-def _is_live(parameter: Tensor) -> bool:
-    return parameter.requires_grad
-
-
-def _blocks(model: nn.Module, trained: Collection[Tensor]) -> list[Block]:
-    """The layers whose weight is trained, theirs alone and not too wide, with their bias if it is trained too."""
-    layers = {name: module for name, module in model.named_modules() if is_layer(module)}
-    owners: Counter[Tensor] = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
-
-    def is_own(parameter: Tensor | None) -> TypeGuard[nn.Parameter]:
-        return parameter is not None and parameter.requires_grad and parameter in trained and owners[parameter] == 1
-
-    return [
-        Block(name, layer, layer.weight, layer.bias if is_own(layer.bias) else None)
-        for name, layer in layers.items()
-        if is_own(layer.weight) and as_matrix(layer, layer.weight, None).shape[1] <= WIDEST
-    ]

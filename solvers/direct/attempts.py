@@ -4,6 +4,7 @@ IPOPT may end in a point that is no solution ("infeasible", a failed restoration
 from seeded perturbations of the start, small ones first; the first success is kept, else the most nearly feasible end.
 """
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -91,7 +92,8 @@ def solve_one(
         controls=[best.unknowns[place] for place in path.controls],
         costates=path.costates(best.multipliers),
         parameters=best.unknowns[path.parameters],
-        cost=best.cost,
+        # where no path is finite, nothing has a cost
+        cost=math.nan if broken else best.cost,
         converged=best.succeeded,
         iterations=sum(int(outcome.statistics["iter_count"]) for outcome in outcomes),
         status=_status(path, best, outcomes, broken),

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ocnopt.checks import nearest
+from ocnopt.checks import nearest, solver_options
+from ocnopt.differential.steps import rollout
 from ocnopt.errors import NonFiniteError, ProblemError
 from ocnopt.solvers.solution import Guess, Solution, make_solution
-from ocnopt.staged import StagedOCP, rollout
+from ocnopt.staged import StagedOCP
 
 if TYPE_CHECKING:
     from ocnopt.solvers.direct.attempts import Attempt
@@ -57,11 +58,9 @@ class CasADi:
             if value not in known:
                 hint = nearest(str(value), known)
                 raise ProblemError(f"{name} is {value!r}; expected one of {', '.join(known)}{hint}")
-        if self.max_iterations < 1 or self.tolerance <= 0 or self.restarts < 0 or not 1 <= self.degree <= 9:
-            raise ProblemError(
-                f"CasADi(max_iterations={self.max_iterations}, tolerance={self.tolerance}, restarts={self.restarts}, "
-                f"degree={self.degree}); expected max_iterations >= 1, tolerance > 0, restarts >= 0, 1 <= degree <= 9"
-            )
+        solver_options(self, at_least={"max_iterations": 1, "restarts": 0, "degree": 1}, positive=["tolerance"])
+        if self.degree > 9:
+            raise ProblemError(f"degree of CasADi is {self.degree}; expected degree <= 9, as CasADi has points for")
 
     def solve(self, problem: StagedOCP, guess: Guess, *, progress: bool = False) -> Solution:
         """Solve a discrete problem from a guess; IPOPT prints its table with ``progress``.
@@ -98,8 +97,8 @@ class CasADi:
     def options(self) -> dict[str, Any]:
         """What IPOPT is told."""
         own = {
-            "max_iter": self.max_iterations,
-            "tol": self.tolerance,
+            "max_iter": int(self.max_iterations),
+            "tol": float(self.tolerance),
             "hessian_approximation": self.hessian,
             # Without this the bounds are widened by 1e-8, and a cost would undercut the optimum.
             "bound_relax_factor": 0.0,
@@ -114,7 +113,7 @@ def start_states(problem: StagedOCP, guess: Guess) -> list[Tensor]:
     if guess.states is not None:
         return list(guess.states)
     with torch.no_grad():
-        nodes = rollout(problem, guess.controls, problem.initial_state, guess.parameters).states
+        nodes = list(rollout(problem, guess.controls, problem.initial_state, guess.parameters).states)
     for k in range(1, len(nodes)):
         if nodes[k].shape == nodes[k - 1].shape:
             nodes[k] = torch.where(nodes[k].isfinite(), nodes[k], nodes[k - 1])

@@ -7,7 +7,10 @@ g into the rows R_i. The small functions are differentiated once, mapped over i,
 by one product with a constant sparse matrix: half the time per iteration of differentiating the program as a whole.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -205,8 +208,43 @@ def evaluate(program: Program, point: Vector) -> tuple[float, Vector]:
 
 
 def run_solver(solver: Any, program: Program, start: Vector) -> Outcome:
-    """Solve from one start."""
+    """Solve from one start; where IPOPT failed, cost and constraints are those of the point it left.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C, which CasADi itself turns into a failed solve.
+    """
     (lbx, ubx), (lbg, ubg) = program.box, program.limits
-    result = solver(x0=start, lbx=lbx, ubx=ubx, lbg=lbg, ubg=ubg)
+    with _interruptible():
+        result = solver(x0=start, lbx=lbx, ubx=ubx, lbg=lbg, ubg=ubg)
     w, g, multipliers = (np.array(result[key].full()).reshape(-1) for key in ("x", "g", "lam_g"))
-    return Outcome(w, float(result["f"]), g, multipliers, solver.stats())
+    outcome = Outcome(w, float(result["f"]), g, multipliers, solver.stats())
+    if outcome.succeeded:
+        return outcome
+    # what IPOPT reports after a failed evaluation are zeros
+    cost, g = evaluate(program, w)
+    return outcome._replace(cost=cost, constraints=g)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Raise again what a signal handler raised inside CasADi, which swallows it."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    raised: list[BaseException] = []
+
+    def note(number: int, frame: Any) -> None:
+        try:
+            handler(number, frame)
+        except BaseException as error:
+            raised.append(error)
+            raise
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if raised:
+        raise raised[0]

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ocnopt.errors import ProblemError
 from ocnopt.ocp import Function, Lifted
-from ocnopt.solvers.direct.lowering import Lowering, lower, scattered
 from ocnopt.solvers.direct.path_program import Run
+from ocnopt.solvers.lowering.lowering import Lowering, lower, scattered
 from ocnopt.solvers.solution import Guess
 from ocnopt.staged import Group, Stage, StagedOCP
 

@@ -1,7 +1,9 @@
 """The command line as a user meets it: help, tables, exit codes, messages, folders, --resume."""
 
 import json
+import warnings
 from dataclasses import replace
+from importlib import metadata
 
 import pytest
 import torch
@@ -9,9 +11,11 @@ from typer.testing import CliRunner
 
 from ocnopt.cli import demo as demo_module
 from ocnopt.cli import main
+from ocnopt.cli.control import compare_result
 from ocnopt.cli.main import app
 from ocnopt.cli.runs import RunFolder
 from ocnopt.problems import names
+from ocnopt.solvers.compare import Comparison, Row
 
 COMMANDS = ("problems", "solve", "compare", "train", "demo")
 TRAIN = ["--optimizer=adam", "--iterations=3", "--batch-size=16", "--checkpoint-every=2"]
@@ -28,9 +32,17 @@ def run(tmp_path, monkeypatch):
         result = CliRunner().invoke(app, list(arguments))
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
+        invoke.stdout = result.stdout
         return result.exit_code, result.output
 
     return invoke
+
+
+@pytest.fixture
+def narrow(monkeypatch, run):
+    """The same in 60 columns."""
+    monkeypatch.setattr(main.console, "_width", 60)
+    return run
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -77,15 +89,10 @@ def test_solve_writes_a_folder_and_resumes_it(run, tmp_path):
     assert "report.html" in output
     folder = tmp_path / "here"
     assert json.loads((folder / "config.json").read_text())["steps"] == 20
-    assert {path.name for path in (folder / "plots").iterdir()} == {
-        "states.png",
-        "controls.png",
-        "gains.png",
-        "convergence.png",
-    }
+    assert [path.name for path in (folder / "plots").iterdir()] == ["solution.png"]
     assert [record["iteration"] for record in RunFolder.open(folder).metrics()] == [0, 1]
     page = (folder / "report.html").read_text()
-    assert all(f"plots/{name}.png" in page for name in ("states", "controls", "gains", "convergence"))
+    assert "plots/solution.png" in page
 
     before = (folder / "checkpoint.pt").read_bytes()
     (folder / "report.html").unlink()
@@ -102,13 +109,13 @@ def test_solve_writes_a_folder_and_resumes_it(run, tmp_path):
 def test_a_solve_that_does_not_converge(run):
     code, output = run("solve", "pendulum_swing_up", "--steps", "20", "--max-iterations", "1")
     assert code == main.NOT_CONVERGED
-    assert "iteration limit" in output
+    assert "raise --max-iterations" in output
 
 
 def test_a_solver_that_cannot(run):
     code, output = run("solve", "double_integrator_min_time")
     assert code == main.MISTAKE
-    assert "use solver='casadi'" in output
+    assert "use --solver casadi" in output
 
 
 def test_an_existing_folder_is_kept(run):
@@ -179,9 +186,9 @@ def test_ctrl_c(run, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("ocnopt.cli.learning.train", interrupted)
-    code, output = run("train", "digits", *TRAIN)
+    code, output = run("train", "digits", *TRAIN, "--out", "here")
     assert code == 130
-    assert "continue the run with --resume" in output
+    assert "stopped; continue with: ocnopt train --resume here" in output
 
 
 def test_a_run_resumes_with_its_threads(run, tmp_path):
@@ -205,8 +212,147 @@ def test_the_demo(run, tmp_path, monkeypatch):
         assert part in output
     page = (tmp_path / "here" / "report.html").read_text()
     images = sorted((tmp_path / "here" / "plots").iterdir())
-    assert len(images) == 12
+    assert len(images) == 6
     assert all(f"plots/{path.name}" in page for path in images)
     lines = (tmp_path / "here" / "adam-fixed-seed0" / "metrics.jsonl").read_text()
     assert run("demo", "--resume", "here")[0] == 0
     assert (tmp_path / "here" / "adam-fixed-seed0" / "metrics.jsonl").read_text() == lines
+
+
+def test_the_version(run):
+    assert run("--version") == (0, f"ocnopt {metadata.version('ocnopt')}\n")
+
+
+def test_problems_as_json(run):
+    assert run("problems", "--json")[0] == 0
+    records = {record["name"]: record for record in json.loads(run.stdout)}
+    assert tuple(records) == names()
+    assert records["scalar_lqr"]["optimal_cost"] == 0.7615941559557649
+    assert records["digits"]["learning_rates"]["snopt"] > 0
+    run("problems", "--json", "--kind", "learning")
+    assert [record["name"] for record in json.loads(run.stdout)] == ["digits"]
+
+
+def test_a_solution_as_json(run):
+    assert run("solve", "scalar_lqr", "--steps", "20", "--json", "--out", "here")[0] == 0
+    result = json.loads(run.stdout)
+    assert result["cost"] == pytest.approx(0.7617172453, abs=1e-10)
+    assert (result["solver"], result["steps"], result["converged"], result["folder"]) == ("ddp", 20, True, "here")
+    code, _ = run("solve", "pendulum_swing_up", "--steps=20", "--max-iterations=1", "--json")
+    assert code == main.NOT_CONVERGED
+    result = json.loads(run.stdout)
+    assert not result["converged"]
+    assert "--max-iterations" in result["status"]
+    assert run("solve", "nothing", "--json")[0] == main.MISTAKE
+    assert run.stdout == ""
+
+
+def test_a_comparison_as_json(run):
+    assert run("compare", "scalar_lqr", "--steps", "20", "--solver", "ddp", "--json")[0] == 0
+    (row,) = json.loads(run.stdout)["rows"]
+    assert row["solver"] == "ddp"
+    assert row["cost"] == pytest.approx(0.7617172453, abs=1e-10)
+
+
+def test_json_has_no_nan(run, tmp_path, capsys):
+    nan = float("nan")
+    row = Row("ddp", nan, nan, 0, 0.0, 0.0, nan, converged=False, status="use solver='casadi'")
+    folder = RunFolder(tmp_path, {"problem": "scalar_lqr", "steps": 5, "integrator": "rk4"})
+    main._print_json(compare_result(folder, Comparison((row,), {})))
+    (line,) = json.loads(capsys.readouterr().out)["rows"]
+    assert line["cost"] is None
+    assert line["status"] == "use --solver casadi"
+
+
+def test_the_list_of_problems_in_60_columns(narrow):
+    _, output = narrow("problems")
+    assert all(len(line) <= 60 for line in output.splitlines())
+    assert "x' = u, minimise the integral of x^2 + u^2" in " ".join(output.split())
+
+
+def test_a_comparison_in_60_columns(narrow):
+    _, output = narrow("compare", "scalar_lqr", "--steps", "20", "--solver", "ddp", "--out", "here")
+    assert all(len(line) <= 60 or line.startswith("report:") for line in output.splitlines())
+    for part in ("0.7617172453", "iterations", "time [s]", "build [s]", "converged"):
+        assert part in output
+
+
+def test_an_error_leaves_no_folder(run, tmp_path):
+    assert run("solve", "scalar_lqr", "--solver", "dpd", "--out", "here")[0] == main.MISTAKE
+    assert not (tmp_path / "here").exists()
+    assert run("solve", "scalar_lqr", "--solver", "ddp", "--steps", "5", "--out", "here")[0] == 0
+
+
+def test_an_error_leaves_other_files(run, tmp_path):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "mine.txt").touch()
+    assert run("solve", "scalar_lqr", "--solver", "dpd", "--out", "here")[0] == main.MISTAKE
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("command", [["solve", "scalar_lqr", "--out"], ["solve", "--resume"]])
+def test_a_folder_that_cannot_be(run, tmp_path, command):
+    (tmp_path / "file").touch()
+    code, output = run(*command, "file/below")
+    assert code == main.MISTAKE
+    assert "Traceback" not in output
+    assert "cannot be written" in output or "holds no config.json that can be read" in output
+
+
+def test_a_full_disk(run, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device", "here/metrics.jsonl")
+
+    monkeypatch.setattr("ocnopt.cli.control.solve", lambda *_, **__: full())
+    code, output = run("solve", "scalar_lqr")
+    assert code == main.MISTAKE
+    assert "No space left on device: 'here/metrics.jsonl'; expected files that can be read and written" in output
+
+
+def test_a_warning_is_a_note(run, monkeypatch):
+    def warn(*_, **__):
+        warnings.warn("a seeded perturbation is used; pass max_iterations=", stacklevel=1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ocnopt.cli.control.solve", warn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        _, output = run("solve", "scalar_lqr")
+    assert "note: a seeded perturbation is used; pass --max-iterations\n" in output
+
+
+def test_options_that_contradict_the_run(run):
+    assert run("solve", "scalar_lqr", "--steps", "5", "--out", "here")[0] == 0
+    assert run("solve", "scalar_lqr", "--resume", "here", "--steps", "5", "--solver", "ddp", "--out", "here")[0] == 0
+    code, output = run("solve", "--resume", "here", "--steps", "6", "--tolerance", "0.1", "--solver", "ddp")
+    assert code == main.MISTAKE
+    assert "--steps 6 (began with 5), --tolerance 0.1 (began without) came with --resume here; expected" in output
+    assert "--solver" not in output
+    assert "NAME brachistochrone (began with scalar_lqr)" in run("solve", "brachistochrone", "--resume", "here")[1]
+
+
+def test_options_that_contradict_a_training_run(run):
+    assert run("train", "digits", *TRAIN, "--out", "here")[0] == 0
+    assert run("train", "digits", *TRAIN, "--threads", "1", "--resume", "here")[0] == 0
+    code, output = run("train", "--resume", "here", "--epochs", "3", "--optimizer", "sgd", "--threads", "2")
+    assert code == main.MISTAKE
+    for part in ("--epochs 3 (began without)", "--optimizer sgd (began with adam)", "--threads 2 (began with 1)"):
+        assert part in output
+
+
+def test_options_that_contradict_a_comparison(run):
+    assert run("compare", "scalar_lqr", "--steps", "5", "--solver", "ddp", "--out", "here")[0] == 0
+    assert run("compare", "--resume", "here", "--solver", "ddp")[0] == 0
+    assert "--solver ['casadi'] (began with ['ddp'])" in run("compare", "--resume", "here", "--solver", "casadi")[1]
+
+
+def test_training_takes_one_thread(run, tmp_path):
+    torch.set_num_threads(2)
+    try:
+        assert run("train", "digits", *TRAIN, "--out", "one")[0] == 0
+        assert torch.get_num_threads() == 1
+        assert RunFolder.open(tmp_path / "one").config["threads"] == 1
+        assert run("train", "digits", *TRAIN, "--threads", "2", "--out", "two")[0] == 0
+        assert RunFolder.open(tmp_path / "two").config["threads"] == 2
+    finally:
+        torch.set_num_threads(1)

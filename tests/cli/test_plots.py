@@ -8,7 +8,7 @@ from PIL import Image
 from ocnopt.cli import plots
 from ocnopt.cli.control import draw
 from ocnopt.cli.learning import last_loss, reaches
-from ocnopt.errors import ProblemError
+from ocnopt.cli.runs import RunFolder
 from ocnopt.problems import control
 from ocnopt.solvers.solve import solve
 
@@ -43,26 +43,14 @@ def assert_picture(path):
     assert pixels.min() < 100, "nothing is drawn"
 
 
-def test_pictures_of_a_control_problem(tmp_path, solution):
+def test_the_picture_of_a_control_problem(tmp_path, solution):
     record = control("mimo_lqr_two_masses")
     labels = (record.state_labels, record.control_labels)
-    images = draw(tmp_path, {"ddp": solution, "again": solution}, *labels, "time (s)", prefix="x-")
-    assert [image.path.split("/")[1] for image in images] == [
-        "x-states.png",
-        "x-controls.png",
-        "x-gains.png",
-        "x-convergence.png",
-    ]
-    for image in images:
-        assert image.caption
-        assert_picture(tmp_path / image.path.split("/")[1])
-
-
-def test_gains_of_a_solver_that_has_none(tmp_path, solution):
-    from dataclasses import replace
-
-    with pytest.raises(ProblemError, match="the solution has no gains; expected one of DDP"):
-        plots.plot_gains(tmp_path / "gains.png", replace(solution, gains=None), (), (), "time (s)")
+    (tmp_path / "plots").mkdir()
+    image = draw(RunFolder(tmp_path, {}), {"ddp": solution, "again": solution}, *labels, "time (s)", name="x")
+    assert image.path == "plots/x.png"
+    assert image.caption
+    assert_picture(tmp_path / image.path)
 
 
 def test_pictures_of_training(tmp_path):

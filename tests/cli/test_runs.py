@@ -1,6 +1,10 @@
 """Run folders: atomic files, metrics that are cut back, checkpoints that hold plain values only."""
 
 import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,7 +36,8 @@ def test_a_folder_comes_back(tmp_path):
     assert opened.config == made.config
     assert opened.config["number"] == 0.1
     assert opened.config["threads"] == torch.get_num_threads()
-    assert opened.plots.is_dir()
+    with opened.locked():
+        assert opened.plots.is_dir()
 
 
 def test_a_run_is_not_overwritten(tmp_path):
@@ -50,7 +55,7 @@ def test_a_file_in_the_way(tmp_path):
 
 
 def test_a_folder_that_is_no_run(tmp_path):
-    with pytest.raises(DataError, match=r"holds no config.json; expected the folder of a run"):
+    with pytest.raises(DataError, match=r"holds no config.json that can be read; expected the folder of a run"):
         RunFolder.open(tmp_path)
 
 
@@ -132,3 +137,44 @@ def test_metrics_keep_every_digit(tmp_path):
     folder.log({"iteration": 1, "loss": value})
     assert folder.keep_metrics(1)[0]["loss"] == value
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] == value
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from ocnopt.cli.runs import RunFolder
+with RunFolder.open(Path(sys.argv[1])).locked():
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_one_process_writes_into_a_folder_and_a_kill_frees_it(tmp_path):
+    folder = RunFolder.create(tmp_path, {})
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert other.stdout.readline() == "held\n"
+        message = rf"another process \(pid {other.pid}\) writes into .*; expected one at a time: wait for its end, or"
+        with pytest.raises(ProblemError, match=message), folder.locked():
+            pass
+    finally:
+        other.send_signal(signal.SIGKILL)
+        other.communicate()
+    with folder.locked():
+        pass
+
+
+def test_a_folder_is_taken_back(tmp_path):
+    folder = RunFolder.create(tmp_path / "run", {})
+    folder.log({"iteration": 1})
+    with folder.locked():
+        folder.discard()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_below_a_file(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ProblemError, match=r"cannot be written \(Not a directory\); expected a folder that may be"):
+        RunFolder.create(tmp_path / "file" / "run", {})

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ocnopt.differential.differentiate import Expansion, differentiate
-from ocnopt.from_module import from_module
+from ocnopt.modules import from_module
 from ocnopt.ocp import OCP, FreeHorizon, Horizon
 
 

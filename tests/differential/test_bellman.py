@@ -1,15 +1,16 @@
 """One step of the Bellman sweep, and whole sweeps on affine-quadratic problems, against dense linear algebra."""
 
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ocnopt.differential.bellman import BellmanStage, CostToGo, bellman_step, minimise_start, terminal_value
-from ocnopt.differential.sweep import sweep
-from ocnopt.expansion import StageModel, expand_path, expand_terminal
-from ocnopt.staged import rollout, static_as_state
+from ocnopt.differential.steps import expand_path, expand_terminal, walk
+from ocnopt.differential.sweep import BellmanStep, CostToGo, Hessians, bellman_step, minimise_start, sweep
+from ocnopt.staged import Widened
 from tests.oracles.compare import assert_close
 from tests.oracles.lq import random_affine_quadratic
 
@@ -23,6 +24,29 @@ def symmetric(*shape):
     return root @ root.mT + torch.eye(shape[-1])
 
 
+class Model(NamedTuple):
+    """A step's model with all of f_ww, where it is curved."""
+
+    F: torch.Tensor
+    L: torch.Tensor
+    fww: torch.Tensor | None
+
+    @property
+    def gap(self):
+        return self.F[..., 1:, 0]
+
+    @property
+    def fw(self):
+        return self.F[..., 1:, 1:]
+
+    @property
+    def lw(self):
+        return self.L[..., 1:, 0]
+
+    def step(self, damping, room=None):
+        return BellmanStep(self.F, self.L, None if self.fww is None else Hessians(self.fww), room, damping)
+
+
 def random_stage(batch, n, m, after, *, curved=False):
     """A model with a gap, and a value at its end."""
     d = n + m
@@ -33,7 +57,7 @@ def random_stage(batch, n, m, after, *, curved=False):
     L[..., 0, 0] = 0.0
     half = 0.05 * draw(*batch, after, d, d)
     V = symmetric(*batch, 1 + after, 1 + after)
-    model = StageModel(n, F, L, half + half.mT if curved else None)
+    model = Model(F, L, half + half.mT if curved else None)
     return model, CostToGo(V, draw(*batch, 1 + after), torch.ones(batch, dtype=torch.bool))
 
 
@@ -63,7 +87,7 @@ def homogeneous(dx):
 )
 def test_value_and_gains_minimise_the_model(batch, n, m, after, curved):
     model, value = random_stage(batch, n, m, after, curved=curved)
-    before, gains = bellman_step(BellmanStage(model, None, torch.zeros(m, m).double()), value)
+    before, gains = bellman_step(model.step(torch.zeros(m, m).double()), value)
     assert bool(before.solvable.all())
     s = homogeneous(draw(*batch, n))
     du = (gains.K @ s[..., None])[..., 0]
@@ -78,7 +102,7 @@ def test_value_and_gains_minimise_the_model(batch, n, m, after, curved):
 def test_the_value_of_damped_or_clamped_gains_is_the_cost_they_cause(batch, m, bounded):
     model, value = random_stage(batch, 2, m, 2)
     room = (torch.full((m,), -0.1).double(), torch.full((m,), 0.2).double()) if bounded else None
-    before, gains = bellman_step(BellmanStage(model, room, 3.0 * torch.eye(m).double()), value)
+    before, gains = bellman_step(model.step(3.0 * torch.eye(m).double(), room), value)
     s = homogeneous(draw(*batch, 2))
     caused = stage_cost(model, value, s, (gains.K @ s[..., None])[..., 0])
     assert_close(0.5 * (s * (before.V @ s[..., None])[..., 0]).sum(-1), caused, rtol=1e-9, atol=1e-10)
@@ -86,7 +110,7 @@ def test_the_value_of_damped_or_clamped_gains_is_the_cost_they_cause(batch, m, b
 
 def test_the_costate_is_the_plain_gradient_under_the_feedback():
     model, value = random_stage((), 2, 1, 3)
-    before, gains = bellman_step(BellmanStage(model, None, torch.zeros(1, 1).double()), value)
+    before, gains = bellman_step(model.step(torch.zeros(1, 1).double()), value)
     slope = model.lw + model.fw.mT @ value.J[1:]
     feedback = gains.K[:, 1:]
     assert_close(gains.costate, slope[:2] + feedback.mT @ slope[2:])
@@ -100,10 +124,10 @@ def test_a_stage_without_a_minimum_is_marked_for_its_problem_alone(m):
     model, value = random_stage((3,), 2, m, 2)
     L = model.L.clone()
     L[1, 3:, 3:] -= 1e3 * torch.eye(m)
-    before, _ = bellman_step(BellmanStage(model._replace(L=L), None, torch.zeros(m, m).double()), value)
+    before, _ = bellman_step(model._replace(L=L).step(torch.zeros(m, m).double()), value)
     assert before.solvable.tolist() == [True, False, True]
     model, _ = random_stage((3,), 2, m, 2)
-    again, _ = bellman_step(BellmanStage(model, None, torch.zeros(m, m).double()), before)
+    again, _ = bellman_step(model.step(torch.zeros(m, m).double()), before)
     assert not bool(again.solvable[1])
 
 
@@ -112,28 +136,26 @@ def test_enough_damping_makes_any_stage_solvable():
     L = model.L.clone()
     L[..., 3:, 3:] -= 1e3 * torch.eye(2)
     mu = torch.tensor([0.0, 1.0, 1e4]).double()
-    before, _ = bellman_step(BellmanStage(model._replace(L=L), None, mu[:, None, None] * torch.eye(2)), value)
+    before, _ = bellman_step(model._replace(L=L).step(mu[:, None, None] * torch.eye(2)), value)
     assert before.solvable.tolist() == [False, False, True]
 
 
 def whole_sweep(lq, q):
     """Sweep over an affine-quadratic problem along an infeasible path; the path, its gaps and what comes out."""
     problem = lq.staged()
-    wide = static_as_state(problem)
+    wide = Widened(problem)
     first = torch.cat([problem.initial_state, draw(q)])
-    controls = list(draw(lq.sizes[0], lq.sizes[2]))
-    gaps = []
-
-    def open_gap(k, x):
-        gap = torch.cat([draw(lq.sizes[1]), torch.zeros(q).double()])
-        gaps.append(gap)
-        return x - gap
-
-    path = rollout(wide, lambda k, x: controls[k], first, after=open_gap)
-    models = expand_path(wide, path.states, controls, second_order=True)
-    stages = [BellmanStage(model, None, torch.zeros(lq.sizes[2], lq.sizes[2]).double()) for model in models]
-    end = terminal_value(expand_terminal(wide, path.states[-1]))
-    return wide, path, controls, gaps, sweep(bellman_step, stages, end)
+    controls = draw(lq.sizes[0], lq.sizes[2])
+    gaps = torch.cat([draw(lq.sizes[0], lq.sizes[1]), torch.zeros(lq.sizes[0], q)], dim=-1)
+    path = walk(wide, lambda k, x: controls[k], first, gaps)
+    models = expand_path(wide, path, exact=True)
+    terminal = expand_terminal(wide, path.states[-1])
+    nothing = torch.zeros(lq.sizes[2], lq.sizes[2]).double()
+    steps = [
+        BellmanStep(F, L, models.curvature[k], None, nothing) for k, (F, L) in enumerate(zip(*models[:2], strict=True))
+    ]
+    end = CostToGo(terminal, terminal[0], torch.tensor(True))
+    return wide, path, controls, gaps, sweep(bellman_step, steps, end)
 
 
 @given(seed=st.integers(0, 10_000), n=st.integers(1, 3), m=st.integers(1, 2))
@@ -158,7 +180,7 @@ def test_the_predicted_change_of_cost_is_exact_for_every_step_size(q, alpha):
     def law(k, x):
         return controls[k] + alpha * gains[k].K[:, 0] + gains[k].K[:, 1:] @ (x - path.states[k])
 
-    moved = rollout(wide, law, first, after=lambda k, x: x - (1 - alpha) * gaps[k])
+    moved = walk(wide, law, first, (1 - alpha) * gaps)
     predicted = alpha * value.linear + alpha**2 * value.quadratic
     assert_close(moved.cost - path.cost, predicted, rtol=1e-10)
 
@@ -168,13 +190,11 @@ def test_the_full_step_from_an_infeasible_path_is_the_solution():
     wide, path, controls, _, (value, gains) = whole_sweep(lq, 2)
     dp, value = minimise_start(value, 2, torch.zeros(2, 2).double(), None)
     first = path.states[0] + torch.cat([torch.zeros(3).double(), dp])
-    moved = rollout(wide, lambda k, x: controls[k] + gains[k].K @ homogeneous(x - path.states[k]), first)
+    moved = walk(wide, lambda k, x: controls[k] + gains[k].K @ homogeneous(x - path.states[k]), first)
     states, best, parameters, cost = lq.solve()
     assert_close(moved.cost, cost, rtol=1e-10)
-    assert_close(torch.stack(moved.controls), best, rtol=1e-8, atol=1e-9)
-    assert_close(
-        torch.stack(moved.states), np.concatenate([states, np.tile(parameters, (9, 1))], axis=1), rtol=1e-8, atol=1e-9
-    )
+    assert_close(moved.controls, best, rtol=1e-8, atol=1e-9)
+    assert_close(moved.states, np.concatenate([states, np.tile(parameters, (9, 1))], axis=1), rtol=1e-8, atol=1e-9)
 
 
 def test_static_controls_stay_in_their_box():

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ocnopt.differential.bellman import minimise_box
+from ocnopt.differential.sweep import minimise_box
 from tests.oracles.compare import assert_close
 
 

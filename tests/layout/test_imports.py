@@ -9,6 +9,25 @@ import ocnopt.solvers  # noqa: F401 - loads what the last test looks at
 from tests.layout.tree import ROOT
 
 HEAVY = ("casadi", "matplotlib", "networkx", "pooch", "rich", "sklearn", "torchdiffeq", "typer")
+INTERFACE = """
+import sys, ocnopt as oc
+assert "torch" not in sys.modules
+import ocnopt.modules
+assert {"OCP", "solve", "from_module", "problems"} <= set(dir(oc)), dir(oc)
+assert all(getattr(oc, name) is not None for name in dir(oc))
+assert oc.from_module is ocnopt.modules.from_module
+assert oc.neural.neural_ode.NeuralODE is oc.NeuralODE
+from ocnopt import *
+assert OCP is oc.OCP
+try:
+    oc.sovle
+except AttributeError as error:
+    assert (str(error), error.name) == ("module 'ocnopt' has no attribute 'sovle'", "sovle")
+try:
+    from ocnopt import nothing
+except ImportError:
+    print("whole")
+"""
 
 
 def python(code):
@@ -28,9 +47,25 @@ def test_submodules_of_the_bare_name_are_refused_too():
 
 
 def test_importing_the_package_stays_light():
-    result = python(f"import sys, ocnopt; print([name for name in {HEAVY!r} if name in sys.modules])")
+    code = f"import sys, ocnopt; ocnopt.solve; print([name for name in {HEAVY!r} if name in sys.modules])"
+    result = python(code)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "[]"
+
+
+def test_the_names_are_read_at_their_first_use():
+    result = python(INTERFACE)
+    assert result.stdout.strip() == "whole", result.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["solve", "--help"], ["train", "--help"]])
+def test_help_imports_neither_torch_nor_plots(arguments):
+    code = f"import sys\nfrom ocnopt.cli.main import app\napp({arguments!r}, standalone_mode=False)\n"
+    result = python(
+        f"{code}print([name for name in ('torch', 'numpy', 'matplotlib', 'casadi') if name in sys.modules])"
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "[]"
 
 
 def test_every_module_has_one_name():

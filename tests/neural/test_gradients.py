@@ -247,13 +247,22 @@ def test_any_method_of_torchdiffeq(adjoint, method):
     pytest.importorskip("torchdiffeq")
     field, x = Tanh(), start(4, 3)
     _, expected = gradients(NeuralODE(field, rtol=1e-10, atol=1e-10), x, [0.5, 1.0])
-    ode = NeuralODE(field, method=method, rtol=1e-7, atol=1e-7, steps=200, adjoint=adjoint)
+    steps = 200 if method == "implicit_adams" else None
+    ode = NeuralODE(field, method=method, rtol=1e-7, atol=1e-7, steps=steps, adjoint=adjoint)
     _, gradient = gradients(ode, x, [0.5, 1.0])
     assert distance(gradient, expected) < 1e-3
     assert ode.statistics.forward > 0
     assert (ode.statistics.backward > 0) == (adjoint == "continuous")
     with torch.no_grad():
         ode(x)
+
+
+def test_the_solver_of_scipy():
+    pytest.importorskip("torchdiffeq")
+    field, x = Tanh(), start(4, 3)
+    _, expected = gradients(NeuralODE(field, rtol=1e-10, atol=1e-10), x)
+    ode = NeuralODE(field, method="scipy_solver", rtol=1e-8, atol=1e-8, adjoint="continuous")
+    assert distance(gradients(ode, x)[1], expected) < 1e-5
 
 
 @pytest.mark.parametrize("adjoint", ["discrete", "continuous"])

@@ -107,7 +107,8 @@ def test_copies_work_and_are_not_observed():
     handle_free = copy.deepcopy(ode)
     torch.save(handle_free, file)
     file.seek(0)
-    for twin in (handle_free, torch.load(file, weights_only=False)):
+    after = copy.deepcopy([ode, ode(x)][0])  # with a solve behind it
+    for twin in (handle_free, after, torch.load(file, weights_only=False)):
         y = twin(x)
         assert torch.equal(y, expected)
         y.sum().backward()
@@ -149,8 +150,11 @@ def test_statistics_are_those_of_the_last_call():
     ode(x, [0.1, 0.2, 0.3])
     assert ode.statistics.steps == 3
     first.sum().backward()
-    assert before.backward == 6 * before.steps
+    assert before.backward == 0  # the graph was kept
     assert ode.statistics.backward == 0
+    ode.checkpoint_bytes = 0
+    ode(x).sum().backward()
+    assert ode.statistics.backward >= 6 * ode.statistics.steps
 
 
 def test_the_cap_on_evaluations():
@@ -177,6 +181,42 @@ def test_unknown_names_offer_the_nearest():
         NeuralODE(Tanh(), method="dopry5")
     with pytest.raises(ProblemError, match="adjoint 'discret' is unknown.*did you mean 'discrete'"):
         NeuralODE(Tanh(), adjoint="discret")
+
+
+def test_a_field_without_time_is_told_how_to_get_one():
+    with pytest.raises(ProblemError, match=r"forward takes \(input.*expected field\(t, x\).*forward\(self, t, x\)"):
+        NeuralODE(nn.Sequential(nn.Linear(2, 2), nn.Tanh()))
+    with pytest.raises(ProblemError, match="expected field"):
+        NeuralODE(nn.Linear(2, 2))
+
+
+def test_what_torchdiffeq_would_ignore_is_refused():
+    pytest.importorskip("torchdiffeq")
+    with pytest.raises(ProblemError, match="steps=7 met method='dopri8' of torchdiffeq, which chooses its own steps"):
+        NeuralODE(Tanh(), method="dopri8", steps=7)
+    for adjoint in ("discrete", "backprop"):
+        with pytest.raises(ProblemError, match='gradients would be cut off; expected adjoint="continuous"'):
+            NeuralODE(Tanh(), method="scipy_solver", adjoint=adjoint)
+
+
+@pytest.mark.parametrize("adjoint", ["discrete", "continuous"])
+def test_the_cap_on_evaluations_holds_for_torchdiffeq(adjoint):
+    pytest.importorskip("torchdiffeq")
+    ode = NeuralODE(Tanh(), method="dopri8", max_evaluations=20, rtol=1e-9, atol=1e-9, adjoint=adjoint)
+    with pytest.raises(ConvergenceError, match="more than its 20 evaluations of the field and stands at t = "):
+        ode(start(4, 3))
+    assert ode.statistics.forward == 20
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_the_horizon_is_not_rounded_with_the_weights(dtype):
+    ode = NeuralODE(Tanh(), FreeHorizon(0.8, 0.1, 2.0))
+    ode.T.fill_(0.8123)
+    model = nn.Sequential(ode).to(dtype)
+    assert ode.field.inner.weight.dtype == dtype
+    assert ode.T.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert float(ode.T) == pytest.approx(0.8123, abs=1e-7)
+    assert "0.T" in model.state_dict()
 
 
 @pytest.mark.parametrize("steps", [0, -3, True])
@@ -260,6 +300,10 @@ def test_second_derivatives_through_backprop():
 def test_exchanged_parameters_are_refused():
     ode, x = NeuralODE(Tanh()), start(4, 3)
     other = {name: p.detach().clone().requires_grad_() for name, p in ode.named_parameters()}
+    expected = torch.autograd.grad(ode(x).sum(), [*ode.parameters()])
+    found = torch.autograd.grad(torch.func.functional_call(ode, other, (x,)).sum(), [*other.values()])
+    assert all(torch.equal(one, right) for one, right in zip(found, expected, strict=True))
+    ode.checkpoint_bytes = 0  # replayed
     y = torch.func.functional_call(ode, other, (x,))
     with pytest.raises(OcnoptError, match="parameters were exchanged between the forward and the backward pass"):
         y.sum().backward()

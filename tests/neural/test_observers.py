@@ -26,8 +26,9 @@ class Collector:
         self.weights, self.inside = (input_weight, gradient_weight), 0
         count = len(self.seen)
         yield
+        # One evaluation; its gradient arrives with the pull of the whole step, after the context has closed.
         assert self.inside == 1
-        assert len(self.seen) == count + 1
+        assert len(self.seen) == count
         self.weights = None
 
     def hook(self, layer, inputs, output):
@@ -94,11 +95,12 @@ def test_samples_stay_along_the_leading_axis_of_a_tuple():
     assert {tuple(part.shape) for part in collector.ends[0]} == {(4, 2 + 6 + 1)}
 
 
-def test_the_discrete_adjoint_evaluates_no_more_when_observed():
+def test_the_discrete_adjoint_evaluates_no_more_when_observed_than_in_a_replay():
     field, x = Tanh(), start(4, 3)
-    ode = NeuralODE(field)
+    ode = NeuralODE(field, checkpoint_bytes=4 * x.nbytes)
     loss(ode(x)).backward()
     plain = ode.statistics
+    assert plain.steps <= 4
     ode.observe(Collector(field.inner))
     loss(ode(x)).backward()
     assert ode.statistics == plain

@@ -13,7 +13,7 @@ def gather(model, run, *, mean=True):
     """The samples of every layer of a model during ``run()``."""
     layers = {module: module.bias is not None for module in model.modules() if is_layer(module)}
     odes = [module for module in model.modules() if isinstance(module, NeuralODE)]
-    collector = Collector(model, layers, {module for ode in odes for module in ode.field.modules()}, mean=mean)
+    collector = Collector(layers, {module for ode in odes for module in ode.field.modules()}, mean=mean)
     handles = [*collector.attach(), *(ode.observe(collector) for ode in odes)]
     run()
     for handle in handles:

@@ -287,3 +287,32 @@ def test_a_copy_of_a_watched_model_is_not_watched(duplicate):
         copies[0](torch.randn(4, 3)).sum().backward()
 
     assert not gather(model, run)
+
+
+class Gradients(nn.Module):
+    """A field that differentiates a layer inside: the gradient of a potential."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 3)
+
+    def forward(self, t, x):
+        return self._gradient(x, 1e6) / 1e6
+
+    def _gradient(self, x, scale):
+        with torch.enable_grad():
+            x = x if x.requires_grad else x.detach().requires_grad_()
+            # The scale cancels in the field, and must not reach the factors through the gradient taken here.
+            return torch.autograd.grad(scale * torch.sin(self.layer(x)).sum(), x, create_graph=True)[0]
+
+
+@pytest.mark.parametrize("adjoint", ["discrete", "continuous"])
+def test_gradients_that_a_field_takes_inside_do_not_count(adjoint):
+    field, x = Gradients(), torch.randn(4, 2)
+    ode = NeuralODE(field, method="rk4", steps=4, adjoint=adjoint)
+    (samples,) = gather(ode, lambda: ode(x).square().sum(1).mean().backward()).values()
+    field.zero_grad()
+    field._gradient = lambda x, scale: torch.cos(field.layer(x)) @ field.layer.weight * scale
+    (expected,) = gather(ode, lambda: ode(x).square().sum(1).mean().backward()).values()
+    torch.testing.assert_close(samples.inputs, expected.inputs)
+    torch.testing.assert_close(samples.gradients, expected.gradients)

@@ -236,7 +236,7 @@ def test_weights_shared_by_modules_get_the_first_order_update():
 
 
 def test_very_wide_layers_get_the_first_order_update(monkeypatch):
-    monkeypatch.setattr("ocnopt.optim.snopt.WIDEST", 3)
+    monkeypatch.setattr("ocnopt.optim.checks.WIDEST", 3)
     model = nn.Sequential(nn.Linear(3, 4), nn.Conv1d(4, 6, 1, groups=2))
     with pytest.warns(UserWarning, match=r"more than 3 outputs, and get the first-order update: '0.weight', '0.bias'$"):
         SNOpt(model, 0.01)

@@ -8,7 +8,7 @@ from torch.func import hessian, jacrev
 
 from ocnopt.ocp import OCP
 from ocnopt.problems import control, names
-from ocnopt.solvers.direct.lowering import lower, scattered
+from ocnopt.solvers.lowering.lowering import lower, scattered
 
 F64 = torch.float64
 

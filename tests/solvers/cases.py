@@ -31,3 +31,25 @@ def scalar_lqr(**options):
         horizon=1.0,
         **options,
     )
+
+
+def regulator(**options):
+    settings = {"initial_state": [1.0, 0.0], "control_dim": 1, "horizon": 1.0} | options
+    return OCP(
+        lambda t, x, u: torch.stack([x[..., 1], u[..., 0]], dim=-1),
+        lambda t, x, u: (x**2).sum(-1) + (u**2).sum(-1),
+        **settings,
+    )
+
+
+def pendulum(initial_state=(0.0, 0.0), **options):
+    """Hanging at zero: at rest there, zero controls are a stationary point."""
+    return OCP(
+        lambda t, x, u: torch.stack([x[..., 1], u[..., 0] - torch.sin(x[..., 0])], dim=-1),
+        lambda t, x, u: 0.01 * (u**2).sum(-1),
+        lambda t, x: 1 + torch.cos(x[..., 0]),
+        initial_state=initial_state,
+        control_dim=1,
+        horizon=2.0,
+        **options,
+    )

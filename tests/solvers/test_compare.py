@@ -1,5 +1,9 @@
 """`compare`: one row per solver, from one start."""
 
+import inspect
+import math
+from dataclasses import dataclass, replace
+
 import pytest
 import torch
 
@@ -7,6 +11,7 @@ import ocnopt as oc
 from ocnopt.ocp import OCP, FreeHorizon
 from ocnopt.solvers.compare import compare
 from ocnopt.solvers.ddp import DDP
+from ocnopt.solvers.solution import Guess
 from ocnopt.solvers.solve import solve
 from ocnopt.staged import Stage, StagedOCP
 from tests.oracles.compare import assert_close
@@ -82,3 +87,82 @@ def test_against_ipopt():
     assert casadi.cost == pytest.approx(ddp.cost, rel=1e-8)
     assert casadi.state_difference < 1e-5
     assert casadi.build_time > 0
+
+
+def test_a_solver_that_refuses_has_a_row_with_the_reason():
+    constrained = problem(terminal_constraint=lambda t, x: x - 0.5)
+    result = compare(constrained, ("ddp", "casadi"), steps=4)
+    ddp, casadi = result.rows
+    assert (ddp.solver, ddp.converged, casadi.converged) == ("ddp", False, True)
+    assert math.isnan(ddp.cost)
+    assert math.isnan(ddp.state_difference)
+    assert "solver 'ddp' has no multipliers" in ddp.status
+    assert list(result.solutions) == ["casadi"]
+    assert casadi.state_difference == 0.0
+    assert str(result).splitlines()[-1].startswith("ddp: refused: the problem has a terminal_constraint")
+
+
+def test_where_all_refuse_the_first_reason_is_raised():
+    constrained = problem(terminal_constraint=lambda t, x: x - 0.5)
+    with pytest.raises(oc.ProblemError, match="the problem has a terminal_constraint; solver 'ddp' has no multipliers"):
+        compare(constrained, ("ddp", "ddp"), steps=4)
+
+
+@dataclass(frozen=True)
+class Biased:
+    """Solves from a start of its own."""
+
+    start: float
+
+    def solve(self, problem, guess, *, progress=False):
+        del progress
+        own = Guess([torch.full_like(u, self.start) for u in guess.controls], guess.parameters)
+        return DDP().solve(problem, own)
+
+
+def test_two_minima_are_marked():
+    two = OCP(
+        lambda t, x, u: u,
+        lambda t, x, u: 0.01 * (u**2).sum(-1),
+        lambda t, x: ((x**2 - 1) ** 2 + 0.3 * x).sum(-1),
+        initial_state=[0.2],
+        control_dim=1,
+        horizon=1.0,
+    )
+    result = compare(two, (Biased(1.0), Biased(-1.0), Biased(1.0)), steps=4)
+    assert [row.converged for row in result.rows] == [True] * 3
+    assert [bool(row.note) for row in result.rows] == [False, True, False]
+    assert result.rows[1].note.startswith("cost differs from biased's by 0.59")
+    assert str(result).splitlines()[-1] == f"biased': {result.rows[1].note}"
+    both = compare(two, (Biased(1.0), Biased(1.0)), steps=4)
+    assert both.notes == ()
+
+
+def test_a_nan_is_not_dropped():
+    @dataclass(frozen=True)
+    class Lost:
+        def solve(self, problem, guess, *, progress=False):
+            del progress
+            solution = DDP().solve(problem, guess)
+            states = solution.states.clone()
+            states[2] = math.nan
+            return replace(solution, states=states, cost=torch.full_like(solution.cost, math.nan))
+
+    row = compare(problem(), ("ddp", Lost()), steps=4).rows[1]
+    assert math.isnan(row.state_difference)
+    assert math.isnan(row.cost)
+
+
+@pytest.mark.parametrize(
+    ("solvers", "message"),
+    [
+        ("ddp", r"solvers is 'ddp'; expected several: write a tuple such as \('ddp', 'casadi'\)"),
+        (DDP(), r"solvers is DDP; expected several: write a tuple"),
+        (3, r"solvers is int; expected several: write a tuple"),
+        ((), r"solvers is empty; expected one or more: write a tuple"),
+        (("ddp", "dpp"), r"solver 'dpp' is unknown; .*did you mean 'ddp'\?"),
+    ],
+)
+def test_what_is_no_sequence_of_solvers(solvers, message):
+    with pytest.raises(oc.ProblemError, match=message):
+        inspect.unwrap(compare)(problem(), solvers)

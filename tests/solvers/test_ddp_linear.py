@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ocnopt import problems
-from ocnopt.expansion import expand_path
+from ocnopt.differential.steps import expand_path, rollout
 from ocnopt.ocp import OCP
 from ocnopt.solvers.solve import solve
-from ocnopt.staged import Stage, StagedOCP, rollout, transcribe
+from ocnopt.staged import Stage, StagedOCP, Widened, transcribe
 from tests.oracles.compare import assert_close
 from tests.oracles.lq import random_affine_quadratic
 from tests.solvers.cases import assert_converged
@@ -93,8 +93,8 @@ class TestAffineQuadratic:
         continuous = problems.control(name).build()
         model = transcribed_model(continuous, 20)
         n = continuous.state_dim
-        A, B = model.fw.numpy()[:, :n], model.fw.numpy()[:, n:]
-        H = model.lww.numpy()
+        A, B = model.fw[0].numpy()[:, :n], model.fw[0].numpy()[:, n:]
+        H = model.lww[0].numpy()
         P = scipy.linalg.solve_discrete_are(A, B, H[:n, :n], H[n:, n:], s=H[:n, n:])
         K = -np.linalg.solve(H[n:, n:] + B.T @ P @ B, H[n:, :n] + B.T @ P @ A)
         value = torch.from_numpy(P)
@@ -119,7 +119,7 @@ class TestAffineQuadratic:
         continuous, steps = problems.control(name).build(), 30
         model = transcribed_model(continuous, steps)
         n = continuous.state_dim
-        A, B, H = model.fw.numpy()[:, :n], model.fw.numpy()[:, n:], model.lww.numpy()
+        A, B, H = model.fw[0].numpy()[:, :n], model.fw[0].numpy()[:, n:], model.lww[0].numpy()
         P = np.zeros((n, n)) if continuous.terminal_cost is None else 2 * np.diag([10.0, 10.0, 1.0, 1.0])
         for _ in range(steps):
             Qux = H[n:, :n] + B.T @ P @ A
@@ -148,4 +148,4 @@ def transcribed_model(continuous, steps):
     """A step of the discrete problem as matrices."""
     staged = transcribe(continuous, steps)
     path = rollout(staged, [torch.zeros(continuous.control_dim).double()] * steps, staged.initial_state)
-    return expand_path(staged, path.states, path.controls, second_order=False)[0]
+    return expand_path(Widened(staged), path, exact=False)

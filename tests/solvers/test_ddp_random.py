@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from ocnopt.differential.steps import rollout
 from ocnopt.ocp import OCP, FreeHorizon
 from ocnopt.solvers.solution import Solution
 from ocnopt.solvers.solve import solve
-from ocnopt.staged import rollout
 
 STEPS = 8
 

@@ -8,9 +8,10 @@ import scipy.linalg
 import scipy.optimize
 import torch
 
+from ocnopt.differential.steps import rollout
 from ocnopt.ocp import OCP, FreeHorizon
 from ocnopt.solvers.solve import solve
-from ocnopt.staged import rollout, transcribe
+from ocnopt.staged import transcribe
 from tests.oracles.compare import assert_close
 from tests.solvers.cases import assert_converged
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import ocnopt as oc
+from ocnopt.differential.steps import rollout
 from ocnopt.ocp import OCP, FreeHorizon, Horizon
 from ocnopt.solvers.solution import Solution, load_solution
 from ocnopt.solvers.solve import solve
-from ocnopt.staged import Stage, StagedOCP, rollout
+from ocnopt.staged import Stage, StagedOCP
 from tests.oracles.compare import assert_close
 
 STEPS = 8
@@ -153,7 +154,7 @@ class TestRollout:
         if solution.problem.origin.free:
             p = torch.cat([p, moved.horizon[..., None]], dim=-1)
         path = rollout(solution.problem, controls, start, p)
-        assert_close(moved.states, torch.stack(path.states, dim=-2), rtol=1e-14)
+        assert_close(moved.states, path.states.movedim(0, -2), rtol=1e-14)
         assert_close(moved.cost, path.cost, rtol=1e-14)
         feedback = solution.policy(solution.times[..., 4], moved.states[..., 4, :])
         assert_close(moved.controls[..., 4, :], feedback, rtol=1e-14)
@@ -277,7 +278,7 @@ class TestFiles:
             load_solution(path)
 
     @pytest.mark.parametrize(
-        "content", [{"cost": torch.ones(1)}, [1, 2], {"format": 1, "gains": None, "colour": "red"}]
+        "content", [{"cost": torch.ones(1)}, [1, 2], {"format": 2, "gains": None, "colour": "red"}]
     )
     def test_another_kind_of_file(self, tmp_path, content):
         torch.save(content, tmp_path / "solution.pt")
@@ -286,11 +287,11 @@ class TestFiles:
 
     def test_another_format(self, tmp_path):
         torch.save({"format": 99}, tmp_path / "solution.pt")
-        with pytest.raises(oc.DataError, match="has another format than 1; expected a file written by this version"):
+        with pytest.raises(oc.DataError, match="has another format than 2; expected a file written by this version"):
             load_solution(tmp_path / "solution.pt")
 
     def test_a_file_cannot_run_code(self, tmp_path):
-        torch.save({"format": 1, "run": math.sin}, tmp_path / "solution.pt")
+        torch.save({"format": 2, "run": math.sin}, tmp_path / "solution.pt")
         with pytest.raises(oc.DataError, match="is no saved solution"):
             load_solution(tmp_path / "solution.pt")
 

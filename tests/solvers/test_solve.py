@@ -1,7 +1,7 @@
 """`solve`: names, options, strictness, and the starts that it reads or finds by itself."""
 
 import inspect
-import warnings
+import math
 
 import numpy as np
 import pytest
@@ -13,28 +13,7 @@ from ocnopt.solvers.ddp import DDP
 from ocnopt.solvers.solve import make_solver, read_guess, solve
 from ocnopt.staged import Stage, StagedOCP, transcribe
 from tests.oracles.compare import assert_close
-
-
-def regulator(**options):
-    settings = {"initial_state": [1.0, 0.0], "control_dim": 1, "horizon": 1.0} | options
-    return OCP(
-        lambda t, x, u: torch.stack([x[..., 1], u[..., 0]], dim=-1),
-        lambda t, x, u: (x**2).sum(-1) + (u**2).sum(-1),
-        **settings,
-    )
-
-
-def pendulum(initial_state=(0.0, 0.0), **options):
-    """Hanging at zero: at rest there, zero controls are a stationary point."""
-    return OCP(
-        lambda t, x, u: torch.stack([x[..., 1], u[..., 0] - torch.sin(x[..., 0])], dim=-1),
-        lambda t, x, u: 0.01 * (u**2).sum(-1),
-        lambda t, x: 1 + torch.cos(x[..., 0]),
-        initial_state=initial_state,
-        control_dim=1,
-        horizon=2.0,
-        **options,
-    )
+from tests.solvers.cases import pendulum, regulator
 
 
 class TestSolver:
@@ -75,6 +54,26 @@ class TestSolver:
         ):
             inspect.unwrap(make_solver)(3, {})
 
+    def test_a_class_instead_of_an_object(self):
+        with pytest.raises(oc.ProblemError, match=r"solver is the class DDP; expected an object: write DDP\(\)"):
+            inspect.unwrap(make_solver)(DDP, {})
+
+    def test_what_is_no_problem(self):
+        record = oc.problems.get("pendulum_swing_up")
+        for given, message in (
+            (
+                "pendulum_swing_up",
+                r"problem is the name 'pendulum_swing_up'; .*oc.problems.get\('pendulum_swing_up'\).bui",
+            ),
+            (
+                record,
+                r"problem is the record of 'pendulum_swing_up'; expected .*call its build\(\) and pass what it ret",
+            ),
+            (3, r"problem is of type int; expected an oc.OCP or oc.StagedOCP: use oc.OCP\("),
+        ):
+            with pytest.raises(oc.ProblemError, match=message):
+                inspect.unwrap(solve)(given)
+
     def test_unknown_integrator(self):
         with pytest.raises(oc.ProblemError, match=r"integrator 'rk44' is unknown; .*did you mean 'rk4'\?"):
             solve(regulator(), integrator="rk44")
@@ -82,14 +81,31 @@ class TestSolver:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"max_iterations": 0}, r"DDP\(.*max_iterations=0.*out of range; expected max_iterations >= 1"),
-            ({"tolerance": 0.0}, r"DDP\(.*tolerance=0.0.*expected .*tolerance > 0"),
-            ({"regularisation": -1.0}, r"DDP\(.*regularisation=-1.0\).*expected .*regularisation >= 0"),
+            ({"max_iterations": 0}, r"max_iterations of DDP is 0; expected max_iterations >= 1, a whole number"),
+            ({"tolerance": 0.0}, r"tolerance of DDP is 0.0; expected tolerance > 0 and finite"),
+            ({"tolerance": math.nan}, r"tolerance of DDP is nan; expected tolerance > 0 and finite"),
+            ({"regularisation": -1.0}, r"regularisation of DDP is -1.0; expected regularisation >= 0 and finite"),
+            ({"regularisation": math.inf}, r"regularisation of DDP is inf; expected regularisation >= 0 and finite"),
+            ({"solver": "casadi", "tolerance": math.nan}, r"tolerance of CasADi is nan; expected tolerance > 0"),
+            ({"solver": "casadi", "restarts": -1}, r"restarts of CasADi is -1; expected restarts >= 0, a whole number"),
+            ({"solver": "casadi", "degree": 10}, r"degree of CasADi is 10; expected degree <= 9"),
         ],
     )
     def test_wrong_options(self, options, message):
         with pytest.raises(oc.ProblemError, match=message):
             solve(regulator(), **options)
+
+    @pytest.mark.parametrize("value", [10.0, True, "10"])
+    @pytest.mark.parametrize("kind", [DDP, oc.solvers.CasADi])
+    def test_counts_are_whole_numbers(self, kind, value):
+        made = kind()
+        object.__setattr__(made, "max_iterations", value)
+        with pytest.raises(
+            oc.ProblemError, match=f"max_iterations of {kind.__name__} is {value!r}; expected max_itera"
+        ):
+            made.__post_init__()
+        object.__setattr__(made, "max_iterations", np.int64(3))
+        made.__post_init__()
 
     def test_unknown_curvature(self):
         message = r"curvature is 'exakt'; expected one of exact, gauss_newton, auto; did you mean 'exact'\?"
@@ -103,9 +119,23 @@ class TestSolver:
             solve(pendulum([0.1, 0.0]), steps=10, max_iterations=1, strict=True)
         assert bool(solve(regulator(), steps=5, strict=True).converged)
 
-    def test_strict_in_a_batch(self):
-        with pytest.raises(oc.ConvergenceError, match="not converged"):
-            solve(pendulum([[0.1, 0.0], [0.2, 0.0]]), steps=10, max_iterations=1, strict=True)
+    def test_strict_in_a_batch_names_the_problems_and_carries_the_solution(self):
+        # two rest at the goal, two hang close to the bottom
+        starts = torch.tensor([[[math.pi, 0.0], [0.1, 0.0]], [[0.2, 0.0], [math.pi, 0.0]]])
+        options = {"steps": 10, "max_iterations": 1, "strict": True, "initial_guess": torch.zeros(10, 1)}
+        message = (
+            r"not converged: 2 of 4, problems \(0, 1\), \(1, 0\): stopped after .*or read it from this error's .sol"
+        )
+        with pytest.raises(oc.ConvergenceError, match=message) as caught:
+            solve(pendulum(starts.double()), **options)
+        assert caught.value.solution.converged.tolist() == [[True, False], [False, True]]
+        with pytest.raises(oc.ConvergenceError, match=r"not converged: 1 of 2, problems 1: stopped after"):
+            solve(pendulum(starts[0].double()), **options)
+
+    def test_strict_without_a_batch_carries_the_solution(self):
+        with pytest.raises(oc.ConvergenceError) as caught:
+            solve(pendulum([0.1, 0.0]), steps=10, max_iterations=1, strict=True)
+        assert caught.value.solution.status in str(caught.value)
 
     @pytest.mark.parametrize("name", ["terminal_constraint", "path_constraint"])
     def test_constraints_need_another_solver(self, name):
@@ -243,71 +273,3 @@ class TestGuess:
         )
         with pytest.raises(oc.ProblemError, match=message):
             solve(problem, steps=3, initial_guess=value)
-
-
-class TestStationaryStart:
-    def test_it_is_left_with_a_warning_by_a_seeded_perturbation(self):
-        staged = transcribe(pendulum(), 10)
-        with pytest.warns(
-            UserWarning, match=r"the default start \(zero controls\) is a stationary point: .*Pass initial_guess="
-        ):
-            guess = read_guess(staged, None)
-        with pytest.warns(UserWarning, match="stationary point"):
-            again = read_guess(staged, None)
-        controls = torch.stack(guess.controls)
-        assert_close(controls, torch.stack(again.controls), rtol=0.0)
-        assert 0.01 < float(controls.abs().max()) < 1.0
-
-    def test_the_solver_then_moves(self):
-        with pytest.warns(UserWarning, match="stationary point"):
-            solution = solve(pendulum(), steps=10)
-        assert bool(solution.converged)
-        assert solution.cost.item() < 1.0
-
-    def test_in_a_batch_only_the_problems_that_stand_still_are_moved(self):
-        staged = transcribe(pendulum([[0.0, 0.0], [0.5, 0.0]]), 10)
-        with pytest.warns(UserWarning, match="stationary point in 1 of 2 problems"):
-            controls = torch.stack(read_guess(staged, None).controls)
-        assert float(controls[:, 0].abs().min()) > 0
-        assert float(controls[:, 1].abs().max()) == 0
-
-    def test_bounds_hold(self):
-        staged = transcribe(pendulum(control_bounds=(-0.01, 0.02)), 10)
-        with pytest.warns(UserWarning, match="stationary point"):
-            controls = torch.stack(read_guess(staged, None).controls)
-        assert bool(((controls >= -0.01) & (controls <= 0.02)).all())
-
-    @pytest.mark.parametrize(
-        "problem",
-        [
-            regulator(),
-            pendulum([0.1, 0.0]),
-            pendulum(control_bounds=(0.5, 1.0)),
-            pendulum(terminal_constraint=lambda t, x: x - 1.0),
-            OCP(lambda t, x, u: x, None, lambda t, x: x[..., 0], initial_state=[1.0], horizon=1.0),
-        ],
-    )
-    def test_no_warning_elsewhere(self, problem):
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            controls = torch.stack(read_guess(transcribe(problem, 5), None).controls)
-        expected = 0.0 if problem.control_bounds is None else 0.5
-        assert_close(controls, torch.full_like(controls, expected))
-
-    def test_a_path_that_is_not_finite_is_not_stationary(self):
-        problem = OCP(
-            lambda t, x, u: x**3 + u,
-            None,
-            lambda t, x: x.sum(-1),
-            initial_state=[[100.0], [0.1]],
-            control_dim=1,
-            horizon=1.0,
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            controls = torch.stack(read_guess(transcribe(problem, 20), None).controls)
-        assert_close(controls, torch.zeros(20, 2, 1))
-
-    def test_a_given_start_is_kept(self):
-        guess = read_guess(transcribe(pendulum(), 5), torch.zeros(5, 1))
-        assert_close(torch.stack(guess.controls), torch.zeros(5, 1))

@@ -11,7 +11,7 @@ from typing import Any
 import casadi
 import torch
 
-from ocnopt.solvers.direct.expression import (
+from ocnopt.solvers.lowering.expression import (
     Column,
     Expression,
     NotLowerableError,

@@ -10,8 +10,8 @@ first fails, and its errors are the ones reported.
 
 import contextlib
 import functools
-import io
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,23 +19,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.export import _trace as export_trace
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ocnopt.errors import ProblemError
-from ocnopt.solvers.direct.expression import SHAPE_ONLY, is_mutable, operator_name
+from ocnopt.solvers.lowering.expression import SHAPE_ONLY, is_mutable, operator_name
 
 Function = Callable[..., Any]
 
-ELSEWHERE = "solvers ddp and shooting take any torch code"
+ELSEWHERE = "solver='ddp' takes any torch code"
+LOCK = threading.RLock()
+"""Held while tracing: torch keeps one tracer in the process, and another thread's operators would enter its graph."""
 _NUMPY = "it leaves torch for numpy, which a trace cannot follow; write it in torch"
 _HINTS = (
-    (".numpy()", _NUMPY),
-    ("numpy()", _NUMPY),
     ("data is not allocated", "it builds a tensor from entries with torch.tensor([x[0], ..]); use torch.stack"),
     ("zuf", "it turns a tensor into a Python number (float(x), x.item(), math.sin(x)); use torch.sin(x)"),
     ("Eq(u", "it branches or loops on the value of a tensor (if, while); use torch.where"),
     ("data-dependent", "it does something that depends on the value of a tensor; use torch.where"),
+    ("numpy()", _NUMPY),
     ("is mutated", "it writes into a tensor made outside; create the tensor inside the function, or clone it first"),
 )  # fmt: skip
 
@@ -73,11 +75,15 @@ def _quiet() -> Iterator[None]:
     logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
+    # torch.export prints the graph it could not finish; stderr itself belongs to the whole process
+    module: Any = export_trace
+    module.print = lambda *_, **__: None
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
+        del module.print
         logger.setLevel(level)
 
 
@@ -93,7 +99,7 @@ def trace(function: Function, arguments: Sequence[Tensor], name: str) -> Program
         ProblemError: the function cannot be traced; the message says what it does and what to write instead.
     """
     dtype = next((a.dtype for a in arguments if a.is_floating_point()), torch.float64)
-    with _quiet(), torch.no_grad():
+    with LOCK, _quiet(), torch.no_grad():
         try:
             return _quick(function, arguments, name, dtype)
         except Exception:

@@ -6,7 +6,7 @@ from torch import nn
 
 from ocnopt.differential.differentiate import differentiate
 from ocnopt.errors import ProblemError
-from ocnopt.from_module import from_module, trainable_weights, unflatten
+from ocnopt.modules import from_module, trainable_weights, unflatten
 from ocnopt.ocp import FreeHorizon, Horizon
 from tests.differential.cases import Field, case
 from tests.oracles.compare import assert_close, relative_error
@@ -164,7 +164,11 @@ class Wrong(nn.Linear):
         ({"cost": lambda x: x}, r"terminal_cost takes \(x\); expected \(t, x\) or \(t, x, p\)"),
         ({"running_cost": lambda t, x: x}, r"running_cost takes \(t, x\); expected \(t, x, u\) or \(t, x, u, p\)"),
         ({"x0": "start"}, "initial_state is str; expected numbers"),
-        ({"field": nn.Sequential(Field(2, 3))}, r"dynamics\(t, x, u, p\) failed"),
+        (
+            {"field": nn.Linear(2, 2)},
+            r"field takes \(input.*\).*; expected forward\(t, x\).*: wrap it in a module whose f",
+        ),
+        ({"field": nn.Sequential(Field(2, 3))}, r"field takes \(input.*\); expected forward\(t, x\), t a 0-d tensor"),
     ],
 )
 def test_mistakes(arguments, message):

@@ -7,7 +7,7 @@ from typing import Any
 import casadi
 import torch
 
-from ocnopt.solvers.direct.expression import (
+from ocnopt.solvers.lowering.expression import (
     Column,
     Expression,
     NotLowerableError,
@@ -17,7 +17,7 @@ from ocnopt.solvers.direct.expression import (
     operand,
     operator_name,
 )
-from ocnopt.solvers.direct.movement import move
+from ocnopt.solvers.lowering.movement import move
 
 
 def _sigmoid(x: Column) -> Column:
@@ -53,6 +53,16 @@ def _gelu(x: Column, approximate: str = "none") -> Column:
 
 def _elu(x: Column, alpha: Any = 1.0, scale: Any = 1.0, input_scale: Any = 1.0) -> Column:
     return _where(x > 0, scale * x, scale * alpha * casadi.expm1(input_scale * x))
+
+
+def _is_number(x: Column) -> Column:
+    # CasADi simplifies x == x to true; only a NaN is not at most infinity
+    return x <= math.inf
+
+
+def _equal(x: Column, y: Column) -> Column:
+    same = isinstance(x, type(y)) and not isinstance(x, int | float) and casadi.is_equal(x, y, 2)
+    return _is_number(x) if same else x == y
 
 
 ENTRYWISE: dict[str, Callable[..., Column]] = {
@@ -105,8 +115,8 @@ ENTRYWISE: dict[str, Callable[..., Column]] = {
     "addcmul": lambda x, y, z, value=1: x + value * y * z,
     "addcdiv": lambda x, y, z, value=1: x + value * y / z,
     "lerp": lambda x, y, weight: x + weight * (y - x),
-    "eq": lambda x, y: x == y,
-    "ne": lambda x, y: x != y,
+    "eq": _equal,
+    "ne": lambda x, y: casadi.logic_not(_equal(x, y)),
     "lt": lambda x, y: x < y,
     "le": lambda x, y: x <= y,
     "gt": lambda x, y: x > y,
@@ -115,8 +125,7 @@ ENTRYWISE: dict[str, Callable[..., Column]] = {
     "logical_or": casadi.logic_or,
     "logical_xor": lambda x, y: (x != 0) != (y != 0),
     "logical_not": casadi.logic_not,
-    # CasADi simplifies x != x away, and a path with a NaN is rejected anyway.
-    "isnan": lambda x: 0 * x,
+    "isnan": lambda x: casadi.logic_not(_is_number(x)),
     "isinf": lambda x: casadi.fabs(x) == math.inf,
     "copy": lambda old, new: new,
 } | {name: getattr(casadi, name) for name in ("sin", "cos", "tan", "asin", "acos", "atan")} | {

@@ -11,7 +11,7 @@ import casadi
 import torch
 from torch import Tensor
 
-from ocnopt.solvers.direct.expression import (
+from ocnopt.solvers.lowering.expression import (
     SHAPE_ONLY,
     Expression,
     Kind,

@@ -1,7 +1,10 @@
 """Lowered functions against torch: values, Jacobians and Hessians to 1e-12, and what cannot be lowered."""
 
+import contextlib
+import io
 import math
 import random
+import sys
 
 import casadi
 import numpy as np
@@ -13,7 +16,7 @@ from torch import nn
 from torch.func import grad, hessian, jacfwd, jacrev, jvp
 
 from ocnopt.errors import ProblemError
-from ocnopt.solvers.direct.lowering import lower, scattered
+from ocnopt.solvers.lowering.lowering import lower, scattered
 
 F64 = torch.float64
 X = torch.tensor([0.3, 0.7, -0.4, 1.2], dtype=F64)
@@ -276,7 +279,7 @@ REFUSED = {
     "sort": (lambda x: x.sort().values, "uses sort.*no rule.*torch.amax"),
     "cholesky": (
         lambda x: torch.linalg.cholesky(torch.diag(x**2)),
-        "uses linalg_cholesky_ex.*solvers ddp and shooting",
+        "uses linalg_cholesky_ex.*solver='ddp' takes any torch code",
     ),
     "float32": (lambda x: x.float() * 2, r"result is torch\.float32 in a torch\.float64 problem"),
     "integer times float": (lambda x: (x.long() * 0.1).to(F64), "convert it first"),
@@ -302,3 +305,44 @@ def test_what_cannot_be_lowered_is_named(name, capfd):
         lower(function, scattered([X.clone()]), "cost").function()
     out, err = capfd.readouterr()
     assert out == err == ""
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.where(torch.isnan(torch.sqrt(x)), 7.0, x),
+        lambda x: torch.where(torch.sqrt(x) != torch.sqrt(x), 7.0, x),
+        lambda x: torch.where(torch.sqrt(x) == torch.sqrt(x), x, 7.0),
+        lambda x: torch.where(torch.isfinite(torch.log(x - 0.3)), x, 7.0),
+        lambda x: torch.nan_to_num(torch.sqrt(x), 3.0),
+    ],
+)
+def test_a_nan_is_seen(function):
+    # at the second entry the root is NaN, at the first the logarithm is infinite
+    lowered = lower(function, [[torch.tensor([0.3, -0.4], dtype=F64)]], "dynamics").function()
+    for point in ([0.3, -0.4], [-0.4, 0.3], [0.3, 0.3]):
+        expected = function(torch.tensor(point, dtype=F64)).tolist()
+        assert [float(value) for value in lowered(point).full()[:, 0]] == expected
+
+
+def test_a_failing_trace_says_what_it_met_and_prints_nothing(capfd):
+    for function, hint in (
+        (lambda x: x if x[0] > 0 else -x, "it branches or loops on the value of a tensor .*use torch.where"),
+        (lambda x: x * float(x[0]), "it turns a tensor into a Python number"),
+        (lambda x: torch.as_tensor(x.numpy()), "it leaves torch for numpy"),
+    ):
+        with pytest.raises(ProblemError, match=rf"{hint}.*\(solver='ddp' takes any torch code\)"):
+            lower(function, [[X]], "dynamics")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_tracing_leaves_the_standard_error_of_other_threads_alone():
+    seen = []
+
+    def function(x):
+        seen.append(sys.stderr)
+        return x
+
+    with contextlib.redirect_stderr(io.StringIO()) as mine:
+        lower(function, [[X]], "dynamics")
+    assert all(stream is mine for stream in seen)

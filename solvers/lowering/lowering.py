@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from ocnopt.errors import ProblemError
-from ocnopt.solvers.direct import entrywise, joining, movement
-from ocnopt.solvers.direct.expression import (
+from ocnopt.solvers.lowering import entrywise, joining, movement
+from ocnopt.solvers.lowering.expression import (
     Expression,
     Kind,
     NotLowerableError,
@@ -36,7 +36,7 @@ from ocnopt.solvers.direct.expression import (
     positions,
     symbol,
 )
-from ocnopt.solvers.direct.tracing import ELSEWHERE, Function, Program, trace
+from ocnopt.solvers.lowering.tracing import ELSEWHERE, LOCK, Function, Program, trace
 
 RULES: dict[str, Rule] = entrywise.RULES | movement.RULES | joining.RULES
 WIDE = 16
@@ -70,7 +70,7 @@ class Lowering:
         Raises:
             ProblemError: an operator has no rule, or CasADi and torch disagree.
         """
-        with _blame(self.components, self.points, self.batch_shape, row):
+        with LOCK, _blame(self.components, self.points, self.batch_shape, row):
             return self._function(row)
 
     def _function(self, row: int | None) -> casadi.Function:
@@ -124,7 +124,7 @@ def lower(
     reference = function if reference is None else reference
     values = [_evaluate(reference, point, name) for point in points]
     components = components or {}
-    with _blame(components, points, batch_shape, 0 if batch_shape else None):
+    with LOCK, _blame(components, points, batch_shape, 0 if batch_shape else None):
         program = trace(function, points[0], name)
     noise = [_noise(reference, point, value) for point, value in zip(points, values, strict=True)]
     kind = _kind(program, math.prod(batch_shape))

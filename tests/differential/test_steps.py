@@ -6,11 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.func import hessian, jacrev
 
-from ocnopt import expansion
-from ocnopt.expansion import expand_path, expand_terminal
+from ocnopt.differential import steps
+from ocnopt.differential.steps import Path, expand_path, expand_terminal
 from ocnopt.linearise import derivatives
 from ocnopt.ocp import OCP, FreeHorizon
-from ocnopt.staged import Stage, StagedOCP, rollout, static_as_state, transcribe
+from ocnopt.staged import Stage, StagedOCP, Widened, transcribe
 from tests.oracles.compare import assert_close
 
 batches = st.lists(st.integers(1, 3), max_size=2).map(tuple)
@@ -82,37 +82,61 @@ def stage_with_data(data, weights):
     )
 
 
-def assert_models(models, stage_at, states, controls, *, second_order):
-    """Compare every stage's model with torch.func; ``stage_at(k, i)``: dynamics and cost of sample i, of (x, u)."""
-    assert len(models) == len(controls)
-    for k, model in enumerate(models):
+def models_of(problem, states, controls, *, second_order):
+    """Models along a broken path, cut to the sizes of each step: (gap, fw, lw, lww, c -> c . f_ww)."""
+    wide = Widened(problem)
+    joined = states[0].shape[-1] == wide.n
+    z = torch.stack(states) if joined else wide.join(states, problem.start_parameters())
+    u = wide.join_controls(controls)
+    models = expand_path(wide, Path(z, u, torch.zeros(z.shape[1:-1]), None), exact=second_order)
+    for k, control in enumerate(controls):
+        n, m, after = states[k].shape[-1], control.shape[-1], states[k + 1].shape[-1]
+        w = [*range(n), *range(wide.n, wide.n + m)]
+        block = (..., torch.tensor(w)[:, None], torch.tensor(w))
+        yield (
+            models.gap[k][..., :after],
+            models.fw[k][..., :after, :][..., w],
+            models.lw[k][..., w],
+            models.lww[k][block],
+            models.curvature and (lambda c, k=k, block=block: models.curvature[k].times(c)[block]),
+        )
+
+
+def assert_models(problem, stage_at, states, controls, *, second_order):
+    """Compare every step's model with torch.func; ``stage_at(k, i)``: dynamics and cost of sample i, of (x, u)."""
+    for k, (gap, fw, lw, lww, curvature) in enumerate(models_of(problem, states, controls, second_order=second_order)):
         n = states[k].shape[-1]
         w = torch.cat([states[k], controls[k]], dim=-1)
         f = point_by_point(lambda i, w, k=k, n=n: stage_at(k, i)[0](w[:n], w[n:]), w)
         cost = point_by_point(lambda i, w, k=k, n=n: stage_at(k, i)[1](w[:n], w[n:]), w)
-        assert model.n == n
-        assert_close(model.gap, f[0] - states[k + 1], rtol=1e-11, atol=1e-13)
-        assert_close(model.fw, f[1], rtol=1e-11, atol=1e-13)
-        assert_close(model.lw, cost[1], rtol=1e-11, atol=1e-13)
-        assert_close(model.lww, cost[2], rtol=1e-11, atol=1e-13)
-        if second_order:
-            assert_close(model.fww, f[2], rtol=1e-11, atol=1e-13)
-        else:
-            assert model.fww is None
+        assert_close(gap, f[0] - states[k + 1], rtol=1e-11, atol=1e-13)
+        assert_close(fw, f[1], rtol=1e-11, atol=1e-13)
+        assert_close(lw, cost[1], rtol=1e-11, atol=1e-13)
+        assert_close(lww, cost[2], rtol=1e-11, atol=1e-13)
+        if not second_order:
+            assert curvature is None
+            continue
+        wide = Widened(problem)
+        c = torch.randn(*w.shape[:-1], wide.n, dtype=torch.float64)
+        expected = (c[..., : f[2].shape[-3], None, None] * f[2]).sum(-3)
+        assert_close(curvature(c), expected, rtol=1e-11, atol=1e-13)
 
 
-def infeasible_path(problem, controls, first=None):
+def infeasible_path(problem, controls):
     """States that nearly follow the dynamics: every gap is open."""
-    start = problem.initial_state if first is None else first
-    path = rollout(problem, lambda k, x: controls[k], start, after=lambda k, x: x + 0.1 * torch.rand_like(x))
-    return path.states
+    path = steps.rollout(
+        problem, lambda k, x: controls[k], problem.initial_state, after=lambda k, x: x + 0.1 * torch.rand_like(x)
+    )
+    return list(path.states)
 
 
 @pytest.mark.parametrize("second_order", [True, False])
 @pytest.mark.parametrize("points", [100_000, 40, 1])
+@pytest.mark.parametrize("few", [0, 1_000])
 @pytest.mark.parametrize("batch", [(), (3,)])
-def test_one_stage_for_all_steps(monkeypatch, second_order, points, batch):
-    monkeypatch.setattr(expansion, "_POINTS", points)
+def test_one_stage_for_all_steps(monkeypatch, second_order, points, few, batch):
+    monkeypatch.setattr(steps, "_POINTS", points)
+    monkeypatch.setattr(steps, "_FEW", few)
     data, weights = torch.rand(*batch, 2).double(), torch.rand(5).double()
     problem = StagedOCP(stage_with_data(data, weights), initial_state=torch.rand(*batch, 2), steps=5)
     controls = list(torch.rand(5, *batch, 2).double())
@@ -123,12 +147,13 @@ def test_one_stage_for_all_steps(monkeypatch, second_order, points, batch):
         one = stage_with_data(flat[i], weights)
         return (lambda x, u: one.dynamics(torch.tensor(k), x, u)), (lambda x, u: one.cost(torch.tensor(k), x, u))
 
-    models = expand_path(problem, states, controls, second_order=second_order)
-    assert_models(models, stage_at, states, controls, second_order=second_order)
+    assert_models(problem, stage_at, states, controls, second_order=second_order)
 
 
+@pytest.mark.parametrize("few", [0, 1_000])
 @pytest.mark.parametrize("second_order", [True, False])
-def test_stages_of_varying_size(second_order):
+def test_stages_of_varying_size(monkeypatch, second_order, few):
+    monkeypatch.setattr(steps, "_FEW", few)
     wide = Stage(lambda k, x, u: torch.cat([x**2, u * x[..., :1]], dim=-1), lambda k, x, u: (k + 1) * x[..., 0] ** 3, 1)
     still = Stage(lambda k, x, u: torch.cos(x[..., 1:]), None, 0)
     problem = StagedOCP([wide, wide, still], initial_state=torch.rand(4, 1))
@@ -140,8 +165,7 @@ def test_stages_of_varying_size(second_order):
         cost = stage.cost or (lambda k, x, u: 0 * x.sum(-1))
         return (lambda x, u: stage.dynamics(k, x, u)), (lambda x, u: cost(k, x, u))
 
-    models = expand_path(problem, states, controls, second_order=second_order)
-    assert_models(models, stage_at, states, controls, second_order=second_order)
+    assert_models(problem, stage_at, states, controls, second_order=second_order)
 
 
 def test_static_controls_and_a_free_end_are_expanded_as_states():
@@ -155,11 +179,10 @@ def test_static_controls_and_a_free_end_are_expanded_as_states():
         parameters=[0.7, 0.3],
     )
     staged = transcribe(problem, 3, "midpoint")
-    wide = static_as_state(staged)
+    wide = Widened(staged)
     p = staged.start_parameters() + torch.rand(2, 3).double() / 10
-    first = torch.cat([staged.initial_state, p], dim=-1)
     controls = list(torch.rand(3, 2, 2).double())
-    states = infeasible_path(wide, controls, first)
+    states = [torch.cat([x, p], dim=-1) for x in infeasible_path(staged, controls)]
     (group,) = staged.groups
 
     def stage_at(k, i):
@@ -181,18 +204,17 @@ def test_static_controls_and_a_free_end_are_expanded_as_states():
         3,
         "midpoint",
     )
-    staged, (group,) = single, single.groups
-    assert_models(expand_path(wide, states, controls, second_order=True), stage_at, states, controls, second_order=True)
+    many, staged, (group,) = staged, single, single.groups
+    assert_models(many, stage_at, states, controls, second_order=True)
     assert_terminal(expand_terminal(wide, states[-1]), lambda i, z: z[4] ** 2 * z[0] * z[2], states[-1])
 
 
-def assert_terminal(model, function, points):
-    value, gradient, hessian = point_by_point(function, points)
-    assert_close(model.value, value, rtol=1e-12)
-    assert_close(model.L[..., 0, 0], torch.zeros_like(value))
-    assert_close(model.L[..., 0, 1:], gradient, rtol=1e-11, atol=1e-13)
-    assert_close(model.L[..., 1:, 0], gradient, rtol=1e-11, atol=1e-13)
-    assert_close(model.L[..., 1:, 1:], hessian, rtol=1e-11, atol=1e-13)
+def assert_terminal(L, function, points):
+    _, gradient, hessian = point_by_point(function, points)
+    assert_close(L[..., 0, 0], torch.zeros_like(gradient[..., 0]))
+    assert_close(L[..., 0, 1:], gradient, rtol=1e-11, atol=1e-13)
+    assert_close(L[..., 1:, 0], gradient, rtol=1e-11, atol=1e-13)
+    assert_close(L[..., 1:, 1:], hessian, rtol=1e-11, atol=1e-13)
 
 
 def test_the_terminal_model_of_data_per_sample():
@@ -202,12 +224,14 @@ def test_the_terminal_model_of_data_per_sample():
         Stage(lambda k, x, u: x), lambda x: ((x - target) ** 4).sum(-1), initial_state=torch.rand(2, 3, 2), steps=1
     )
     x = problem.initial_state
-    assert_terminal(expand_terminal(problem, x), lambda i, x: ((x - flat[i]) ** 4).sum(-1), x)
+    assert_terminal(expand_terminal(Widened(problem), x), lambda i, x: ((x - flat[i]) ** 4).sum(-1), x)
 
 
 def test_without_a_terminal_cost_its_model_is_zero():
     problem = StagedOCP(Stage(lambda k, x, u: x), initial_state=torch.rand(3, 2), steps=1)
-    assert_terminal(expand_terminal(problem, problem.initial_state), lambda i, x: 0 * x.sum(), problem.initial_state)
+    assert_terminal(
+        expand_terminal(Widened(problem), problem.initial_state), lambda i, x: 0 * x.sum(), problem.initial_state
+    )
 
 
 @given(batch=batches, n=st.integers(1, 3), m=st.integers(0, 2))
@@ -217,10 +241,11 @@ def test_homogeneous_coordinates_are_the_quadratic_model(batch, n, m):
     )
     problem = StagedOCP(stage, initial_state=torch.rand(*batch, n), steps=1)
     x, u = problem.initial_state, torch.rand(*batch, m).double()
-    (model,) = expand_path(problem, [x, torch.rand(*batch, n).double()], [u], second_order=True)
+    path = Path(torch.stack([x, torch.rand(*batch, n).double()]), u[None], torch.zeros(batch), None)
+    models = expand_path(Widened(problem), path, exact=True)
     dw = torch.rand(*batch, n + m).double()
     s = torch.cat([torch.ones(*batch, 1).double(), dw], dim=-1)
-    moved = model.gap + (model.fw @ dw[..., None])[..., 0]
-    assert_close((model.F @ s[..., None])[..., 0], torch.cat([torch.ones(*batch, 1).double(), moved], dim=-1))
-    change = (model.lw * dw).sum(-1) + 0.5 * (dw * (model.lww @ dw[..., None])[..., 0]).sum(-1)
-    assert_close(0.5 * (s * (model.L @ s[..., None])[..., 0]).sum(-1), change)
+    moved = models.gap[0] + (models.fw[0] @ dw[..., None])[..., 0]
+    assert_close((models.F[0] @ s[..., None])[..., 0], torch.cat([torch.ones(*batch, 1).double(), moved], dim=-1))
+    change = (models.lw[0] * dw).sum(-1) + 0.5 * (dw * (models.lww[0] @ dw[..., None])[..., 0]).sum(-1)
+    assert_close(0.5 * (s * (models.L[0] @ s[..., None])[..., 0]).sum(-1), change)

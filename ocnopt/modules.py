@@ -100,6 +100,7 @@ def from_module(
         {'weight': (2, 2), 'bias': (2,)}
     """
     weights = trainable_weights(field)
+    _check_field(field)
     x0 = checks.float_tensor("initial_state", initial_state, weights[0].dtype, weights[0].device)
     return OCP(
         ModuleDynamics(field, WeightLayout.of(field)),
@@ -133,6 +134,19 @@ def trainable_weights(field: Any) -> list[nn.Parameter]:
             f"the weights of field have dtypes {sorted(map(str, dtypes))}; expected one: use field.to(torch.float64)"
         )
     return weights
+
+
+def _check_field(field: nn.Module) -> None:
+    """Refuse a module whose forward does not take (t, x)."""
+    try:
+        signature = inspect.signature(field.forward)
+    except (TypeError, ValueError):
+        return
+    if not _fits(signature, 2):
+        raise ProblemError(
+            f"field takes {signature}; expected forward(t, x), t a 0-d tensor: wrap it in a module whose "
+            "forward(self, t, x) calls it, and leave t aside where dx/dt does not depend on time"
+        )
 
 
 def unflatten(source: OCP | nn.Module, p: Tensor) -> dict[str, Tensor]:

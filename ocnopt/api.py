@@ -1,0 +1,28 @@
+"""What `import ocnopt as oc` offers; :mod:`ocnopt` reads it from here at the first use of a name."""
+
+import ocnopt.problems as problems  # noqa: F401
+import ocnopt.solvers as solvers  # noqa: F401
+from ocnopt.differential.differentiate import Expansion as Expansion
+from ocnopt.differential.differentiate import differentiate as differentiate
+from ocnopt.differential.hvp import hvp as hvp
+from ocnopt.errors import ConvergenceError as ConvergenceError
+from ocnopt.errors import DataError as DataError
+from ocnopt.errors import NonFiniteError as NonFiniteError
+from ocnopt.errors import OcnoptError as OcnoptError
+from ocnopt.errors import ProblemError as ProblemError
+from ocnopt.modules import from_module as from_module
+from ocnopt.modules import unflatten as unflatten
+from ocnopt.neural.neural_ode import NeuralODE as NeuralODE
+from ocnopt.ocp import OCP as OCP
+from ocnopt.ocp import FreeHorizon as FreeHorizon
+from ocnopt.ocp import Horizon as Horizon
+from ocnopt.optim.horizon_policy import HorizonPolicy as HorizonPolicy
+from ocnopt.optim.snopt import SNOpt as SNOpt
+from ocnopt.solvers import Comparison as Comparison
+from ocnopt.solvers import Solution as Solution
+from ocnopt.solvers import compare as compare
+from ocnopt.solvers import load_solution as load_solution
+from ocnopt.solvers import solve as solve
+from ocnopt.staged import Stage as Stage
+from ocnopt.staged import StagedOCP as StagedOCP
+from ocnopt.staged import transcribe as transcribe

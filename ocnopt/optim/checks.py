@@ -1,0 +1,196 @@
+"""What a user hands to the optimisers: read here once, refused, or warned of."""
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from ocnopt.checks import listed
+from ocnopt.differential.kronecker import LAYERS, Layer, as_matrix, is_layer
+from ocnopt.errors import NonFiniteError, ProblemError
+from ocnopt.neural.neural_ode import NeuralODE
+from ocnopt.ocp import FreeHorizon
+
+WIDEST = 2048  # outputs of a layer (in a group) up to which B and its eigenbasis are affordable
+
+_ONE_PROCESS = (
+    "train in one process, or with an optimiser of torch.optim: each process would build its curvature and its T from "
+    "its own samples, and the copies of the model would drift apart"
+)
+
+
+class Block(NamedTuple):
+    """A layer whose live parameters move as one matrix."""
+
+    name: str
+    layer: Layer
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """Weight, and bias where it is live."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+    def matrix(self, of: Mapping[Tensor, Tensor]) -> Tensor:
+        """What belongs to the parameters, as one matrix."""
+        return as_matrix(self.layer, of[self.weight], None if self.bias is None else of[self.bias])
+
+
+def is_live(parameter: Tensor) -> bool:
+    """Whether a parameter is trained at present."""
+    return parameter.requires_grad
+
+
+def find_blocks(model: nn.Module, trained: Collection[Tensor]) -> list[Block]:
+    """The layers whose weight is trained, theirs alone and not too wide, with their bias if it is trained too."""
+    layers = {name: module for name, module in model.named_modules() if is_layer(module)}
+    owners: Counter[Tensor] = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
+
+    def is_own(parameter: Tensor | None) -> TypeGuard[nn.Parameter]:
+        return parameter is not None and parameter.requires_grad and parameter in trained and owners[parameter] == 1
+
+    return [
+        Block(name, layer, layer.weight, layer.bias if is_own(layer.bias) else None)
+        for name, layer in layers.items()
+        if is_own(layer.weight) and as_matrix(layer, layer.weight, None).shape[1] <= WIDEST
+    ]
+
+
+def check_not_parallel(model: object) -> None:
+    """Refuse a model for several processes."""
+    if isinstance(model, nn.Module):
+        for name, module in model.named_modules():
+            if isinstance(module, nn.parallel.DistributedDataParallel):
+                place = f"holds a DistributedDataParallel at {name!r}" if name else "is a DistributedDataParallel"
+                raise ProblemError(f"the model {place}; expected one that a single process trains: {_ONE_PROCESS}")
+    check_one_process()
+
+
+def check_one_process() -> None:
+    """Refuse to work beside other processes: a model that is wrapped later shows nowhere else."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise ProblemError(
+            f"torch.distributed runs {distributed.get_world_size()} processes; expected one: {_ONE_PROCESS}"
+        )
+
+
+def check_gradients(named: Iterable[tuple[str, Tensor]], step: int) -> None:
+    """Refuse sparse gradients, and NaN or infinity."""
+    found = [(name, parameter.grad) for name, parameter in named if parameter.grad is not None]
+    sparse = [name for name, gradient in found if gradient.is_sparse]
+    if sparse:
+        raise ProblemError(
+            f"the gradients of {listed(sparse)} are sparse; expected dense ones: build the layer with sparse=False"
+        )
+    sizes = torch._foreach_norm([gradient for _, gradient in found], math.inf) if found else ()
+    if found and not bool(torch.stack([size.to(sizes[0]) for size in sizes]).isfinite().all()):
+        names = [name for (name, _), size in zip(found, sizes, strict=True) if not bool(size.isfinite())]
+        raise NonFiniteError(
+            f"the gradients of {listed(names)} hold NaN or infinity at step {step}; expected finite "
+            "numbers. Parameters and state are as before this step: catch this error to skip the batch; if it "
+            "comes again, lower lr or raise damping"
+        )
+
+
+def check_known(parameters: Iterable[Tensor], names: Mapping[Tensor, str]) -> None:
+    """Refuse parameters that are not the model's."""
+    for parameter in parameters:
+        if parameter not in names:
+            raise ProblemError(
+                f"param_groups holds a tensor of shape {tuple(parameter.shape)} that is no parameter of the model; "
+                "expected parameters of the model that SNOpt was given: give it the module that contains them all"
+            )
+
+
+def check_fields(odes: Sequence[NeuralODE]) -> None:
+    """Refuse ``everywhere=False`` where nothing would be preconditioned."""
+    if not odes:
+        raise ProblemError(
+            "everywhere=False met a model without a NeuralODE; expected at least one, as only layers inside of "
+            "them are preconditioned then: leave everywhere=True"
+        )
+
+
+def check_state(state: Mapping[str, Any]) -> None:
+    """Refuse the state of another optimiser than SNOpt."""
+    if "step_count" not in state:
+        raise ProblemError(
+            f"the state holds {sorted(state)}; expected the state of an SNOpt, with its 'step_count': "
+            "load the state of another optimiser into that one"
+        )
+
+
+def check_policy_state(state: Mapping[str, Any]) -> None:
+    """Refuse the state of anything but a HorizonPolicy."""
+    if [*state] != ["count"]:
+        raise ProblemError(
+            f"the state holds {sorted(state)}; expected the 'count' of a HorizonPolicy: load what its "
+            "state_dict() returned"
+        )
+
+
+def free_horizon(neural_ode: object) -> FreeHorizon:
+    """The horizon of a Neural ODE whose T may move."""
+    if not isinstance(neural_ode, NeuralODE):
+        raise ProblemError(
+            f"neural_ode is {type(neural_ode).__name__}; expected the NeuralODE itself: "
+            "HorizonPolicy(model.ode, lr=0.1)"
+        )
+    if not isinstance(neural_ode.horizon, FreeHorizon):
+        raise ProblemError(
+            f"the NeuralODE has the horizon {neural_ode.horizon}; expected a free one: "
+            "NeuralODE(field, horizon=oc.FreeHorizon(initial=1.0, lower=0.1, upper=2.0))"
+        )
+    return neural_ode.horizon
+
+
+def check_scaler(scaler: object) -> None:
+    """Refuse what does not scale losses."""
+    if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
+        raise ProblemError(
+            f"scaler is {type(scaler).__name__}; expected the torch.amp.GradScaler that scales the loss, or None"
+        )
+
+
+def check_unscaled(parameter: Tensor, norm: Tensor) -> None:
+    """Refuse a gradient that a GradScaler unscaled after the backward pass: by a power of two, as nothing else does."""
+    if parameter.grad is None or not bool(norm.isfinite()) or not bool(norm):
+        return
+    ratio = float(parameter.grad.norm() / norm)
+    if 0.0 < ratio < 0.75 and abs(math.log2(ratio) - round(math.log2(ratio))) < 1e-5:
+        raise ProblemError(
+            f"the gradients were multiplied by {ratio:.3g} after the backward pass, as a GradScaler does; expected "
+            "those of the loss itself: HorizonPolicy(ode, lr=0.1, scaler=scaler), or scale the loss, not its gradients"
+        )
+
+
+def warn_first_order(places: Iterable[nn.Module], blocks: Iterable[Block], trained: Mapping[Tensor, str]) -> None:
+    """Name the parameters of some modules that are trained but not preconditioned."""
+    modules = {module for place in places for module in place.modules()}
+    inside = {parameter for block in blocks for parameter in block.parameters}
+    alone = {module.bias for module in modules if is_layer(module) and not is_live(module.weight)}  # of frozen weights
+    meant = {p for module in modules for p in module.parameters(recurse=False)} - inside - alone
+    names = [name for parameter, name in trained.items() if parameter in meant and is_live(parameter)]
+    if names:
+        warnings.warn(
+            f"SNOpt preconditions the weights of {', '.join(kind.__name__ for kind in LAYERS)}; these parameters "
+            f"are of other kinds, shared by several modules or of more than {WIDEST} outputs, and get the "
+            f"first-order update: {listed(names)}",
+            stacklevel=3,
+        )
+
+
+def warn_unseen(name: str) -> None:
+    """Name a layer that has gradients but was never seen at work."""
+    warnings.warn(
+        f"the layer {name!r} received a gradient without a forward pass that SNOpt could see: its "
+        "weights are used without calling it, or its inputs are not those of its type; expected the layer "
+        "itself to be called; it gets the first-order update",
+        stacklevel=6,
+    )

@@ -1,0 +1,81 @@
+"""Files of solutions: writing them, and telling by a fingerprint whether a problem is the one that was solved."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ocnopt.errors import DataError
+from ocnopt.solvers.audit import audit
+from ocnopt.staged import StagedOCP
+
+
+def write_file(path: str | Path, wanted: str, write: Callable[[], Any]) -> None:
+    """Write a file, or say why not.
+
+    Args:
+        path: where to.
+        wanted: what was expected of it, in words.
+        write: does it.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    if not Path(path).absolute().parent.is_dir():
+        raise DataError(f"{path} lies in no folder; expected one that exists: create {Path(path).parent} first")
+    try:
+        write()
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{path} cannot be written ({reason}); expected {wanted}: choose another path") from error
+
+
+def fingerprint(
+    problem: StagedOCP, states: Sequence[Tensor], controls: Sequence[Tensor], p: Tensor
+) -> dict[str, Tensor]:
+    """What the problem gives on a path: another problem gives other numbers."""
+    with torch.no_grad():
+        numbers = audit(problem, states, controls, p)
+    bounds = [side for pair in (*problem.control_bounds, problem.parameter_bounds) for side in pair or ()]
+    return {
+        "initial state": problem.initial_state,
+        "times": problem.times(p),
+        "bounds": torch.cat(bounds) if bounds else p.new_zeros(0),
+        "cost": numbers.cost,
+        "dynamics": numbers.gaps,
+        "constraints": numbers.violation,
+    }
+
+
+def check_fingerprint(
+    path: str | Path, saved: Mapping[str, Tensor] | None, compute: Callable[[], Mapping[str, Tensor]]
+) -> None:
+    """Refuse a problem that is not the one that was solved.
+
+    Args:
+        path: of the file.
+        saved: the fingerprint in it.
+        compute: the given problem's own on the same path.
+
+    Raises:
+        DataError: they differ, or there is nothing to compare with.
+    """
+    if saved is None:
+        raise DataError(
+            f"{path} was saved by a solution without its problem, so nothing tells whether this problem fits; expected "
+            "the first file, which solve(..).save(..) wrote"
+        )
+    cure = "expected the problem it was saved with: transcribe that one, with the same steps and integrator"
+    try:
+        own = compute()
+    except Exception as error:
+        raise DataError(
+            f"{path} holds the solution of a problem of other sizes ({type(error).__name__}); {cure}"
+        ) from error
+    for name, value in own.items():
+        before = saved[name].to(value)
+        near = 0.01 * torch.finfo(value.dtype).eps ** 0.5
+        if before.shape != value.shape or not torch.allclose(before, value, near, near, equal_nan=True):
+            raise DataError(f"{path} holds the solution of another problem, by its {name}; {cure}")

@@ -1,0 +1,131 @@
+"""Which problems can be lowered, and the one step of such a problem as CasADi functions of (k, x, u, p)."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import casadi
+import torch
+from torch import Tensor
+
+from ocnopt.checks import Bounds
+from ocnopt.errors import ProblemError
+from ocnopt.solvers.lowering.lowering import Lowering, lower, scattered
+from ocnopt.staged import StagedOCP
+
+# Beyond these sizes, or this many operations a step, torch's matrix products are faster than CasADi's single numbers.
+_SIZE, _OPERATIONS = 16, 4000
+_BOXED = 2
+_OWN_DATA = "its functions hold data of each problem of the batch"
+
+Function = Callable[..., Any]
+
+
+def fits(problem: StagedOCP) -> str | None:
+    """Why a problem is not for the lowered kernel, as far as its sizes tell; None if it may be."""
+    if len(problem.groups) != 1 or problem.groups[0].single:
+        return "its steps are a sequence of stages, not one stage applied again and again"
+    size = problem.state_dim + problem.parameter_dim + problem.groups[0].stage.control_dim
+    if size > _SIZE:
+        return f"it has {size} states, controls and parameters, more than {_SIZE}"
+    if problem.dtype != torch.float64 or problem.device.type != "cpu":
+        return f"it is {problem.dtype} on {problem.device}, not torch.float64 on cpu"
+    m, bounds = problem.groups[0].stage.control_dim, problem.control_bounds[0]
+    if bounds is not None and m > _BOXED:
+        return f"it has bounds on {m} controls, more than {_BOXED}"
+    if bounds is not None and bounds[0].ndim > 1:
+        return "its control bounds vary from step to step"
+    return None
+
+
+def refused(reason: str) -> ProblemError:
+    """The error for kernel='lowered' on a problem that it is not for."""
+    return ProblemError(f"kernel='lowered' got a problem that it cannot take: {reason}; use kernel='auto' or 'torch'")
+
+
+def lower_step(problem: StagedOCP, u: Tensor, p: Tensor) -> tuple[casadi.Function, casadi.Function]:
+    """Lower the step (k, x, u, p) -> (x_next, cost) and the end (x, p) -> Phi, compared with torch at random points.
+
+    A batch must not be told apart by its rows: one row alone is lowered, then compared with torch on all of them.
+
+    Args:
+        problem: one stage for all steps.
+        u: first controls ``(*batch, m)``, near which to compare.
+        p: static controls ``(*batch, q)``.
+
+    Raises:
+        ProblemError: the functions hold data of each problem of a batch, cannot be lowered, or are too large.
+    """
+    stage, start = problem.groups[0].stage, problem.initial_state
+    first = [v[(0,) * len(problem.batch_shape)] for v in (start, u, p)]
+    counted = stage.joint is None
+    k = torch.tensor(0) if counted else start.new_tensor(0.0)
+
+    def step(k: Tensor, x: Tensor, u: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        if not counted:
+            return problem.advance(stage, k, x, u, p)
+        # A leading axis turns a table lookup table[k] into an indexing that can be traced.
+        x_next, cost = problem.advance(stage, k.reshape((1,) * x.ndim), x[None], u[None], p[None])
+        return x_next[0], cost[0]
+
+    def end(x: Tensor, p: Tensor) -> Tensor:
+        return problem.terminal(x, p)
+
+    numbers = torch.linspace(0, problem.steps - 1, 4).round().tolist()
+    points = [
+        [torch.full_like(k, number), x, _clipped(u, problem.control_bounds[0]), _clipped(p, problem.parameter_bounds)]
+        for number, (x, u, p) in zip(numbers, scattered(first), strict=True)
+    ]
+    _check_alone(problem, step, end, points[0])
+    ends = [[x, p] for _, x, _, p in points]
+    functions = (
+        _small(lower(step, points, "the step"), "step"),
+        _small(lower(end, ends, "the terminal cost"), "terminal cost"),
+    )
+    if problem.batch_shape:
+        _, (x, u, p), *_ = scattered((start, u, p))
+        u, p = _clipped(u, problem.control_bounds[0]), _clipped(p, problem.parameter_bounds)
+        with torch.no_grad():
+            _check_rows(functions[0], [k, x, u, p], step(k, x, u, p), "step")
+            _check_rows(functions[1], [x, p], (end(x, p),), "terminal cost")
+    return functions
+
+
+def _clipped(value: Tensor, bounds: Bounds | None) -> Tensor:
+    return value if bounds is None else value.clamp(*bounds)
+
+
+def _small(lowering: Lowering, name: str) -> casadi.Function:
+    if lowering.kind is not casadi.SX:
+        raise refused(f"its {name} has wide matrix products")
+    function = lowering.function()
+    if function.n_instructions() > _OPERATIONS:
+        raise refused(f"its {name} takes {function.n_instructions()} operations, more than {_OPERATIONS}")
+    return function
+
+
+def _check_alone(problem: StagedOCP, step: Function, end: Function, point: list[Tensor]) -> None:
+    """Captured data of each problem of a batch shows in the shapes that one problem alone returns."""
+    k, x, u, p = point
+    try:
+        with torch.no_grad():
+            x_next, cost = step(k, x, u, p)
+            phi = end(x, p)
+    except Exception as error:
+        if not problem.batch_shape:
+            raise
+        raise refused(f"{_OWN_DATA} ({str(error).strip().partition(chr(10))[0]})") from error
+    if x_next.shape != x.shape or cost.shape or phi.shape:
+        raise refused(_OWN_DATA)
+
+
+def _check_rows(function: casadi.Function, arguments: list[Tensor], values: Sequence[Tensor], name: str) -> None:
+    """Compare the lowered function of one row with torch on the whole batch."""
+    rows = arguments[-1].shape[:-1].numel()
+    columns = [a.expand(*arguments[-1].shape[:-1], 1) if a.ndim == 0 else a for a in arguments]
+    results = function.map(rows).call([casadi.DM(a.reshape(rows, -1).double().numpy()).T for a in columns])
+    for result, value in zip(results, values, strict=True):
+        expected = value.reshape(rows, -1)
+        wrong = (torch.from_numpy(result.full().T) - expected).abs() > 1e-9 * (1 + expected.abs())
+        if bool(wrong.any()):
+            row = int(wrong.any(-1).nonzero()[0])
+            raise refused(f"its {name} treats row {row} of the batch as it does not treat a problem alone")

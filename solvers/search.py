@@ -1,0 +1,249 @@
+r"""The search of a descent method: which step to take along a direction, how to regularise the next, when to stop.
+
+Every problem of a batch has its own step size, regularisation and end. What belongs to a problem is a row of every
+tensor, time in front where there is time: costs ``(B,)``, states ``(N + 1, B, n)``; without a batch the axis B is
+missing.
+
+Source: Tassa, Mansard and Todorov, ICRA 2014 (regularisation schedule); Nocedal and Wright 2006, 18.36 (merit of gaps).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from ocnopt.differential.steps import Direction, Path
+
+_MU_MIN, _MU_MAX = 1e-6, 1e12
+# mu grows by _UP when nothing was accepted, falls by _DOWN after a step >= _LONG, rises by _DOWN after one < _SHORT:
+# a fifth to a quarter fewer sweeps than the schedule of Tassa et al. 2012 on pendulum and cartpole swing-ups.
+_UP, _DOWN, _LONG, _SHORT = 10.0, 3.0, 0.5, 0.1
+# Gauss-Newton converges linearly and may creep on in the last digits: so many steps below rounding are the end too.
+_IDLE = 5
+# Step sizes: from the full one down.
+_ALPHAS = tuple(0.5**i for i in range(14))
+# A cost below this is taken to have no lower bound.
+_BOTTOM = -1e100
+
+
+Curvature = Literal["exact", "gauss_newton", "auto"]
+
+
+@runtime_checkable
+class Kernel(Protocol):
+    """What an iteration spends its time on.
+
+    Attributes:
+        apart: whether rows of a batch may be left out.
+    """
+
+    apart: bool
+    name: str
+
+    def evaluate(self, states: Tensor, controls: Tensor) -> Path:
+        """A given path with its cost and its gaps."""
+        ...
+
+    def direction(self, path: Path, mu: Tensor, *, exact: bool) -> Direction:
+        """Sweep backwards, with the curvature of the dynamics where ``exact``."""
+        ...
+
+    def roll_out(self, path: Path, direction: Direction, alphas: Tensor) -> Path:
+        """The path of the feedback law for each step size ``(A,)``, on an axis in front of the lead."""
+        ...
+
+    def ladder(self, lanes: int, alphas: Sequence[float]) -> Sequence[Sequence[float]]:
+        """The groups in which some step sizes are best tried for that many problems."""
+        ...
+
+
+class Iterate(NamedTuple):
+    """A path and the weight of its gaps in the merit that a search decreases."""
+
+    states: Tensor
+    controls: Tensor
+    cost: Tensor
+    gaps: Tensor | None
+    weight: Tensor
+
+    @property
+    def path(self) -> Path:
+        """The path alone."""
+        return Path(*self[:4])
+
+    def gap_sum(self) -> Tensor:
+        """Sum of |g_k| over the path."""
+        return torch.zeros_like(self.cost) if self.gaps is None else self.gaps.abs().sum(-1).sum(0)
+
+    def gap_size(self) -> Tensor:
+        """The largest |g_k|."""
+        return torch.zeros_like(self.cost) if self.gaps is None else self.gaps.abs().amax(-1).amax(0)
+
+
+class Outcome:
+    """How the search for one problem ended, if it has."""
+
+    RUNNING, CONVERGED, NOT_FINITE, STUCK, LIMIT, NOT_SMOOTH, UNBOUNDED = range(7)
+
+
+class Progress(NamedTuple):
+    """The search for each problem: its place in the batch, regularisation mu and where mu jumps to after a failure.
+
+    ``quiet`` counts accepted steps in a row that changed nothing, ``iterations`` accepted steps, ``sweeps`` all.
+    """
+
+    row: Tensor
+    mu: Tensor
+    restart: Tensor
+    quiet: Tensor
+    iterations: Tensor
+    sweeps: Tensor
+    outcome: Tensor
+
+    @property
+    def running(self) -> Tensor:
+        """Problems that still move."""
+        return self.outcome == Outcome.RUNNING
+
+
+Record = TypeVar("Record", Iterate, Progress, Direction)
+_TIMED = ("states", "controls", "gaps", "k", "K", "costates")
+
+
+def each(function: Callable[..., Tensor], *records: Record) -> Record:
+    """Apply ``function(axis, *values)`` to every field, the problems of the batch standing along that axis."""
+    fields = zip(records[0]._fields, zip(*records, strict=True), strict=True)
+    made = {name: None if values[0] is None else function(int(name in _TIMED), *values) for name, values in fields}
+    return records[0]._replace(**made)  # type: ignore[arg-type]
+
+
+def rounding(cost: Tensor) -> Tensor:
+    """Costs closer than this cannot be told apart in floating point."""
+    return 64 * torch.finfo(cost.dtype).eps * (1 + cost.abs())
+
+
+def choose(mask: Tensor, axis: int, value: Tensor, other: Tensor) -> Tensor:
+    """The value where the mask of the problems holds, else the other."""
+    shape = ((1,) * axis) + mask.shape + (1,) * (value.ndim - axis - mask.ndim)
+    return torch.where(mask.reshape(shape), value, other)
+
+
+def find_direction(kernel: Kernel, iterate: Iterate, mu: Tensor, curvature: Curvature) -> Direction:
+    """The direction at a path; for a non-convex exact model, where allowed, the Gauss-Newton direction instead."""
+    direction = kernel.direction(iterate.path, mu, exact=curvature != "gauss_newton")
+    if curvature == "gauss_newton":
+        return direction
+    # An infeasible path's costates belong to no trajectory: its exact curvature misleads more than it helps.
+    keep = direction.solvable if curvature == "auto" else direction.solvable | (iterate.gap_size() == 0)
+    if bool(keep.all()):
+        return direction
+    convex = kernel.direction(iterate.path, mu, exact=False)
+    return each(lambda axis, exact, other: choose(keep, axis, exact, other), direction, convex)
+
+
+def line_search(kernel: Kernel, iterate: Iterate, direction: Direction, active: Tensor) -> tuple[Iterate, Tensor]:
+    """Try the full step and shorter ones; each problem takes the longest that decreases its merit enough.
+
+    Returns:
+        The new iterate and the step taken, zero where none was.
+    """
+    step = torch.zeros_like(iterate.cost)
+    for sizes in kernel.ladder(active.numel(), _ALPHAS):
+        open_ = active & (step == 0)
+        if not bool(open_.any()):
+            break
+        alphas = step.new_tensor(sizes)
+        if kernel.apart and open_.ndim == 1 and 2 * int(open_.sum()) <= open_.numel():
+            rows = open_.nonzero()[:, 0]
+            moved, found = search_some(kernel, pick_rows(iterate, rows), pick_rows(direction, rows), alphas)
+            iterate, step = put_rows(iterate, rows, moved), step.index_copy(0, rows, found)
+        else:
+            moved, found = search_some(kernel, iterate, direction, alphas, open_)
+            iterate, step = moved, torch.where(open_, found, step)
+    return iterate, step
+
+
+def joined(*records: Record) -> Record:
+    """Problems of several records behind each other."""
+    return each(lambda axis, *values: torch.cat(values, axis), *records)
+
+
+def unflattened(record: Record, shape: Sequence[int]) -> Record:
+    """Problems in a row as a batch of that shape."""
+    return each(lambda axis, value: value.unflatten(axis, tuple(shape)), record)
+
+
+def pick_rows(record: Record, rows: Tensor) -> Record:
+    """Some problems of a batch."""
+    return each(lambda axis, value: value.index_select(axis, rows), record)
+
+
+def put_rows(record: Record, rows: Tensor, some: Record) -> Record:
+    """A batch with some of its problems replaced."""
+    return each(lambda axis, value, new: value.index_copy(axis, rows, new), record, some)
+
+
+def search_some(
+    kernel: Kernel, iterate: Iterate, direction: Direction, alphas: Tensor, allowed: Tensor | None = None
+) -> tuple[Iterate, Tensor]:
+    """Roll the feedback law out for every step size and take the longest that decreases the merit enough."""
+    trial = kernel.roll_out(iterate.path, direction, alphas)
+    alpha = alphas.reshape((-1, *(1,) * iterate.cost.ndim))
+    infeasible, weight = iterate.gap_sum(), iterate.weight
+    if iterate.gaps is not None:
+        # twice the smallest weight for which the step descends on cost + weight * |gaps| (Nocedal and Wright, 18.36)
+        needed = 2 * (direction.linear + direction.quadratic.clamp_min(0)) / infeasible
+        weight = torch.where(infeasible > 0, torch.maximum(weight, needed), weight)
+    slope = weight * infeasible - direction.linear
+    actual = iterate.cost - trial.cost + weight * alpha * infeasible
+    # a step predicted to gain less than rounding is taken if it loses no more
+    enough = actual >= torch.minimum(1e-4 * alpha * slope, alpha * slope - rounding(iterate.cost))
+    accepted = enough & (slope >= 0) & torch.isfinite(trial.cost) & torch.isfinite(trial.states).all(-1).all(0)
+    accepted = accepted if allowed is None else accepted & allowed
+    chosen, found = accepted.to(torch.int8).argmax(0), accepted.any(0)
+    tried = Iterate(*trial[:3], trial.gaps, weight.expand_as(trial.cost))
+
+    def taken(axis: int, now: Tensor, candidates: Tensor) -> Tensor:
+        if len(alphas) == 1:
+            return choose(found, axis, candidates.select(axis, 0), now)
+        index = chosen.reshape((1,) * (axis + 1) + chosen.shape + (1,) * (now.ndim - axis - chosen.ndim))
+        index = index.expand(*now.shape[:axis], 1, *now.shape[axis:])
+        return choose(found, axis, torch.gather(candidates, axis, index).squeeze(axis), now)
+
+    return each(taken, iterate, tried), torch.where(found, alphas[chosen], 0.0)
+
+
+def judge(progress: Progress, iterate: Iterate, direction: Direction, tolerance: float, sweeps: int) -> Progress:
+    """Which searches end at this path."""
+    decrease = -(direction.linear + direction.quadratic)
+    closed = iterate.gap_size() <= tolerance
+    flat = decrease.abs() <= tolerance**2 * (1 + iterate.cost.abs())
+    # no room to move at any mu: every gradient vanishes or pushes against a bound, whatever the curvature there
+    idle = (progress.quiet >= _IDLE) | (decrease == 0)
+    converged = direction.solvable & closed & ((flat & (progress.mu <= _MU_MIN)) | idle)
+    stuck = torch.where(torch.isfinite(direction.linear), Outcome.STUCK, Outcome.NOT_SMOOTH)
+    outcome = torch.where(progress.sweeps >= sweeps, Outcome.LIMIT, progress.outcome)
+    outcome = torch.where(progress.mu > _MU_MAX, stuck, outcome)
+    outcome = torch.where(iterate.cost < _BOTTOM, Outcome.UNBOUNDED, outcome)
+    outcome = torch.where(converged, Outcome.CONVERGED, outcome)
+    return progress._replace(outcome=torch.where(progress.running, outcome, progress.outcome))
+
+
+def record(progress: Progress, before: Tensor, iterate: Iterate, direction: Direction, step: Tensor) -> Progress:
+    """Count accepted steps and move mu: up on failure, down to zero on success."""
+    moved, running = step > 0, progress.running
+    mu, restart = progress.mu, progress.restart
+    up = torch.maximum(_UP * mu, restart.clamp_min(_MU_MIN))
+    down = torch.where(step >= _LONG, mu / _DOWN, torch.where(step >= _SHORT, mu, _DOWN * mu))
+    down = torch.where(down < _MU_MIN, 0.0, down)
+    small = (before - iterate.cost).abs() <= rounding(iterate.cost)
+    predicted = -(direction.linear + direction.quadratic) <= 1e3 * rounding(iterate.cost)
+    return progress._replace(
+        mu=torch.where(running, torch.where(moved, down, up), mu),
+        restart=torch.where(moved & (mu > 0), mu / _DOWN, restart),
+        # a sweep or search that failed on the way says nothing about progress
+        quiet=torch.where(moved, torch.where(small & predicted, progress.quiet + 1, 0), progress.quiet),
+        iterations=progress.iterations + (moved & running),
+        sweeps=progress.sweeps + running.to(torch.int64),
+    )
