@@ -5,14 +5,14 @@ is :func:`~ocnopt.differential.sweep.sweep`, and each cell names what carries a 
 
     model         control step                accepted Runge-Kutta step     stretch of continuous time
     -----------   -------------------------   ---------------------------   ---------------------------------------
-    costate       bellman.py (its column 0)   discrete.DiscreteStep         path.carry of columns.Columns, no axis K
+    costate       column 0 of the matrix      discrete.DiscreteStep         path.carry of columns.Columns, no axis K
     columns       -                           -                             path.carry of columns.Columns
-    matrix        bellman.bellman_step        -                             path.carry of matrix.Matrix
+    matrix        sweep.bellman_step          -                             path.carry of matrix.Matrix
     directional   -                           -                             path.carry of hvp.Directional
 
 In homogeneous coordinates (1, dX) the matrix is the symmetric V, and all follow from it: columns are V = sum s_i y_i
 y_i^T, the costate is one column, directional is V (0, dX). Derivatives of a problem's functions come from
-:mod:`ocnopt.linearise` (for all control steps of a path at once through :mod:`ocnopt.expansion`).
+:mod:`ocnopt.linearise` (for all control steps of a path at once through :mod:`ocnopt.differential.steps`).
 
 Words:
 
@@ -28,7 +28,7 @@ Letters:
     u (..., m)    staged control                       V, V_p, V_pp     the matrix of Q in (1, dX), X = (x, u), and p
     p (q,)        static control, T last if free       a                costate, the first n entries of Q_X
     t, s, T       time, unit time, end time            q_i, p_i, s_i    a column in X and in p, its sign
-    F (..., n)    dx/dt; of a step, (1, dw) -> (1, dx')  r              a fixed direction, for witnesses
+    F (..., n)    dx/dt; of a control step, its map    r                a fixed direction, for witnesses
     G             [0  F_X], its generator              v, dx, da, hv    a direction in p, and what follows it
     w (..., d)    (x, u) of a control step             k, K             gains of a control step
     h, b, c       step size, weights, times of stages  N, K, B          steps, columns, samples
