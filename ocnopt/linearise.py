@@ -72,6 +72,12 @@ def unit_rows(k: int, like: Tensor, at_once: int) -> Iterator[tuple[slice, Tenso
         yield place, rows
 
 
+def direction(p: Tensor) -> Tensor:
+    """A fixed direction of length one, for witnesses."""
+    r = torch.randn(p.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return (r / r.norm().clamp(min=1e-30)).to(p)
+
+
 def jacobian(y: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
     """Derivatives of y ``(..., k)``, for each input ``(..., j)`` as ``(..., k, j)``.
 

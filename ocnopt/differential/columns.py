@@ -29,10 +29,10 @@ from torch.nn.functional import pad
 
 from ocnopt.differential.discrete import Gradient, Pull
 from ocnopt.differential.flow import Flow
-from ocnopt.differential.path import Gather, Readout, direction
+from ocnopt.differential.path import Gather, Readout
 from ocnopt.errors import ProblemError
 from ocnopt.integrate.runge_kutta import Time
-from ocnopt.linearise import flat, gradient, jacobian
+from ocnopt.linearise import direction, flat, gradient, jacobian
 
 Witness = Callable[[Sequence[Tensor | None]], Tensor]
 

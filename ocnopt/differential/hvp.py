@@ -26,11 +26,11 @@ from torch.nn.functional import pad
 
 from ocnopt import checks
 from ocnopt.differential.flow import Flow, read_request
-from ocnopt.differential.path import Gather, Readout, back, direction, walk
+from ocnopt.differential.path import Gather, Readout, back, walk
 from ocnopt.differential.sweep import sweep
 from ocnopt.errors import ProblemError
 from ocnopt.integrate.runge_kutta import Time
-from ocnopt.linearise import gradient, leaves
+from ocnopt.linearise import direction, gradient, leaves
 from ocnopt.ocp import OCP
 
 

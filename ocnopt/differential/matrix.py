@@ -34,9 +34,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ocnopt.differential.flow import Flow
-from ocnopt.differential.path import Gather, Readout, direction
+from ocnopt.differential.path import Gather, Readout
 from ocnopt.errors import ProblemError
-from ocnopt.linearise import add_curvature_in_p, flat, linearise, quadratic
+from ocnopt.linearise import add_curvature_in_p, direction, flat, linearise, quadratic
 
 _CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 

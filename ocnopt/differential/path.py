@@ -134,7 +134,7 @@ def walk(flow: Flow, controls: Tensor, rates: Rates, start: Sequence[Tensor], ke
         walked = integrate(
             field, y, times, rtol=flow.rtol, atol=flow.atol, norm=packing.norm, first_size=size, on_step=cutter
         )
-        y, size = walked.state, walked.next_size
+        y, size = walked.states[-1], walked.next_size
         stretches += cutter.stretches
     return Path(tuple(packing.unpack(y)), stretches)
 
@@ -238,14 +238,8 @@ def carry(
 
     y = packing.pack((*kept, *blocks_of(model)))
     walked = integrate(joint, y, times, first=joint(times[0], y), on_step=accept)
-    blocks = packing.unpack(walked.state)[len(kept) :]
+    blocks = packing.unpack(walked.states[-1])[len(kept) :]
     return replace(model, **dict(zip(model.integrated, blocks, strict=True)))
-
-
-def direction(p: Tensor) -> Tensor:
-    """A fixed direction of length one, for witnesses."""
-    r = torch.randn(p.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return (r / r.norm().clamp(min=1e-30)).to(p)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The two walks that the layout must keep short: one solve, one training step.
+"""The walks that the layout must keep short: one solve, one training step, one Hessian.
 
 At most nine files each (checks, errors and tableaus aside), and no two files that call each other both ways.
 """
@@ -67,4 +67,28 @@ def test_a_training_step_of_a_neural_ode() -> None:
 
     path = walk(train)
     assert path.result > 0
+    check(path)
+
+
+# Handed down to the integrator, which calls them back by design: the field of a stretch, its steps, its norm.
+HANDED_DOWN = (
+    "ocnopt/differential/path.py::walk.<locals>",
+    "ocnopt/differential/path.py::carry.<locals>",
+    "ocnopt/differential/path.py::_Cutter.__call__",
+    "ocnopt/differential/path.py::Packing",
+)
+
+
+def test_a_problem_to_its_hessian() -> None:
+    problem = oc.OCP(
+        lambda t, x, u, p: torch.stack([x[..., 1], u[..., 0] - p[..., 0] * x[..., 0]], dim=-1),
+        lambda t, x, u, p: p[..., 1] * u[..., 0] ** 2,
+        lambda t, x, p: t + (x**2).sum(-1),
+        initial_state=[1.0, 0.0],
+        control_dim=1,
+        parameters=[2.0, 0.1],
+        horizon=oc.FreeHorizon(1.0, 0.1, 10.0),
+    )
+    path = walk(lambda: oc.differentiate(problem, controls=torch.ones(3, 1), rtol=1e-4, atol=1e-4), exclude=HANDED_DOWN)
+    assert path.result.pp.shape == (2, 2)
     check(path)
