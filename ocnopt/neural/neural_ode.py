@@ -1,7 +1,8 @@
 """A module whose output is the end of a path: dx/dt = F(t, x) from x(t0) = input to x(T) = output, F any module.
 
 The whole solve is one node of autograd. Its forward pass walks and keeps what the chosen adjoint needs (states, or the
-graph of each step while memory lasts); its backward pass runs that adjoint, through which observers (curvature, the horizon's policy) see what they need.
+graph of each step while memory lasts); its backward pass runs that adjoint, through which observers (curvature, the
+horizon's policy) see what they need.
 """
 
 import inspect
