@@ -11,9 +11,10 @@ dL/dshift and dL/dstretch at 0 and 1 are two more products of the same pull.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import cache
+from itertools import repeat
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -75,12 +76,11 @@ class Differentiable(Protocol):
 
     parameters: Sequence[Tensor]
 
-    @property
-    def held(self) -> Sequence[Tensor]:
-        """Tensors that live on without any graph."""
+    def noted(self, notes: Sequence[Any], stages: Iterator[AbstractContextManager[Any]] | None = None) -> Field:
+        """Return the field for a row of evaluations that see what the notes say, each within its context."""
 
-    def noted(self, notes: Sequence[Any]) -> Field:
-        """Return the field for a row of evaluations that see what the notes say."""
+    def weighed(self) -> AbstractContextManager[dict[int, int]]:
+        """Measure what autograd saves, in bytes by address, known when the context closes."""
 
     def require_same(self, came: Tensor, expected: Tensor, inputs: Sequence[Tensor]) -> None:
         """Raise if a replayed state, differentiable in ``inputs``, is not that of the forward pass."""
@@ -178,7 +178,8 @@ class Trajectory:
         if not self._graphs:
             return step(tableau, field, t, h, x, first)
         complete = first is None or tableau.first_same_as_last
-        with torch.enable_grad(), self._weighed() if complete and not self._graph_bytes else nullcontext():
+        weigh = self.field.weighed() if complete and not self._graph_bytes else nullcontext()
+        with torch.enable_grad(), weigh as sizes:
             self._end, seen = step(shortened(tableau), field, t, h, x, first)
             x = self._end.detach().requires_grad_()
             if tableau.first_same_as_last:
@@ -187,6 +188,8 @@ class Trajectory:
                 seen.times.append(last)
                 seen.points.append(x)
                 seen.slopes.append(field(last, x))
+        if sizes is not None:
+            self._graph_bytes = sum(sizes.values())  # all steps save as much
         return x, seen
 
     def append(self, taken: Step) -> None:
@@ -208,27 +211,6 @@ class Trajectory:
             else:
                 break
         self.is_whole = len(self._ends) == len(self.steps)
-
-    @contextmanager
-    def _weighed(self) -> Iterator[None]:
-        """Measure what the graph of a step saves; all steps save as much."""
-        saved: list[Tensor] = []
-
-        def pack(tensor: Tensor) -> Tensor:
-            saved.append(tensor)
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            yield
-        sizes = dict.fromkeys((tensor.data_ptr() for tensor in self.field.held), 0)
-        for tensor in saved:
-            if tensor.data_ptr() not in sizes:
-                # A view keeps all of its storage; asking for the storage of every tensor would be slow.
-                whole = tensor.untyped_storage() if tensor._is_view() else tensor
-                sizes.setdefault(
-                    whole.data_ptr(), whole.nbytes() if isinstance(whole, torch.UntypedStorage) else whole.nbytes
-                )
-        self._graph_bytes = sum(sizes.values())
 
     def release(self) -> list[Tensor]:
         """Hand over the tensors, so that autograd keeps and frees them; the steps stay."""
@@ -315,9 +297,10 @@ class StepPull:
         moves: Sequence[Tensor] = ()
         if end is None:
             start = start.detach().requires_grad_()
-            field = self._field.noted(taken.notes)
+            stages = None
             if self._observer is not None:
-                field = _watched(field, self._observer, abs(taken.size), self._tableau.quadrature)
+                stages = map(self._observer.stage, [abs(taken.size) * w for w in self._tableau.quadrature], repeat(1.0))
+            field = self._field.noted(taken.notes, stages)
             if self._moving:
                 moves = [
                     torch.tensor(value, dtype=torch.float64, device=start.device, requires_grad=True)
@@ -334,17 +317,6 @@ class StepPull:
         count = len(self._field.parameters)
         gradient.add(found[:count])
         return PulledStep(x, *found[count:])
-
-
-def _watched(field: Field, observer: Observer, length: float, quadrature: Sequence[float]) -> Field:
-    """Let an observer watch the evaluations of one step."""
-    weights = iter(quadrature)
-
-    def watched(t: Time, y: Tensor) -> Tensor:
-        with observer.stage(length * next(weights), 1.0):
-            return field(t, y)
-
-    return watched
 
 
 def _moved(field: Field, start: float, stretch: Tensor, shift: Tensor) -> Field:

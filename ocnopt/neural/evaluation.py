@@ -232,20 +232,39 @@ class Evaluation:
             )
         return leaf, slope
 
-    @property
-    def held(self) -> Sequence[Tensor]:
-        """Tensors that live on without any graph."""
-        return [*self.owned, *self.field.buffers(), *self.parameters]
+    @contextmanager
+    def weighed(self) -> Iterator[dict[int, int]]:
+        """Measure what autograd saves besides parameters and buffers, in bytes by address, once the context closes."""
+        saved: list[Tensor] = []
 
-    def noted(self, notes: Sequence[Noise | None]) -> Field:
-        """Return the field for a row of evaluations, each with the random numbers of its note."""
-        if not notes or notes[0] is None:
+        def pack(tensor: Tensor) -> Tensor:
+            saved.append(tensor)
+            return tensor
+
+        sizes: dict[int, int] = {}
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield sizes
+        held = (*self.owned, *self.field.buffers(), *self.parameters)
+        sizes.update(dict.fromkeys((tensor.data_ptr() for tensor in held), 0))
+        for tensor in saved:
+            if tensor.data_ptr() not in sizes:
+                # A view keeps all of its storage; asking for the storage of every tensor would be slow.
+                whole = tensor.untyped_storage() if tensor._is_view() else tensor
+                size = whole.nbytes() if isinstance(whole, torch.UntypedStorage) else whole.nbytes
+                sizes.setdefault(whole.data_ptr(), size)
+
+    def noted(
+        self, notes: Sequence[Noise | None], stages: Iterator[AbstractContextManager[Any]] | None = None
+    ) -> Field:
+        """Return the field for a row of evaluations, each with the random numbers of its note, within its context."""
+        if stages is None and (not notes or notes[0] is None):
             return self
         following = iter(notes)
 
         def field(t: Any, x: Tensor) -> Tensor:
             self._hear(next(following))
-            return self(t, x)
+            with next(stages) if stages is not None else nullcontext():
+                return self(t, x)
 
         return field
 

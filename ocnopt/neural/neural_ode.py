@@ -1,7 +1,8 @@
 """A module whose output is the end of a path: dx/dt = F(t, x) from x(t0) = input to x(T) = output, F any module.
 
-The whole solve is one node of autograd. Its forward pass walks without a graph and keeps what the chosen adjoint needs;
-its backward pass runs that adjoint, through which observers (curvature, the horizon's policy) see what they need.
+The whole solve is one node of autograd. Its forward pass walks and keeps what the chosen adjoint needs (states, or the
+graph of each step while memory lasts); its backward pass runs that adjoint, through which observers (curvature, the
+horizon's policy) see what they need.
 """
 
 import inspect
@@ -43,8 +44,9 @@ class NeuralODE(nn.Module):
         steps: cut the horizon into this many equal steps instead; 20 for a method without an error estimate.
         adjoint: ``"discrete"``: the exact gradient of the steps taken, step sizes held. ``"continuous"``: integrates
             the costate backwards, memory constant in the number of steps. ``"backprop"``: autograd through every step.
-        checkpoint_bytes: what "discrete" may keep of a path; a longer one is thinned to about the square root of its
-            steps and recomputed in stretches.
+        checkpoint_bytes: what "discrete" may keep of a path: its states and, in what remains, the graphs of its steps;
+            steps without a graph are taken again, a path whose states do not fit is thinned to about the square root of
+            its steps. A watched solve, or one whose times need gradients, keeps states alone.
         adjoint_params: tensors besides the field's parameters that it depends on and that need gradients, or a function
             that returns them at every forward pass.
         max_evaluations: cap on the evaluations of one adaptive walk forwards.
