@@ -70,10 +70,10 @@ def explain_errors(command: Callable[Arguments, None]) -> Callable[Arguments, No
     def wrapped(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
         try:
             with warnings.catch_warnings():
-                warnings.showwarning = lambda message, *_: _tell("[yellow]note:[/yellow]", str(message))
+                warnings.showwarning = lambda message, *_: _tell("[yellow]note:[/yellow]", as_options(str(message)))
                 command(*args, **kwargs)
         except OcnoptError as error:
-            _tell("[bold red]error:[/bold red]", f"{type(error).__name__}: {error}")
+            _tell("[bold red]error:[/bold red]", f"{type(error).__name__}: {as_options(str(error))}")
             raise typer.Exit(MISTAKE) from error
         except BrokenPipeError:
             raise
@@ -93,7 +93,7 @@ def explain_errors(command: Callable[Arguments, None]) -> Callable[Arguments, No
 def _tell(kind: str, message: str) -> None:
     """One message on standard error."""
     errors.print(kind, end=" ")
-    errors.print(as_options(message), markup=False, highlight=False, soft_wrap=True)
+    errors.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
 def _version(wanted: bool) -> bool:

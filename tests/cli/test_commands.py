@@ -178,7 +178,7 @@ def test_epochs_and_iterations(run):
 def test_an_unknown_optimiser(run):
     code, output = run("train", "digits", "--optimizer", "snop")
     assert code == main.MISTAKE
-    assert "optimizer is 'snop'; expected one of adam, sgd, snopt; did you mean 'snopt'" in output
+    assert "ProblemError: --optimizer is 'snop'; expected one of adam, sgd, snopt; did you mean 'snopt'" in output
 
 
 def test_ctrl_c(run, monkeypatch):
@@ -278,7 +278,9 @@ def test_a_comparison_in_60_columns(narrow):
 
 
 def test_an_error_leaves_no_folder(run, tmp_path):
-    assert run("solve", "scalar_lqr", "--solver", "dpd", "--out", "here")[0] == main.MISTAKE
+    code, output = run("solve", "scalar_lqr", "--solver", "dpd", "--out", "here")
+    assert code == main.MISTAKE
+    assert "error: ProblemError: --solver 'dpd' is unknown" in output
     assert not (tmp_path / "here").exists()
     assert run("solve", "scalar_lqr", "--solver", "ddp", "--steps", "5", "--out", "here")[0] == 0
 
