@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ocnopt import problems
-from ocnopt.differential.steps import expand_path, rollout
+from ocnopt.differential.steps import Path, expand_path, rollout
 from ocnopt.ocp import OCP
 from ocnopt.solvers.solve import solve
 from ocnopt.staged import Stage, StagedOCP, Widened, transcribe
@@ -148,4 +148,4 @@ def transcribed_model(continuous, steps):
     """A step of the discrete problem as matrices."""
     staged = transcribe(continuous, steps)
     path = rollout(staged, [torch.zeros(continuous.control_dim).double()] * steps, staged.initial_state)
-    return expand_path(Widened(staged), path, exact=False)
+    return expand_path(Widened(staged), Path(*path), exact=False)

@@ -214,8 +214,8 @@ class TestPlot:
     def test_without_staged_controls(self, tmp_path):
         problem = OCP(lambda t, x, u: -x, None, lambda t, x: (x**2).sum(-1), initial_state=[1.0], horizon=1.0)
         figure = solve(problem, steps=3).plot(tmp_path / "one.png")
-        texts = [text.get_text() for axis in figure.axes for text in axis.texts]
-        assert "this problem has no staged controls" in texts
+        # a state and the convergence of the cost, no empty panel for controls
+        assert len(figure.axes) == 2
         assert (tmp_path / "one.png").stat().st_size > 0
 
     def test_the_last_control_is_drawn_to_the_end(self):
