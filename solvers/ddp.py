@@ -36,6 +36,7 @@ from ocnopt.solvers.search import (
     line_search,
     pick_rows,
     record,
+    undamped,
     unflattened,
 )
 from ocnopt.solvers.solution import Guess, Result
@@ -52,10 +53,10 @@ class History:
         self._rows: list[tuple[Tensor, Tensor, Tensor]] = []
         self._print = progress
 
-    def add(self, progress: Progress, cost: Tensor, step: Tensor) -> None:
-        """Note one sweep of some problems."""
-        places = torch.stack([progress.sweeps.reshape(-1), progress.row.reshape(-1)])
-        self._rows.append((*places, torch.stack([v.reshape(-1) for v in (cost, step, progress.mu)])))
+    def add(self, progress: Progress, cost: Tensor, step: Tensor, moving: Tensor) -> None:
+        """Note one sweep of the problems that are moving."""
+        sweeps, row, *values = (v[moving] for v in (progress.sweeps, progress.row, cost, step, progress.mu))
+        self._rows.append((sweeps, row, torch.stack(values)))
         if self._print:
             sweep, mean, size, mu = (
                 float(v) for v in (progress.sweeps.max(), cost.mean(), step.mean(), progress.mu.max())
@@ -194,17 +195,18 @@ class DDP:
         """Work on a window of problems until all have ended."""
         ended: list[tuple[Iterate, Progress, Direction]] = []
         iterate, progress = start.admit(self.regularisation, _WINDOW)
-        history.add(progress, iterate.cost, torch.zeros_like(iterate.cost))
+        history.add(progress, iterate.cost, torch.zeros_like(iterate.cost), progress.row >= 0)
         while True:
             direction = find_direction(kernel, iterate, progress.mu, self.curvature)
             progress = judge(progress, iterate, direction, self.tolerance, self.max_iterations)
             running = progress.running
             done = running.numel() - int(running.sum())
             if done == running.numel() and not start.waiting:
-                return [*ended, (iterate, progress, direction)]
+                return [*ended, (iterate, progress, undamped(kernel, iterate, progress, direction, self.curvature))]
             if start.split and 8 * done >= running.numel():
                 rows, left = running.nonzero()[:, 0], (~running).nonzero()[:, 0]
-                ended.append((pick_rows(iterate, left), pick_rows(progress, left), pick_rows(direction, left)))
+                path, end = pick_rows(iterate, left), pick_rows(progress, left)
+                ended.append((path, end, undamped(kernel, path, end, pick_rows(direction, left), self.curvature)))
                 iterate, progress, direction = (
                     pick_rows(iterate, rows),
                     pick_rows(progress, rows),
@@ -215,10 +217,10 @@ class DDP:
                 before = iterate.cost
                 iterate, step = line_search(kernel, iterate, direction, running & direction.solvable)
                 progress = record(progress, before, iterate, direction, step)
-                history.add(progress, iterate.cost, step)
+                history.add(progress, iterate.cost, step, running)
             if start.waiting and running.numel() < _WINDOW:
                 new, begun = start.admit(self.regularisation, _WINDOW - running.numel())
-                history.add(begun, new.cost, torch.zeros_like(new.cost))
+                history.add(begun, new.cost, torch.zeros_like(new.cost), begun.row >= 0)
                 iterate, progress = joined(iterate, new), joined(progress, begun)
             elif not start.split and iterate.gaps is not None and not bool(iterate.gaps.any()):
                 iterate = iterate._replace(gaps=None)

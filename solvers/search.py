@@ -24,7 +24,7 @@ _IDLE = 5
 # Step sizes: from the full one down.
 _ALPHAS = tuple(0.5**i for i in range(14))
 # A cost below this is taken to have no lower bound.
-_BOTTOM = -1e100
+_BOTTOM = -1e20
 
 
 Curvature = Literal["exact", "gauss_newton", "auto"]
@@ -140,6 +140,18 @@ def find_direction(kernel: Kernel, iterate: Iterate, mu: Tensor, curvature: Curv
         return direction
     convex = kernel.direction(iterate.path, mu, exact=False)
     return each(lambda axis, exact, other: choose(keep, axis, exact, other), direction, convex)
+
+
+def undamped(
+    kernel: Kernel, iterate: Iterate, progress: Progress, direction: Direction, curvature: Curvature
+) -> Direction:
+    """The gains of a minimum as they are without regularisation, where it is one without."""
+    damped = (progress.outcome == Outcome.CONVERGED) & (progress.mu > 0)
+    if not bool(damped.any()):
+        return direction
+    free = find_direction(kernel, iterate, torch.zeros_like(progress.mu), curvature)
+    chosen = damped & free.solvable
+    return each(lambda axis, new, old: choose(chosen, axis, new, old), free, direction)
 
 
 def line_search(kernel: Kernel, iterate: Iterate, direction: Direction, active: Tensor) -> tuple[Iterate, Tensor]:

@@ -1,0 +1,175 @@
+"""Whole solves by DDP's two kernels: the same sweeps, the same minimum."""
+
+from dataclasses import fields
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ocnopt import problems
+from ocnopt.errors import ProblemError
+from ocnopt.ocp import OCP, FreeHorizon
+from ocnopt.solvers import ddp
+from ocnopt.solvers.ddp import DDP
+from ocnopt.solvers.solve import solve
+from tests.oracles.lq import random_affine_quadratic
+from tests.solvers.cases import assert_converged, swing
+
+NAMES = ("scalar_lqr", "mimo_lqr_two_masses", "pendulum_swing_up", "pendulum_swing_up_u5", "cartpole_swing_up_soft")
+
+
+def near(actual, expected, tolerance):
+    """Relative to the largest entry."""
+    assert actual.shape == expected.shape
+    if expected.numel():
+        assert float((actual - expected).abs().max()) <= tolerance * (1 + float(expected.abs().max()))
+
+
+def assert_agree(problem, **options):
+    """Cost, states and gains of both kernels at the minimum."""
+    torch_, lowered = (solve(problem, kernel=kernel, **options) for kernel in ("torch", "lowered"))
+    for solution, kernel in ((torch_, "torch"), (lowered, "lowered")):
+        assert_converged(solution)
+        statuses = solution.status if isinstance(solution.status, list) else [solution.status]
+        assert all(status.endswith(f"({kernel} kernel)") for status in statuses)
+    near(lowered.cost, torch_.cost, 1e-12)
+    near(lowered.states, torch_.states, 1e-9)
+    near(lowered.controls, torch_.controls, 1e-8)
+    near(lowered.parameters, torch_.parameters, 1e-8)
+    near(lowered.gains.K, torch_.gains.K, 1e-6)
+    near(lowered.costates, torch_.costates, 1e-7)
+    assert bool(((lowered.iterations - torch_.iterations).abs() <= 1).all())
+    return torch_, lowered
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_problems_of_the_library(name):
+    assert_agree(problems.control(name).build(), steps=100 if "cartpole" in name else 40, tolerance=1e-10)
+
+
+def test_the_car_a_few_steps_on():
+    """From the same start both take the same steps; the whole way, 136 of them, is left to the benchmarks."""
+    problem = problems.control("car_parking_tassa").build()
+    torch_, lowered = (solve(problem, steps=60, max_iterations=8, kernel=kernel) for kernel in ("torch", "lowered"))
+    near(lowered.cost, torch_.cost, 1e-9)
+    near(lowered.states, torch_.states, 1e-6)
+
+
+@settings(max_examples=10)
+@given(seed=st.integers(0, 1000), n=st.integers(1, 4), m=st.integers(1, 2), q=st.integers(0, 2))
+def test_linear_quadratic_problems(seed, n, m, q):
+    assert_agree(random_affine_quadratic(seed, 8, n, m, q).staged())
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 2)])
+def test_batches(shape):
+    starts = torch.tensor([2.0, 0.0]).double() + 0.3 * torch.randn(*shape, 2, dtype=torch.float64)
+    assert_agree(swing(starts, control_bounds=(-1.0, 1.0)), steps=12, tolerance=1e-10)
+
+
+def test_a_free_end_and_parameters_within_bounds():
+    problem = OCP(
+        lambda t, x, u, p: torch.sin(x) * p + u,
+        lambda t, x, u, p: 1 + (x**2).sum(-1) + (u**2).sum(-1) + (p**2).sum(-1),
+        lambda t, x, p: 20 * (x**2).sum(-1),
+        initial_state=[1.5],
+        control_dim=1,
+        horizon=FreeHorizon(1.0, 0.2, 3.0),
+        parameters=[0.5],
+        parameter_bounds=(0.1, 1.0),
+    )
+    assert_agree(problem, steps=10, tolerance=1e-10)
+    states = torch.linspace(1.5, 0.0, 11)[:, None]
+    assert_agree(
+        problem, steps=10, initial_guess={"states": states, "horizon": 0.8, "parameters": [0.3]}, tolerance=1e-10
+    )
+
+
+class TestWhichKernel:
+    def test_auto_takes_what_the_problem_allows(self):
+        assert solve(swing(), steps=5).status.endswith("(lowered kernel)")
+        data = torch.tensor([[1.0], [2.0]]).double()
+        own = OCP(
+            lambda t, x, u: u,
+            lambda t, x, u: ((x - data) ** 2 + u**2).sum(-1),
+            initial_state=torch.zeros(2, 1),
+            control_dim=1,
+            horizon=1.0,
+        )
+        assert solve(own, steps=5).status[0].endswith("(torch kernel)")
+        with pytest.raises(
+            ProblemError, match="kernel='lowered' got a problem that it cannot take: its functions hold"
+        ):
+            solve(own, steps=5, kernel="lowered")
+
+    def test_an_unknown_one(self):
+        # past the type checks that run with the tests
+        made = object.__new__(DDP)
+        for field in fields(DDP):
+            object.__setattr__(made, field.name, field.default)
+        object.__setattr__(made, "kernel", "lowerd")
+        with pytest.raises(
+            ProblemError, match="kernel is 'lowerd'; expected one of auto, torch, lowered; did you mean"
+        ):
+            made.__post_init__()
+
+
+class TestWindow:
+    """More problems than are worked on at a time."""
+
+    @pytest.mark.parametrize("kernel", ["torch", "lowered"])
+    def test_every_problem_comes_back_in_its_place(self, monkeypatch, kernel):
+        starts = torch.stack([torch.linspace(-2.0, 2.0, 13), torch.linspace(1.0, -1.0, 13)], dim=-1).double()
+        whole = solve(swing(starts), steps=8, kernel=kernel)
+        monkeypatch.setattr(ddp, "_WINDOW", 4)
+        by_parts = solve(swing(starts), steps=8, kernel=kernel)
+        assert_converged(by_parts)
+        near(by_parts.states, whole.states, 1e-9)
+        near(by_parts.gains.K, whole.gains.K, 1e-7)
+        near(by_parts.costates, whole.costates, 1e-7)
+        assert by_parts.status == whole.status
+        assert by_parts.iterations.tolist() == whole.iterations.tolist()
+        for name in ("cost", "step", "regularisation"):
+            assert by_parts.history[name].shape == whole.history[name].shape
+            near(by_parts.history[name], whole.history[name], 1e-9)
+
+    def test_a_problem_that_cannot_begin_harms_no_other(self, monkeypatch):
+        monkeypatch.setattr(ddp, "_WINDOW", 2)
+        problem = OCP(
+            lambda t, x, u: x**3 + u,
+            lambda t, x, u: (x**2 + u**2).sum(-1),
+            initial_state=torch.tensor([[0.1], [40.0], [0.2], [0.3]]).double(),
+            control_dim=1,
+            horizon=1.0,
+        )
+        solution = solve(problem, steps=8, kernel="torch")
+        assert solution.converged.tolist() == [True, False, True, True]
+        assert solution.status[1].startswith("given up: the first path is not finite")
+
+
+class TestEnds:
+    def test_a_cost_without_a_lower_bound(self):
+        problem = OCP(
+            lambda t, x, u: u,
+            lambda t, x, u: -(x**4).sum(-1) + 1e-3 * (u**2).sum(-1),
+            initial_state=[1.0],
+            control_dim=1,
+            horizon=1.0,
+        )
+        solution = solve(problem, steps=5, kernel="torch", initial_guess=torch.ones(5, 1))
+        assert not bool(solution.converged)
+        assert "the cost falls without bound; bound the controls" in solution.status
+
+    @pytest.mark.filterwarnings("ignore:.*derivative")
+    def test_a_derivative_that_is_not_finite(self):
+        problem = OCP(
+            lambda t, x, u: u,
+            lambda t, x, u: (u**2).sum(-1) + (x[..., 0] - 1).abs().sqrt(),
+            initial_state=[1.0],
+            control_dim=1,
+            horizon=1.0,
+        )
+        solution = solve(problem, steps=4, kernel="torch", initial_guess=torch.zeros(4, 1))
+        assert not bool(solution.converged)
+        assert "a derivative is NaN or infinite; look for a square root" in solution.status
