@@ -16,7 +16,21 @@ def run(name, capsys):
 
 
 def test_every_example_is_tested():
-    assert [path.name for path in SCRIPTS] == ["drop_in_snopt.py", "own_problem.py", "own_problem_against_casadi.py"]
+    assert [path.name for path in SCRIPTS] == [
+        "drop_in_snopt.py",
+        "first.py",
+        "own_problem.py",
+        "own_problem_against_casadi.py",
+    ]
+
+
+def test_first(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    output = run("first.py", capsys).splitlines()
+    assert output[0].startswith("converged after")
+    costs = [float(line.split()[1]) for line in output if line.startswith(("ddp ", "casadi "))]
+    assert costs[0] == pytest.approx(costs[1], rel=1e-8)
+    assert (tmp_path / "pendulum.png").stat().st_size > 0
 
 
 def test_own_problem(capsys):
