@@ -42,9 +42,6 @@ from ocnopt.solvers.search import (
 from ocnopt.solvers.solution import Guess, Result
 from ocnopt.staged import StagedOCP, Widened
 
-# Problems of a batch that are worked on at a time; a finished one leaves once an eighth of them have finished.
-_WINDOW = 512
-
 
 class History:
     """Cost, step and regularisation of every problem after each of its sweeps."""
@@ -194,7 +191,7 @@ class DDP:
     def _search(self, kernel: Kernel, start: Start, history: History) -> list[tuple[Iterate, Progress, Direction]]:
         """Work on a window of problems until all have ended."""
         ended: list[tuple[Iterate, Progress, Direction]] = []
-        iterate, progress = start.admit(self.regularisation, _WINDOW)
+        iterate, progress = start.admit(self.regularisation, kernel.window)
         history.add(progress, iterate.cost, torch.zeros_like(iterate.cost), progress.row >= 0)
         while True:
             direction = find_direction(kernel, iterate, progress.mu, self.curvature)
@@ -218,8 +215,8 @@ class DDP:
                 iterate, step = line_search(kernel, iterate, direction, running & direction.solvable)
                 progress = record(progress, before, iterate, direction, step)
                 history.add(progress, iterate.cost, step, running)
-            if start.waiting and running.numel() < _WINDOW:
-                new, begun = start.admit(self.regularisation, _WINDOW - running.numel())
+            if start.waiting and running.numel() < kernel.window:
+                new, begun = start.admit(self.regularisation, kernel.window - running.numel())
                 history.add(begun, new.cost, torch.zeros_like(new.cost), begun.row >= 0)
                 iterate, progress = joined(iterate, new), joined(progress, begun)
             elif not start.split and iterate.gaps is not None and not bool(iterate.gaps.any()):

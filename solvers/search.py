@@ -36,10 +36,12 @@ class Kernel(Protocol):
 
     Attributes:
         apart: whether rows of a batch may be left out.
+        window: how many problems of a batch are best worked on at a time.
     """
 
-    apart: bool
     name: str
+    apart: bool
+    window: int
 
     def evaluate(self, states: Tensor, controls: Tensor) -> Path:
         """A given path with its cost and its gaps."""

@@ -319,7 +319,7 @@ def rows_stand_alone(wide: Widened) -> bool:
 class TorchKernel:
     """The kernel for any function and any device."""
 
-    name = "torch"
+    name, window = "torch", 512
 
     def __init__(self, wide: Widened) -> None:
         self.wide = wide

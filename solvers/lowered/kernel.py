@@ -45,7 +45,7 @@ class LoweredKernel:
         tensor([[-0.5000]], dtype=torch.float64)
     """
 
-    name, apart = "lowered", True
+    name, apart, window = "lowered", True, 4096
 
     def __init__(self, problem: StagedOCP, guess: Guess) -> None:
         """Lower a problem as ``transcribe`` returns it, or one with one Stage.

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ocnopt import problems
+from ocnopt.differential.steps import TorchKernel
 from ocnopt.errors import ProblemError
 from ocnopt.ocp import OCP, FreeHorizon
-from ocnopt.solvers import ddp
 from ocnopt.solvers.ddp import DDP
+from ocnopt.solvers.lowered.kernel import LoweredKernel
 from ocnopt.solvers.solve import solve
 from tests.oracles.lq import random_affine_quadratic
 from tests.solvers.cases import assert_converged, swing
@@ -122,7 +123,7 @@ class TestWindow:
     def test_every_problem_comes_back_in_its_place(self, monkeypatch, kernel):
         starts = torch.stack([torch.linspace(-2.0, 2.0, 13), torch.linspace(1.0, -1.0, 13)], dim=-1).double()
         whole = solve(swing(starts), steps=8, kernel=kernel)
-        monkeypatch.setattr(ddp, "_WINDOW", 4)
+        monkeypatch.setattr(TorchKernel if kernel == "torch" else LoweredKernel, "window", 4)
         by_parts = solve(swing(starts), steps=8, kernel=kernel)
         assert_converged(by_parts)
         near(by_parts.states, whole.states, 1e-9)
@@ -135,7 +136,7 @@ class TestWindow:
             near(by_parts.history[name], whole.history[name], 1e-9)
 
     def test_a_problem_that_cannot_begin_harms_no_other(self, monkeypatch):
-        monkeypatch.setattr(ddp, "_WINDOW", 2)
+        monkeypatch.setattr(TorchKernel, "window", 2)
         problem = OCP(
             lambda t, x, u: x**3 + u,
             lambda t, x, u: (x**2 + u**2).sum(-1),
