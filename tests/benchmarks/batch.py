@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 import ocnopt as oc
-from tests.benchmarks.control import IPOPT, LOWERED, solve
+from tests.benchmarks.control import IPOPT, LOWERED, timed_solve
 
 PROBLEMS = ("pendulum_swing_up", "pendulum_swing_up_u5", "cartpole_swing_up_soft")
 SIZES, FULL_SIZES = (64, 1024), (64, 1024, 8192)
@@ -37,10 +37,10 @@ def measure(name: str, batch: int, steps: int = 100, rows: int = 6) -> Throughpu
     starts = state + SPREAD * noise
 
     def loop(part: torch.Tensor) -> oc.Solution:
-        return solve(record.build(initial_state=part), IPOPT, steps)
+        return timed_solve(record.build(initial_state=part), IPOPT, steps)
 
     before = loop(starts[: rows // 2])
-    together = solve(record.build(initial_state=starts), LOWERED, steps)
+    together = timed_solve(record.build(initial_state=starts), LOWERED, steps)
     after = loop(starts[rows // 2 : rows])
     costs = torch.cat([before.cost, after.cost])
     return Throughput(
