@@ -99,7 +99,7 @@ def show_engines(options: Options) -> None:
         for method in ("dopri5", "rk4"):
             wanted = engines.WANTED[name, method]
             rows = []
-            for way in engines.measure(field, start, method, 5 if options.quick else 15):
+            for way in engines.measure(field, start, method, 3 if options.quick else 9):
                 wants = [most(limit) if way.name == "NeuralODE discrete" else "" for limit in wanted]
                 ratios = [f"{way.over_backprop:.2f}", wants[0], f"{way.over_adjoint:.2f}", wants[1]]
                 rows.append([way.name, *ratios, f"{way.error:.1e}", f"{way.milliseconds:.1f}"])

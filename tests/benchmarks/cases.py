@@ -54,7 +54,7 @@ def torch_kernel(**options: Any) -> oc.solvers.DDP:
     return oc.solvers.DDP(**options, **named)
 
 
-def solve_quadrotors(batch: int = 256, steps: int = 100, max_iterations: int = 2) -> tuple[float, int]:
+def solve_quadrotors(batch: int = 256, steps: int = 100, max_iterations: int = 1) -> tuple[float, int]:
     """The work is counted in problems times sweeps."""
     problem, solver = quadrotors(batch), torch_kernel(max_iterations=max_iterations)
     seconds, solution = timed(lambda: oc.solve(problem, solver, steps=steps))
