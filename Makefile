@@ -15,7 +15,7 @@ help:
 	@echo "make test    run every test and doctest, with coverage of lines"
 	@echo "make lint    format, lint, types, layers, sizes"
 	@echo "make format  rewrite the files in the project's format"
-	@echo "make bench   measure against Adam in one interleaved run"
+	@echo "make bench   measure against Adam, IPOPT and torchdiffeq, in turn"
 
 setup: $(STAMP)
 

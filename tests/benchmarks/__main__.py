@@ -1,19 +1,35 @@
 """Run the measurements and print them.
 
-python -m tests.benchmarks [--quick] [--only iterations memory race engines control]
+python -m tests.benchmarks [iterations memory race engines control batch versions] [--quick] [--full] [--against PATH]
 """
 
 import argparse
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from tests.benchmarks import control, engines, iterations, memory, race
+from tests.benchmarks import batch, cases, control, engines, iterations, memory, race, versions
 
-console = Console()
+console = Console(width=max(120, Console().width))  # or the tables break where the output is piped
+
+
+class Options(NamedTuple):
+    """What the command line says besides the parts."""
+
+    quick: bool = False
+    full: bool = False
+    against: Path | None = None
+
+
+def most(limit: float | None) -> str:
+    """A wanted upper limit."""
+    return "" if limit is None else f"<= {limit:.3g}"
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> None:
@@ -26,9 +42,9 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], capt
     console.print(table)
 
 
-def show_iterations(quick: bool) -> None:
+def show_iterations(options: Options) -> None:
     """SNOpt's iteration against Adam's."""
-    found = iterations.measure(20 if quick else 60)
+    found = iterations.measure(20 if options.quick else 60)
     show(
         "img: time of an iteration, SNOpt / Adam, equal evaluations",
         ["iteration", "measured", "wanted"],
@@ -40,7 +56,7 @@ def show_iterations(quick: bool) -> None:
     )
 
 
-def show_memory(quick: bool) -> None:
+def show_memory(options: Options) -> None:
     """Peaks of both."""
     peaks = memory.measure()
     show(
@@ -54,10 +70,10 @@ def show_memory(quick: bool) -> None:
     )
 
 
-def show_race(quick: bool) -> None:
+def show_race(options: Options) -> None:
     """Iterations to Adam's final loss."""
     rows = []
-    for lr, seed in itertools.product(race.ADAM_LRS, range(1 if quick else 3)):
+    for lr, seed in itertools.product(race.ADAM_LRS, range(1 if options.quick else 3)):
         end = race.race(seed, lr)
         reached = ["never", "-"] if end.iterations is None else [str(end.iterations), f"{end.time_ratio:.2f}"]
         rows.append(
@@ -77,45 +93,107 @@ def show_race(quick: bool) -> None:
     )
 
 
-def show_engines(quick: bool) -> None:
+def show_engines(options: Options) -> None:
     """Our Neural-ODE engine against torchdiffeq."""
     for name, (field, start) in engines.workloads().items():
-        found = engines.measure(field, start, 5 if quick else 15)
-        rows = [[way.name, f"{way.ratio:.2f}", f"{way.error:.1e}", f"{way.milliseconds:.1f}"] for way in found]
-        show(f"{name}: forward and backward, dopri5 1e-3", ["engine", "time ratio", "gradient error", "ms"], rows)
+        for method in ("dopri5", "rk4"):
+            wanted = engines.WANTED[name, method]
+            rows = []
+            for way in engines.measure(field, start, method, 3 if options.quick else 9):
+                wants = [most(limit) if way.name == "NeuralODE discrete" else "" for limit in wanted]
+                ratios = [f"{way.over_backprop:.2f}", wants[0], f"{way.over_adjoint:.2f}", wants[1]]
+                rows.append([way.name, *ratios, f"{way.error:.1e}", f"{way.milliseconds:.1f}"])
+            show(
+                f"{name}: forward and backward, {method} {'1e-3' if method == 'dopri5' else f'{engines.STEPS} steps'}",
+                ["engine", "/ odeint", "wanted", "/ odeint_adjoint", "wanted", "gradient error", "ms"],
+                rows,
+            )
 
 
-def show_control(quick: bool) -> None:
-    """DDP against CasADi."""
+def show_control(options: Options) -> None:
+    """DDP against CasADi with IPOPT, and its kernels against each other."""
+    rows = []
+    for name, steps, first, second, wanted in control.CASES:
+        if options.quick and steps > 100:
+            continue
+        duel = control.measure(name, steps, first, second, 2 if options.quick else 5)
+        sides = zip(duel.milliseconds, duel.iterations, strict=True)
+        each = [cell for milliseconds, count in sides for cell in (f"{milliseconds:.1f}", str(count))]
+        ratio = [" / ".join(duel.names), f"{duel.ratio:.2f}", most(wanted), f"{duel.first_ratio:.2f}"]
+        rows.append([name, str(steps), *ratio, *each, f"{duel.difference:.0e}"])
+    show(
+        "whole solves, kernel and NLP built beforehand",
+        ["problem", "N", "pair", "ratio", "wanted", "first", "ms", "it", "ms", "it", "cost diff."],
+        rows,
+        "best CPU times of solves in turn, and the ratio of the very first ones, which use what was just built; "
+        "ms and iterations (sweeps) of the one, then of the other",
+    )
+
+
+def show_batch(options: Options) -> None:
+    """Batches against a loop of IPOPT."""
+    rows = []
+    for name, size in itertools.product(batch.PROBLEMS, batch.FULL_SIZES if options.full else batch.SIZES):
+        if options.quick and size > 64:
+            continue
+        found = batch.measure(name, size)
+        times = [f"{found.milliseconds:.2f}", f"{found.ipopt_milliseconds:.1f}"]
+        ends = [f"{found.converged}", f"{found.same} of {found.rows}"]
+        rows.append([name, str(size), *times, f"{found.gain:.1f}", ">= 4" if size == 1024 else "", *ends])
+    show(
+        "throughput of a batch over that of a loop of IPOPT, N = 100",
+        ["problem", "batch", "ms each", "IPOPT ms", "gain", "wanted", "converged", "same cost"],
+        rows,
+        "initial states the library's plus normal noise of 0.1; IPOPT: mean over the first six",
+    )
+
+
+def show_versions(options: Options) -> None:
+    """This version of the package alone, or over another one."""
+    with ExitStack() as stack:
+        here = stack.enter_context(versions.version(versions.HERE))
+        there = stack.enter_context(versions.version(options.against.resolve())) if options.against else None
+        found = [versions.measure(case, here, there, 1 if options.quick else 3) for case in cases.CASES]
     rows = [
         [
-            *(row.solver, str(row.steps), f"{row.milliseconds_per_iteration:.1f}"),
-            *(str(row.iterations), f"{row.seconds:.2f}", f"{row.cost:.6f}"),
+            *(cost.case, f"{cost.milliseconds / cost.work:.3f}", str(cost.work)),
+            *("-" if ratio is None else f"{ratio:.2f}" for ratio in (cost.ratio, cost.ratio_of_work)),
+            most(cases.WANTED[cost.case]),
         ]
-        for steps in ((100,) if quick else (100, 500))
-        for row in control.measure(steps=steps, repeats=1 if quick else 3)
+        for cost in found
     ]
-    show("pendulum_swing_up", ["solver", "N", "ms/iteration", "iterations", "seconds", "cost"], rows)
+    show(
+        "CPU time here, and over that of the other version" if options.against else "CPU time of cases for --against",
+        ["case", "ms each", "number", "time ratio", "number ratio", "wanted"],
+        rows,
+        "each: a problem's sweep, a pass forward and backward, a call; torch kernel; medians of calls in turn",
+    )
 
 
-PARTS: dict[str, Callable[[bool], None]] = {
+PARTS: dict[str, Callable[[Options], None]] = {
     "iterations": show_iterations,
     "memory": show_memory,
     "race": show_race,
     "engines": show_engines,
     "control": show_control,
+    "batch": show_batch,
+    "versions": show_versions,
 }
 
 
 def main() -> None:
     """Read the arguments and run the parts."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; all of them if none is named")
     parser.add_argument("--quick", action="store_true", help="fewer repeats, one seed, small N")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="the parts to run")
-    arguments = parser.parse_args()
+    parser.add_argument("--full", action="store_true", help="batches of 8192 too")
+    parser.add_argument("--against", type=Path, metavar="PATH", help="a checkout of another version, for `versions`")
+    found = parser.parse_args()
+    if unknown := [part for part in found.parts if part not in PARTS]:
+        parser.error(f"no part is called {', '.join(unknown)}; expected any of {', '.join(PARTS)}")
     torch.set_num_threads(1)
-    for name in arguments.only:
-        PARTS[name](arguments.quick)
+    for name in found.parts or PARTS:
+        PARTS[name](Options(found.quick, found.full, found.against))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The measurements run; what they measure is no matter for a test."""
 
-from tests.benchmarks import control, engines, iterations, memory, race
+import pytest
+
+from tests.benchmarks import batch, cases, control, engines, iterations, memory, race, versions
 
 
 def test_iterations():
@@ -19,13 +21,41 @@ def test_race():
     assert end.evaluations > 0
 
 
-def test_engines():
+@pytest.mark.parametrize("method", ["dopri5", "rk4"])
+def test_engines(method):
     field, start = engines.workloads()["MLP"]
-    found = engines.measure(field, start, repeats=1)
-    assert found[0].ratio == 1.0
-    assert all(way.error < 0.02 for way in found)
+    found = {way.name: way for way in engines.measure(field, start, method, repeats=1)}
+    assert found[engines.ADJOINT].over_adjoint == found[engines.BACKPROP].over_backprop == 1.0
+    assert all(way.error < 0.02 for way in found.values())
 
 
 def test_control():
-    ddp, casadi = control.measure(steps=20, repeats=1)
-    assert (ddp.solver, casadi.solver) == ("ddp", "casadi")
+    duel = control.measure("pendulum_swing_up", 20, control.LOWERED, control.IPOPT, repeats=1)
+    assert min(duel.milliseconds) > 0
+    assert duel.difference < 1e-9
+
+
+def test_batch():
+    found = batch.measure("pendulum_swing_up", batch=3, steps=20, rows=2)
+    assert (found.converged, found.same) == (3, 2)
+    assert found.gain > 0
+
+
+def test_cases():
+    assert cases.solve_quadrotors(batch=2, steps=5, max_iterations=2)[1] <= 4
+    assert cases.solve_pendulum(steps=5)[1] > 0
+    for adjoint in ("discrete", "continuous"):
+        assert cases.backward_passes(adjoint, times=1)[0] > 0
+    assert cases.products(times=1)[0] > 0
+
+
+def test_versions():
+    with versions.version(versions.HERE) as ask:
+        cost = versions.measure("discrete", ask, lambda case: (1.0, 1), repeats=1)
+    assert cost.work == cost.ratio_of_work == 10
+    assert cost.ratio == pytest.approx(cost.milliseconds / 1e3)
+
+
+def test_versions_refuses_a_folder_without_the_package(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no package"), versions.version(tmp_path):
+        pass
