@@ -147,8 +147,22 @@ def times_in_order(times: Sequence[float]) -> None:
         )
 
 
+def can_differentiate() -> None:
+    """Refuse to work where torch gives no derivatives.
+
+    Raises:
+        ProblemError: torch.inference_mode() is on.
+    """
+    if torch.is_inference_mode_enabled():
+        raise ProblemError(
+            "torch.inference_mode() is on, where nothing has a derivative; expected none: leave it, or use "
+            "torch.no_grad(), under which problems are made and solved as everywhere"
+        )
+
+
 def start(initial_state: Any, parameters: Any, dtype: Any) -> tuple[Tensor, Tensor | None]:
     """Read x(t0) ``(*batch, n)`` and p ``(q,)``."""
+    can_differentiate()
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ProblemError(f"dtype is {dtype!r}; expected a floating-point dtype such as torch.float64")
     x0 = float_tensor("initial_state", initial_state, dtype)

@@ -233,7 +233,9 @@ def _check_derivatives(name: str, function: Callable[..., Any], row: Mapping[str
     if not isinstance(output, Tensor) or not output.requires_grad:
         return
     try:
-        slopes = torch.autograd.grad(output.sum(), [*leaves.values()], allow_unused=True, materialize_grads=True)
+        with torch.enable_grad():
+            total = output.sum()
+        slopes = torch.autograd.grad(total, [*leaves.values()], allow_unused=True, materialize_grads=True)
     except RuntimeError as error:
         raise ProblemError(
             f"{name} cannot be differentiated ({error}); expected torch code with a derivative"

@@ -16,8 +16,6 @@ from ocnopt.staged import StagedOCP
 HEAD = ("solver", "cost", "T", "iterations", "time [s]", "build [s]", "max |dx|", "converged")
 _SAME = 1e-5
 
-HEAD = ("solver", "cost", "T", "iterations", "time [s]", "build [s]", "max |dx|", "converged")
-
 
 @dataclass(frozen=True)
 class Row:

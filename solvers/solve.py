@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ocnopt.checks import float_tensor, listed, nearest, shape
+from ocnopt.checks import can_differentiate, float_tensor, listed, nearest, shape
 from ocnopt.differential.steps import rollout
 from ocnopt.errors import ConvergenceError, ProblemError
 from ocnopt.ocp import OCP
@@ -93,6 +93,7 @@ def read_problem(problem: Any, steps: int, integrator: str) -> StagedOCP:
     Raises:
         ProblemError: no problem; the message says how to come by one.
     """
+    can_differentiate()
     if isinstance(problem, StagedOCP):
         return problem
     if isinstance(problem, OCP):
@@ -288,9 +289,10 @@ def _leave_stationary_point(problem: StagedOCP, guess: Guess) -> Guess:
     p = guess.parameters.clone().requires_grad_()
     with torch.enable_grad():
         cost = rollout(problem, controls, problem.initial_state, p).cost
+        total = cost.sum()
     size = torch.zeros_like(cost)
     if cost.requires_grad:
-        gradients = torch.autograd.grad(cost.sum(), [*controls, p], allow_unused=True, materialize_grads=True)
+        gradients = torch.autograd.grad(total, [*controls, p], allow_unused=True, materialize_grads=True)
         size = sum((gradient.abs().sum(-1) for gradient in gradients), size)
     still = torch.isfinite(cost) & (size <= 1e-12 * (1 + cost.detach().abs()))
     if not bool(still.any()):

@@ -108,6 +108,7 @@ def read_request(problem: Any, parameters: Any, controls: Any, horizon: Any, rto
     Raises:
         ProblemError: something is missing, superfluous or of a wrong shape.
     """
+    checks.can_differentiate()
     if not isinstance(problem, OCP):
         raise ProblemError(
             f"problem is {type(problem).__name__}; expected an oc.OCP (oc.from_module makes one of a network)"

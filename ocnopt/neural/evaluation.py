@@ -238,8 +238,9 @@ class Evaluation:
         saved: list[Tensor] = []
 
         def pack(tensor: Tensor) -> Tensor:
-            saved.append(tensor)
-            return tensor
+            # A saved output that kept itself would keep its graph for ever: output, node, hook's result, output.
+            saved.append(tensor.detach())
+            return saved[-1]
 
         sizes: dict[int, int] = {}
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -252,6 +253,7 @@ class Evaluation:
                 whole = tensor.untyped_storage() if tensor._is_view() else tensor
                 size = whole.nbytes() if isinstance(whole, torch.UntypedStorage) else whole.nbytes
                 sizes.setdefault(whole.data_ptr(), size)
+        saved.clear()
 
     def noted(
         self, notes: Sequence[Noise | None], stages: Iterator[AbstractContextManager[Any]] | None = None

@@ -166,7 +166,8 @@ class SNOpt(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         check_gradients(((name, parameter) for parameter, name in self._trained.items()), self._step_count)
-        with torch.autocast(next(iter(self._trained)).device.type, enabled=False):
+        device = next((parameter.device.type for parameter in self._trained), "cpu")
+        with torch.autocast(device, enabled=False):
             self._update()
         self._step_count += 1
         if [*map(is_live, self._trained)] == self._liveness:

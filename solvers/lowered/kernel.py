@@ -72,6 +72,9 @@ class LoweredKernel:
         self._ones = np.ones((self.length, 1, 1))
         self._no_gaps = np.zeros((self.length, 1, self.n))
         self._runners: dict[tuple[bool, str], Machine | Arrays] = {}
+        used = (self._steps.exact, self._steps.gauss_newton, self._steps.walk, self._steps.end, self._steps.end_value)
+        for fold in used:
+            self._runner(fold, problem.initial_state.shape[:-1].numel())
 
     def evaluate(self, states: Tensor, controls: Tensor) -> Path:
         """The gaps and the cost of a given path, ``(N + 1, *lead, n)`` and ``(N, *lead, m)``."""
@@ -169,11 +172,15 @@ class LoweredKernel:
     def _run(self, fold: Fold, carried: Sequence[Array], given: Sequence[Array]) -> tuple[list[Array], list[Array]]:
         """A fold over the horizon, or one step where nothing is carried."""
         lanes = max(carried[0].shape[0] if carried else 1, *(x.shape[1] for x in given), 1)
+        return self._runner(fold, lanes)(carried, given)
+
+    def _runner(self, fold: Fold, lanes: int) -> Machine | Arrays:
+        """What runs a fold for that many problems."""
         key = (lanes <= _FEW, fold.name)
         if key not in self._runners:
             runner = Machine if lanes <= _FEW else Arrays
             self._runners[key] = runner(fold, self.length if fold.carried else 1)
-        return self._runners[key](carried, given)
+        return self._runners[key]
 
 
 def _rows(values: Tensor) -> Array:

@@ -81,6 +81,8 @@ def lower_step(problem: StagedOCP, u: Tensor, p: Tensor) -> tuple[casadi.Functio
         _small(lower(step, points, "the step"), "step"),
         _small(lower(end, ends, "the terminal cost"), "terminal cost"),
     )
+    _check_slopes(functions[0], step, points[1:], "step")
+    _check_slopes(functions[1], lambda *xp: (end(*xp),), ends[1:], "terminal cost")
     if problem.batch_shape:
         _, (x, u, p), *_ = scattered((start, u, p))
         u, p = _clipped(u, problem.control_bounds[0]), _clipped(p, problem.parameter_bounds)
@@ -116,6 +118,33 @@ def _check_alone(problem: StagedOCP, step: Function, end: Function, point: list[
         raise refused(f"{_OWN_DATA} ({str(error).strip().partition(chr(10))[0]})") from error
     if x_next.shape != x.shape or cost.shape or phi.shape:
         raise refused(_OWN_DATA)
+
+
+def _check_slopes(lowered: casadi.Function, function: Function, points: Sequence[Sequence[Tensor]], name: str) -> None:
+    """Compare derivatives with torch's: a detached part or a backward of the user's own shows in them alone."""
+    symbols = [casadi.SX.sym(f"a{i}", lowered.numel_in(i)) for i in range(lowered.n_in())]
+    outputs = lowered.call(symbols)
+    weights = [torch.linspace(1.0, 2.0, int(output.numel()), dtype=torch.float64) for output in outputs]
+    total = sum(casadi.dot(casadi.DM(w.numpy()), output) for w, output in zip(weights, outputs, strict=True))
+    slope = casadi.Function("slope", symbols, [casadi.gradient(total, casadi.vertcat(*symbols))])
+    for point in points:
+        leaves = [a.detach().clone().requires_grad_(a.is_floating_point()) for a in point]
+        with torch.enable_grad():
+            values = zip(weights, function(*leaves), strict=True)
+            y = sum(((w * value.reshape(-1)).sum() for w, value in values), torch.zeros(()).double())
+        if not bool(torch.isfinite(y)):
+            continue  # outside the function's domain, where no derivative means anything
+        wanted = [a for a in leaves if a.requires_grad and a.ndim]
+        right = [torch.zeros_like(a) for a in wanted]
+        if y.requires_grad:
+            right = list(torch.autograd.grad(y, wanted, allow_unused=True, materialize_grads=True))
+        got = torch.from_numpy(slope(*(casadi.DM(a.detach().double().numpy()) for a in leaves)).full()[:, 0])
+        expected = torch.cat([a.reshape(-1) for a in right])
+        # a step number, where there is one, stands first and alone
+        error = (got[got.numel() - expected.numel() :] - expected).abs()
+        scale = 1 + float(expected.nan_to_num(0.0).abs().max()) if expected.numel() else 1.0
+        if bool((error > 1e-6 * scale).any()):
+            raise refused(f"the {name}'s derivatives are not torch's: a part is detached, or has a backward of its own")
 
 
 def _check_rows(function: casadi.Function, arguments: list[Tensor], values: Sequence[Tensor], name: str) -> None:

@@ -21,8 +21,9 @@ from ocnopt.solvers.lowering.movement import move
 
 
 def _sigmoid(x: Column) -> Column:
-    # 1/(1 + exp(-x)) overflows in its derivative; this form does not.
-    return 0.5 * (1 + casadi.tanh(0.5 * x))
+    # By exp(-|x|): neither it nor its derivative overflows, and no digit is lost in the tails.
+    small = casadi.exp(casadi.if_else(x >= 0, -x, x))
+    return casadi.if_else(x >= 0, 1, small) / (1 + small)
 
 
 def _where(condition: Column, x: Column, y: Column) -> Column:
@@ -34,8 +35,18 @@ def _truncate(x: Column) -> Column:
 
 
 def _clamp(x: Column, lower: Column = None, upper: Column = None) -> Column:
-    x = x if lower is None else casadi.fmax(x, lower)
-    return x if upper is None else casadi.fmin(x, upper)
+    x = x if lower is None else larger(x, lower)
+    return x if upper is None else smaller(x, upper)
+
+
+def larger(x: Column, y: Column) -> Column:
+    """The larger of two; unlike CasADi's, NaN where one is NaN, as in torch."""
+    return _where(casadi.logic_and(_is_number(x), _is_number(y)), casadi.fmax(x, y), x + y)
+
+
+def smaller(x: Column, y: Column) -> Column:
+    """The smaller of two, or NaN."""
+    return _where(casadi.logic_and(_is_number(x), _is_number(y)), casadi.fmin(x, y), x + y)
 
 
 def _divide(x: Column, y: Column, rounding_mode: str | None = None) -> Column:
@@ -77,8 +88,8 @@ ENTRYWISE: dict[str, Callable[..., Column]] = {
     "pow": lambda x, y: x**y,
     "atan2": casadi.atan2,
     "hypot": lambda x, y: casadi.sqrt(x * x + y * y),
-    "maximum": casadi.fmax,
-    "minimum": casadi.fmin,
+    "maximum": larger,
+    "minimum": smaller,
     "fmax": casadi.fmax,
     "fmin": casadi.fmin,
     "copysign": lambda x, y: casadi.fabs(x) * _where(y < 0, -1, 1),
@@ -98,10 +109,9 @@ ENTRYWISE: dict[str, Callable[..., Column]] = {
     "log2": lambda x: casadi.log(x) / math.log(2),
     "log10": casadi.log10,
     "erf": casadi.erf,
-    "erfc": lambda x: 1 - casadi.erf(x),
     "sigmoid": _sigmoid,
     "silu": lambda x: x * _sigmoid(x),
-    "relu": lambda x: _where(x > 0, x, 0),
+    "relu": lambda x: _where(x > 0, x, _where(_is_number(x), 0, x)),
     "leaky_relu": lambda x, slope=0.01: _where(x > 0, x, slope * x),
     "elu": _elu,
     "gelu": _gelu,

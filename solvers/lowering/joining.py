@@ -11,6 +11,7 @@ from typing import Any
 import casadi
 import torch
 
+from ocnopt.solvers.lowering.entrywise import larger, smaller
 from ocnopt.solvers.lowering.expression import (
     Column,
     Expression,
@@ -41,10 +42,10 @@ _REDUCTIONS: dict[str, Callable[[Column], Column]] = {
     "sum": casadi.sum1,
     "mean": _mean,
     "prod": _fold(lambda x, y: x * y),
-    "amax": _fold(casadi.fmax),
-    "amin": _fold(casadi.fmin),
-    "max": _fold(casadi.fmax),
-    "min": _fold(casadi.fmin),
+    "amax": _fold(larger),
+    "amin": _fold(smaller),
+    "max": _fold(larger),
+    "min": _fold(smaller),
     "any": _fold(casadi.logic_or),
     "all": _fold(casadi.logic_and),
 }

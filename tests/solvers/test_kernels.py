@@ -174,3 +174,83 @@ class TestEnds:
         solution = solve(problem, steps=4, kernel="torch", initial_guess=torch.zeros(4, 1))
         assert not bool(solution.converged)
         assert "a derivative is NaN or infinite; look for a square root" in solution.status
+
+
+class Rounded(torch.autograd.Function):
+    """Rounds, and passes gradients as if it did not."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return torch.floor(x + 0.5)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
+class TestWhatLoweringMustNotChange:
+    def problem(self, miss, start=1.0):
+        return OCP(
+            lambda t, x, u: u,
+            lambda t, x, u: 0.05 * (u**2).sum(-1),
+            lambda t, x: miss(x[..., 0]),
+            initial_state=[start],
+            control_dim=1,
+            horizon=1.0,
+        )
+
+    @pytest.mark.parametrize(
+        "miss", [lambda x: (Rounded.apply(x) - 3) ** 2, lambda x: (x - 3) ** 2 * (x.detach() ** 2 + 1)]
+    )
+    def test_derivatives_of_the_users_own(self, miss):
+        problem = self.problem(miss, start=0.1)
+        assert solve(problem, steps=4).status.endswith("(torch kernel)")
+        with pytest.raises(ProblemError, match="derivatives are not torch's: a part is detached, or has a backward"):
+            solve(problem, steps=4, kernel="lowered")
+
+    @pytest.mark.parametrize(
+        "wall",
+        [
+            lambda x: torch.relu(torch.sqrt(x)),
+            lambda x: torch.clamp(torch.log(x), min=-10),
+            lambda x: torch.maximum(torch.sqrt(x), torch.zeros_like(x)),
+            lambda x: torch.stack([torch.sqrt(x), 0 * x], dim=-1).amax(-1),
+        ],
+    )
+    def test_a_nan_stays_one(self, wall):
+        """Beyond x = 0 the cost is NaN: no step may end there."""
+        for kernel in ("torch", "lowered"):
+            solution = solve(self.problem(lambda x: (x + 1) ** 2 + wall(x)), steps=8, kernel=kernel)
+            assert bool(torch.isfinite(solution.problem.terminal(solution.states[-1], solution.parameters)))
+            assert float(solution.states[-1, 0]) >= 0.0
+
+    def test_the_tail_of_a_sigmoid(self):
+        problem = self.problem(lambda x: 10 * (x + 35) ** 2 - torch.log(torch.sigmoid(x)), start=0.0)
+        torch_, lowered = (solve(problem, steps=8, kernel=kernel) for kernel in ("torch", "lowered"))
+        near(lowered.cost, torch_.cost, 1e-10)
+
+
+class TestGradientModes:
+    def problem(self):
+        return OCP(
+            lambda t, x, u: u,
+            lambda t, x, u: (u**2).sum(-1),
+            lambda t, x: ((x - 2) ** 2).sum(-1),
+            initial_state=[1.0],
+            control_dim=1,
+            horizon=1.0,
+        )
+
+    @pytest.mark.parametrize("kernel", ["torch", "lowered"])
+    def test_without_gradients_around_it(self, kernel):
+        right = solve(self.problem(), steps=5)
+        with torch.no_grad():
+            near(solve(self.problem(), steps=5, kernel=kernel).cost, right.cost, 1e-12)
+
+    def test_inference_mode_is_refused(self):
+        problem = self.problem()
+        with torch.inference_mode():
+            with pytest.raises(ProblemError, match="inference_mode.* is on, where nothing has a derivative"):
+                solve(problem, steps=5)
+            with pytest.raises(ProblemError, match="inference_mode.* is on, where nothing has a derivative"):
+                self.problem()

@@ -85,7 +85,7 @@ ENTRYWISE = {
     "activations": lambda x: nn.functional.relu(x) * x + torch.sigmoid(x) + nn.functional.softplus(x),
     "smooth units": lambda x: nn.functional.gelu(x) + nn.functional.gelu(x, approximate="tanh") + nn.functional.silu(x),
     "other units": lambda x: nn.functional.elu(x) + nn.functional.leaky_relu(x) + nn.functional.hardtanh(x) * x,
-    "error function": lambda x: torch.erf(x) + torch.special.erfc(x) + nn.functional.mish(x),
+    "error function": lambda x: torch.erf(x) + nn.functional.mish(x),
     "losses": lambda x: nn.functional.huber_loss(x, 2 * x) + nn.functional.mse_loss(x, x**2) + torch.lerp(x, x**2, 0.3),
     "ratios": lambda x: torch.addcmul(x, x, x, value=0.5) + torch.addcdiv(x, x, x + 3) + torch.sinc(x),
     "truncated": lambda x: (
