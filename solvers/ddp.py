@@ -110,7 +110,9 @@ class Start:
             path = self.kernel.evaluate(states, controls)
         zero, count = torch.zeros_like(path.cost), torch.zeros_like(path.cost, dtype=torch.int64)
         finite = torch.isfinite(path.cost) & torch.isfinite(path.states).all(-1).all(0)
-        if not path.cost.ndim and not (bool(finite) and (path.gaps is None or bool(path.gaps.isfinite().all()))):
+        if path.gaps is not None:
+            finite = finite & torch.isfinite(path.gaps).all(-1).all(0)
+        if not path.cost.ndim and not bool(finite):
             finite_path(list(path.states if path.gaps is None else path.gaps), path.cost, self.times)
         outcome = torch.where(finite, Outcome.RUNNING, Outcome.NOT_FINITE)
         row = rows.to(count.device).reshape(count.shape)

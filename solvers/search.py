@@ -216,11 +216,13 @@ def search_some(
     accepted = enough & (slope >= 0) & torch.isfinite(trial.cost) & torch.isfinite(trial.states).all(-1).all(0)
     accepted = accepted if allowed is None else accepted & allowed
     chosen, found = accepted.to(torch.int8).argmax(0), accepted.any(0)
+    if not bool(found.any()):
+        return iterate, torch.zeros_like(iterate.cost)
     tried = Iterate(*trial[:3], trial.gaps, weight.expand_as(trial.cost))
+    if len(alphas) == 1 and bool(found.all()):
+        return each(lambda axis, candidates: candidates.select(axis, 0), tried), alphas[0].expand(iterate.cost.shape)
 
     def taken(axis: int, now: Tensor, candidates: Tensor) -> Tensor:
-        if len(alphas) == 1:
-            return choose(found, axis, candidates.select(axis, 0), now)
         index = chosen.reshape((1,) * (axis + 1) + chosen.shape + (1,) * (now.ndim - axis - chosen.ndim))
         index = index.expand(*now.shape[:axis], 1, *now.shape[axis:])
         return choose(found, axis, torch.gather(candidates, axis, index).squeeze(axis), now)
