@@ -16,14 +16,14 @@ from tests.solvers.cases import assert_converged, swing
 @pytest.fixture(scope="module")
 def starts():
     generator = torch.Generator().manual_seed(1)
-    return torch.rand(64, 2, generator=generator, dtype=torch.float64) * torch.tensor([2.0, 1.0])
+    return torch.rand(12, 2, generator=generator, dtype=torch.float64) * torch.tensor([2.0, 1.0])
 
 
 class TestBatch:
-    def test_64_problems_are_64_solves(self, starts):
+    def test_twelve_problems_are_twelve_solves(self, starts):
         together = solve(swing(starts, control_bounds=(-3.0, 2.0)), steps=8, integrator="euler")
         assert_converged(together)
-        assert len(set(together.iterations.tolist())) > 3
+        assert len(set(together.iterations.tolist())) > 2
         for i, x0 in enumerate(starts):
             alone = solve(swing(x0, control_bounds=(-3.0, 2.0)), steps=8, integrator="euler")
             assert_close(together.cost[i], alone.cost, rtol=1e-12)
