@@ -24,6 +24,7 @@ from torch import Tensor
 from ocnopt.checks import finite_path, nearest, no_constraints, solver_options
 from ocnopt.differential.steps import Direction, Path, TorchKernel
 from ocnopt.errors import ProblemError
+from ocnopt.solvers.lowered.limits import fits
 from ocnopt.solvers.search import (
     Curvature,
     Iterate,
@@ -180,7 +181,7 @@ class DDP:
         return _result(wide, ended, kernel, history, (built - began, time.perf_counter() - built))
 
     def _kernel(self, wide: Widened, guess: Guess) -> Kernel:
-        if self.kernel != "torch":
+        if self.kernel == "lowered" or (self.kernel == "auto" and fits(wide.problem) is None):
             from ocnopt.solvers.lowered.kernel import LoweredKernel
 
             try:

@@ -20,8 +20,9 @@ from torch import Tensor
 from ocnopt.differential.steps import Direction, Path
 from ocnopt.differential.sweep import CostToGo, minimise_start
 from ocnopt.solvers.lowered.arrays import Arrays
+from ocnopt.solvers.lowered.limits import fits, refused
 from ocnopt.solvers.lowered.machine import Array, Machine
-from ocnopt.solvers.lowered.problem import fits, lower_step, refused
+from ocnopt.solvers.lowered.problem import lower_step
 from ocnopt.solvers.lowered.steps import Fold, Steps, make_steps
 from ocnopt.solvers.solution import Guess
 from ocnopt.staged import StagedOCP

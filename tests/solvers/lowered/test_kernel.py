@@ -14,7 +14,7 @@ from ocnopt.errors import ProblemError
 from ocnopt.ocp import OCP, FreeHorizon
 from ocnopt.solvers.lowered import arrays, kernel
 from ocnopt.solvers.lowered.kernel import LoweredKernel
-from ocnopt.solvers.lowered.problem import fits
+from ocnopt.solvers.lowered.limits import fits
 from ocnopt.solvers.solution import Guess
 from ocnopt.staged import Stage, StagedOCP, Widened, transcribe
 from tests.oracles.lq import random_affine_quadratic
