@@ -2,8 +2,8 @@
 
 A step x_next = x + h sum_i b_i F(t_i, y_i), y_i = x + h sum_{j<i} a_ij F(t_j, y_j), maps the costate dL/dx_next to
 dL/dx and adds to dL/dtheta: one vector-Jacobian product by autograd through the whole step, for any explicit tableau.
-The graph of a step is that of the forward pass where it was kept (:class:`Trajectory`); elsewhere the step is taken
-again from the state at its start.
+The first steps may have kept their graph (:class:`Trajectory`) and are one link; others are taken again from the state
+at their start.
 
 Step sizes count as constants. As times move, all steps of an interval stretch with it: the step from t + shift of
 length stretch h is that from t of length h with the field stretch F(tau + shift + (stretch - 1)(tau - t), y), so
@@ -11,7 +11,7 @@ dL/dshift and dL/dstretch at 0 and 1 are two more products of the same pull.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import cache
 from itertools import repeat
@@ -23,6 +23,9 @@ from torch import Tensor
 from ocnopt.integrate.runge_kutta import Field, Stages, Time, step
 from ocnopt.integrate.tableaus import Tableau
 from ocnopt.integrate.walk import StageLog, Step
+
+# How much of the budget a graph may fill: a step's state is far smaller than its graph, the rest holds many.
+_SHARE = 7 / 8
 
 
 @runtime_checkable
@@ -79,9 +82,6 @@ class Differentiable(Protocol):
     def noted(self, notes: Sequence[Any], stages: Iterator[AbstractContextManager[Any]] | None = None) -> Field:
         """Return the field for a row of evaluations that see what the notes say, each within its context."""
 
-    def weighed(self) -> AbstractContextManager[dict[int, int]]:
-        """Measure what autograd saves, in bytes by address, known when the context closes."""
-
     def require_same(self, came: Tensor, expected: Tensor, inputs: Sequence[Tensor]) -> None:
         """Raise if a replayed state, differentiable in ``inputs``, is not that of the forward pass."""
 
@@ -127,29 +127,34 @@ class Taken(NamedTuple):
 
 
 class Replay(NamedTuple):
-    """An accepted step to be pulled back, from ``start``.
-
-    ``end`` carries the graph of the step where it was kept; ``expected`` is what a replay must reproduce, if known.
-    """
+    """An accepted step to be taken again from ``start``; that must give what is ``expected``, where it is known."""
 
     step: Taken
     start: Tensor
-    end: Tensor | None = None
     expected: Tensor | None = None
+
+
+class Kept(NamedTuple):
+    """The first steps of a path as one graph, from its leaf ``start`` to ``end``, with the outputs i on the way."""
+
+    start: Tensor
+    end: Tensor
+    outputs: Mapping[int, Tensor]
 
 
 class Trajectory:
     """Records the accepted steps of a walk, for walking backwards.
 
-    States are kept as long as ``budget`` lasts, and in what remains of it the graphs of the first steps. Where the
-    states alone are too many, only every stride-th is kept, stride at most about the square root of the number of
-    steps, and each stretch is taken again, bit for bit, when the backward walk reaches it.
+    The first steps keep their graph, as long as it fills no more than most of ``budget``. From there on states are
+    kept; where they are too many for what remains, only every stride-th, stride at most about the square root of the
+    number of steps, and each stretch is taken again, bit for bit, when the backward walk reaches it.
 
     Args:
         tableau: the method.
         field: takes the steps again.
         budget: bytes to keep.
-        graphs: whether graphs are kept; the walk must then take its steps by :meth:`take`.
+        evaluation: bytes that the graph of one evaluation keeps, or None to keep none; the walk must then start at a
+            leaf and take its steps by :meth:`take`.
         log: notes of the evaluations, where the field needs them to be repeated.
     """
 
@@ -158,64 +163,50 @@ class Trajectory:
         tableau: Tableau,
         field: Differentiable,
         budget: int,
-        graphs: bool = False,
+        evaluation: int | None = None,
         log: StageLog[Any] | None = None,
     ) -> None:
         self.tableau, self.field, self._budget, self._log = tableau, field, budget, log
-        self._graphs = graphs and budget > 0
+        self._graphs, self._stride = evaluation is not None and budget > 0, 1
+        self._step = (evaluation or 0) * len(shortened(tableau).c)
         self.steps: list[Taken] = []
-        self.kept: list[int] = []
-        self._starts: dict[int, Tensor] = {}
-        self._ends: list[Tensor] = []
-        self._end: Tensor | None = None
-        self._stride, self._graph_bytes, self.is_whole = 1, 0, False
+        self.prefix = 0
+        self._states: dict[int, Tensor] = {}
+        self._graph: dict[int, Tensor] = {}  # outputs of the first steps; at 0 their start, at -1 their end
+        self.places: tuple[list[int], list[int]] = ([], [])
 
     def take(
         self, tableau: Tableau, field: Field, t: Time, h: float, x: Tensor, first: Tensor | None = None
     ) -> tuple[Tensor, Stages]:
-        """Take a step as :func:`ocnopt.integrate.runge_kutta.step` does, with a graph of its own while it is kept."""
-        self._end = None
+        """Take a step as :func:`ocnopt.integrate.runge_kutta.step` does, continuing the graph while it is kept."""
         if not self._graphs:
+            return step(tableau, field, t, h, x.detach(), None if first is None else first.detach())
+        with torch.enable_grad():
             return step(tableau, field, t, h, x, first)
-        complete = first is None or tableau.first_same_as_last
-        weigh = self.field.weighed() if complete and not self._graph_bytes else nullcontext()
-        with torch.enable_grad(), weigh as sizes:
-            self._end, seen = step(shortened(tableau), field, t, h, x, first)
-            x = self._end.detach().requires_grad_()
-            if tableau.first_same_as_last:
-                # The graph of the next step begins at its own leaf.
-                last = t + tableau.c[-1] * h
-                seen.times.append(last)
-                seen.points.append(x)
-                seen.slopes.append(field(last, x))
-        if sizes is not None:
-            self._graph_bytes = sum(sizes.values())  # all steps save as much
-        return x, seen
 
     def append(self, taken: Step) -> None:
         """Keep one accepted step."""
         notes = (None,) * len(self.tableau.c) if self._log is None else self._log.accept()
-        if len(self.steps) % self._stride == 0:
-            self._starts[len(self.steps)] = taken.stages.points[0]
+        start, place = taken.stages.points[0], len(self.steps) - self.prefix
         self.steps.append(Taken(taken.time, taken.size, notes, taken.output))
-        if self._end is not None:
-            self._ends.append(self._end)
-        state = taken.stages.points[0].nbytes
-        while len(self._starts) * state + len(self._ends) * self._graph_bytes > self._budget:
-            if self._ends:
-                self._graphs = False
-                self._ends.pop()
-            elif 2 * self._stride**2 < len(self.steps):
-                self._stride *= 2
-                self._starts = {i: start for i, start in self._starts.items() if i % self._stride == 0}
-            else:
-                break
-        self.is_whole = len(self._ends) == len(self.steps)
+        self._graphs = self._graphs and (self.prefix + 1) * self._step <= _SHARE * self._budget
+        if self._graphs:
+            self._graph |= {-1: taken.state} if self.prefix else {0: start, -1: taken.state}
+            self._graph |= {} if taken.output is None else {taken.output: taken.state}
+            self.prefix += 1
+            return
+        if place % self._stride == 0:
+            self._states[self.prefix + place] = start.detach()
+        room = self._budget - self.prefix * self._step
+        while len(self._states) * start.nbytes > room and 2 * self._stride**2 <= place:
+            self._stride *= 2
+            self._states = {i: state for i, state in self._states.items() if (i - self.prefix) % self._stride == 0}
 
     def release(self) -> list[Tensor]:
         """Hand over the tensors, so that autograd keeps and frees them; the steps stay."""
-        tensors = [*self._starts.values(), *self._ends]
-        self.kept, self._starts, self._ends, self._end = [*self._starts], {}, [], None
+        tensors = [*self._states.values(), *self._graph.values()]
+        self.places = [*self._states], [*self._graph]
+        self._states, self._graph = {}, {}
         return tensors
 
 
@@ -229,23 +220,27 @@ class Path:
     """
 
     def __init__(self, trajectory: Trajectory, tensors: Sequence[Tensor], end: Tensor) -> None:
-        count = len(trajectory.kept)
+        states, graph = trajectory.places
         self._trajectory, self._end = trajectory, end
-        self._starts, self._ends = dict(zip(trajectory.kept, tensors, strict=False)), tensors[count:]
+        self._starts = dict(zip(states, tensors, strict=False))
+        self._graph = dict(zip(graph, tensors[len(states) :], strict=True))
 
-    def __iter__(self) -> Iterator[Replay]:
+    def __iter__(self) -> Iterator[Replay | Kept]:
         yield from [*reversed(self)][::-1]
 
-    def __reversed__(self) -> Iterator[Replay]:
+    def __reversed__(self) -> Iterator[Replay | Kept]:
         steps = self._trajectory.steps
         expected: Tensor | None = self._end
         stop = len(steps)
         for kept in sorted(self._starts, reverse=True):
             stretch = self._retaken(kept, stop)
             for i in range(stop - 1, kept - 1, -1):
-                yield Replay(steps[i], stretch.pop(), self._ends[i] if i < len(self._ends) else None, expected)
+                yield Replay(steps[i], stretch.pop(), expected)
                 expected = None
             stop = kept
+        if self._graph:
+            outputs = {i: state for i, state in self._graph.items() if i > 0}
+            yield Kept(self._graph[0], self._graph[-1], outputs)
 
     def _retaken(self, kept: int, stop: int) -> list[Tensor]:
         """The states at the starts of the steps from a kept one up to ``stop``."""
@@ -282,8 +277,8 @@ class StepPull:
     Args:
         tableau: the method.
         field: the field.
-        observer: watches every evaluation of a replayed step.
-        moving: whether dL/dstretch and dL/dshift are wanted; then, too, steps must be replayed.
+        observer: watches every evaluation.
+        moving: whether dL/dstretch and dL/dshift are wanted.
     """
 
     def __init__(
@@ -293,30 +288,40 @@ class StepPull:
 
     def __call__(self, replay: Replay, costate: Tensor, gradient: Gradient) -> PulledStep:
         """Map the costate at the end of a step to its start, and add to the gradient."""
-        taken, start, end = replay.step, replay.start, replay.end
-        moves: Sequence[Tensor] = ()
-        if end is None:
-            start = start.detach().requires_grad_()
-            stages = None
-            if self._observer is not None:
-                stages = map(self._observer.stage, [abs(taken.size) * w for w in self._tableau.quadrature], repeat(1.0))
-            field = self._field.noted(taken.notes, stages)
-            if self._moving:
-                moves = [
-                    torch.tensor(value, dtype=torch.float64, device=start.device, requires_grad=True)
-                    for value in (1.0, 0.0)
-                ]
-                field = _moved(field, taken.time, *moves)
-            with torch.enable_grad():
-                end, _ = step(self._tableau, field, taken.time, taken.size, start)
+        taken, start = replay.step, replay.start.detach().requires_grad_()
+        stages, moves = None, []
+        if self._observer is not None:
+            stages = map(self._observer.stage, [abs(taken.size) * w for w in self._tableau.quadrature], repeat(1.0))
+        field = self._field.noted(taken.notes, stages)
+        if self._moving:
+            moves = [
+                torch.tensor(value, dtype=torch.float64, device=start.device, requires_grad=True)
+                for value in (1.0, 0.0)
+            ]
+            field = _moved(field, taken.time, *moves)
+        with torch.enable_grad():
+            end, _ = step(self._tableau, field, taken.time, taken.size, start)
         inputs = (start, *self._field.parameters, *moves)
-        if replay.end is None and replay.expected is not None:
+        if replay.expected is not None:
             self._field.require_same(end, replay.expected, inputs)
-        # A kept graph may be pulled again: autograd frees it with the node of the solve.
-        x, *found = torch.autograd.grad(end, inputs, costate, retain_graph=end is replay.end, allow_unused=True)
+        x, *found = torch.autograd.grad(end, inputs, costate, allow_unused=True)
         count = len(self._field.parameters)
         gradient.add(found[:count])
         return PulledStep(x, *found[count:])
+
+    def all_kept(self, kept: Kept, costate: Tensor, jumps: Mapping[int, Tensor], gradient: Gradient) -> Tensor:
+        """Map the costate at the end of the steps that kept their graph to the start of the path, all at once."""
+        ends = {i: state for i, state in kept.outputs.items() if i in jumps}
+        # The graph may be pulled again: autograd frees it with the node of the solve.
+        x, *found = torch.autograd.grad(
+            (kept.end, *ends.values()),
+            (kept.start, *self._field.parameters),
+            (costate, *(jumps[i] for i in ends)),
+            retain_graph=True,
+            allow_unused=True,
+        )
+        gradient.add(found)
+        return x
 
 
 def _moved(field: Field, start: float, stretch: Tensor, shift: Tensor) -> Field:
@@ -325,7 +330,7 @@ def _moved(field: Field, start: float, stretch: Tensor, shift: Tensor) -> Field:
 
 
 class DiscreteStep:
-    """The step of the sweep: one accepted Runge-Kutta step backwards.
+    """The step of the sweep: one accepted Runge-Kutta step backwards, or all those that kept their graph.
 
     Args:
         pull_step: the vector-Jacobian product of a step.
@@ -336,9 +341,11 @@ class DiscreteStep:
     def __init__(self, pull_step: StepPull, jumps: Mapping[int, Tensor], times: Sequence[float] = ()) -> None:
         self._pull_step, self._jumps, self._times = pull_step, jumps, times
 
-    def __call__(self, replay: Replay, value: Costate) -> tuple[Costate, None]:
-        """Carry the costate from the end of a step to its start."""
+    def __call__(self, replay: Replay | Kept, value: Costate) -> tuple[Costate, None]:
+        """Carry the costate from the end of a link to its start."""
         x, interval = value.x, value.interval
+        if isinstance(replay, Kept):
+            return value._replace(x=self._pull_step.all_kept(replay, x, self._jumps, value.parameters)), None
         if replay.step.output is not None:
             interval = replay.step.output
             x = x + self._jumps[interval] if interval in self._jumps else x

@@ -135,7 +135,7 @@ class _Walker:
         factor = self._factor(error)
         if accepted:
             if self.on_step is not None:
-                self.on_step(Step(self.t, h, seen, output))
+                self.on_step(Step(self.t, h, seen, output, x))
             self.steps += 1
             self.t += h
             self.x, self.magnitude = x, magnitude

@@ -58,7 +58,7 @@ def integrate(
             x, seen = take(tableau, field, t, h, x, slope)
             slope = seen.slopes[-1] if tableau.first_same_as_last else None
             if on_step is not None:
-                on_step(Step(t, h, seen, output if i == count - 1 else None))
+                on_step(Step(t, h, seen, output if i == count - 1 else None, x))
             t += h
         _require_finite(x, start, end, h)
         steps += count

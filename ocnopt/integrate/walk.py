@@ -17,12 +17,13 @@ T = TypeVar("T")
 
 
 class Step(NamedTuple):
-    """One accepted step from ``time`` to ``time + size``; ``output`` is i where it ends at ``times[i]``."""
+    """One accepted step of length ``size`` from ``time`` to ``state``; ``output`` is i where it ends at ``times[i]``."""
 
     time: float
     size: float
     stages: Stages
     output: int | None
+    state: Tensor
 
 
 OnStep = Callable[[Step], None]

@@ -84,6 +84,7 @@ class Surroundings:
     def __init__(self, field: nn.Module, device: torch.device) -> None:
         self.field, self.device = field, device
         self.training = [(module, module.training) for module in field.modules()]
+        self.parameters = self.parameters_now()
         self.autocast = {
             kind: (
                 torch.is_autocast_enabled(kind),
@@ -96,13 +97,24 @@ class Surroundings:
         self.buffers: list[tuple[Tensor, Tensor]] = []
         self.attributes: list[tuple[str, object]] = []
 
+    def parameters_now(self) -> list[Tensor]:
+        """The field's parameters; without the search for shared ones that ``field.parameters()`` spends its time on."""
+        return [value for module, _ in self.training for value in module._parameters.values() if value is not None]
+
+    def buffers_now(self) -> list[Tensor]:
+        """The field's buffers, likewise."""
+        return [value for module, _ in self.training for value in module._buffers.values() if value is not None]
+
     def close(self, *, repeats: bool) -> None:
         """The forward pass is over; note what a backward pass needs, which ``repeats`` evaluations or not."""
-        self.buffers = [(buffer, buffer.clone()) for buffer in self.field.buffers()]
-        self.attributes = [*_attributes(self.field)] if repeats else []
+        self.buffers = [(buffer, buffer.clone()) for buffer in self.buffers_now()]
         if any(enabled for enabled, _, _ in self.autocast.values()):
             # Weights that autocast has cast without a graph: later uses in the same region would lose gradients.
             torch.clear_autocast_cache()
+        if repeats:
+            self.attributes = [*_attributes(self.field)]
+        else:
+            self.training, self.autocast = [], {}
 
     def noise(self) -> Noise:
         """The state of the random generators that a field may draw from."""
@@ -165,6 +177,14 @@ class Statistics:
     rejected: int = 0
 
 
+class Root(NamedTuple):
+    """The start of a graph: its leaf x, F(t, x), and the bytes that autograd keeps of one evaluation."""
+
+    x: Tensor
+    slope: Tensor
+    nbytes: int
+
+
 class Evaluation:
     """A user's field as ``F(t: float, x: Tensor) -> Tensor``.
 
@@ -186,7 +206,6 @@ class Evaluation:
     ) -> None:
         self.field, self.layout, self.parameters = field, layout, parameters
         self.surroundings, self.moving = surroundings, moving
-        self.owned = [*field.parameters()]
         self.statistics, self.is_backward = Statistics(), False
         self.log: StageLog[Noise] | None = None
         self._differentiates = False
@@ -208,18 +227,20 @@ class Evaluation:
         with torch.enable_grad():
             return self.at(self._time(t, x), x.detach().requires_grad_()).detach()
 
-    def first(self, t: Time, x: Tensor) -> Tensor:
-        """F(t, x) without a graph, after a look at what it depends on; see :meth:`root`."""
-        return self.root(t, x)[1].detach()
-
-    def root(self, t: Time, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x as the leaf of a new graph and F(t, x), after a look at what it depends on.
+    def root(self, t: Time, x: Tensor) -> "Root":
+        """Begin a graph with F(t, x), after a look at what that depends on and how much of it autograd keeps.
 
         Raises:
             ProblemError: it depends on a tensor whose gradient would be lost.
         """
-        leaf = x.detach().requires_grad_()
-        with torch.enable_grad():
+        leaf, saved = x.detach().requires_grad_(), []
+
+        def pack(tensor: Tensor) -> Tensor:
+            # A saved output that kept itself would keep its graph for ever: output, node, hook's result, output.
+            saved.append(tensor.detach())
+            return saved[-1]
+
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             slope = self.at(self._time(t, x), leaf)
         stray = _stray_leaf(slope, (leaf, *self.parameters))
         if stray is not None:
@@ -230,30 +251,15 @@ class Evaluation:
                 "hand it over as adjoint_params=[...] (or a function that returns such a list), detach it, or use "
                 'adjoint="backprop"'
             )
-        return leaf, slope
-
-    @contextmanager
-    def weighed(self) -> Iterator[dict[int, int]]:
-        """Measure what autograd saves besides parameters and buffers, in bytes by address, once the context closes."""
-        saved: list[Tensor] = []
-
-        def pack(tensor: Tensor) -> Tensor:
-            # A saved output that kept itself would keep its graph for ever: output, node, hook's result, output.
-            saved.append(tensor.detach())
-            return saved[-1]
-
-        sizes: dict[int, int] = {}
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            yield sizes
-        held = (*self.owned, *self.field.buffers(), *self.parameters)
-        sizes.update(dict.fromkeys((tensor.data_ptr() for tensor in held), 0))
+        shared = (*self.surroundings.parameters, *self.surroundings.buffers_now(), *self.parameters)
+        sizes = dict.fromkeys((tensor.data_ptr() for tensor in shared), 0)
         for tensor in saved:
             if tensor.data_ptr() not in sizes:
                 # A view keeps all of its storage; asking for the storage of every tensor would be slow.
                 whole = tensor.untyped_storage() if tensor._is_view() else tensor
                 size = whole.nbytes() if isinstance(whole, torch.UntypedStorage) else whole.nbytes
                 sizes.setdefault(whole.data_ptr(), size)
-        saved.clear()
+        return Root(leaf, slope, sum(sizes.values()))
 
     def noted(
         self, notes: Sequence[Noise | None], stages: Iterator[AbstractContextManager[Any]] | None = None
@@ -322,8 +328,8 @@ class Evaluation:
             yield
 
     def _require_own_parameters(self) -> None:
-        now = [*self.field.parameters()]
-        if len(now) != len(self.owned) or any(new is not old for new, old in zip(now, self.owned, strict=True)):
+        now, owned = self.surroundings.parameters_now(), self.surroundings.parameters
+        if len(now) != len(owned) or any(new is not old for new, old in zip(now, owned, strict=True)):
             raise OcnoptError(
                 "the field's parameters were exchanged between the forward and the backward pass "
                 "(torch.func.functional_call does that); expected the same tensors, since the backward pass evaluates "
@@ -376,10 +382,11 @@ def _stray_leaf(slope: Tensor, known: Sequence[Tensor]) -> Tensor | None:
         if node is None or node in seen:
             continue
         seen.add(node)
-        leaf = getattr(node, "variable", None)
+        edges = node.next_functions
+        leaf = None if edges else getattr(node, "variable", None)
         if isinstance(leaf, Tensor) and id(leaf) not in leaves:
             return leaf
-        pending.extend(following for following, _ in node.next_functions)
+        pending += [following for following, _ in edges]
     return None
 
 

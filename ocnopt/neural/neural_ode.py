@@ -207,15 +207,16 @@ class NeuralODE(nn.Module):
     def _end(self) -> float:
         return self.T.item() if isinstance(self.horizon, FreeHorizon) else self.horizon.t1
 
-    def _differentiated(self) -> list[Tensor]:
+    def _differentiated(self, own: Sequence[Tensor]) -> list[Tensor]:
         extra = self.adjoint_params() if callable(self.adjoint_params) else self.adjoint_params
-        unique = {id(tensor): tensor for tensor in (*self.field.parameters(), *extra) if tensor.requires_grad}
-        return [*unique.values()]
+        return [*{id(tensor): tensor for tensor in (*own, *extra) if tensor.requires_grad}.values()]
 
     def _solve(self, layout: StateLayout, x: Tensor, path: list[float], moving: Tensor | None) -> Sequence[Tensor]:
         """The states at ``path[1:]``."""
         surroundings = Surroundings(self.field, x.device)
-        evaluation = Evaluation(self.field, layout, self._differentiated(), surroundings, moving is not None)
+        evaluation = Evaluation(
+            self.field, layout, self._differentiated(surroundings.parameters), surroundings, moving is not None
+        )
         self.statistics = evaluation.statistics
         step_size = abs(self._end() - self.horizon.t0) / (self.steps or DEFAULT_STEPS)
         if self.method not in TABLEAUS:
@@ -235,7 +236,7 @@ class NeuralODE(nn.Module):
     ) -> Sequence[Tensor]:
         continuous = self.adjoint == "continuous" and torch.is_grad_enabled()
         if continuous:
-            evaluation.first(path[0], x)
+            evaluation.root(path[0], x)
         cap = None if self.method in torchdiffeq_bridge.GRID else self.max_evaluations
 
         def field(t: Tensor, x: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from ocnopt.integrate.runge_kutta import Take
 from ocnopt.integrate.runge_kutta import step as take_step
 from ocnopt.integrate.tableaus import Tableau
 from ocnopt.integrate.walk import StageLog, Step, Walk
-from ocnopt.neural.evaluation import Evaluation, Noise
+from ocnopt.neural.evaluation import Evaluation, Noise, Root
 
 
 @dataclass(frozen=True)
@@ -77,31 +77,32 @@ class Discrete:
     @property
     def repeats(self) -> bool:
         """Whether the backward pass evaluates the field again."""
-        return not self._trajectory.is_whole
+        return self._trajectory.prefix < len(self._trajectory.steps)
 
     def forward(self, x: Tensor) -> tuple[Walk, list[Tensor]]:
         """Walk, and what must be saved: x(T), then the trajectory's tensors."""
         evaluation, surroundings = self.job.evaluation, self.job.evaluation.surroundings
         before = surroundings.noise()
-        leaf, first = evaluation.root(self.job.path[0], x)
+        root = evaluation.root(self.job.path[0], x)
         noisy = surroundings.moved(before)
-        walk = self._walk(leaf, first, before if noisy else None)
+        walk = self._walk(root, before if noisy else None)
         if not noisy and self.repeats and surroundings.moved(before):
             # The field drew its first random numbers on the way: walk again and note their states.
             surroundings.set_noise(before)
-            walk = self._walk(leaf, first, before)
+            walk = self._walk(root, before)
         self._slope = None if self.job.observer is None or walk.slope is None else walk.slope.detach()
         *states, end = (state.detach() for state in walk.states)
         # The last output is the caller's, who may work on it in place.
         return walk._replace(states=[*states, end.clone()]), [end, *self._trajectory.release()]
 
-    def _walk(self, x: Tensor, first: Tensor, noise: Noise | None) -> Walk:
+    def _walk(self, root: Root, noise: Noise | None) -> Walk:
         job = self.job
         log = job.evaluation.log = None if noise is None else StageLog(job.tableau)
         if log is not None and noise is not None:
             log.add(noise)
-        self._trajectory = Trajectory(job.tableau, job.evaluation, self._budget, self._graphs, log)
-        walk = job.walk(x, first, self._trajectory.append, self._trajectory.take)
+        kept = root.nbytes if self._graphs else None
+        self._trajectory = Trajectory(job.tableau, job.evaluation, self._budget, kept, log)
+        walk = job.walk(root.x, root.slope, self._trajectory.append, self._trajectory.take)
         job.evaluation.log = None
         return walk
 
@@ -142,7 +143,7 @@ class Continuous:
         """Walk, and what must be saved: the output states."""
         surroundings = self.job.evaluation.surroundings
         before = surroundings.noise()
-        self._first = self.job.evaluation.first(self.job.path[0], x)
+        self._first = self.job.evaluation.root(self.job.path[0], x).slope.detach()
         walk = self.job.walk(x, self._first)
         if surroundings.moved(before):
             warnings.warn(

@@ -59,13 +59,16 @@ def test_thinned_checkpoints_change_nothing(method, steps):
     tolerance = 1e-9 if method == "dopri5" else 1e-5
     control = {"method": method, "steps": steps and 37, "rtol": tolerance, "atol": tolerance}
     _, expected = gradients(NeuralODE(field, 2.0, **control), x)
-    one_state = x.numel() * 8
+    one_state, replayed = x.numel() * 8, []
     for budget in (0, one_state, 10 * one_state):
         ode = NeuralODE(field, 2.0, checkpoint_bytes=budget, **control)
-        assert torch.equal(gradients(ode, x)[1], expected)
+        replayed.append(gradients(ode, x)[1])
+        # Steps whose graph was kept are pulled at once: their sums come in another order.
+        assert distance(replayed[-1], expected) < 1e-14
         assert ode.statistics.steps > 8
         ode.observe(Watcher())
         assert distance(gradients(ode, x)[1], expected) < 1e-12
+    assert torch.equal(replayed[1], replayed[0])
 
 
 def test_thinning_keeps_about_the_square_root():

@@ -3,27 +3,28 @@
 import pytest
 import torch
 
-from ocnopt.differential.discrete import Gradient, Path, StepPull, Trajectory
+from ocnopt.differential.discrete import Costate, DiscreteStep, Gradient, Kept, Path, StepPull, Trajectory
+from ocnopt.differential.sweep import sweep
 from ocnopt.integrate import fixed
 from ocnopt.integrate.tableaus import TABLEAUS
 from ocnopt.neural.evaluation import Evaluation, StateLayout, Surroundings
 from tests.neural.cases import Tanh, distance, start
 
 
-def walked(name, budget, n=21, graphs=True):
+def walked(name, budget, n=21, outputs=1, graphs=True):
     torch.manual_seed(0)
     field, x = Tanh(), start(2, 3)
     evaluation = Evaluation(field, StateLayout(), [*field.parameters()], Surroundings(field, x.device))
-    tableau, trajectory = TABLEAUS[name], Trajectory(TABLEAUS[name], evaluation, budget, graphs)
     with torch.no_grad():
-        leaf, first = evaluation.root(0.0, x)
+        root = evaluation.root(0.0, x)
+        trajectory = Trajectory(TABLEAUS[name], evaluation, budget, root.nbytes if graphs else None)
         walk = fixed.integrate(
             evaluation,
-            leaf,
-            (0.0, 1.0),
+            root.x,
+            [i / outputs for i in range(outputs + 1)],
             step_size=1 / n,
-            tableau=tableau,
-            first=first,
+            tableau=TABLEAUS[name],
+            first=root.slope,
             on_step=trajectory.append,
             take=trajectory.take,
         )
@@ -31,39 +32,47 @@ def walked(name, budget, n=21, graphs=True):
     return Path(trajectory, tensors, walk.state.detach()), tensors, evaluation
 
 
-def pulled(name, path, evaluation):
-    pull, gradient = StepPull(TABLEAUS[name], evaluation), Gradient(len(evaluation.parameters))
-    costate = torch.ones(2, 3, dtype=torch.float64)
+def pulled(name, path, evaluation, jumps=()):
+    back = DiscreteStep(StepPull(TABLEAUS[name], evaluation), dict(jumps))
+    terminal = Costate(torch.ones(2, 3, dtype=torch.float64), Gradient(len(evaluation.parameters)), torch.zeros(0))
     with torch.no_grad():
-        for replay in reversed(path):
-            costate = pull(replay, costate, gradient).x
-    return torch.cat([costate.flatten(), *(total.flatten() for total in gradient.totals)])
+        value, _ = sweep(back, path, terminal)
+    return torch.cat([value.x.flatten(), *(total.flatten() for total in value.parameters.totals)])
+
+
+def replays(path):
+    with torch.no_grad():
+        return [link for link in path if not isinstance(link, Kept)]
 
 
 @pytest.mark.parametrize("name", sorted(TABLEAUS))
-def test_graphs_states_and_thinned_states_are_the_same_steps(name):
-    whole, _, evaluation = walked(name, 2**20)
-    assert all(replay.end is not None for replay in whole)
-    expected = pulled(name, whole, evaluation)
-    for budget in (0, 100, 2000, 20_000):
-        path, _, evaluation = walked(name, budget)
-        assert torch.equal(pulled(name, path, evaluation), expected)
-        with torch.no_grad():
-            for one, other in zip(whole, path, strict=True):
-                assert one.step == other.step
-                assert torch.equal(one.start, other.start)
+def test_a_graph_states_and_thinned_states_are_the_same_steps(name):
+    jumps = {1: start(2, 3), 2: start(2, 3)}
+    whole, _, evaluation = walked(name, 2**20, outputs=3)
+    assert [type(link) for link in whole] == [Kept]
+    expected = pulled(name, whole, evaluation, jumps)
+    states, _, evaluation = walked(name, 2**20, outputs=3, graphs=False)
+    assert distance(pulled(name, states, evaluation, jumps), expected) < 1e-14
+    steps = replays(states)
+    assert len(steps) == 21
+    for budget in (0, 100, 10_000, 20_000):
+        path, _, evaluation = walked(name, budget, outputs=3)
+        assert distance(pulled(name, path, evaluation, jumps), expected) < 1e-14
+        for one, other in zip(reversed(steps), reversed(replays(path)), strict=False):
+            assert one.step == other.step
+            assert torch.equal(one.start, other.start)
 
 
-def test_graphs_fill_what_the_states_leave():
+def test_a_graph_fills_seven_eighths_and_states_the_rest():
     state, n = 2 * 3 * 8, 21
-    for budget in (0, n * state, n * state + 5000, n * state + 20_000):
+    for budget in (0, 1000, 5000, 10_000, 13_000, 20_000):
         path, tensors, _ = walked("rk4", budget, n)
-        ends = [tensor for tensor in tensors if tensor.grad_fn is not None]
-        assert len(tensors) - len(ends) == (n if budget else 6)  # every fourth
-        with torch.no_grad():
-            # The first steps keep their graphs; all others would have to be taken again.
-            assert [replay.end is not None for replay in path] == [i < len(ends) for i in range(n)]
-        assert len(ends) == max(0, min(n, (budget - n * state) // graph_bytes()))
+        kept = min(n, int(7 / 8 * budget) // graph_bytes())
+        count, room = len(replays(path)), budget - kept * graph_bytes()
+        assert count == n - kept
+        states = [tensor for tensor in tensors if not tensor.requires_grad]
+        # Where they do not fit, about the square root of their number.
+        assert len(states) == count if count * state <= room else len(states) <= max(6, room // state)
 
 
 def graph_bytes():
@@ -71,7 +80,7 @@ def graph_bytes():
     return 4 * (2 * 4 + 2 * 6) * 8
 
 
-def test_a_kept_graph_can_be_pulled_twice():
+def test_a_graph_can_be_pulled_twice():
     path, _, evaluation = walked("dopri5", 2**20, n=3)
     assert torch.equal(pulled("dopri5", path, evaluation), pulled("dopri5", path, evaluation))
     assert evaluation.statistics.forward == 1 + 3 * 6
