@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class Step(NamedTuple):
-    """One accepted step of length ``size`` from ``time`` to ``state``; ``output`` is i where it ends at ``times[i]``."""
+    """One accepted step of length ``size`` from ``time`` to ``state``; ``output`` is i if it ends at ``times[i]``."""
 
     time: float
     size: float
