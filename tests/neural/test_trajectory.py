@@ -48,14 +48,14 @@ def replays(path):
 @pytest.mark.parametrize("name", sorted(TABLEAUS))
 def test_a_graph_states_and_thinned_states_are_the_same_steps(name):
     jumps = {1: start(2, 3), 2: start(2, 3)}
-    whole, _, evaluation = walked(name, 2**20, outputs=3)
+    whole, _, evaluation = walked(name, 2**23, outputs=3)
     assert [type(link) for link in whole] == [Kept]
     expected = pulled(name, whole, evaluation, jumps)
-    states, _, evaluation = walked(name, 2**20, outputs=3, graphs=False)
+    states, _, evaluation = walked(name, 2**23, outputs=3, graphs=False)
     assert distance(pulled(name, states, evaluation, jumps), expected) < 1e-14
     steps = replays(states)
     assert len(steps) == 21
-    for budget in (0, 100, 10_000, 20_000):
+    for budget in (0, 100, 100_000, 500_000):
         path, _, evaluation = walked(name, budget, outputs=3)
         assert distance(pulled(name, path, evaluation, jumps), expected) < 1e-14
         for one, other in zip(reversed(steps), reversed(replays(path)), strict=False):
@@ -63,25 +63,31 @@ def test_a_graph_states_and_thinned_states_are_the_same_steps(name):
             assert torch.equal(one.start, other.start)
 
 
+# Of one evaluation of the field: the input of the first layer (2, 4) and the activations (2, 6), and its nodes: two of
+# each layer, one of tanh and of cat, four parameters, the start.
+EVALUATION = (2 * 4 + 2 * 6) * 8 + 11 * 1024
+
+
+def test_what_one_evaluation_keeps():
+    field, x = Tanh(), start(2, 3)
+    evaluation = Evaluation(field, StateLayout(), [*field.parameters()], Surroundings(field, x.device))
+    assert evaluation.root(0.0, x).nbytes == EVALUATION
+
+
 def test_a_graph_fills_seven_eighths_and_states_the_rest():
-    state, n = 2 * 3 * 8, 21
-    for budget in (0, 1000, 5000, 10_000, 13_000, 20_000):
+    state, n, graph = 2 * 3 * 8, 21, 4 * EVALUATION
+    for budget in (0, 1000, graph, 2 * graph, 10 * graph, 30 * graph):
         path, tensors, _ = walked("rk4", budget, n)
-        kept = min(n, int(7 / 8 * budget) // graph_bytes())
-        count, room = len(replays(path)), budget - kept * graph_bytes()
+        kept = min(n, int(7 / 8 * budget) // graph)
+        count, room = len(replays(path)), budget - kept * graph
         assert count == n - kept
         states = [tensor for tensor in tensors if not tensor.requires_grad]
         # Where they do not fit, about the square root of their number.
         assert len(states) == count if count * state <= room else len(states) <= max(6, room // state)
 
 
-def graph_bytes():
-    # Of each of four evaluations: the input of the first layer (2, 4) and the activations (2, 6).
-    return 4 * (2 * 4 + 2 * 6) * 8
-
-
 def test_a_graph_can_be_pulled_twice():
-    path, _, evaluation = walked("dopri5", 2**20, n=3)
+    path, _, evaluation = walked("dopri5", 2**23, n=3)
     assert torch.equal(pulled("dopri5", path, evaluation), pulled("dopri5", path, evaluation))
     assert evaluation.statistics.forward == 1 + 3 * 6
 
