@@ -1,7 +1,7 @@
 """What every test starts from: one thread, a fixed seed, no window, torch's own defaults.
 
-The annotations of the package are checked while the tests run: `--jaxtyping-packages` in pyproject.toml installs the
-import hook before this file is read, so nothing here may import `ocnopt` any earlier than that.
+The annotations of the package are checked while the tests run: pyproject.toml loads `tests/annotations.py` before this
+file is read.
 """
 
 import os

@@ -178,6 +178,21 @@ def test_integrals_that_no_state_shows_are_under_step_control():
     assert float((result.pp - expected).abs().max()) <= 1e-8
 
 
+MOVED = 0.5 - math.sin(80.0) / 160
+
+
+def gathering():
+    """x stands still at p = 0 and so do the columns: only their witness sees F_p = sin(40 t)^2."""
+    return OCP(
+        lambda t, x, u, p: p[..., :1] * torch.sin(40 * t)[..., None] ** 2 + 0 * x,
+        None,
+        lambda t, x, p: x[..., 0] ** 2 / 2 + x[..., 0],
+        initial_state=[0.0],
+        parameters=[0.0],
+        horizon=1.0,
+    )
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -188,21 +203,14 @@ def test_integrals_that_no_state_shows_are_under_step_control():
     ids=["matrix", "columns", "low rank"],
 )
 def test_what_is_gathered_is_under_step_control(options):
-    """x stands still at p = 0 and so do the columns: only their witness sees F_p = sin(40 t)^2."""
-    problem = OCP(
-        lambda t, x, u, p: p[..., :1] * torch.sin(40 * t)[..., None] ** 2 + 0 * x,
-        None,
-        lambda t, x, p: x[..., 0] ** 2 / 2 + x[..., 0],
-        initial_state=[0.0],
-        parameters=[0.0],
-        horizon=1.0,
-    )
-    moved = 0.5 - math.sin(80.0) / 160
-    result = differentiate(problem, **options)
+    result = differentiate(gathering(), **options)
     pp = result.p_factors[0, 0] ** 2 if "representation" in options else result.pp
-    assert float(result.p) == pytest.approx(moved, abs=1e-8)
-    assert float(pp) == pytest.approx(moved**2, abs=1e-8)
-    assert float(hvp(problem, None, torch.ones(1))) == pytest.approx(moved**2, abs=1e-8)
+    assert float(result.p) == pytest.approx(MOVED, abs=1e-8)
+    assert float(pp) == pytest.approx(MOVED**2, abs=1e-8)
+
+
+def test_what_a_product_gathers_is_under_step_control():
+    assert float(hvp(gathering(), None, torch.ones(1))) == pytest.approx(MOVED**2, abs=1e-8)
 
 
 def test_a_stiff_path_is_kept_by_many_stretches_and_a_smooth_one_by_few():

@@ -120,7 +120,7 @@ class TestFreeHorizon:
         assert_converged(free)
 
         def cost(end):
-            return solve(self.fixed_or_free(float(end)), steps=15).cost.item()
+            return solve(self.fixed_or_free(float(end)), steps=15, kernel="torch").cost.item()
 
         best = scipy.optimize.minimize_scalar(cost, bracket=(1.5, 2.0, 3.0), tol=1e-9)
         assert_close(free.cost, best.fun, rtol=1e-10)
