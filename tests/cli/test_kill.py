@@ -15,7 +15,7 @@ from ocnopt.cli.runs import RunFolder
 from ocnopt.cli.training import TrainConfig, Trainer
 from ocnopt.problems import learning_task
 
-CONFIG = TrainConfig("digits", "snopt", lr=0.01, horizon="feedback", iterations=24, batch_size=8, checkpoint_every=2)
+CONFIG = TrainConfig("digits", "snopt", lr=0.01, horizon="feedback", iterations=12, batch_size=8, checkpoint_every=2)
 ROOT = Path(__file__).parents[2]
 OPTIONS = [
     "--optimizer=snopt",
