@@ -60,18 +60,15 @@ def test_only_ocnopt_lands_in_site_packages(installed):
     assert [script.name for script in (installed / "bin").iterdir()] == ["ocnopt"]
 
 
-def test_the_installed_package_imports_by_its_names(installed):
+def test_the_installed_package_imports_by_its_names_and_solves_a_problem(installed):
     names = ["ocnopt", "ocnopt.problems", "ocnopt.solvers"]
-    code = f"import sys, {', '.join(names)}; print(*(sys.modules[name].__file__ for name in {names}))"
-    places = run(["-c", code], cwd=installed.parent, PYTHONPATH=str(installed)).split()
-    assert places == [str(installed.joinpath(*name.split("."), "__init__.py")) for name in names]
-
-
-def test_the_installed_package_solves_a_problem(installed):
     code = (
+        f"import sys, {', '.join(names)}; print(*(sys.modules[name].__file__ for name in {names})); "
         "import ocnopt as oc; "
         "problem = oc.OCP(lambda t, x, u: u, lambda t, x, u: (x**2 + u**2).sum(-1), "
         "initial_state=[1.0], control_dim=1, horizon=1.0); "
         "print(int(oc.solve(problem, steps=20).iterations))"
     )
-    assert run(["-c", code], cwd=installed.parent, PYTHONPATH=str(installed)).split() == ["1"]
+    *places, iterations = run(["-c", code], cwd=installed.parent, PYTHONPATH=str(installed)).split()
+    assert places == [str(installed.joinpath(*name.split("."), "__init__.py")) for name in names]
+    assert iterations == "1"
