@@ -15,7 +15,6 @@ FOREIGN = {
     "beartype",
     "casadi",
     "hypothesis",
-    "jaxtyping",
     "matplotlib",
     "mlxtend",
     "networkx",
