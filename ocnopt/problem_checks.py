@@ -301,9 +301,7 @@ def _rows(problem: Any, end: float) -> tuple[dict[str, Tensor], dict[str, Tensor
     """Arguments of two rows: the initial state, controls clipped to their bounds; a seeded point nearby, at the end."""
     x0 = problem.initial_state
     u0 = x0.new_zeros((*x0.shape[:-1], problem.control_dim))
-    u1 = nearby(u0)
-    if problem.control_bounds is not None:
-        u0, u1 = u0.clamp(*problem.control_bounds), u1.clamp(*problem.control_bounds)
+    u0, u1 = (checks.clipped(u, problem.control_bounds) for u in (u0, nearby(u0)))
     near = {"t": x0.new_tensor(problem.horizon.t0), "x": x0, "u": u0}
     return near, {"t": x0.new_tensor(end), "x": nearby(x0), "u": u1}
 
@@ -339,8 +337,8 @@ def check_ends(problem: Any, x: Tensor) -> None:
 
     def row(group: Any, k: int, state: Tensor, bounds: checks.Bounds | None) -> dict[str, Any]:
         u = state.new_zeros((*batch, group.stage.control_dim))
-        u = u if bounds is None else u.clamp(*bounds)
-        return {"k": k if group.single else torch.tensor(k, device=state.device), "x": state, "u": u, **static}
+        number = k if group.single else torch.tensor(k, device=state.device)
+        return {"k": number, "x": state, "u": checks.clipped(u, bounds), **static}
 
     rows = {
         "terminal_cost": [{"x": x, **static}],

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ocnopt.checks import clipped
 from ocnopt.differential.steps import rollout
 from ocnopt.errors import DataError, NonFiniteError, ProblemError
 from ocnopt.solvers.audit import audit
@@ -135,7 +136,7 @@ class Solution:
         if self.gains is not None:
             feedback = _pick(self._tensor("K"), k, 2)
             u = u + (feedback @ (x - nominal)[..., None])[..., 0]
-        return u if self.control_bounds is None else u.clamp(*self.control_bounds)
+        return clipped(u, self.control_bounds)
 
     def rollout(
         self, initial_state: Tensor, disturbance: Callable[[Tensor, Tensor], Tensor] | None = None

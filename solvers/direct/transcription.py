@@ -12,6 +12,7 @@ import casadi
 import torch
 from torch import Tensor
 
+from ocnopt.checks import clipped
 from ocnopt.errors import ProblemError
 from ocnopt.ocp import Function, Lifted
 from ocnopt.solvers.direct.path_program import Run
@@ -206,11 +207,9 @@ def _points(problem: StagedOCP, arguments: tuple[Tensor, ...], steps: Sequence[f
     for i, point in enumerate(scattered(arguments, count=max(3, len(steps) - 1))):
         *front, u, p = point
         bounds = next((b for b in problem.control_bounds if b is not None and b[0].shape == u.shape[-1:]), None)
-        u = u if bounds is None else u.clamp(*bounds)
-        p = p if problem.parameter_bounds is None else p.clamp(*problem.parameter_bounds)
         if steps:
             front[0] = torch.full_like(arguments[0], steps[i % len(steps)])
-        points.append([*front, u, p])
+        points.append([*front, clipped(u, bounds), clipped(p, problem.parameter_bounds)])
     return points
 
 

@@ -7,7 +7,7 @@ import casadi
 import torch
 from torch import Tensor
 
-from ocnopt.checks import Bounds
+from ocnopt.checks import clipped
 from ocnopt.solvers.lowered.limits import refused
 from ocnopt.solvers.lowering.lowering import Lowering, lower, scattered
 from ocnopt.staged import StagedOCP
@@ -49,7 +49,7 @@ def lower_step(problem: StagedOCP, u: Tensor, p: Tensor) -> tuple[casadi.Functio
 
     numbers = torch.linspace(0, problem.steps - 1, 4).round().tolist()
     points = [
-        [torch.full_like(k, number), x, _clipped(u, problem.control_bounds[0]), _clipped(p, problem.parameter_bounds)]
+        [torch.full_like(k, number), x, clipped(u, problem.control_bounds[0]), clipped(p, problem.parameter_bounds)]
         for number, (x, u, p) in zip(numbers, scattered(first), strict=True)
     ]
     _check_alone(problem, step, end, points[0])
@@ -62,15 +62,11 @@ def lower_step(problem: StagedOCP, u: Tensor, p: Tensor) -> tuple[casadi.Functio
     _check_slopes(functions[1], lambda *xp: (end(*xp),), ends[1:], "terminal cost")
     if problem.batch_shape:
         _, (x, u, p), *_ = scattered((start, u, p))
-        u, p = _clipped(u, problem.control_bounds[0]), _clipped(p, problem.parameter_bounds)
+        u, p = clipped(u, problem.control_bounds[0]), clipped(p, problem.parameter_bounds)
         with torch.no_grad():
             _check_rows(functions[0], [k, x, u, p], step(k, x, u, p), "step")
             _check_rows(functions[1], [x, p], (end(x, p),), "terminal cost")
     return functions
-
-
-def _clipped(value: Tensor, bounds: Bounds | None) -> Tensor:
-    return value if bounds is None else value.clamp(*bounds)
 
 
 def _small(lowering: Lowering, name: str) -> casadi.Function:
