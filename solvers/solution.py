@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ocnopt.checks import clipped
+from ocnopt.checks import Bounds, clipped
 from ocnopt.differential.steps import rollout
 from ocnopt.errors import DataError, NonFiniteError, ProblemError
 from ocnopt.solvers.audit import audit
@@ -41,6 +41,23 @@ class Guess:
     controls: list[Tensor]
     parameters: Tensor
     states: list[Tensor] | None = None
+
+
+def perturbed(value: Tensor, bounds: Bounds | None, amount: float, generator: torch.Generator) -> Tensor:
+    """Add noise of a relative size, the same to every problem of a batch.
+
+    Args:
+        value: ``(..., size)``.
+        bounds: two tensors ``(size,)``; the result lies within them.
+        amount: of noise, in half widths of the bounds, or in ``1 + |value|`` where there are not two.
+        generator: a new one for the same noise again.
+    """
+    width = 1 + value.abs()
+    if bounds is not None:
+        half = 0.5 * (bounds[1] - bounds[0])
+        width = torch.where(half.isfinite(), half, width)
+    noise = torch.randn(value.shape[-1:], generator=generator, dtype=torch.float64).to(value)
+    return clipped(value + amount * width * noise, bounds)
 
 
 class Result(NamedTuple):

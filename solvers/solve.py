@@ -13,7 +13,7 @@ from ocnopt.checks import can_differentiate, clipped, float_tensor, listed, near
 from ocnopt.differential.steps import rollout
 from ocnopt.errors import ConvergenceError, ProblemError
 from ocnopt.ocp import OCP
-from ocnopt.solvers.solution import Gains, Guess, Result, Solution
+from ocnopt.solvers.solution import Gains, Guess, Result, Solution, perturbed
 from ocnopt.staged import StagedOCP, behind, transcribe
 
 _KEYS = ("controls", "states", "parameters", "horizon")
@@ -302,13 +302,7 @@ def _leave_stationary_point(problem: StagedOCP, guess: Guess) -> Guess:
         "move; a seeded perturbation is used instead. Pass initial_guess= to choose the start",
         stacklevel=4,
     )
-    return replace(guess, controls=_perturbed(problem, guess.controls, still))
-
-
-def _perturbed(problem: StagedOCP, controls: list[Tensor], where: Tensor) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    moved = []
-    for u, b in zip(controls, problem.step_bounds, strict=True):
-        noise = 0.1 * torch.randn(u.shape[-1:], generator=generator, dtype=torch.float64).to(u)
-        moved.append(clipped(torch.where(where[..., None], u + noise, u), b))
-    return moved
+    pairs = zip(guess.controls, problem.step_bounds, strict=True)
+    moved = [torch.where(still[..., None], perturbed(u, b, 0.1, generator), u) for u, b in pairs]
+    return replace(guess, controls=moved)

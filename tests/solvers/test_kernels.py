@@ -100,7 +100,7 @@ class TestWhichKernel:
         )
         assert solve(own, steps=5).status[0].endswith("(torch kernel)")
         with pytest.raises(
-            ProblemError, match="kernel='lowered' got a problem that it cannot take: its functions hold"
+            ProblemError, match="kernel='lowered' got a problem that it cannot take: its functions tell the"
         ):
             solve(own, steps=5, kernel="lowered")
 
