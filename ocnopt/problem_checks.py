@@ -32,6 +32,7 @@ _NUMBER = (
     "torch.sin(x), torch.stack([x[..., 0], ..], dim=-1)"
 )
 _NUMPY = "it leaves torch for numpy: write it in torch (torch.sin(x) for np.sin(x))"
+_INFERENCE = "a tensor that it captures was made under torch.inference_mode(): make it outside, or capture its clone()"
 _HINTS = (
     ("dtype", _FLOAT32_CURE),
     ("Double", _FLOAT32_CURE),
@@ -40,6 +41,7 @@ _HINTS = (
     ("can be converted to Python scalars", _NUMBER),
     ("can be converted to an index", _NUMBER),
     ("numpy", _NUMPY),
+    ("Inference tensors", _INFERENCE),
 )
 _LEAVING = {"__bool__": _BRANCH, "numpy": _NUMPY, "__array__": _NUMPY} | dict.fromkeys(
     ("__float__", "__int__", "__index__", "item", "tolist", "tensor"), _NUMBER

@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ocnopt.checks import finite_path, nearest, no_constraints, solver_options
+from ocnopt.checks import can_differentiate, finite_path, nearest, no_constraints, solver_options
 from ocnopt.differential.steps import Direction, Path, TorchKernel
 from ocnopt.errors import ProblemError
 from ocnopt.solvers.lowered.limits import fits
@@ -167,9 +167,11 @@ class DDP:
         """Solve a discrete problem from a guess.
 
         Raises:
-            ProblemError: the problem has terminal or path constraints, which need multipliers, or cannot be lowered.
+            ProblemError: the problem has terminal or path constraints, which need multipliers, or cannot be lowered;
+                torch.inference_mode() is on.
             NonFiniteError: the first path of a single problem is not finite.
         """
+        can_differentiate()
         no_constraints(problem, "ddp")
         began = time.perf_counter()
         with torch.no_grad():

@@ -329,7 +329,8 @@ def load_solution(path: str | Path, problem: StagedOCP | None = None) -> Solutio
         record = torch.load(path, weights_only=True)
         if record.pop("format") != _FORMAT:
             raise DataError(
-                f"{path} has another format than {_FORMAT}; expected a file written by this version's Solution.save"
+                f"{path} has another format than {_FORMAT}; expected a file written by this version's Solution.save: "
+                "solve the problem again and save it"
             )
         gains, saved = record.pop("gains"), record.pop("fingerprint")
         solution = Solution(**record, gains=None if gains is None else Gains(*gains), problem=problem)

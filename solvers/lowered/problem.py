@@ -15,6 +15,7 @@ from ocnopt.staged import StagedOCP, Widened
 
 # Beyond this many operations a step, building takes seconds (derivatives of single numbers).
 _OPERATIONS = 2500
+_ELSEWHERE = "kernel='torch' takes any torch code"
 
 Function = Callable[..., Any]
 
@@ -56,8 +57,8 @@ def lower_step(problem: StagedOCP, u: Tensor, p: Tensor) -> tuple[casadi.Functio
     ]
     ends = [[x, p] for _, x, _, p in points]
     functions = (
-        _small(lower(step, points, "the step"), "step"),
-        _small(lower(end, ends, "the terminal cost"), "terminal cost"),
+        _small(lower(step, points, "the step", elsewhere=_ELSEWHERE), "step"),
+        _small(lower(end, ends, "the terminal cost", elsewhere=_ELSEWHERE), "terminal cost"),
     )
     _check_slopes(functions[0], step, points[1:], "step")
     _check_slopes(functions[1], lambda *xp: (end(*xp),), ends[1:], "terminal cost")
@@ -91,9 +92,8 @@ def _check_slopes(lowered: casadi.Function, function: Function, points: Sequence
         right = [torch.zeros_like(a) for a in wanted]
         if y.requires_grad:
             right = list(torch.autograd.grad(y, wanted, allow_unused=True, materialize_grads=True))
-        got = torch.from_numpy(
-            slope(*(casadi.DM(a.detach().double().reshape(-1).numpy()) for a in leaves)).full()[:, 0]
-        )
+        columns = [casadi.DM(a.detach().double().reshape(-1).numpy()) for a in leaves]
+        got = torch.from_numpy(slope(*columns).full()[:, 0])
         expected = torch.cat([a.reshape(-1) for a in right])
         # a step number, where there is one, stands first and alone
         error = (got[got.numel() - expected.numel() :] - expected).abs()

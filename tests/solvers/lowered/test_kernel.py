@@ -259,6 +259,12 @@ class TestWhatItCannotTake:
         path = kernel.evaluate(torch.ones(2, 2, 1).double(), torch.zeros(1, 2, 1).double())
         assert path.gaps.tolist() == [[[2.0], [2.0]]]
 
+    def test_an_operator_without_a_rule_names_the_other_kernel(self):
+        stage = Stage(lambda k, x, u: torch.erfc(x), control_dim=0)
+        problem = StagedOCP(stage, initial_state=torch.zeros(2), steps=2)
+        with pytest.raises(ProblemError, match=r"uses erfc.*\(kernel='torch' takes any torch code\)"):
+            LoweredKernel(problem, some_guess(problem))
+
     def test_a_wide_network(self):
         W = torch.randn(40, 2, dtype=torch.float64)
         stage = Stage(lambda k, x, u: x + torch.tanh(x @ W.mT) @ W, control_dim=0)
