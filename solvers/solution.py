@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from ocnopt.checks import Bounds, clipped
-from ocnopt.differential.steps import rollout
+from ocnopt.differential.steps import behind, rollout
 from ocnopt.errors import DataError, NonFiniteError, ProblemError
 from ocnopt.solvers.audit import audit
 from ocnopt.solvers.files import check_fingerprint, fingerprint, write_file
 from ocnopt.staged import Series as TimeSeries
-from ocnopt.staged import StagedOCP, behind
+from ocnopt.staged import StagedOCP
 
 Series = Tensor | tuple[Tensor, ...]
 _FORMAT = 2

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ocnopt.checks import can_differentiate, clipped, float_tensor, listed, nearest, shape
-from ocnopt.differential.steps import rollout
+from ocnopt.differential.steps import behind, rollout
 from ocnopt.errors import ConvergenceError, ProblemError
 from ocnopt.ocp import OCP
 from ocnopt.solvers.solution import Gains, Guess, Result, Solution, perturbed
-from ocnopt.staged import StagedOCP, behind, transcribe
+from ocnopt.staged import StagedOCP, transcribe
 
 _KEYS = ("controls", "states", "parameters", "horizon")
 _SOLVERS = {"ddp": ("ocnopt.solvers.ddp", "DDP"), "casadi": ("ocnopt.solvers.direct.casadi_solver", "CasADi")}
