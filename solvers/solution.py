@@ -43,21 +43,17 @@ class Guess:
     states: list[Tensor] | None = None
 
 
-def perturbed(value: Tensor, bounds: Bounds | None, amount: float, generator: torch.Generator) -> Tensor:
-    """Add noise of a relative size, the same to every problem of a batch.
+def perturbed(value: Tensor, amount: float | Tensor, bounds: Bounds | None, generator: torch.Generator) -> Tensor:
+    """Add noise within the bounds, the same to every problem of a batch.
 
     Args:
         value: ``(..., size)``.
-        bounds: two tensors ``(size,)``; the result lies within them.
-        amount: of noise, in half widths of the bounds, or in ``1 + |value|`` where there are not two.
-        generator: a new one for the same noise again.
+        amount: standard deviation, for all entries or for each.
+        bounds: two tensors ``(size,)``.
+        generator: seeded; a new one gives the same noise again.
     """
-    width = 1 + value.abs()
-    if bounds is not None:
-        half = 0.5 * (bounds[1] - bounds[0])
-        width = torch.where(half.isfinite(), half, width)
     noise = torch.randn(value.shape[-1:], generator=generator, dtype=torch.float64).to(value)
-    return clipped(value + amount * width * noise, bounds)
+    return clipped(value + amount * noise, bounds)
 
 
 class Result(NamedTuple):

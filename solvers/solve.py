@@ -304,5 +304,5 @@ def _leave_stationary_point(problem: StagedOCP, guess: Guess) -> Guess:
     )
     generator = torch.Generator().manual_seed(0)
     pairs = zip(guess.controls, problem.step_bounds, strict=True)
-    moved = [torch.where(still[..., None], perturbed(u, b, 0.1, generator), u) for u, b in pairs]
+    moved = [torch.where(still[..., None], perturbed(u, 0.1, b, generator), u) for u, b in pairs]
     return replace(guess, controls=moved)

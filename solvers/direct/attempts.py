@@ -149,10 +149,12 @@ def _broken(path: PathProgram, point: Vector) -> str:
 
 
 def _perturbed(path: PathProgram, start: Vector, attempt: int) -> Vector:
-    """Noise on everything but x_0."""
-    lower, upper = map(torch.from_numpy, path.program.box)
-    amount, generator = _NOISE[min(attempt, len(_NOISE) - 1)], torch.Generator().manual_seed(attempt)
-    moved: Vector = perturbed(torch.from_numpy(start), (lower, upper), amount, generator).numpy()
+    """Noise on everything but x_0, relative to the size of each unknown, or to half the width of its bounds."""
+    lower, upper = path.program.box
+    width = np.where(np.isfinite(upper - lower), 0.5 * (upper - lower), 1 + np.abs(start))
+    amount = torch.from_numpy(_NOISE[min(attempt, len(_NOISE) - 1)] * width)
+    box, generator = (torch.from_numpy(lower), torch.from_numpy(upper)), torch.Generator().manual_seed(attempt)
+    moved: Vector = perturbed(torch.from_numpy(start), amount, box, generator).numpy()
     moved[path.states[0]] = start[path.states[0]]
     return moved
 
