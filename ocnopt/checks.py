@@ -133,6 +133,11 @@ def _bound(name: str, value: Any, size: int, dtype: torch.dtype, device: torch.d
     return side
 
 
+def clipped(value: Tensor, bounds: Bounds | None) -> Tensor:
+    """The value within its bounds, where there are any."""
+    return value if bounds is None else value.clamp(*bounds)
+
+
 def times_in_order(times: Sequence[float]) -> None:
     """Refuse times that do not run in one direction.
 

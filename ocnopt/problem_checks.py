@@ -32,6 +32,7 @@ _NUMBER = (
     "torch.sin(x), torch.stack([x[..., 0], ..], dim=-1)"
 )
 _NUMPY = "it leaves torch for numpy: write it in torch (torch.sin(x) for np.sin(x))"
+_INFERENCE = "a tensor that it captures was made under torch.inference_mode(): make it outside, or capture its clone()"
 _HINTS = (
     ("dtype", _FLOAT32_CURE),
     ("Double", _FLOAT32_CURE),
@@ -40,6 +41,7 @@ _HINTS = (
     ("can be converted to Python scalars", _NUMBER),
     ("can be converted to an index", _NUMBER),
     ("numpy", _NUMPY),
+    ("Inference tensors", _INFERENCE),
 )
 _LEAVING = {"__bool__": _BRANCH, "numpy": _NUMPY, "__array__": _NUMPY} | dict.fromkeys(
     ("__float__", "__int__", "__index__", "item", "tolist", "tensor"), _NUMBER
@@ -301,9 +303,7 @@ def _rows(problem: Any, end: float) -> tuple[dict[str, Tensor], dict[str, Tensor
     """Arguments of two rows: the initial state, controls clipped to their bounds; a seeded point nearby, at the end."""
     x0 = problem.initial_state
     u0 = x0.new_zeros((*x0.shape[:-1], problem.control_dim))
-    u1 = nearby(u0)
-    if problem.control_bounds is not None:
-        u0, u1 = u0.clamp(*problem.control_bounds), u1.clamp(*problem.control_bounds)
+    u0, u1 = (checks.clipped(u, problem.control_bounds) for u in (u0, nearby(u0)))
     near = {"t": x0.new_tensor(problem.horizon.t0), "x": x0, "u": u0}
     return near, {"t": x0.new_tensor(end), "x": nearby(x0), "u": u1}
 
@@ -339,8 +339,8 @@ def check_ends(problem: Any, x: Tensor) -> None:
 
     def row(group: Any, k: int, state: Tensor, bounds: checks.Bounds | None) -> dict[str, Any]:
         u = state.new_zeros((*batch, group.stage.control_dim))
-        u = u if bounds is None else u.clamp(*bounds)
-        return {"k": k if group.single else torch.tensor(k, device=state.device), "x": state, "u": u, **static}
+        number = k if group.single else torch.tensor(k, device=state.device)
+        return {"k": number, "x": state, "u": checks.clipped(u, bounds), **static}
 
     rows = {
         "terminal_cost": [{"x": x, **static}],

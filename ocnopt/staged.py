@@ -124,14 +124,13 @@ class StagedOCP:
         dims = {group.stage.control_dim for group in groups}
         bounds = {m: checks.bounds("control_bounds", control_bounds, m, dtype, x0.device) for m in dims}
         put(self, "control_bounds", tuple(bounds[group.stage.control_dim] for group in groups))
-        q = 0 if p is None else p.shape[-1]
+        n, q = self.state_dim, self.parameter_dim
         put(self, "parameter_bounds", checks.bounds("parameter_bounds", parameter_bounds, q, dtype, x0.device))
         put(self, "path_constraint", path_constraint)
         put(self, "terminal_constraint", terminal_constraint)
         put(self, "initial_guess", initial_guess)
         put(self, "dtype", dtype)
         put(self, "origin", origin)
-        n = x0.shape[-1]
         put(self, "state_sizes", staged_checks.check_stages(self) if origin is None else (n,) * (self.steps + 1))
 
     @property
@@ -185,6 +184,16 @@ class StagedOCP:
             return x.new_zeros(x.shape[:-1])
         value = self.terminal_cost(x) if self.parameters is None else self.terminal_cost(x, p)
         return torch.as_tensor(value, dtype=x.dtype, device=x.device).expand(x.shape[:-1])
+
+    def path_excess(self, k: Index, x: Tensor, u: Tensor, p: Tensor) -> Tensor:
+        """c(k, x, u, p) <= 0, ``(..., c)``; empty without a path constraint."""
+        c, extra = self.path_constraint, () if self.parameters is None else (p,)
+        return x.new_zeros((*x.shape[:-1], 0)) if c is None else c(k, x, u, *extra)
+
+    def end_error(self, x: Tensor, p: Tensor) -> Tensor:
+        """e(x_N, p) == 0, ``(..., e)``; empty without a terminal constraint."""
+        e, extra = self.terminal_constraint, () if self.parameters is None else (p,)
+        return x.new_zeros((*x.shape[:-1], 0)) if e is None else e(x, *extra)
 
     def start_parameters(self) -> Tensor:
         """The first guess of p for each problem, ``(*batch, q)``."""
@@ -245,8 +254,6 @@ def transcribe(problem: OCP, steps: int, integrator: str = "rk4") -> StagedOCP:
 
     has_parameters = form.parameter_dim > 0
     along = problem.path_constraint and (lambda k, x, u, p: form.path_constraint(time(k, x), x, u, p))
-    path = along and _arity(along, has_parameters)
-    end = problem.terminal_constraint and _arity(form.terminal_constraint, has_parameters)
     return StagedOCP(
         Stage(None, None, problem.control_dim, joint),
         problem.terminal_cost and _arity(form.terminal_cost, has_parameters),
@@ -255,8 +262,8 @@ def transcribe(problem: OCP, steps: int, integrator: str = "rk4") -> StagedOCP:
         parameters=form.parameters if has_parameters else None,
         control_bounds=problem.control_bounds,
         parameter_bounds=form.parameter_bounds,
-        path_constraint=path,
-        terminal_constraint=end,
+        path_constraint=along and _arity(along, has_parameters),
+        terminal_constraint=problem.terminal_constraint and _arity(form.terminal_constraint, has_parameters),
         initial_guess=problem.initial_guess,
         dtype=problem.dtype,
         origin=form,
@@ -322,13 +329,6 @@ class Widened:
             return values[..., : sizes[0]]
         return [value[..., :size] for value, size in zip(values, sizes, strict=True)]
 
-    def cut_gains(self, K: Tensor) -> Series:
-        """Feedback gains of x alone, a list where sizes vary."""
-        sizes = list(zip(self.control_sizes, self.state_sizes, strict=False))
-        if len(set(sizes)) == 1:
-            return K[..., : self.state_sizes[0]]
-        return [gain[..., :m, :n] for gain, (m, n) in zip(K, sizes, strict=True)]
-
     def advance(self, group: Group, k: Index, z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         """One step: the next z and the stage's cost."""
         first, p = group.start, z[..., self.n - self.q :]
@@ -341,6 +341,19 @@ class Widened:
     def terminal(self, z: Tensor) -> Tensor:
         """Phi(x_N, p)."""
         return self.problem.terminal(z[..., : self.state_sizes[-1]], z[..., self.n - self.q :])
+
+    def path_excess(self, group: Group, k: Index, z: Tensor, u: Tensor) -> Tensor:
+        """c(k, x, u, p) <= 0 at steps of a group, or at the end with the last control."""
+        x, u = z[..., : self.state_sizes[k if isinstance(k, int) else group.start]], u[..., : group.stage.control_dim]
+        return self.problem.path_excess(k, x, u, z[..., self.n - self.q :])
+
+    def end_error(self, z: Tensor) -> Tensor:
+        """e(x_N, p) == 0."""
+        return self.problem.end_error(z[..., : self.state_sizes[-1]], z[..., self.n - self.q :])
+
+    def times(self, z: Tensor) -> Tensor:
+        """Times of the nodes for a z of any of them."""
+        return self.problem.times(z[..., self.n - self.q :])
 
     def stretches(self, length: int | None = None) -> Iterator[tuple[Group, int, int]]:
         """Runs of steps, of at most the given length, that are evaluated at once."""
@@ -385,12 +398,3 @@ def step_numbers(group: Group, start: int, stop: int, states: Tensor) -> Index:
     if group.single:
         return start
     return torch.arange(start, stop, device=states.device).reshape(-1, *(1,) * (states.ndim - 2))
-
-
-def behind(values: Series, tail: int = 1) -> Tensor | tuple[Tensor, ...]:
-    """A series with its time axis moved behind the batch, in front of ``tail`` axes; a tuple where sizes vary."""
-    if not isinstance(values, Tensor):
-        if len({tuple(value.shape) for value in values}) != 1:
-            return tuple(values)
-        values = torch.stack(list(values))
-    return values.movedim(0, -1 - tail)

@@ -16,7 +16,7 @@ def check_stages(problem: Any) -> tuple[int, ...]:
     for group, bounds in zip(problem.groups, problem.control_bounds, strict=True):
         u = x.new_zeros((*problem.batch_shape, group.stage.control_dim))
         k: Any = group.start if group.single else torch.tensor(group.start, device=x.device)
-        arguments = {"k": k, "x": x, "u": u if bounds is None else u.clamp(*bounds)}
+        arguments = {"k": k, "x": x, "u": checks.clipped(u, bounds)}
         x = _check_stage(problem, group, {**arguments, **(static if group.stage.joint is None else {"p": p})})
         sizes += [x.shape[-1]] * (group.stop - group.start)
     problem_checks.check_ends(problem, x)

@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ocnopt.checks import finite_path, nearest, no_constraints, solver_options
+from ocnopt.checks import can_differentiate, finite_path, nearest, no_constraints, solver_options
 from ocnopt.differential.steps import Direction, Path, TorchKernel
 from ocnopt.errors import ProblemError
 from ocnopt.solvers.lowered.limits import fits
@@ -41,7 +41,7 @@ from ocnopt.solvers.search import (
     unflattened,
 )
 from ocnopt.solvers.solution import Guess, Result
-from ocnopt.staged import StagedOCP, Widened
+from ocnopt.staged import Series, StagedOCP, Widened
 
 
 class History:
@@ -89,7 +89,7 @@ class Start:
             first, controls = first.flatten(0, -2), controls.flatten(1, -2)
             states = None if states is None else states.flatten(1, -2)
         self.first, self.controls, self.states = first, controls, states
-        self.times = wide.problem.times(guess.parameters)
+        self.times = wide.times(first)
         self.count, self.q = first[..., 0].numel(), wide.q
 
     @property
@@ -167,9 +167,11 @@ class DDP:
         """Solve a discrete problem from a guess.
 
         Raises:
-            ProblemError: the problem has terminal or path constraints, which need multipliers, or cannot be lowered.
+            ProblemError: the problem has terminal or path constraints, which need multipliers, or cannot be lowered;
+                torch.inference_mode() is on.
             NonFiniteError: the first path of a single problem is not finite.
         """
+        can_differentiate()
         no_constraints(problem, "ddp")
         began = time.perf_counter()
         with torch.no_grad():
@@ -253,8 +255,16 @@ def _result(
         wall_time=times[1],
         history=history.tables(iterate.cost.shape),
         costates=wide.split(direction.costates)[0],
-        gains=(wide.cut(direction.k, wide.control_sizes), wide.cut_gains(direction.K)),
+        gains=(wide.cut(direction.k, wide.control_sizes), _cut_gains(wide, direction.K)),
     )
+
+
+def _cut_gains(wide: Widened, K: Tensor) -> Series:
+    """Feedback gains of x alone, a list where sizes vary."""
+    sizes = list(zip(wide.control_sizes, wide.state_sizes, strict=False))
+    if len(set(sizes)) == 1:
+        return K[..., : wide.state_sizes[0]]
+    return [gain[..., :m, :n] for gain, (m, n) in zip(K, sizes, strict=True)]
 
 
 def _status(progress: Progress, iterate: Iterate, kernel: str) -> str | list[str]:

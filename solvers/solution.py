@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ocnopt.differential.steps import rollout
+from ocnopt.checks import Bounds, clipped
+from ocnopt.differential.steps import behind, rollout
 from ocnopt.errors import DataError, NonFiniteError, ProblemError
 from ocnopt.solvers.audit import audit
 from ocnopt.solvers.files import check_fingerprint, fingerprint, write_file
 from ocnopt.staged import Series as TimeSeries
-from ocnopt.staged import StagedOCP, behind
+from ocnopt.staged import StagedOCP
 
 Series = Tensor | tuple[Tensor, ...]
 _FORMAT = 2
@@ -40,6 +41,19 @@ class Guess:
     controls: list[Tensor]
     parameters: Tensor
     states: list[Tensor] | None = None
+
+
+def perturbed(value: Tensor, amount: float | Tensor, bounds: Bounds | None, generator: torch.Generator) -> Tensor:
+    """Add noise within the bounds, the same to every problem of a batch.
+
+    Args:
+        value: ``(..., size)``.
+        amount: standard deviation, for all entries or for each.
+        bounds: two tensors ``(size,)``.
+        generator: seeded; a new one gives the same noise again.
+    """
+    noise = torch.randn(value.shape[-1:], generator=generator, dtype=torch.float64).to(value)
+    return clipped(value + amount * noise, bounds)
 
 
 class Result(NamedTuple):
@@ -135,7 +149,7 @@ class Solution:
         if self.gains is not None:
             feedback = _pick(self._tensor("K"), k, 2)
             u = u + (feedback @ (x - nominal)[..., None])[..., 0]
-        return u if self.control_bounds is None else u.clamp(*self.control_bounds)
+        return clipped(u, self.control_bounds)
 
     def rollout(
         self, initial_state: Tensor, disturbance: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -311,7 +325,8 @@ def load_solution(path: str | Path, problem: StagedOCP | None = None) -> Solutio
         record = torch.load(path, weights_only=True)
         if record.pop("format") != _FORMAT:
             raise DataError(
-                f"{path} has another format than {_FORMAT}; expected a file written by this version's Solution.save"
+                f"{path} has another format than {_FORMAT}; expected a file written by this version's Solution.save: "
+                "solve the problem again and save it"
             )
         gains, saved = record.pop("gains"), record.pop("fingerprint")
         solution = Solution(**record, gains=None if gains is None else Gains(*gains), problem=problem)

@@ -9,12 +9,12 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ocnopt.checks import can_differentiate, float_tensor, listed, nearest, shape
-from ocnopt.differential.steps import rollout
+from ocnopt.checks import can_differentiate, clipped, float_tensor, listed, nearest, shape
+from ocnopt.differential.steps import behind, rollout
 from ocnopt.errors import ConvergenceError, ProblemError
 from ocnopt.ocp import OCP
-from ocnopt.solvers.solution import Gains, Guess, Result, Solution
-from ocnopt.staged import StagedOCP, behind, transcribe
+from ocnopt.solvers.solution import Gains, Guess, Result, Solution, perturbed
+from ocnopt.staged import StagedOCP, transcribe
 
 _KEYS = ("controls", "states", "parameters", "horizon")
 _SOLVERS = {"ddp": ("ocnopt.solvers.ddp", "DDP"), "casadi": ("ocnopt.solvers.direct.casadi_solver", "CasADi")}
@@ -191,7 +191,7 @@ def default_guess(problem: StagedOCP) -> Guess:
     controls = []
     for group, bounds in zip(problem.groups, problem.control_bounds, strict=True):
         u = problem.initial_state.new_zeros((*problem.batch_shape, group.stage.control_dim))
-        controls += [u if bounds is None else u.clamp(*bounds)] * (group.stop - group.start)
+        controls += [clipped(u, bounds)] * (group.stop - group.start)
     return Guess(controls, problem.start_parameters())
 
 
@@ -214,7 +214,7 @@ def _from_mapping(problem: StagedOCP, given: Mapping[str, Any]) -> Guess:
     controls, states = start.controls, None
     if given.get("controls") is not None:
         controls = _series("controls", given["controls"], [tuple(u.shape) for u in start.controls], problem)
-        controls = [u if b is None else u.clamp(*b) for u, b in zip(controls, problem.step_bounds, strict=True)]
+        controls = [clipped(u, b) for u, b in zip(controls, problem.step_bounds, strict=True)]
     if given.get("states") is not None:
         with torch.no_grad():
             sizes = [tuple(x.shape) for x in rollout(problem, controls, problem.initial_state).states]
@@ -276,8 +276,7 @@ def _parameters(problem: StagedOCP, given: Mapping[str, Any]) -> Tensor:
         if value.shape[-1:] != part.shape[-1:]:
             raise ProblemError(f"initial_guess {name} has shape {shape(value)}; expected (..., {part.shape[-1]})")
         parts[name] = _expanded(f"initial_guess {name}", value, tuple(part.shape))
-    p = torch.cat(list(parts.values()), dim=-1)
-    return p if problem.parameter_bounds is None else p.clamp(*problem.parameter_bounds)
+    return clipped(torch.cat(list(parts.values()), dim=-1), problem.parameter_bounds)
 
 
 def _leave_stationary_point(problem: StagedOCP, guess: Guess) -> Guess:
@@ -303,14 +302,7 @@ def _leave_stationary_point(problem: StagedOCP, guess: Guess) -> Guess:
         "move; a seeded perturbation is used instead. Pass initial_guess= to choose the start",
         stacklevel=4,
     )
-    return replace(guess, controls=_perturbed(problem, guess.controls, still))
-
-
-def _perturbed(problem: StagedOCP, controls: list[Tensor], where: Tensor) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    moved = []
-    for u, b in zip(controls, problem.step_bounds, strict=True):
-        noise = 0.1 * torch.randn(u.shape[-1:], generator=generator, dtype=torch.float64).to(u)
-        v = torch.where(where[..., None], u + noise, u)
-        moved.append(v if b is None else v.clamp(*b))
-    return moved
+    pairs = zip(guess.controls, problem.step_bounds, strict=True)
+    moved = [torch.where(still[..., None], perturbed(u, 0.1, b, generator), u) for u, b in pairs]
+    return replace(guess, controls=moved)

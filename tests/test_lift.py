@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from ocnopt.errors import ProblemError
 from ocnopt.ocp import OCP, FreeHorizon, Horizon, lift
+from ocnopt.staged import Stage, StagedOCP, Widened, step_numbers, transcribe
 from tests.oracles.compare import assert_close
 
 T0, T = 0.5, 2.0
@@ -158,3 +159,64 @@ def test_in_a_batch_such_functions_are_refused():
         ProblemError, match=r"reads p as one vector \(q,\), but a batched solve .*index the last axis: p\[..., i\]"
     ):
         problem.dynamics(0.0, x, u, torch.ones(3, 1).double())
+
+
+class TestWidened:
+    """Static controls and T as states: the constraints, the bounds and the times of the problem come along."""
+
+    def widened(self, horizon):
+        return Widened(
+            transcribe(
+                OCP(
+                    dynamics,
+                    initial_state=[[1.0, 2.0], [3.0, 4.0]],
+                    control_dim=2,
+                    parameters=[3.0, 4.0],
+                    horizon=horizon,
+                    path_constraint=lambda t, x, u, p: torch.stack([t * x[..., 0], u[..., 1] * p[..., 1]], -1),
+                    terminal_constraint=lambda t, x, p: (t * p[..., 0] * x[..., 1])[..., None],
+                    parameter_bounds=(0.0, 9.0),
+                ),
+                4,
+            )
+        )
+
+    @pytest.mark.parametrize("horizon", [Horizon(T0, T), FreeHorizon(T, 1.0, 5.0, t0=T0)])
+    def test_they_are_those_of_the_problem(self, horizon):
+        wide = self.widened(horizon)
+        x, u, p = torch.rand(5, 2, 2).double(), torch.rand(4, 2, 2).double(), wide.problem.start_parameters()
+        z, times = wide.join(x, p), torch.linspace(T0, T, 5).double()[:, None]
+        assert_close(wide.times(z[0]).expand(2, 5), times.mT.expand(2, 5))
+        (group,) = wide.groups
+        on_the_way = wide.path_excess(group, step_numbers(group, 0, 4, z), z[:4], u)
+        assert_close(on_the_way, torch.stack([times[:4] * x[:4, :, 0], 4.0 * u[..., 1]], -1))
+        at_the_end = wide.path_excess(group, 4, z[4], u[3])
+        assert_close(at_the_end, torch.stack([T * x[4, :, 0], 4.0 * u[3, :, 1]], -1))
+        assert_close(wide.end_error(z[4]), (T * 3.0 * x[4, :, 1])[..., None])
+        assert len(wide.parameter_bounds[0]) == wide.q == (3 if isinstance(horizon, FreeHorizon) else 2)
+
+    def test_the_derivative_in_the_end_time(self):
+        wide = self.widened(FreeHorizon(T, 1.0, 5.0, t0=T0))
+        z = wide.join([torch.ones(2, 2).double()], wide.problem.start_parameters())[0].requires_grad_()
+        (slope,) = torch.autograd.grad(wide.end_error(z).sum(), z)
+        assert_close(slope[0], [0.0, T * 3.0, T, 0.0, 3.0])
+
+    def test_sizes_that_vary(self):
+        grow = Stage(lambda k, x, u: torch.cat([x, u], dim=-1), control_dim=1)
+        hold = Stage(lambda k, x, u: x)
+        problem = StagedOCP(
+            [grow, hold],
+            initial_state=[2.0],
+            path_constraint=lambda k, x, u: k + x.sum(-1, keepdim=True),
+            terminal_constraint=lambda x: x - 1,
+        )
+        wide = Widened(problem)
+        z, u = wide.join([torch.full((n,), 2.0) for n in (1, 2, 2)], problem.start_parameters()), torch.ones(2, 1)
+        found = [wide.path_excess(wide.groups[min(k, 1)], k, z[k], u[min(k, 1)]).tolist() for k in range(3)]
+        assert found == [[2.0], [5.0], [6.0]]
+        assert wide.end_error(z[2]).tolist() == [1.0, 1.0]
+
+    def test_without_constraints_they_are_empty(self):
+        wide = Widened(transcribe(OCP(lambda t, x, u: u, initial_state=[1.0], control_dim=1, horizon=1.0), 2))
+        z, u = torch.ones(3, 1).double(), torch.ones(2, 1).double()
+        assert wide.path_excess(wide.groups[0], 0, z[0], u[0]).shape == wide.end_error(z[2]).shape == (0,)

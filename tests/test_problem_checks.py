@@ -167,6 +167,14 @@ class TestDerivativesAtTheStart:
             make(drift, None, cost, initial_state=[-0.0, 1.0])
 
 
+def test_a_captured_tensor_of_inference_mode():
+    with torch.inference_mode():
+        rate = torch.tensor([0.5, 0.5], dtype=torch.float64)
+    with pytest.raises(ProblemError, match=r"captures was made under torch.inference_mode\(\): make it outside"):
+        make(lambda t, x, u: rate * x + u)
+    assert make(lambda t, x, u: rate.clone() * x + u, initial_state=rate).state_dim == 2
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_float32_network_rounds_stacked_rows_differently(seed):
     torch.manual_seed(seed)

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 from ocnopt.cli.plots import save
 from ocnopt.cli.report import Image, Section, write_report
 from ocnopt.cli.runs import CHECKPOINT, RunFolder, replace_file
-from ocnopt.cli.tables import Table, as_options
+from ocnopt.cli.tables import BREAK, Table, as_options
 from ocnopt.ocp import OCP
 from ocnopt.problems import ControlRecord, control
 from ocnopt.solvers.compare import HEAD, Comparison, compare
@@ -33,7 +33,16 @@ def request(name: str, *, steps: int | None, integrator: str | None, **others: A
     return {"problem": name, **numbers, **others}
 
 
-def run_solve(folder: RunFolder) -> Solution:
+class Answer(NamedTuple):
+    """What came out of a run: the table and lines to print, the record for ``--json``, whether all converged."""
+
+    table: Table
+    lines: list[str]
+    record: dict[str, Any]
+    converged: bool
+
+
+def run_solve(folder: RunFolder) -> Answer:
     """Solve what a folder's configuration asks for, unless its solution is there already; write plots and a page.
 
     Args:
@@ -57,10 +66,10 @@ def run_solve(folder: RunFolder) -> Solution:
         _keep(folder, CHECKPOINT, solution, asked["solver"])
     table = solution_table(record, solution, asked["solver"], asked["steps"])
     _write_page(folder, record, f"{record.name} by {asked['solver']}", table, {asked["solver"]: solution})
-    return solution
+    return Answer(table, [], solve_result(folder, solution), bool(solution.converged))
 
 
-def run_compare(folder: RunFolder) -> Comparison:
+def run_compare(folder: RunFolder) -> Answer:
     """Solve with every solver of a folder's configuration from one start; write plots and a page.
 
     Args:
@@ -76,7 +85,9 @@ def run_compare(folder: RunFolder) -> Comparison:
     title = f"{record.name}: {' against '.join(comparison.solutions)}"
     table = comparison_table(record.name, comparison, known_cost(record, asked["steps"]))
     _write_page(folder, record, title, table, comparison.solutions)
-    return comparison
+    lines = [as_options(f"{row.solver}: {row.status}") for row in comparison.rows if row.solver in comparison.solutions]
+    converged = all(row.converged for row in comparison.rows)
+    return Answer(table, lines, compare_result(folder, comparison), converged)
 
 
 def known_cost(record: ControlRecord, steps: int) -> float | None:
@@ -143,7 +154,7 @@ def solution_table(record: ControlRecord, solution: Solution, solver: str, steps
 
 
 def comparison_table(name: str, comparison: Comparison, known: float | None = None) -> Table:
-    """One line a solver.
+    """One line a solver, and what the comparison notes about it.
 
     Args:
         name: of the problem.
@@ -153,7 +164,8 @@ def comparison_table(name: str, comparison: Comparison, known: float | None = No
     note = "max |dx|: largest difference of a state to the first solver's path."
     if known is not None:
         note += f" Best known cost of this discrete problem: {known:.10g}."
-    return Table(name, HEAD, [row.cells() for row in comparison.rows], note=note)
+    notes = BREAK.join([note, *map(as_options, comparison.notes)])
+    return Table(name, HEAD, [row.cells() for row in comparison.rows], note=notes)
 
 
 def solve_result(folder: RunFolder, solution: Solution) -> dict[str, Any]:

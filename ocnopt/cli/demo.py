@@ -38,11 +38,15 @@ def run_demo(folder: RunFolder, console: Console) -> Path:
 
     Returns:
         The page.
+
+    Raises:
+        DataError: the folder was made by another version.
     """
+    seeds = folder.entry("seeds", range)
     console.rule("Control: DDP against CasADi/IPOPT, from the same start")
     sections = [_pendulum(folder, console), _own_problem(folder, console)]
     console.rule("Learning: Adam, SNOpt, SNOpt with feedback T on digit images")
-    sections.append(_digits(folder, console))
+    sections.append(_digits(folder, console, seeds))
     lead = "Trajectories by DDP and by CasADi/IPOPT; a Neural ODE by Adam, SNOpt and SNOpt with feedback T."
     return write_report(folder.path, "ocnopt demo", lead, sections)
 
@@ -69,12 +73,12 @@ def _own_problem(folder: RunFolder, console: Console) -> Section:
     return Section("A problem of one's own: crossing a river", text, [table], [image])
 
 
-def _digits(folder: RunFolder, console: Console) -> Section:
+def _digits(folder: RunFolder, console: Console, seeds: Sequence[int]) -> Section:
     record = learning_task(LEARNING_PROBLEM)
     window = len(record.build().train_targets) // record.batch_size
     configs = {
         seed: [_config(optimizer, horizon, seed, window * record.epochs) for optimizer, horizon in METHODS]
-        for seed in range(folder.config["seeds"])
+        for seed in seeds
     }
     runs: dict[str, list[Metrics]] = {label(config): [] for config in next(iter(configs.values()))}
     for seed, same_seed in configs.items():

@@ -8,7 +8,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
@@ -20,6 +20,7 @@ from ocnopt.cli.tables import as_options, show
 from ocnopt.errors import OcnoptError, ProblemError
 
 if TYPE_CHECKING:
+    from ocnopt.cli.control import Answer
     from ocnopt.cli.runs import RunFolder
 
 app = typer.Typer(
@@ -148,22 +149,13 @@ def solve(
     as_json: Json = False,
 ) -> None:
     """Solve a control problem. Exit code 1: not converged."""
-    from ocnopt.cli.control import request, run_solve, solution_table, solve_result
-    from ocnopt.problems import control
+    from ocnopt.cli.control import request, run_solve
 
     given: dict[str, Any] = {"steps": steps, "integrator": integrator}
     given |= {"max_iterations": max_iterations, "tolerance": tolerance}
     begin = functools.partial(request, solver=solver or "ddp", **given)
-    with _run("solve", name, out, resume, {"solver": solver, **given}, begin, quiet=as_json) as folder:
-        asked = folder.config
-        with errors.status(f"solving {asked['problem']} by {asked['solver']}"):
-            solution = run_solve(folder)
-        if as_json:
-            _print_json(solve_result(folder, solution))
-        else:
-            show(console, solution_table(control(asked["problem"]), solution, asked["solver"], asked["steps"]))
-    if not bool(solution.converged):
-        raise typer.Exit(NOT_CONVERGED)
+    folder = _run("solve", name, out, resume, {"solver": solver, **given}, begin, quiet=as_json)
+    _answer(folder, run_solve, as_json=as_json)
 
 
 @app.command(
@@ -185,24 +177,12 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Solve a control problem with several solvers from one start. Exit code 1: one did not converge."""
-    from ocnopt.cli.control import compare_result, comparison_table, known_cost, request, run_compare
-    from ocnopt.problems import control
+    from ocnopt.cli.control import request, run_compare
 
     given: dict[str, Any] = {"steps": steps, "integrator": integrator}
     begin = functools.partial(request, solvers=list(solver or ("ddp", "casadi")), **given)
-    with _run("compare", name, out, resume, {"solvers": solver or None, **given}, begin, quiet=as_json) as folder:
-        asked = folder.config
-        with errors.status(f"solving {asked['problem']} by {', '.join(asked['solvers'])}"):
-            comparison = run_compare(folder)
-        if as_json:
-            _print_json(compare_result(folder, comparison))
-        else:
-            known = known_cost(control(asked["problem"]), asked["steps"])
-            show(console, comparison_table(asked["problem"], comparison, known))
-            for line in (f"{row.solver}: {row.status}" for row in comparison.rows):
-                console.print(as_options(line), markup=False, highlight=False)
-    if not all(row.converged for row in comparison.rows):
-        raise typer.Exit(NOT_CONVERGED)
+    folder = _run("compare", name, out, resume, {"solvers": solver or None, **given}, begin, quiet=as_json)
+    _answer(folder, run_compare, as_json=as_json)
 
 
 @app.command(
@@ -277,6 +257,24 @@ def demo(
 
     with _run("demo", "all", out, resume, {"seeds": seeds}, lambda _: {"seeds": seeds or 2}) as folder:
         run_demo(folder, console)
+
+
+def _answer(
+    run: AbstractContextManager["RunFolder"], solve: Callable[["RunFolder"], "Answer"], *, as_json: bool
+) -> None:
+    """Solve in a run folder and print what came out."""
+    with run as folder:
+        asked = folder.config
+        with errors.status(f"solving {asked['problem']} by {asked.get('solver') or ', '.join(asked['solvers'])}"):
+            answer = solve(folder)
+        if as_json:
+            _print_json(answer.record)
+        else:
+            show(console, answer.table)
+            for line in answer.lines:
+                console.print(line, markup=False, highlight=False)
+    if not answer.converged:
+        raise typer.Exit(NOT_CONVERGED)
 
 
 @contextmanager

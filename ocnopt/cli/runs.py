@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import torch
 
@@ -28,6 +28,7 @@ from ocnopt.errors import DataError, ProblemError
 
 CONFIG, METRICS, CHECKPOINT, REPORT, PLOTS = "config.json", "metrics.jsonl", "checkpoint.pt", "report.html", "plots"
 _LOCK = ".lock"
+Entry = TypeVar("Entry")
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -150,6 +151,25 @@ class RunFolder:
         if not isinstance(config, dict):
             raise DataError(f"{path / CONFIG} holds {type(config).__name__}; expected an object: start a new run")
         return cls(path, config)
+
+    def entry(self, key: str, read: Callable[[Any], Entry]) -> Entry:
+        """One entry of the configuration.
+
+        Args:
+            key: its name.
+            read: makes something of it; its TypeError means that this version did not write the entry.
+
+        Raises:
+            DataError: it is missing, or written by another version.
+        """
+        try:
+            return read(self.config[key])
+        except (KeyError, TypeError) as error:
+            raise DataError(
+                f"{self.path / CONFIG} holds {key} = {self.config.get(key)!r}, which this version does not understand "
+                f"({error}); expected what it writes itself: start a new run, or continue with the version of ocnopt "
+                "that began this one"
+            ) from error
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -24,7 +24,7 @@ class Table:
         title: one line.
         head: one text a column; it may hold line breaks.
         rows: as many texts each.
-        note: what a reader must know to read the figures.
+        note: what a reader must know to read the figures; it may hold line breaks.
         text: whether all columns are left-aligned.
     """
 
@@ -100,5 +100,5 @@ def to_html(table: Table) -> str:
     kind = ' class="text"' if table.text else ""
     head = "".join(f"<th>{escape(name).replace(BREAK, '<br>')}</th>" for name in table.head) if any(table.head) else ""
     rows = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
-    note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
+    note = f'<p class="note">{escape(table.note).replace(BREAK, "<br>")}</p>' if table.note else ""
     return f"<div class=scroll><table{kind}>\n{f'<tr>{head}</tr>' if head else ''}\n{rows}\n</table></div>{note}"

@@ -256,13 +256,13 @@ def open_trainer(folder: RunFolder) -> tuple[Trainer, list[dict[str, Any]]]:
         folder: whose configuration holds a "train" part.
 
     Raises:
-        DataError: the folder is of another command.
+        DataError: the folder is of another command or version.
     """
     if "train" not in folder.config:
         raise DataError(
             f"{folder.path} was made by {folder.config.get('command')!r}; expected a folder of 'ocnopt train'"
         )
-    config = TrainConfig(**folder.config["train"])
+    config = folder.entry("train", lambda options: TrainConfig(**options))
     trainer = Trainer(learning_task(config.problem).build(), config)
     state = folder.load_checkpoint()
     if state is not None:

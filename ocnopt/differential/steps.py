@@ -145,6 +145,15 @@ def rollout(
     return Rollout(states, wide.cut(path.controls, wide.control_sizes), path.cost)
 
 
+def behind(values: Series, tail: int = 1) -> Tensor | tuple[Tensor, ...]:
+    """A series with its time axis moved behind the batch, in front of ``tail`` axes; a tuple where sizes vary."""
+    if not isinstance(values, Tensor):
+        if len({tuple(value.shape) for value in values}) != 1:
+            return tuple(values)
+        values = torch.stack(list(values))
+    return values.movedim(0, -1 - tail)
+
+
 class StepModels(NamedTuple):
     """Models of all steps in homogeneous coordinates, and the means to find c . f_ww at each.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ocnopt.solvers.direct.nlp import Outcome, Vector, evaluate, make_solver, run_solver
 from ocnopt.solvers.direct.path_program import PathProgram, Run, assemble, roll_out
 from ocnopt.solvers.direct.transcription import Lowered
-from ocnopt.solvers.solution import Guess
+from ocnopt.solvers.solution import Guess, perturbed
 from ocnopt.staged import StagedOCP
 
 _ADVICE = {
@@ -152,10 +152,11 @@ def _perturbed(path: PathProgram, start: Vector, attempt: int) -> Vector:
     """Noise on everything but x_0, relative to the size of each unknown, or to half the width of its bounds."""
     lower, upper = path.program.box
     width = np.where(np.isfinite(upper - lower), 0.5 * (upper - lower), 1 + np.abs(start))
-    noise = np.random.default_rng(attempt).standard_normal(start.shape)
-    moved = start + _NOISE[min(attempt, len(_NOISE) - 1)] * width * noise
+    amount = torch.from_numpy(_NOISE[min(attempt, len(_NOISE) - 1)] * width)
+    box, generator = (torch.from_numpy(lower), torch.from_numpy(upper)), torch.Generator().manual_seed(attempt)
+    moved: Vector = perturbed(torch.from_numpy(start), amount, box, generator).numpy()
     moved[path.states[0]] = start[path.states[0]]
-    return np.clip(moved, lower, upper)
+    return moved
 
 
 def _history(best: Outcome) -> dict[str, list[float]]:

@@ -12,6 +12,7 @@ import casadi
 import torch
 from torch import Tensor
 
+from ocnopt.checks import clipped
 from ocnopt.errors import ProblemError
 from ocnopt.ocp import Function, Lifted
 from ocnopt.solvers.direct.path_program import Run
@@ -75,7 +76,7 @@ def lower_collocation(problem: StagedOCP, guess: Guess, states: Sequence[Tensor]
     components = {
         "dynamics": lambda k, t, x, u, p: form.dynamics(t, x, u, p),
         "running_cost": lambda k, t, x, u, p: form.running_cost(t, x, u, p),
-        "path_constraint": lambda k, t, x, u, p: _path(problem, k, x, u, p),
+        "path_constraint": lambda k, t, x, u, p: problem.path_excess(k, x, u, p),
     }
     k = states[0].new_tensor(1.0)
     span = (form.t1 - form.t0) / problem.steps
@@ -113,7 +114,7 @@ def _lower_stretch(
 
     def at(k: Any, x: Tensor, u: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x_next, cost = problem.advance(stage, k, x, u, p)
-        return x_next, cost, _path(problem, k, x, u, p)
+        return x_next, cost, problem.path_excess(k, x, u, p)
 
     def ahead(k: Tensor, x: Tensor, u: Tensor, p: Tensor) -> tuple[Tensor, ...]:
         # A leading axis turns a table lookup table[k] into an indexing that can be traced.
@@ -159,7 +160,7 @@ def _components(problem: StagedOCP, stage: Stage, step: int | None = None) -> di
         return {
             "dynamics": lambda k, x, u, p: form.dynamics(form.t0 + h * k, x, u, p),
             "running_cost": lambda k, x, u, p: form.running_cost(form.t0 + h * k, x, u, p),
-            "path_constraint": lambda k, x, u, p: _path(problem, k, x, u, p),
+            "path_constraint": lambda k, x, u, p: problem.path_excess(k, x, u, p),
         }
     extra = problem.parameters is not None
     place = "the stage's" if step is None else f"stage {step}'s"
@@ -173,31 +174,16 @@ def _components(problem: StagedOCP, stage: Stage, step: int | None = None) -> di
 
 def _lower_end(problem: StagedOCP, guess: Guess, states: Sequence[Tensor]) -> Lowering:
     steps: Any = problem.steps
-    extra = problem.parameters is not None
     if not problem.groups[-1].single and problem.origin is None:
         steps = torch.full((1,) * len(problem.batch_shape), steps, device=problem.device)
 
-    def equality(x: Tensor, u: Tensor, p: Tensor) -> Tensor:
-        if problem.terminal_constraint is None:
-            return x.new_zeros((*x.shape[:-1], 0))
-        value: Tensor = problem.terminal_constraint(x, p) if extra else problem.terminal_constraint(x)
-        return value
-
     components: dict[str, Function] = {
         "terminal_cost": lambda x, u, p: problem.terminal(x, p),
-        "terminal_constraint": equality,
-        "path_constraint": lambda x, u, p: _path(problem, steps, x, u, p),
+        "terminal_constraint": lambda x, u, p: problem.end_error(x, p),
+        "path_constraint": lambda x, u, p: problem.path_excess(steps, x, u, p),
     }
     points = _points(problem, (states[-1], guess.controls[-1], guess.parameters))
     return lower(_tuple_of(components), points, "the end", problem.batch_shape, components=components)
-
-
-def _path(problem: StagedOCP, k: Any, x: Tensor, u: Tensor, p: Tensor) -> Tensor:
-    """c(k, x, u, p), empty without a path constraint."""
-    if problem.path_constraint is None:
-        return x.new_zeros((*x.shape[:-1], 0))
-    value: Tensor = problem.path_constraint(k, x, u, *(() if problem.parameters is None else (p,)))
-    return value
 
 
 def _points(problem: StagedOCP, arguments: tuple[Tensor, ...], steps: Sequence[float] = ()) -> list[Sequence[Tensor]]:
@@ -206,11 +192,9 @@ def _points(problem: StagedOCP, arguments: tuple[Tensor, ...], steps: Sequence[f
     for i, point in enumerate(scattered(arguments, count=max(3, len(steps) - 1))):
         *front, u, p = point
         bounds = next((b for b in problem.control_bounds if b is not None and b[0].shape == u.shape[-1:]), None)
-        u = u if bounds is None else u.clamp(*bounds)
-        p = p if problem.parameter_bounds is None else p.clamp(*problem.parameter_bounds)
         if steps:
             front[0] = torch.full_like(arguments[0], steps[i % len(steps)])
-        points.append([*front, u, p])
+        points.append([*front, clipped(u, bounds), clipped(p, problem.parameter_bounds)])
     return points
 
 

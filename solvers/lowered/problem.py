@@ -7,14 +7,15 @@ import casadi
 import torch
 from torch import Tensor
 
-from ocnopt.checks import Bounds
+from ocnopt.checks import clipped
+from ocnopt.differential.steps import rows_stand_alone
 from ocnopt.solvers.lowered.limits import refused
 from ocnopt.solvers.lowering.lowering import Lowering, lower, scattered
-from ocnopt.staged import StagedOCP
+from ocnopt.staged import StagedOCP, Widened
 
 # Beyond this many operations a step, building takes seconds (derivatives of single numbers).
 _OPERATIONS = 2500
-_OWN_DATA = "its functions hold data of each problem of the batch"
+_ELSEWHERE = "kernel='torch' takes any torch code"
 
 Function = Callable[..., Any]
 
@@ -22,7 +23,7 @@ Function = Callable[..., Any]
 def lower_step(problem: StagedOCP, u: Tensor, p: Tensor) -> tuple[casadi.Function, casadi.Function]:
     """Lower the step (k, x, u, p) -> (x_next, cost) and the end (x, p) -> Phi, compared with torch at random points.
 
-    A batch must not be told apart by its rows: one row alone is lowered, then compared with torch on all of them.
+    In a batch, where every row must stand alone, the first row is lowered, as a batch of one.
 
     Args:
         problem: one stage for all steps.
@@ -30,10 +31,12 @@ def lower_step(problem: StagedOCP, u: Tensor, p: Tensor) -> tuple[casadi.Functio
         p: static controls ``(*batch, q)``.
 
     Raises:
-        ProblemError: the functions hold data of each problem of a batch, cannot be lowered, or are too large.
+        ProblemError: the functions tell the problems of a batch apart, cannot be lowered, or are too large.
     """
+    if not rows_stand_alone(Widened(problem)):
+        raise refused("its functions tell the problems of the batch apart: they hold data of each, or mix their rows")
     stage, start = problem.groups[0].stage, problem.initial_state
-    first = [v[(0,) * len(problem.batch_shape)] for v in (start, u, p)]
+    first = [v[(slice(1),) * len(problem.batch_shape)] for v in (start, u, p)]
     counted = stage.joint is None
     k = torch.tensor(0) if counted else start.new_tensor(0.0)
 
@@ -49,28 +52,17 @@ def lower_step(problem: StagedOCP, u: Tensor, p: Tensor) -> tuple[casadi.Functio
 
     numbers = torch.linspace(0, problem.steps - 1, 4).round().tolist()
     points = [
-        [torch.full_like(k, number), x, _clipped(u, problem.control_bounds[0]), _clipped(p, problem.parameter_bounds)]
+        [torch.full_like(k, number), x, clipped(u, problem.control_bounds[0]), clipped(p, problem.parameter_bounds)]
         for number, (x, u, p) in zip(numbers, scattered(first), strict=True)
     ]
-    _check_alone(problem, step, end, points[0])
     ends = [[x, p] for _, x, _, p in points]
     functions = (
-        _small(lower(step, points, "the step"), "step"),
-        _small(lower(end, ends, "the terminal cost"), "terminal cost"),
+        _small(lower(step, points, "the step", elsewhere=_ELSEWHERE), "step"),
+        _small(lower(end, ends, "the terminal cost", elsewhere=_ELSEWHERE), "terminal cost"),
     )
     _check_slopes(functions[0], step, points[1:], "step")
     _check_slopes(functions[1], lambda *xp: (end(*xp),), ends[1:], "terminal cost")
-    if problem.batch_shape:
-        _, (x, u, p), *_ = scattered((start, u, p))
-        u, p = _clipped(u, problem.control_bounds[0]), _clipped(p, problem.parameter_bounds)
-        with torch.no_grad():
-            _check_rows(functions[0], [k, x, u, p], step(k, x, u, p), "step")
-            _check_rows(functions[1], [x, p], (end(x, p),), "terminal cost")
     return functions
-
-
-def _clipped(value: Tensor, bounds: Bounds | None) -> Tensor:
-    return value if bounds is None else value.clamp(*bounds)
 
 
 def _small(lowering: Lowering, name: str) -> casadi.Function:
@@ -80,21 +72,6 @@ def _small(lowering: Lowering, name: str) -> casadi.Function:
     if function.n_instructions() > _OPERATIONS:
         raise refused(f"its {name} takes {function.n_instructions()} operations, more than {_OPERATIONS}")
     return function
-
-
-def _check_alone(problem: StagedOCP, step: Function, end: Function, point: list[Tensor]) -> None:
-    """Captured data of each problem of a batch shows in the shapes that one problem alone returns."""
-    k, x, u, p = point
-    try:
-        with torch.no_grad():
-            x_next, cost = step(k, x, u, p)
-            phi = end(x, p)
-    except Exception as error:
-        if not problem.batch_shape:
-            raise
-        raise refused(f"{_OWN_DATA} ({str(error).strip().partition(chr(10))[0]})") from error
-    if x_next.shape != x.shape or cost.shape or phi.shape:
-        raise refused(_OWN_DATA)
 
 
 def _check_slopes(lowered: casadi.Function, function: Function, points: Sequence[Sequence[Tensor]], name: str) -> None:
@@ -115,23 +92,11 @@ def _check_slopes(lowered: casadi.Function, function: Function, points: Sequence
         right = [torch.zeros_like(a) for a in wanted]
         if y.requires_grad:
             right = list(torch.autograd.grad(y, wanted, allow_unused=True, materialize_grads=True))
-        got = torch.from_numpy(slope(*(casadi.DM(a.detach().double().numpy()) for a in leaves)).full()[:, 0])
+        columns = [casadi.DM(a.detach().double().reshape(-1).numpy()) for a in leaves]
+        got = torch.from_numpy(slope(*columns).full()[:, 0])
         expected = torch.cat([a.reshape(-1) for a in right])
         # a step number, where there is one, stands first and alone
         error = (got[got.numel() - expected.numel() :] - expected).abs()
         scale = 1 + float(expected.nan_to_num(0.0).abs().max()) if expected.numel() else 1.0
         if bool((error > 1e-6 * scale).any()):
             raise refused(f"the {name}'s derivatives are not torch's: a part is detached, or has a backward of its own")
-
-
-def _check_rows(function: casadi.Function, arguments: list[Tensor], values: Sequence[Tensor], name: str) -> None:
-    """Compare the lowered function of one row with torch on the whole batch."""
-    rows = arguments[-1].shape[:-1].numel()
-    columns = [a.expand(*arguments[-1].shape[:-1], 1) if a.ndim == 0 else a for a in arguments]
-    results = function.map(rows).call([casadi.DM(a.reshape(rows, -1).double().numpy()).T for a in columns])
-    for result, value in zip(results, values, strict=True):
-        expected = value.reshape(rows, -1)
-        wrong = (torch.from_numpy(result.full().T) - expected).abs() > 1e-9 * (1 + expected.abs())
-        if bool(wrong.any()):
-            row = int(wrong.any(-1).nonzero()[0])
-            raise refused(f"its {name} treats row {row} of the batch as it does not treat a problem alone")

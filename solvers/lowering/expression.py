@@ -108,8 +108,9 @@ def lines(value: Expression, dims: Sequence[int]) -> Column:
     dims = [dim % order.ndim for dim in dims] if order.ndim else []
     together = math.prod(value.shape[dim] for dim in dims)
     kept = [dim for dim in range(order.ndim) if dim not in dims]
-    order = order.permute(*kept, *dims).reshape(-1, together) if order.ndim else order.reshape(1, 1)
-    return casadi.reshape(gather(value.entries, order), together, order.shape[0])
+    # sizes in full: torch infers none beside an empty dimension
+    apart = math.prod(value.shape[dim] for dim in kept)
+    return casadi.reshape(gather(value.entries, order.permute([*kept, *dims])), together, apart)
 
 
 class Site(NamedTuple):

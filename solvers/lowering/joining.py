@@ -30,8 +30,15 @@ from ocnopt.solvers.lowering.expression import (
 )
 
 
-def _fold(step: Callable[[Column, Column], Column]) -> Callable[[Column], Column]:
-    return lambda together: functools.reduce(step, casadi.vertsplit(together))
+def _fold(step: Callable[[Column, Column], Column], nothing: float | None = None) -> Callable[[Column], Column]:
+    """Join the rows of a matrix; ``nothing`` is what no rows give, where they give anything."""
+
+    def fold(together: Column) -> Column:
+        if together.shape[0] == 0 and nothing is not None:
+            return type(together)(casadi.DM.ones(1, together.shape[1]) * nothing)
+        return functools.reduce(step, casadi.vertsplit(together))
+
+    return fold
 
 
 def _mean(m: Column) -> Column:
@@ -41,13 +48,13 @@ def _mean(m: Column) -> Column:
 _REDUCTIONS: dict[str, Callable[[Column], Column]] = {
     "sum": casadi.sum1,
     "mean": _mean,
-    "prod": _fold(lambda x, y: x * y),
+    "prod": _fold(lambda x, y: x * y, 1.0),
     "amax": _fold(larger),
     "amin": _fold(smaller),
     "max": _fold(larger),
     "min": _fold(smaller),
-    "any": _fold(casadi.logic_or),
-    "all": _fold(casadi.logic_and),
+    "any": _fold(casadi.logic_or, 0.0),
+    "all": _fold(casadi.logic_and, 1.0),
 }
 
 
@@ -149,8 +156,8 @@ def _addmm(site: Site, bias: Any, a: Any, b: Any, beta: Any = 1, alpha: Any = 1)
 
 def _items(x: Expression, core: int) -> list[Expression]:
     """The entries of a batch, each with the last ``core`` dimensions."""
-    tail = x.shape[len(x.shape) - core :]
-    return [Expression(gather(x.entries, item), tail) for item in positions(x.shape).reshape(-1, *tail)]
+    lead, tail = x.shape[: len(x.shape) - core], x.shape[len(x.shape) - core :]
+    return [Expression(gather(x.entries, item), tail) for item in positions(x.shape).reshape(math.prod(lead), *tail)]
 
 
 def _bmm(site: Site, a: Any, b: Any) -> Expression:

@@ -101,6 +101,7 @@ def lower(
     *,
     reference: Function | None = None,
     components: Mapping[str, Function] | None = None,
+    elsewhere: str = ELSEWHERE,
 ) -> Lowering:
     """Trace a torch function and evaluate it at the points that its CasADi form will be compared at.
 
@@ -111,6 +112,7 @@ def lower(
         batch_shape: leading axes that hold one problem each.
         reference: what to compare with, if not the function itself.
         components: the user's functions that it is made of, by name: an error is blamed on one of them.
+        elsewhere: what takes any torch code, for messages.
 
     Raises:
         ProblemError: the function cannot be traced.
@@ -125,7 +127,7 @@ def lower(
     values = [_evaluate(reference, point, name) for point in points]
     components = components or {}
     with LOCK, _blame(components, points, batch_shape, 0 if batch_shape else None):
-        program = trace(function, points[0], name)
+        program = trace(function, points[0], name, elsewhere)
     noise = [_noise(reference, point, value) for point, value in zip(points, values, strict=True)]
     kind = _kind(program, math.prod(batch_shape))
     return Lowering(program, kind, batch_shape, list(points), values, noise, components)
@@ -165,11 +167,17 @@ def interpret(program: Program, kind: Kind, inputs: Sequence[Expression]) -> lis
     for node in _needed(program):
         if node.op == "call_function":
             try:
-                known[node.name] = _apply(node, kind, known, program.dtype)
+                known[node.name] = _apply(node, kind, known, program)
             except NotLowerableError as error:
                 name = operator_name(node.target)
                 message = f"{program.name} uses {name}, which cannot be translated to CasADi: {error}"
                 raise ProblemError(message) from error
+            except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
+                raise ProblemError(
+                    f"{program.name} uses {operator_name(node.target)} in a way that cannot be translated to CasADi "
+                    f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); expected another "
+                    f"form of it: write it with other torch operators ({program.elsewhere})"
+                ) from error
     output = program.output if isinstance(program.output, list | tuple) else [program.output]
     return [as_expression(kind, _read(value, known)) for value in output]
 
@@ -189,7 +197,8 @@ def _read(value: Any, known: dict[str, Any]) -> Any:
     return torch.fx.node.map_arg(value, lambda node: known.get(node.name))
 
 
-def _apply(node: torch.fx.Node, kind: Kind, known: dict[str, Any], dtype: torch.dtype) -> Any:
+def _apply(node: torch.fx.Node, kind: Kind, known: dict[str, Any], program: Program) -> Any:
+    dtype, elsewhere = program.dtype, program.elsewhere
     arguments, options = _read(node.args, known), _read(node.kwargs, known)
     name = operator_name(node.target)
     if "device" in options:
@@ -204,7 +213,9 @@ def _apply(node: torch.fx.Node, kind: Kind, known: dict[str, Any], dtype: torch.
             raise NotLowerableError("it draws random numbers; draw them outside and capture the tensor")
         return target(*arguments, **options)
     if name not in RULES:
-        raise NotLowerableError(f"there is no rule for it; write it with other torch operators{_advice(name)}")
+        raise NotLowerableError(
+            f"there is no rule for it; write it with other torch operators{_advice(name, elsewhere)}"
+        )
     site = _site(node, kind)
     if site.dtype.is_floating_point and torch.finfo(site.dtype).bits < torch.finfo(dtype).bits:
         raise NotLowerableError(
@@ -214,12 +225,12 @@ def _apply(node: torch.fx.Node, kind: Kind, known: dict[str, Any], dtype: torch.
     return RULES[name](site, *arguments, **options)
 
 
-def _advice(name: str) -> str:
+def _advice(name: str, elsewhere: str) -> str:
     if name in ("sort", "topk", "median", "argsort", "kthvalue"):
         return ", such as torch.amax, torch.amin and torch.where"
     if name in ("cond", "while_loop"):
         return ", such as torch.where"
-    return f" ({ELSEWHERE})"
+    return f" ({elsewhere})"
 
 
 def _site(node: torch.fx.Node, kind: Kind) -> Site:

@@ -14,7 +14,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,6 +56,7 @@ class Program:
     arguments: list[str]
     output: Any
     dtype: torch.dtype
+    elsewhere: str = ELSEWHERE
 
 
 class _Call(torch.nn.Module):
@@ -87,13 +88,14 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def trace(function: Function, arguments: Sequence[Tensor], name: str) -> Program:
+def trace(function: Function, arguments: Sequence[Tensor], name: str, elsewhere: str = ELSEWHERE) -> Program:
     """Trace ``function`` at tensors of the shapes that it will see.
 
     Args:
         function: plain torch code of several tensors.
         arguments: example tensors; only shapes and dtypes matter.
         name: what the user calls the function, for messages.
+        elsewhere: what takes any torch code, likewise.
 
     Raises:
         ProblemError: the function cannot be traced; the message says what it does and what to write instead.
@@ -101,25 +103,25 @@ def trace(function: Function, arguments: Sequence[Tensor], name: str) -> Program
     dtype = next((a.dtype for a in arguments if a.is_floating_point()), torch.float64)
     with LOCK, _quiet(), torch.no_grad():
         try:
-            return _quick(function, arguments, name, dtype)
+            return replace(_quick(function, arguments, name, dtype), elsewhere=elsewhere)
         except Exception:
             pass
         try:
-            return _export(function, arguments, name, dtype)
+            return replace(_export(function, arguments, name, dtype), elsewhere=elsewhere)
         except ProblemError:
             raise
         except Exception as error:
-            raise ProblemError(_message(name, error)) from error
+            raise ProblemError(_message(name, error, elsewhere)) from error
 
 
-def _message(name: str, error: Exception) -> str:
+def _message(name: str, error: Exception, elsewhere: str) -> str:
     text = str(error).strip()
     for sign, hint in _HINTS:
         if sign in text:
-            return f"{name} cannot be translated to CasADi: {hint} ({ELSEWHERE})"
+            return f"{name} cannot be translated to CasADi: {hint} ({elsewhere})"
     return (
         f"{name} cannot be translated to CasADi: torch.export failed with {type(error).__name__}: "
-        f"{text.splitlines()[0] if text else ''}; expected plain torch code of tensors ({ELSEWHERE})"
+        f"{text.splitlines()[0] if text else ''}; expected plain torch code of tensors ({elsewhere})"
     )
 
 

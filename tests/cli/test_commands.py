@@ -9,13 +9,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from ocnopt.cli import control as control_module
 from ocnopt.cli import demo as demo_module
 from ocnopt.cli import main
 from ocnopt.cli.control import compare_result
 from ocnopt.cli.main import app
 from ocnopt.cli.runs import RunFolder
-from ocnopt.problems import names
-from ocnopt.solvers.compare import Comparison, Row
+from ocnopt.problems import control, names
+from ocnopt.solvers.compare import Comparison, Row, compare
 
 COMMANDS = ("problems", "solve", "compare", "train", "demo")
 TRAIN = ["--optimizer=adam", "--iterations=3", "--batch-size=16", "--checkpoint-every=2"]
@@ -140,6 +141,17 @@ def test_compare(run, tmp_path):
     assert (tmp_path / "here" / "ddp.pt").exists()
     assert (tmp_path / "here" / "casadi.pt").exists()
     assert "max |dx|" in (tmp_path / "here" / "report.html").read_text()
+
+
+def test_compare_prints_and_keeps_its_notes(run, tmp_path, monkeypatch):
+    found = compare(control("scalar_lqr").build(), ("ddp",), steps=5)
+    rows = (found.rows[0], replace(found.rows[0], solver="other", note="refused: use solver='casadi'", converged=False))
+    monkeypatch.setattr(control_module, "compare", lambda *_, **__: Comparison(rows, found.solutions))
+    code, output = run("compare", "scalar_lqr", "--steps", "5", "--out", "here")
+    assert code == main.NOT_CONVERGED
+    assert output.count("other: refused: use --solver casadi") == 1
+    assert output.count("ddp: converged after") == 1
+    assert "<br>other: refused: use --solver casadi" in (tmp_path / "here" / "report.html").read_text()
 
 
 def test_compare_one_solver(run):

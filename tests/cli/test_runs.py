@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from ocnopt.cli import runs
+from ocnopt.cli.demo import run_demo
 from ocnopt.cli.runs import RunFolder, replace_file, write_atomically
+from ocnopt.cli.training import open_trainer
 from ocnopt.errors import DataError, ProblemError
 
 
@@ -164,6 +167,19 @@ def test_one_process_writes_into_a_folder_and_a_kill_frees_it(tmp_path):
         other.communicate()
     with folder.locked():
         pass
+
+
+@pytest.mark.parametrize("config", [{"seeds": [0, 1]}, {}])
+def test_a_demo_of_another_version(tmp_path, config):
+    folder = RunFolder.create(tmp_path, config)
+    with pytest.raises(DataError, match=r"config.json holds seeds = .*; expected what it writes itself: start a new"):
+        run_demo(folder, Console(quiet=True))
+
+
+def test_a_training_run_of_another_version(tmp_path):
+    folder = RunFolder.create(tmp_path, {"train": {"problem": "digits", "optimizer": "adam", "lr": 0.1, "depth": 2}})
+    with pytest.raises(DataError, match=r"config.json holds train = .*'depth'\); expected what it writes itself"):
+        open_trainer(folder)
 
 
 def test_a_folder_is_taken_back(tmp_path):

@@ -2,6 +2,7 @@
 
 from dataclasses import fields
 
+import casadi
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,8 +13,11 @@ from ocnopt.differential.steps import TorchKernel
 from ocnopt.errors import ProblemError
 from ocnopt.ocp import OCP, FreeHorizon
 from ocnopt.solvers.ddp import DDP
+from ocnopt.solvers.lowered import arrays
+from ocnopt.solvers.lowered import kernel as lowered_kernel
 from ocnopt.solvers.lowered.kernel import LoweredKernel
-from ocnopt.solvers.solve import solve
+from ocnopt.solvers.solve import read_guess, solve
+from ocnopt.staged import Stage, StagedOCP, transcribe
 from tests.oracles.lq import random_affine_quadratic
 from tests.solvers.cases import assert_converged, swing
 
@@ -100,9 +104,24 @@ class TestWhichKernel:
         )
         assert solve(own, steps=5).status[0].endswith("(torch kernel)")
         with pytest.raises(
-            ProblemError, match="kernel='lowered' got a problem that it cannot take: its functions hold"
+            ProblemError, match="kernel='lowered' got a problem that it cannot take: its functions tell the"
         ):
             solve(own, steps=5, kernel="lowered")
+
+    def test_an_operation_without_a_form_for_batches(self, monkeypatch):
+        stage = Stage(lambda k, x, u: torch.sin(x) + u, lambda k, x, u: (x**2 + u**2).sum(-1), 1)
+        problem = StagedOCP(stage, initial_state=torch.ones(3, 1), steps=2)
+        monkeypatch.setattr(lowered_kernel, "_FEW", 2)
+        monkeypatch.delitem(arrays._CALLS, casadi.OP_SIN)
+        assert solve(problem).status[0].endswith("(torch kernel)")
+        with pytest.raises(ProblemError, match="kernel='lowered' has no numpy form .* use kernel='torch'"):
+            solve(problem, kernel="lowered")
+
+    def test_no_controls_beside_a_matrix(self):
+        B = torch.zeros(2, 0).double()
+        stage = Stage(lambda k, x, u: 0.5 * x + (B @ u[..., None])[..., 0], lambda k, x, u: (x**2).sum(-1))
+        problem = StagedOCP(stage, lambda x: (x**2).sum(-1), initial_state=[1.0, 1.0], steps=3)
+        assert float(solve(problem, kernel="lowered").cost) == 2.65625
 
     def test_an_unknown_one(self):
         # past the type checks that run with the tests
@@ -249,8 +268,11 @@ class TestGradientModes:
 
     def test_inference_mode_is_refused(self):
         problem = self.problem()
+        guess = read_guess(transcribe(problem, 5), torch.ones(5, 1).double())
         with torch.inference_mode():
             with pytest.raises(ProblemError, match="inference_mode.* is on, where nothing has a derivative"):
                 solve(problem, steps=5)
             with pytest.raises(ProblemError, match="inference_mode.* is on, where nothing has a derivative"):
                 self.problem()
+            with pytest.raises(ProblemError, match="inference_mode.* is on, where nothing has a derivative"):
+                DDP().solve(transcribe(problem, 5), guess)

@@ -242,14 +242,27 @@ class TestWhatItCannotTake:
             ),
             3,
         )
-        with pytest.raises(ProblemError, match="hold data of each problem of the batch"):
+        with pytest.raises(ProblemError, match="tell the problems of the batch apart: they hold data of each"):
             LoweredKernel(problem, some_guess(problem))
 
     def test_a_function_that_tells_a_batch_from_one_problem(self):
         shift = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
         dynamics = lambda t, x, u: u + (shift if x.ndim > 1 else 0.0)  # noqa: E731
         problem = transcribe(OCP(dynamics, initial_state=torch.zeros(2, 1), control_dim=1, horizon=1.0), 3)
-        with pytest.raises(ProblemError, match="its step treats row 1 of the batch as it does not treat a problem"):
+        with pytest.raises(ProblemError, match="tell the problems of the batch apart"):
+            LoweredKernel(problem, some_guess(problem))
+
+    def test_the_first_problem_of_a_batch_is_lowered_as_a_batch(self):
+        dynamics = lambda k, x, u: x * (3.0 if x.ndim > 1 else 2.0)  # noqa: E731
+        problem = StagedOCP(Stage(dynamics, control_dim=1), initial_state=torch.ones(2, 1), steps=1)
+        kernel = LoweredKernel(problem, some_guess(problem))
+        path = kernel.evaluate(torch.ones(2, 2, 1).double(), torch.zeros(1, 2, 1).double())
+        assert path.gaps.tolist() == [[[2.0], [2.0]]]
+
+    def test_an_operator_without_a_rule_names_the_other_kernel(self):
+        stage = Stage(lambda k, x, u: torch.erfc(x), control_dim=0)
+        problem = StagedOCP(stage, initial_state=torch.zeros(2), steps=2)
+        with pytest.raises(ProblemError, match=r"uses erfc.*\(kernel='torch' takes any torch code\)"):
             LoweredKernel(problem, some_guess(problem))
 
     def test_a_wide_network(self):

@@ -254,6 +254,22 @@ def loop(x):
     return x
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: M[:, :0] @ x[:0] + x,
+        lambda x: (M[:, :0] @ x[:0, None])[:, 0] + x,
+        lambda x: torch.bmm(M.expand(3, 4, 4)[:, :, :0], x[:0].expand(3, 0)[..., None])[..., 0].sum(0) + x,
+        lambda x: x + (x[:0] ** 2).sum() + x[:0].prod() + x[:0].norm(),
+        lambda x: x + x[:0].expand(4, 0).sum(-1) + torch.cumsum(x[:0], 0).sum(),
+        lambda x: torch.where((x[:0] > 0).any() | ~(x[:0] > 0).all(), x, 2 * x),
+    ],
+)
+def test_an_axis_without_entries(function):
+    lowered = lower(function, scattered([X]), "dynamics").function()
+    assert np.allclose(lowered(X.numpy()).full()[:, 0], function(X).numpy())
+
+
 def mutate(x):
     x[0] = 3.0
     return x * 2
@@ -280,6 +296,12 @@ REFUSED = {
     "cholesky": (
         lambda x: torch.linalg.cholesky(torch.diag(x**2)),
         "uses linalg_cholesky_ex.*solver='ddp' takes any torch code",
+    ),
+    # 1 - erf(x) would lose every digit of the tail
+    "erfc": (torch.erfc, "uses erfc, which cannot be translated to CasADi: there is no rule for it"),
+    "a rule that fails": (
+        lambda x: torch.softmax(x[:0], 0),
+        r"uses _softmax in a way that cannot be translated to CasADi \(TypeError.*expected another form of it",
     ),
     "float32": (lambda x: x.float() * 2, r"result is torch\.float32 in a torch\.float64 problem"),
     "integer times float": (lambda x: (x.long() * 0.1).to(F64), "convert it first"),
