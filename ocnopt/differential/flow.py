@@ -13,10 +13,17 @@ import torch
 from torch import Tensor
 
 from ocnopt import checks
-from ocnopt.differential.discrete import Pull
 from ocnopt.errors import ProblemError
 from ocnopt.linearise import leaves, linearise, pull
 from ocnopt.ocp import OCP, Lifted, lift
+
+
+class Pulled(NamedTuple):
+    """F ``(..., n)``, and of columns q the products F_X^T q and F_p^T q; the last is None if unwanted or zero."""
+
+    F: Tensor
+    FXq: Tensor
+    Fpq: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,8 +87,9 @@ class Flow:
         X = self.join(x)
         return [self.dynamics(t, X, self.p), *(self.running_cost(t, X, self.p) for _ in cost)]
 
-    def pull(self, t: float | Tensor, x: Tensor, columns: Tensor, *, wanted: bool = True) -> Pull:
-        """F, and F_X^T q_i ``(..., K, d)``, F_p^T q_i ``(..., K, q)`` (if ``wanted``) of q_i ``(..., K, n)``."""
+    def pull(self, t: float | Tensor, x: Tensor, columns: Tensor, *, wanted: bool) -> Pulled:
+        """F, and F_X^T q_i ``(..., K, d)``, F_p^T q_i ``(..., K, q)`` (if ``wanted``) of q_i ``(..., K, d)``."""
+        columns = columns[..., : self.n]
         with torch.enable_grad():
             inputs = self.leaves(self.join(x))
             F = self.dynamics(t, inputs[0], inputs[1])
@@ -90,7 +98,7 @@ class Flow:
                 products = [product.movedim(0, -2) for product in pull(F, of, columns.movedim(-2, 0))]
             else:
                 products = [columns @ block for block in linearise(F, inputs)]
-        return Pull(F.detach(), products[0], products[1:])
+        return Pulled(F.detach(), products[0], products[1] if wanted else None)
 
 
 class Request(NamedTuple):

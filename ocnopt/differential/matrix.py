@@ -107,7 +107,7 @@ class Matrix:
         return replace(self, V=self.V[..., : 1 + n, : 1 + n], Vp=self.Vp[..., : 1 + n]), readout
 
     def rates(
-        self, field: Flow, t: float | Tensor, x: Tensor, V: Tensor, Vp: Tensor, _: Tensor, *, wanted: bool
+        self, field: Flow, t: float | Tensor, x: Tensor, V: Tensor, Vp: Tensor, *, wanted: bool
     ) -> tuple[Sequence[Tensor], Gather]:
         """The equations above."""
         moving = slice(1, 1 + field.n)
