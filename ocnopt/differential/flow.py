@@ -101,16 +101,12 @@ class Flow:
         return Pulled(F.detach(), products[0], products[1] if wanted else None)
 
 
-class Request(NamedTuple):
-    """The problem at p (T counted), and controls ``(*batch, N, m)``: one interval with m = 0 where there are none."""
-
-    flow: Flow
-    controls: Tensor
-
-
-def read_request(problem: Any, parameters: Any, controls: Any, horizon: Any, rtol: Any, atol: Any) -> Request:
+def read_request(
+    problem: Any, parameters: Any, controls: Any, horizon: Any, rtol: Any, atol: Any
+) -> tuple[Flow, Tensor]:
     """Read where to differentiate; None stands for the problem's own parameters and end time.
 
+    The controls come back as ``(*batch, N, m)``: one interval with m = 0 where there are none.
     Steps are held to a tenth of the tolerances, so that the results meet them, but no tighter than the dtype rounds.
 
     Raises:
@@ -128,7 +124,7 @@ def read_request(problem: Any, parameters: Any, controls: Any, horizon: Any, rto
     floor = 16 * torch.finfo(problem.dtype).eps
     tenths = (max(_tolerance(name, value) / 10, floor) for name, value in (("rtol", rtol), ("atol", atol)))
     u = _controls(problem, controls)
-    return Request(Flow(lifted, p, u[..., 0, :], *tenths), u)
+    return Flow(lifted, p, u[..., 0, :], *tenths), u
 
 
 def _with_horizon(lifted: Lifted, horizon: Any) -> Lifted:
@@ -157,7 +153,7 @@ def _parameters(problem: OCP, value: Any) -> Tensor:
 
 
 def _tolerance(name: str, value: Any) -> float:
-    if not isinstance(value, int | float) or not value > 0:
+    if not (checks.is_number(value) and value > 0):
         raise ProblemError(f"{name} is {value!r}; expected a number > 0, such as 1e-8")
     return float(value)
 
