@@ -21,7 +21,7 @@ Source: SNOpt, arXiv 2109.14158, Proposition 2 (with F_p^T q_i where (11), (12) 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -103,7 +103,7 @@ class Columns:
         """The equation above."""
         F, FXq, Fpq = field.pull(t, x, q, wanted=wanted)
         # The witness is that of -p_i.
-        turn = torch.zeros_like(self.seen) if Fpq is None or not self.seen.numel() else Fpq @ self.r
+        turn = torch.zeros_like(self.seen) if Fpq is None or not self.seen.numel() else (Fpq @ self.r).to(self.seen)
 
         def gather(weight: float) -> None:
             if Fpq is not None:
@@ -117,24 +117,15 @@ def columns_of(flow: Flow, q: Tensor, in_p: Tensor, weights: Tensor) -> Columns:
     return Columns(q, in_p, direction(flow.p) / 2, q.new_zeros(q.shape[:-1]), weights)
 
 
-class _Terminal(NamedTuple):
-    """Phi's gradient with its graph, p per sample where possible, and which parameters its Hessian reads."""
-
-    inputs: tuple[Tensor, Tensor]
-    gx: Tensor
-    gp: Tensor
-    read: Tensor
-
-
 @torch.enable_grad()
-def _terminal(flow: Flow, x: Tensor) -> _Terminal:
-    """Differentiate Phi; a parameter is read where the Hessian's product with a random vector does not vanish."""
+def _terminal(flow: Flow, x: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor, Tensor]:
+    """The leaves, Phi's gradient with its graph, and the parameters in which Phi_pp v, Phi_px v do not vanish."""
     inputs = flow.leaves(x)
     gx, gp = gradient(flow.lifted.terminal_cost(*inputs), inputs, create_graph=True)
     generator = torch.Generator().manual_seed(0)
     vx, vp = (torch.randn(v.shape, generator=generator, dtype=torch.float64).to(v) for v in inputs)
     _, product = gradient((gx * vx).sum() + (gp * vp).sum(), inputs, create_graph=True)
-    return _Terminal(inputs, gx, gp, flat(product.detach()).ne(0).any(0).nonzero()[:, 0])
+    return inputs, gx, gp, flat(product.detach()).ne(0).any(0).nonzero()[:, 0]
 
 
 def columns_suffice(flow: Flow, x: Tensor) -> bool:

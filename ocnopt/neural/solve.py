@@ -7,7 +7,7 @@ costate. What must survive until the backward pass is saved through autograd, wh
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -134,7 +134,7 @@ class Continuous:
     At an output the cotangent of the output is added, and x starts again from the output itself.
     """
 
-    repeats = False  # nothing is compared with the forward pass
+    repeats = True
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -211,7 +211,8 @@ class Continuous:
 
     def _blank(self, field: "_Joined", x: Tensor) -> Columns:
         """The column before it starts, with nothing gathered and nothing seen."""
-        r = torch.randn(sum(field.sizes), generator=torch.Generator(x.device).manual_seed(0), device=x.device).to(x)
+        generator = torch.Generator(x.device).manual_seed(0)
+        r = torch.randn(sum(field.sizes), generator=generator, device=x.device).to(field.dtype)
         r /= x.shape[0] if x.ndim > 1 else 1
         return Columns(x, torch.zeros_like(r), r, x.new_zeros(int(self._adaptive)), x.new_ones(()))
 
@@ -222,6 +223,7 @@ class _Joined:
     def __init__(self, evaluation: Evaluation) -> None:
         self._evaluation, self._parameters = evaluation, evaluation.parameters
         self.sizes = [p.numel() for p in self._parameters]
+        self.dtype = reduce(torch.promote_types, {p.dtype for p in self._parameters}, torch.float32)
         self._reached: set[int] = set()
 
     def split(self, vector: Tensor) -> list[Tensor | None]:
@@ -238,7 +240,7 @@ class _Joined:
         self._reached.update(reached)
         if len(reached) < len(terms):
             terms = [torch.zeros_like(p) if g is None else g for g, p in zip(terms, self._parameters, strict=True)]
-        return Pulled(F, Fxq, _flatten_dense_tensors(terms).to(x))
+        return Pulled(F, Fxq, _flatten_dense_tensors(terms).to(self.dtype))
 
 
 def _norm(y: Tensor) -> Tensor:
