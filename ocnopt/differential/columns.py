@@ -19,43 +19,41 @@ Each column's witness is one number, the product of what it gathers with a fixed
 Source: SNOpt, arXiv 2109.14158, Proposition 2 (with F_p^T q_i where (11), (12) print F_u^T p_i).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ocnopt.differential.discrete import Gradient, Pull
-from ocnopt.differential.flow import Flow
+from ocnopt.differential.flow import Flow, Pulled
 from ocnopt.differential.path import Gather, Readout
 from ocnopt.errors import ProblemError
 from ocnopt.integrate.runge_kutta import Time
 from ocnopt.linearise import direction, flat, gradient, jacobian
-
-Witness = Callable[[Sequence[Tensor | None]], Tensor]
 
 
 @runtime_checkable
 class Pullable(Protocol):
     """A field, of a problem or of a network."""
 
-    def pull(self, t: Time, x: Tensor, columns: Tensor, /, *, wanted: bool) -> Pull:
-        """Evaluate once and pull columns back, to the parameters only if they are ``wanted``."""
+    def pull(self, t: Time, x: Tensor, columns: Tensor, /, *, wanted: bool) -> Pulled:
+        """Evaluate once and pull columns back, to the parameters, as one tensor, only if they are ``wanted``."""
 
 
 @dataclass(frozen=True, eq=False)
 class Columns:
-    """Columns q in units of ``unit``, what they gather in place, their witness with what it has seen (if asked), s_i.
+    """Columns q in units of ``unit``, p_i which gathers in place, what its witness has seen, s_i.
 
-    Of a problem the gathered are p_i in one tensor ``(..., K, q)``, of a network sums over the samples per parameter.
+    Of a problem p_i is ``(..., K, q)``; of a network it is one vector ``(q,)``, a sum over the samples. The witness is
+    p_i . r, and where ``seen`` is empty nobody asks for it.
     """
 
     integrated: ClassVar[tuple[str, ...]] = ("q", "seen")
     q: Tensor
-    gathered: Gradient
-    witness: Witness
+    in_p: Tensor
+    r: Tensor
     seen: Tensor
     weights: Tensor
     unit: float = 1.0
@@ -64,11 +62,6 @@ class Columns:
     def X(self) -> Tensor:
         """Q_X ``(..., d)``."""
         return self.q[..., 0, :]
-
-    @property
-    def in_p(self) -> Tensor:
-        """p_i ``(..., K, q)``."""
-        return torch.cat([total for total in self.gathered.totals if total is not None], dim=-1)
 
     @property
     def p(self) -> Tensor:
@@ -106,48 +99,33 @@ class Columns:
         XX = self.XX
         return replace(self, q=self.q[..., :n]), Readout(self.X[..., n:], XX[..., n:, n:], XX[..., n:, :n])
 
-    def rates(
-        self, field: Pullable, t: Time, x: Tensor, q: Tensor, seen: Tensor, *, wanted: bool
-    ) -> tuple[Sequence[Tensor], Gather]:
+    def rates(self, field: Pullable, t: Time, x: Tensor, q: Tensor, *, wanted: bool) -> tuple[Sequence[Tensor], Gather]:
         """The equation above."""
-        pulled = field.pull(t, x, q[..., : x.shape[-1]], wanted=wanted)
-        turn = -self.witness(pulled.parameters) if wanted and seen.numel() else torch.zeros_like(seen)
+        F, FXq, Fpq = field.pull(t, x, q, wanted=wanted)
+        # The witness is that of -p_i.
+        turn = torch.zeros_like(self.seen) if Fpq is None or not self.seen.numel() else (Fpq @ self.r).to(self.seen)
 
         def gather(weight: float) -> None:
-            self.gathered.add(pulled.parameters, weight * self.unit)
+            if Fpq is not None:
+                self.in_p.add_(Fpq, alpha=weight * self.unit)
 
-        return [pulled.slope, -pulled.x, turn], gather
+        return [F, -FXq, turn], gather
 
 
 def columns_of(flow: Flow, q: Tensor, in_p: Tensor, weights: Tensor) -> Columns:
     """Columns of a problem that start with q and p_i, the latter's to keep."""
-    gathered, r = Gradient(1), direction(flow.p) / 2
-    gathered.totals[0] = in_p
-
-    def witness(terms: Sequence[Tensor | None]) -> Tensor:
-        return torch.cat([p_i for p_i in terms if p_i is not None], dim=-1) @ r
-
-    return Columns(q, gathered, witness, q.new_zeros(q.shape[:-1]), weights)
-
-
-class _Terminal(NamedTuple):
-    """Phi's gradient with its graph, p per sample where possible, and which parameters its Hessian reads."""
-
-    inputs: tuple[Tensor, Tensor]
-    gx: Tensor
-    gp: Tensor
-    read: Tensor
+    return Columns(q, in_p, direction(flow.p) / 2, q.new_zeros(q.shape[:-1]), weights)
 
 
 @torch.enable_grad()
-def _terminal(flow: Flow, x: Tensor) -> _Terminal:
-    """Differentiate Phi; a parameter is read where the Hessian's product with a random vector does not vanish."""
+def _terminal(flow: Flow, x: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor, Tensor]:
+    """The leaves, Phi's gradient with its graph, and the parameters in which Phi_pp v, Phi_px v do not vanish."""
     inputs = flow.leaves(x)
     gx, gp = gradient(flow.lifted.terminal_cost(*inputs), inputs, create_graph=True)
     generator = torch.Generator().manual_seed(0)
     vx, vp = (torch.randn(v.shape, generator=generator, dtype=torch.float64).to(v) for v in inputs)
     _, product = gradient((gx * vx).sum() + (gp * vp).sum(), inputs, create_graph=True)
-    return _Terminal(inputs, gx, gp, flat(product.detach()).ne(0).any(0).nonzero()[:, 0])
+    return inputs, gx, gp, flat(product.detach()).ne(0).any(0).nonzero()[:, 0]
 
 
 def columns_suffice(flow: Flow, x: Tensor) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocnopt.checks import nearest
+from ocnopt.checks import check_choice, is_whole
 from ocnopt.differential.columns import Columns, columns_suffice, terminal_columns
 from ocnopt.differential.flow import Flow, read_request
 from ocnopt.differential.matrix import Matrix, check_memory
@@ -116,8 +116,8 @@ def by_matrix(flow: Flow, path: Path, *, exact: bool) -> tuple[Matrix, list[Read
 
 def _check_options(problem: OCP, curvature: str | None, representation: str, rank: Any) -> bool:
     """Refuse options that do not go together; whether exact curvature is wanted."""
-    _check_name("curvature", curvature or "exact", ("exact", "gauss_newton"))
-    _check_name("representation", representation, ("dense", "low_rank"))
+    check_choice("curvature", "exact" if curvature is None else curvature, ("exact", "gauss_newton"))
+    check_choice("representation", representation, ("dense", "low_rank"))
     if representation == "dense":
         if rank is not None:
             raise ProblemError(
@@ -129,7 +129,7 @@ def _check_options(problem: OCP, curvature: str | None, representation: str, ran
             "representation='low_rank' comes with curvature='exact'; expected curvature='gauss_newton', since the "
             "Hessian has full rank: use representation='dense' or oc.hvp for it"
         )
-    if rank is not None and (not isinstance(rank, int) or rank < 1):
+    if rank is not None and (not is_whole(rank) or rank < 1):
         raise ProblemError(f"rank is {rank!r}; expected an integer >= 1, or None for every factor")
     if problem.running_cost is not None:
         raise ProblemError(
@@ -137,11 +137,6 @@ def _check_options(problem: OCP, curvature: str | None, representation: str, ran
             "all along the path: use representation='dense' or oc.hvp"
         )
     return False
-
-
-def _check_name(option: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ProblemError(f"{option} is {value!r}; expected one of {', '.join(known)}{nearest(value, known)}")
 
 
 def _expansion(

@@ -13,10 +13,17 @@ import torch
 from torch import Tensor
 
 from ocnopt import checks
-from ocnopt.differential.discrete import Pull
 from ocnopt.errors import ProblemError
 from ocnopt.linearise import leaves, linearise, pull
 from ocnopt.ocp import OCP, Lifted, lift
+
+
+class Pulled(NamedTuple):
+    """F ``(..., n)``, and of columns q the products F_X^T q and F_p^T q; the last is None if unwanted or zero."""
+
+    F: Tensor
+    FXq: Tensor
+    Fpq: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,8 +87,9 @@ class Flow:
         X = self.join(x)
         return [self.dynamics(t, X, self.p), *(self.running_cost(t, X, self.p) for _ in cost)]
 
-    def pull(self, t: float | Tensor, x: Tensor, columns: Tensor, *, wanted: bool = True) -> Pull:
-        """F, and F_X^T q_i ``(..., K, d)``, F_p^T q_i ``(..., K, q)`` (if ``wanted``) of q_i ``(..., K, n)``."""
+    def pull(self, t: float | Tensor, x: Tensor, columns: Tensor, *, wanted: bool) -> Pulled:
+        """F, and F_X^T q_i ``(..., K, d)``, F_p^T q_i ``(..., K, q)`` (if ``wanted``) of q_i ``(..., K, d)``."""
+        columns = columns[..., : self.n]
         with torch.enable_grad():
             inputs = self.leaves(self.join(x))
             F = self.dynamics(t, inputs[0], inputs[1])
@@ -90,19 +98,15 @@ class Flow:
                 products = [product.movedim(0, -2) for product in pull(F, of, columns.movedim(-2, 0))]
             else:
                 products = [columns @ block for block in linearise(F, inputs)]
-        return Pull(F.detach(), products[0], products[1:])
+        return Pulled(F.detach(), products[0], products[1] if wanted else None)
 
 
-class Request(NamedTuple):
-    """The problem at p (T counted), and controls ``(*batch, N, m)``: one interval with m = 0 where there are none."""
-
-    flow: Flow
-    controls: Tensor
-
-
-def read_request(problem: Any, parameters: Any, controls: Any, horizon: Any, rtol: Any, atol: Any) -> Request:
+def read_request(
+    problem: Any, parameters: Any, controls: Any, horizon: Any, rtol: Any, atol: Any
+) -> tuple[Flow, Tensor]:
     """Read where to differentiate; None stands for the problem's own parameters and end time.
 
+    The controls come back as ``(*batch, N, m)``: one interval with m = 0 where there are none.
     Steps are held to a tenth of the tolerances, so that the results meet them, but no tighter than the dtype rounds.
 
     Raises:
@@ -120,7 +124,7 @@ def read_request(problem: Any, parameters: Any, controls: Any, horizon: Any, rto
     floor = 16 * torch.finfo(problem.dtype).eps
     tenths = (max(_tolerance(name, value) / 10, floor) for name, value in (("rtol", rtol), ("atol", atol)))
     u = _controls(problem, controls)
-    return Request(Flow(lifted, p, u[..., 0, :], *tenths), u)
+    return Flow(lifted, p, u[..., 0, :], *tenths), u
 
 
 def _with_horizon(lifted: Lifted, horizon: Any) -> Lifted:
@@ -149,7 +153,7 @@ def _parameters(problem: OCP, value: Any) -> Tensor:
 
 
 def _tolerance(name: str, value: Any) -> float:
-    if not isinstance(value, int | float) or not value > 0:
+    if not (checks.is_number(value) and value > 0):
         raise ProblemError(f"{name} is {value!r}; expected a number > 0, such as 1e-8")
     return float(value)
 

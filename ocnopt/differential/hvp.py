@@ -65,7 +65,7 @@ class Directional:
 
     @torch.enable_grad()
     def rates(
-        self, field: Flow, t: Time, x: Tensor, dx: Tensor, a: Tensor, da: Tensor, _: Tensor, *, wanted: bool
+        self, field: Flow, t: Time, x: Tensor, dx: Tensor, a: Tensor, da: Tensor, *, wanted: bool
     ) -> tuple[Sequence[Tensor], Gather]:
         """The three lines above, as the gradient of S."""
         (point, p), costate = leaves(x, field.p, False), a.detach().requires_grad_()

@@ -107,16 +107,16 @@ class Matrix:
         return replace(self, V=self.V[..., : 1 + n, : 1 + n], Vp=self.Vp[..., : 1 + n]), readout
 
     def rates(
-        self, field: Flow, t: float | Tensor, x: Tensor, V: Tensor, Vp: Tensor, _: Tensor, *, wanted: bool
+        self, field: Flow, t: float | Tensor, x: Tensor, V: Tensor, Vp: Tensor, *, wanted: bool
     ) -> tuple[Sequence[Tensor], Gather]:
         """The equations above."""
-        moving = slice(1, 1 + field.n)
-        Vx, Vpx, r = V[..., moving, :], Vp[..., moving], self.r
+        moving, at, r = slice(1, 1 + field.n), pad(field.join(x), (1, 0), value=1.0), self.r
+        Vx, Vpx = V[..., moving, :], Vp[..., moving]
         with torch.enable_grad():
-            W, p = field.leaves(pad(field.join(x), (1, 0), value=1.0))
-            F = field.dynamics(t, W[..., 1:], p)
+            W, p = field.leaves(at)
+            curved, F = self._curved(field, t, W, p, Vx[..., 0])
             G, Fp = linearise(F, (W, p))
-            C, Cp, form = quadratic(self._curved(field, t, W, p, Vx[..., 0], F), (W, p), r)
+            C, Cp, form = quadratic(curved, (W, p), r)
         P = G.mT @ Vx
         form = form + 2 * ((r @ Vpx) * (Fp @ r)).sum()
 
@@ -124,16 +124,15 @@ class Matrix:
             self.half.addmm_(Vpx.movedim(-2, 0).flatten(1), flat(Fp), alpha=weight)
             if self.exact or field.has_running_cost:
                 with torch.enable_grad():
-                    p, W = field.p.clone().requires_grad_(), pad(field.join(x), (1, 0), value=1.0)
-                    F = field.dynamics(t, W[..., 1:], p) if self.exact else x
-                    add_curvature_in_p(self.half, weight / 2, self._curved(field, t, W, p, Vx[..., 0], F), p)
+                    p = field.p.clone().requires_grad_()
+                    add_curvature_in_p(self.half, weight / 2, self._curved(field, t, at, p, Vx[..., 0])[0], p)
 
         return [F.detach(), -(C + P + P.mT), -(Cp + Fp.mT @ Vx + Vpx @ G), -form], gather
 
-    def _curved(self, field: Flow, t: float | Tensor, W: Tensor, p: Tensor, a: Tensor, F: Tensor) -> Tensor:
-        """What C is the Hessian of."""
-        cost = W[..., 0] * field.running_cost(t, W[..., 1:], p)
-        return cost + (a * F).sum(-1) if self.exact else cost
+    def _curved(self, field: Flow, t: float | Tensor, W: Tensor, p: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        """What C is the Hessian of, and F."""
+        F, cost = field.dynamics(t, W[..., 1:], p), W[..., 0] * field.running_cost(t, W[..., 1:], p)
+        return cost + (a * F).sum(-1) if self.exact else cost, F
 
 
 def check_memory(flow: Flow) -> None:

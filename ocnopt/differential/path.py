@@ -20,6 +20,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkab
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 
 from ocnopt.differential.flow import Flow
 from ocnopt.integrate.adaptive import integrate
@@ -30,28 +31,28 @@ Rates = Callable[..., Sequence[Tensor]]
 Gather = Callable[[float], object]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Packing:
-    """Several tensors as one flat vector; ``rows`` of a block belong to different samples (1: all samples share it)."""
+    """Several tensors, shaped like ``blocks``, as one flat vector; ``rows`` of a block belong to different samples."""
 
-    shapes: tuple[tuple[int, ...], ...]
+    blocks: tuple[Tensor, ...]
+    sizes: tuple[int, ...]
     rows: tuple[int, ...]
 
     @classmethod
     def of(cls, blocks: Sequence[Tensor], batch: tuple[int, ...]) -> "Packing":
-        """Read the shapes off the blocks: those that start with the batch's axes belong to samples."""
-        shapes = tuple(tuple(block.shape) for block in blocks)
-        samples = math.prod(batch)
-        return cls(shapes, tuple(samples if batch and shape[: len(batch)] == batch else 1 for shape in shapes))
+        """Blocks that start with the batch's axes belong to samples; all samples share the others, rows 1."""
+        owned = [bool(batch) and block.shape[: len(batch)] == batch for block in blocks]
+        rows = tuple(math.prod(batch) if own else 1 for own in owned)
+        return cls(tuple(blocks), tuple(block.numel() for block in blocks), rows)
 
     def pack(self, blocks: Sequence[Tensor]) -> Tensor:
         """One flat vector."""
-        return torch.cat([block.reshape(-1) for block in blocks])
+        return _flatten_dense_tensors(blocks)
 
-    def unpack(self, y: Tensor) -> list[Tensor]:
-        """The blocks, as views."""
-        parts = y.split([math.prod(shape) for shape in self.shapes])
-        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+    def unpack(self, y: Tensor, count: int | None = None) -> list[Tensor]:
+        """The first blocks, or all of them, as views."""
+        return [*map(Tensor.view_as, y.split_with_sizes(self.sizes)[:count], self.blocks)]
 
     def root_mean_squares(self, y: Tensor) -> list[Tensor]:
         """One number per sample, for each block that is not empty."""
@@ -168,7 +169,8 @@ class Model(Protocol):
     def rates(self) -> Callable[..., tuple[Sequence[Tensor], Gather]]:
         """``rates(field, t, *blocks, wanted=)``: derivatives in time of the path's blocks and its own, and a gather.
 
-        The gather adds to what is not integrated; it is never called where nothing is ``wanted``.
+        The last of the model's blocks is its witness, which no rate reads and which is not handed over. The gather adds
+        to what is not integrated; it is never called where nothing is ``wanted``.
         """
 
     def widen(self, m: int) -> Any:
@@ -220,7 +222,7 @@ def carry(
         # The slope at the start of a step is that of the last one's end, or a stage of its own.
         stage = 1 + (evaluations - 1) % later if same and evaluations else evaluations % (later + 1)
         evaluations += 1
-        rates, gather = model.rates(field, t, *packing.unpack(y), wanted=wanted[stage])
+        rates, gather = model.rates(field, t, *packing.unpack(y, -1), wanted=wanted[stage])
         slope = packing.pack(rates)
         gathers[id(slope)] = gather
         return slope

@@ -340,7 +340,7 @@ class Evaluation:
             )
 
     def _time(self, t: Time, x: Tensor) -> Tensor:
-        return t.to(x.dtype) if isinstance(t, Tensor) else torch.full((), t, dtype=x.dtype, device=x.device)
+        return t.to(x.dtype) if isinstance(t, Tensor) else x.new_full((), t)
 
     def at(self, t: Tensor, x: Tensor) -> Tensor:
         """F(t, x) with t a 0-d tensor: the one place where the field is called.

@@ -6,14 +6,15 @@ costate. What must survive until the backward pass is saved through autograd, wh
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 
-from ocnopt.differential.columns import Columns, Witness
+from ocnopt.differential.columns import Columns
 from ocnopt.differential.discrete import (
     Costate,
     DiscreteStep,
@@ -23,11 +24,12 @@ from ocnopt.differential.discrete import (
     StepPull,
     Trajectory,
 )
+from ocnopt.differential.flow import Pulled
 from ocnopt.differential.path import Packing, blocks_of, carry
 from ocnopt.differential.sweep import sweep
 from ocnopt.errors import OcnoptError
 from ocnopt.integrate import adaptive
-from ocnopt.integrate.runge_kutta import Take
+from ocnopt.integrate.runge_kutta import Take, Time
 from ocnopt.integrate.runge_kutta import step as take_step
 from ocnopt.integrate.tableaus import Tableau
 from ocnopt.integrate.walk import StageLog, Step, Walk
@@ -167,20 +169,23 @@ class Continuous:
         jumps = {**jumps, len(saved): terminal.x}
         intervals = [Interval(start, end, i, state, jumps.get(i)) for i, (start, end, state) in ends]
         nothing = terminal._replace(x=torch.zeros_like(terminal.x))
-        return sweep(partial(self._back, self._witness()), intervals, nothing)[0]
+        field = _Joined(job.evaluation)
+        blank = self._blank(field, terminal.x)
+        value, _ = sweep(partial(self._back, field, blank), intervals, nothing)
+        value.parameters.totals = field.split(blank.in_p)
+        return value
 
-    def _back(self, witness: Witness, interval: Interval, value: Costate) -> tuple[Costate, None]:
+    def _back(self, field: "_Joined", blank: Columns, interval: Interval, value: Costate) -> tuple[Costate, None]:
         """The step of the sweep: the costate from the end of an interval to its start."""
         job, jump, state = self.job, interval.jump, interval.state
         x = value.x if jump is None else value.x + jump
         unit = 10.0 * float(torch.linalg.vector_norm(x)) / max(1, x.numel()) ** 0.5 or 1.0
-        seen = x.new_zeros(int(self._adaptive))
-        column = Columns(x / unit, value.parameters, witness, seen, x.new_ones(()), unit)
+        column = replace(blank, q=x / unit, unit=unit)
         packing = Packing.of((state, *blocks_of(column)), ())
         integrate = partial(job.integrate, first_size=self._size, norm=_norm) if self._adaptive else job.integrate
         column = carry(
             column,
-            job.evaluation,
+            field,
             (state,),
             (interval.end, interval.start),
             packing=packing,
@@ -204,20 +209,38 @@ class Continuous:
                 watch = observer.stage(abs(step.size) * weight, -step.size * weight)
                 self.job.evaluation.pull(t, x, q * unit, watch=watch)
 
-    def _witness(self) -> Witness:
-        """The product of the parameters' gradient with a fixed direction, by which step control sees it."""
-        x, generator = self._first, torch.Generator(self._first.device).manual_seed(0)
-        samples = x.shape[0] if x.ndim > 1 else 1
-        r = [
-            torch.randn(p.shape, generator=generator, device=p.device).to(p).div_(samples).reshape(-1)
-            for p in (self.job.evaluation.parameters if self._adaptive else ())
-        ]
+    def _blank(self, field: "_Joined", x: Tensor) -> Columns:
+        """The column before it starts, with nothing gathered and nothing seen."""
+        generator = torch.Generator(x.device).manual_seed(0)
+        r = torch.randn(sum(field.sizes), generator=generator, device=x.device).to(field.dtype)
+        r /= x.shape[0] if x.ndim > 1 else 1
+        return Columns(x, torch.zeros_like(r), r, x.new_zeros(int(self._adaptive)), x.new_ones(()))
 
-        def witness(terms: Sequence[Tensor | None]) -> Tensor:
-            products = [torch.dot(g.reshape(-1), d) for g, d in zip(terms, r, strict=True) if g is not None]
-            return torch.stack(products).sum().to(x).reshape(1) if products else x.new_zeros(1)
 
-        return witness
+class _Joined:
+    """The field with its parameters as one vector, and which of them something has reached."""
+
+    def __init__(self, evaluation: Evaluation) -> None:
+        self._evaluation, self._parameters = evaluation, evaluation.parameters
+        self.sizes = [p.numel() for p in self._parameters]
+        self.dtype = reduce(torch.promote_types, {p.dtype for p in self._parameters}, torch.float32)
+        self._reached: set[int] = set()
+
+    def split(self, vector: Tensor) -> list[Tensor | None]:
+        """The gradient of each parameter; None where nothing has reached it."""
+        parts = zip(self._parameters, vector.split_with_sizes(self.sizes), strict=True)
+        return [part.view_as(p) if i in self._reached else None for i, (p, part) in enumerate(parts)]
+
+    def pull(self, t: Time, x: Tensor, columns: Tensor, *, wanted: bool) -> Pulled:
+        """The field's own products, F_theta^T q in one piece."""
+        F, Fxq, terms = self._evaluation.pull(t, x, columns, wanted=wanted)
+        reached = [i for i, term in enumerate(terms) if term is not None]
+        if not reached:
+            return Pulled(F, Fxq, None)
+        self._reached.update(reached)
+        if len(reached) < len(terms):
+            terms = [torch.zeros_like(p) if g is None else g for g, p in zip(terms, self._parameters, strict=True)]
+        return Pulled(F, Fxq, _flatten_dense_tensors(terms).to(self.dtype))
 
 
 def _norm(y: Tensor) -> Tensor:

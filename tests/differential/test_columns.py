@@ -137,7 +137,7 @@ def test_only_the_horizon_has_x_factors_alone():
         ({"rank": 0}, "rank is 0; expected an integer >= 1"),
         (
             {"representation": "lowrank"},
-            "representation is 'lowrank'; expected one of dense, low_rank; did you mean 'low_rank'",
+            "representation is 'lowrank'; expected 'dense' or 'low_rank'; did you mean 'low_rank'",
         ),
         ({"representation": "dense", "rank": 2}, "rank=2 is given for dense matrices"),
         ({"curvature": "gaussnewton"}, "curvature is 'gaussnewton'; expected .* did you mean 'gauss_newton'"),

@@ -280,6 +280,28 @@ def test_frozen_and_unused_parameters_get_no_gradient(adjoint):
 
 
 @pytest.mark.parametrize("adjoint", ["discrete", "continuous"])
+def test_parameters_of_several_dtypes(adjoint):
+    """dx/dt = a + b + c: each gradient is one, in the dtype of its parameter."""
+    kinds = {"a": torch.float64, "b": torch.float32, "c": torch.bfloat16}
+
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name, dtype in kinds.items():
+                setattr(self, name, nn.Parameter(torch.ones(1, dtype=dtype)))
+
+        def forward(self, t, x):
+            return x.new_zeros(x.shape) + (self.a + self.b + self.c).to(x.dtype)
+
+    field = Sum()
+    NeuralODE(field, adjoint=adjoint)(torch.zeros(4, 1, dtype=torch.float32)).mean().backward()
+    for name, dtype in kinds.items():
+        gradient = getattr(field, name).grad
+        assert gradient.dtype == dtype
+        assert float(gradient) == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("adjoint", ["discrete", "continuous"])
 def test_only_one_output_counts(adjoint):
     field, x = Tanh(), start(4, 3)
     ode = NeuralODE(field, rtol=1e-10, atol=1e-10, adjoint=adjoint)
