@@ -19,7 +19,7 @@ from ocnopt.errors import OcnoptError, ProblemError
 from ocnopt.integrate.runge_kutta import Field, Time
 from ocnopt.integrate.walk import StageLog
 
-# Bytes of a node of a graph besides what it saves, measured on small networks: those of a tiny one weigh more than that.
+# Bytes of a node of a graph besides what it saves, measured on small networks, whose nodes weigh more than their tensors.
 _NODE = 1024
 
 State = Tensor | tuple[Tensor, ...]
