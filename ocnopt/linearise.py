@@ -1,4 +1,4 @@
-r"""The one linearisation: first and second derivatives of functions of a point, by plain autograd.
+r"""The one linearisation: first and second derivatives of functions of a point or along a path, by plain autograd.
 
 Two kinds of function are differentiated, and neither is ever mapped over samples (it may capture per-sample data and
 use autograd inside):
@@ -12,16 +12,36 @@ use autograd inside):
   shared, and what is wanted in p comes entry by entry, q cotangents each for all samples.
 
 Directions are never replicas: they are cotangents of one batched reverse pass (:func:`pull`), some at a time.
+
+**Control steps** (:func:`expand_path`). With w = (x, u) of size d = n + m, a step's dynamics f and cost l expand to f_w
+(n, d), l_w (d), l_ww (d, d). They are kept in homogeneous coordinates (1, dw), where the gap g of an infeasible path is
+one more column and a quadratic function one symmetric matrix:
+
+    F = [1  0  ]  (1 + n, 1 + d)        L = [0    l_w^T]  (1 + d, 1 + d),   cost change = 1/2 (1, dw) L (1, dw)^T
+        [g  f_w]                            [l_w  l_ww ]
+
+Exact curvature needs f_ww only as c . f_ww, for a vector c that the backward sweep finds on its way. Either all of f_ww
+``(N, n, d, d)`` is computed beforehand, which takes few calls, or c . f_ww alone at each step, which takes n times
+less arithmetic and memory: the larger of the two costs decides.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+from ocnopt.paths import Path
+from ocnopt.staged import Widened, step_numbers
 
 # Cotangents in one batched reverse pass, and the numbers in them: more gains no speed, and memory grows with both.
 _AT_ONCE, _NUMBERS = 128, 1_000_000
+# Beyond this many points in one evaluation a CPU gets slower per point (caches), and memory grows: cut along the steps.
+_POINTS = 100_000
+# Second derivatives of a step, all at once, as long as that many points cost less than one more call for each step.
+_FEW = 1_500
 
 
 def flat(v: Tensor) -> Tensor:
@@ -145,3 +165,121 @@ def add_curvature_in_p(total: Tensor, weight: float, c: Tensor, p: Tensor) -> No
     (gp,) = gradient(c, (p,), create_graph=True)
     for place, rows in unit_rows(len(p) if gp.requires_grad else 0, p.detach(), _AT_ONCE):
         total[place].add_(pull(gp, (p,), rows)[0], alpha=weight)
+
+
+class Hessians(NamedTuple):
+    """Second derivatives of a step's dynamics, f_ww ``(*lead, n, d, d)``."""
+
+    fww: Tensor
+
+    def times(self, c: Tensor) -> Tensor:
+        """c . f_ww ``(*lead, d, d)``, for c ``(*lead, n)`` or with entries of static controls behind."""
+        n, d = self.fww.shape[-3], self.fww.shape[-1]
+        return (c[..., None, :n] @ self.fww.flatten(-2))[..., 0, :].unflatten(-1, (d, d))
+
+
+class StepAt(NamedTuple):
+    """The step ``outputs(w) -> (f, l)`` at w ``(1, *lead, d)``, for second derivatives that are not computed before."""
+
+    outputs: Callable[[Tensor], Tensor]
+    w: Tensor
+
+    def times(self, c: Tensor) -> Tensor:
+        """c . f_ww ``(*lead, d, d)``, as the second derivatives of the number c . f."""
+        point = self.w.detach().requires_grad_()
+        with torch.enable_grad():
+            f = self.outputs(point)[..., :-1]
+            (slope,) = gradient(f * c[..., : f.shape[-1]], (point,), create_graph=True)
+        return jacobian(slope, (point,))[0][0]
+
+
+Curvature = Hessians | StepAt
+
+
+class StepModels(NamedTuple):
+    """Models of all steps in homogeneous coordinates, and the means to find c . f_ww at each.
+
+    F is ``(N, *lead, 1 + n, 1 + d)`` and L ``(N, *lead, 1 + d, 1 + d)``; no curvature for Gauss-Newton.
+    """
+
+    F: Tensor
+    L: Tensor
+    curvature: list[Curvature] | None
+
+    @property
+    def fw(self) -> Tensor:
+        """Jacobians of the dynamics, ``(N, *lead, n, d)``."""
+        return self.F[..., 1:, 1:]
+
+    @property
+    def gap(self) -> Tensor:
+        """f(x_k, u_k) - x_{k+1}, ``(N, *lead, n)``."""
+        return self.F[..., 1:, 0]
+
+    @property
+    def lw(self) -> Tensor:
+        """Gradients of the cost, ``(N, *lead, d)``."""
+        return self.L[..., 1:, 0]
+
+    @property
+    def lww(self) -> Tensor:
+        """Hessians of the cost, ``(N, *lead, d, d)``."""
+        return self.L[..., 1:, 1:]
+
+
+def expand_path(wide: Widened, path: Path, *, exact: bool) -> StepModels:
+    """Model every step along a path.
+
+    Args:
+        wide: the problem.
+        path: where f(x_k, u_k) is not x_{k+1} the model has a gap.
+        exact: with the curvature of the dynamics.
+    """
+    n, d = wide.n - wide.q, wide.n + wide.m
+    lead = path.cost.numel()
+    at_once = exact and lead * n * d <= _FEW
+    per_step = lead * ((n + 1) * d if at_once else max(n + 1, d))
+    F: list[Tensor] = []
+    L: list[Tensor] = []
+    curved: list[Curvature] = []
+    for group, start, stop in wide.stretches(max(1, _POINTS // max(1, per_step))):
+        k = step_numbers(group, start, stop, path.states)
+        w = torch.cat([path.states[start:stop], path.controls[start:stop]], dim=-1)
+        value, slopes, hessian = derivatives(wide.outputs(group, k), w, hessian=at_once)
+        lww = (hessian if at_once else derivatives(wide.cost(group, k), w, hessian=True)[2])[..., -1, :, :]
+        F.append(_affine(wide, value[..., :-1] - path.states[start + 1 : stop + 1][..., :n], slopes[..., :-1, :]))
+        L.append(_quadratic(slopes[..., -1, :], lww))
+        for fill in range(1 + wide.n + group.stage.control_dim, 1 + d):
+            # a control that only fills up: its minimum is where it stands
+            L[-1][..., fill, fill] = 1.0
+        if at_once:
+            curved += [Hessians(fww) for fww in hessian[..., :-1, :, :].unbind(0)]
+        else:
+            numbers = [step_numbers(group, i, i + 1, path.states) for i in range(start, stop)]
+            curved += [StepAt(wide.outputs(group, i), point[None]) for i, point in zip(numbers, w, strict=True)]
+    return StepModels(torch.cat(F), torch.cat(L), curved if exact else None)
+
+
+def expand_terminal(wide: Widened, z: Tensor) -> Tensor:
+    """The model L ``(*lead, 1 + n, 1 + n)`` of the terminal cost at z ``(*lead, n)``."""
+    _, gradient, hessian = derivatives(wide.phi, z, hessian=True)
+    return _quadratic(gradient[..., 0, :], hessian[..., 0, :, :])
+
+
+def _affine(wide: Widened, gap: Tensor, jacobian: Tensor) -> Tensor:
+    """The map (1, w) -> (1, gap + jacobian w, p)."""
+    n, q, d = wide.n, wide.q, wide.n + wide.m
+    F = gap.new_zeros((*gap.shape[:-1], 1 + n, 1 + d))
+    F[..., 0, 0] = 1.0
+    F[..., 1 : 1 + n - q, 0] = gap
+    F[..., 1 : 1 + n - q, 1:] = jacobian
+    F[..., 1 + n - q :, 1 + n - q : 1 + n] = torch.eye(q, dtype=gap.dtype, device=gap.device)
+    return F
+
+
+def _quadratic(gradient: Tensor, hessian: Tensor) -> Tensor:
+    """The symmetric matrix of gradient^T w + 1/2 w^T hessian w on (1, w)."""
+    L = pad(0.5 * (hessian + hessian.mT), (1, 0, 1, 0))
+    L[..., 0, 1:] = gradient
+    L[..., 1:, 0] = gradient
+    return L

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ocnopt.checks import Bounds
-from ocnopt.differential.steps import evaluate
+from ocnopt.paths import evaluate
 from ocnopt.staged import StagedOCP, Widened, step_number, step_numbers
 
 

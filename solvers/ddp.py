@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from ocnopt.checks import can_differentiate, finite_path, nearest, no_constraints, solver_options
-from ocnopt.differential.steps import Direction, Path, TorchKernel
+from ocnopt.differential.sweep import Direction
 from ocnopt.errors import ProblemError
+from ocnopt.paths import Path
 from ocnopt.solvers.lowered.limits import fits
 from ocnopt.solvers.search import (
     Curvature,
@@ -31,6 +32,7 @@ from ocnopt.solvers.search import (
     Kernel,
     Outcome,
     Progress,
+    TorchKernel,
     find_direction,
     joined,
     judge,

@@ -8,12 +8,15 @@ Source: Tassa, Mansard and Todorov, ICRA 2014 (regularisation schedule); Nocedal
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from ocnopt.differential.steps import Direction, Path
+from ocnopt.differential.sweep import Direction, sweep_path
+from ocnopt.linearise import expand_path, expand_terminal
+from ocnopt.paths import FeedbackLaw, Path, evaluate, rows_stand_alone, walk
+from ocnopt.staged import Widened
 
 _MU_MIN, _MU_MAX = 1e-6, 1e12
 # mu grows by _UP when nothing was accepted, falls by _DOWN after a step >= _LONG, rises by _DOWN after one < _SHORT:
@@ -21,6 +24,8 @@ _MU_MIN, _MU_MAX = 1e-6, 1e12
 _UP, _DOWN, _LONG, _SHORT = 10.0, 3.0, 0.5, 0.1
 # Gauss-Newton converges linearly and may creep on in the last digits: so many steps below rounding are the end too.
 _IDLE = 5
+# All step sizes are tried in one rollout where a batch is so small that only calls cost time.
+_SMALL = 64
 # Step sizes: from the full one down.
 _ALPHAS = tuple(0.5**i for i in range(14))
 # A cost below this is taken to have no lower bound.
@@ -58,6 +63,42 @@ class Kernel(Protocol):
     def ladder(self, lanes: int, alphas: Sequence[float]) -> Sequence[Sequence[float]]:
         """The groups in which some step sizes are best tried for that many problems."""
         ...
+
+
+class TorchKernel:
+    """The kernel for any function and any device."""
+
+    name, window = "torch", 512
+
+    def __init__(self, wide: Widened) -> None:
+        self.wide = wide
+        self.apart = rows_stand_alone(wide)
+        self._expanded: tuple[Any, ...] = (None, False)
+
+    def evaluate(self, states: Tensor, controls: Tensor) -> Path:
+        """See :class:`Kernel`."""
+        return evaluate(self.wide, states, controls)
+
+    def direction(self, path: Path, mu: Tensor, *, exact: bool) -> Direction:
+        """See :class:`Kernel`; a path swept again, with another mu, is not expanded again."""
+        if self._expanded[0] is not path.states or (exact and not self._expanded[1]):
+            models = expand_path(self.wide, path, exact=exact), expand_terminal(self.wide, path.states[-1])
+            self._expanded = path.states, exact, *models
+        models, terminal = self._expanded[2:]
+        return sweep_path(self.wide, path, models if exact else models._replace(curvature=None), terminal, mu)
+
+    def roll_out(self, path: Path, direction: Direction, alphas: Tensor) -> Path:
+        """See :class:`Kernel`."""
+        a, start = alphas.reshape((-1, *(1,) * path.states[0].ndim)), path.states[0]
+        start = start.expand(len(alphas), *start.shape)
+        if self.wide.q:
+            start = torch.cat([start[..., : -self.wide.q], start[..., -self.wide.q :] + a * direction.dp], dim=-1)
+        law = FeedbackLaw(path.states, path.controls, direction.k, direction.K, a, self.wide.control_bounds)
+        return walk(self.wide, law, start, None if path.gaps is None else (1 - a) * path.gaps[:, None])
+
+    def ladder(self, lanes: int, alphas: Sequence[float]) -> Sequence[Sequence[float]]:
+        """See :class:`Kernel`."""
+        return (alphas,) if lanes <= _SMALL else (alphas[:1], alphas[1:])
 
 
 class Iterate(NamedTuple):

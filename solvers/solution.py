@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ocnopt.checks import Bounds, clipped
-from ocnopt.differential.steps import behind, rollout
 from ocnopt.errors import DataError, NonFiniteError, ProblemError
+from ocnopt.paths import behind, rollout
 from ocnopt.solvers.audit import audit
 from ocnopt.solvers.files import check_fingerprint, fingerprint, write_file
 from ocnopt.staged import Series as TimeSeries

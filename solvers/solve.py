@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ocnopt.checks import can_differentiate, clipped, float_tensor, listed, nearest, shape
-from ocnopt.differential.steps import behind, rollout
 from ocnopt.errors import ConvergenceError, ProblemError
 from ocnopt.ocp import OCP
+from ocnopt.paths import behind, rollout
 from ocnopt.solvers.solution import Gains, Guess, Result, Solution, perturbed
 from ocnopt.staged import StagedOCP, transcribe
 

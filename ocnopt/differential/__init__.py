@@ -12,7 +12,7 @@ is :func:`~ocnopt.differential.sweep.sweep`, and each cell names what carries a 
 
 In homogeneous coordinates (1, dX) the matrix is the symmetric V, and all follow from it: columns are V = sum s_i y_i
 y_i^T, the costate is one column, directional is V (0, dX). Derivatives of a problem's functions come from
-:mod:`ocnopt.linearise` (for all control steps of a path at once through :mod:`ocnopt.differential.steps`).
+:mod:`ocnopt.linearise`.
 
 Words:
 

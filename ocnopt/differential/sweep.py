@@ -9,7 +9,7 @@ of the parameters is stored per link.
 **The Bellman step** minimises the staged control out.
 
 In homogeneous coordinates (1, dx) the cost-to-go is one symmetric matrix V: twice the predicted change of cost in
-its corner, V_x beside it, V_xx below. A step is F and L (see :mod:`ocnopt.differential.steps`). Splitting (1, dx, du)
+its corner, V_x beside it, V_xx below. A step is F and L (see :mod:`ocnopt.linearise`). Splitting (1, dx, du)
 into s = (1, dx) and u, the sweep over a step reads
 
     Q   = L + F^T V' F          (+ V'_x . f_ww on the block of w, exact curvature)
@@ -30,14 +30,16 @@ Tassa, Mansard and Todorov, "Control-limited differential dynamic programming", 
 ICRA 2020 (gaps).
 """
 
-from collections.abc import Callable, Reversible
+from collections.abc import Callable, Reversible, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from ocnopt.checks import Bounds
-from ocnopt.linearise import gradient, jacobian
+from ocnopt.linearise import Curvature, StepModels
+from ocnopt.paths import Path
+from ocnopt.staged import Widened
 
 # Projected Newton on the box: iterations allowed, and the step sizes tried at once.
 _MAX_ITERATIONS = 50
@@ -70,35 +72,6 @@ def sweep(
         value, readout = step(link, value)
         readouts.append(readout)
     return value, readouts[::-1]
-
-
-class Hessians(NamedTuple):
-    """Second derivatives of a step's dynamics, f_ww ``(*lead, n, d, d)``."""
-
-    fww: Tensor
-
-    def times(self, c: Tensor) -> Tensor:
-        """c . f_ww ``(*lead, d, d)``, for c ``(*lead, n)`` or with entries of static controls behind."""
-        n, d = self.fww.shape[-3], self.fww.shape[-1]
-        return (c[..., None, :n] @ self.fww.flatten(-2))[..., 0, :].unflatten(-1, (d, d))
-
-
-class StepAt(NamedTuple):
-    """The step ``outputs(w) -> (f, l)`` at w ``(1, *lead, d)``, for second derivatives that are not computed before."""
-
-    outputs: Callable[[Tensor], Tensor]
-    w: Tensor
-
-    def times(self, c: Tensor) -> Tensor:
-        """c . f_ww ``(*lead, d, d)``, as the second derivatives of the number c . f."""
-        point = self.w.detach().requires_grad_()
-        with torch.enable_grad():
-            f = self.outputs(point)[..., :-1]
-            (slope,) = gradient(f * c[..., : f.shape[-1]], (point,), create_graph=True)
-        return jacobian(slope, (point,))[0][0]
-
-
-Curvature = Hessians | StepAt
 
 
 class BellmanStep(NamedTuple):
@@ -159,6 +132,61 @@ def minimise_start(value: CostToGo, q: int, damping: Tensor, room: Bounds | None
     V[..., :1, :1] += dp.mT @ (2 * Vp + Vpp @ dp)
     J[..., 0] += (dp[..., 0] * value.J[..., -q:]).sum(-1)
     return dp[..., 0], CostToGo(V, J, value.solvable & fine)
+
+
+class Direction(NamedTuple):
+    """What a sweep finds, time in front: gains, costates, the step dp of the static controls, the predicted change.
+
+    k ``(N, *lead, m)``, K ``(N, *lead, m, n)``, costates ``(N + 1, *lead, n)``, dp ``(*lead, q)``. With a step of size
+    alpha the cost changes by alpha * linear + alpha^2 * quadratic, both ``(*lead)``, where ``solvable``.
+    """
+
+    k: Tensor
+    K: Tensor
+    costates: Tensor
+    dp: Tensor
+    linear: Tensor
+    quadratic: Tensor
+    solvable: Tensor
+
+
+def sweep_path(wide: Widened, path: Path, models: StepModels, terminal: Tensor, mu: Tensor) -> Direction:
+    """Sweep backwards over the models of a path, then minimise over the static controls."""
+    damping = mu[..., None, None] * torch.eye(wide.m, dtype=mu.dtype, device=mu.device)
+    rooms = _rooms(wide, path)
+    curvature: Sequence[Curvature | None] = models.curvature or [None] * wide.steps
+    steps = [
+        BellmanStep(F, L, curved, room, damping)
+        for F, L, curved, room in zip(models.F.unbind(0), models.L.unbind(0), curvature, rooms, strict=True)
+    ]
+    end = CostToGo(terminal, terminal[..., 0, :], torch.ones_like(path.cost, dtype=torch.bool))
+    value, gains = sweep(bellman_step, steps, end)
+    K = torch.stack([gain.K for gain in gains])
+    dp = path.states[0][..., :0]
+    if wide.q:
+        p, damping = path.states[0][..., -wide.q :], mu[..., None, None] * torch.eye(wide.q).to(mu)
+        dp, value = minimise_start(value, wide.q, damping, _room(wide.parameter_bounds, p))
+    return Direction(
+        k=K[..., 0],
+        K=K[..., 1:],
+        costates=torch.stack([*(gain.costate for gain in gains), terminal[..., 0, 1:]]),
+        dp=dp,
+        linear=value.linear,
+        quadratic=value.quadratic,
+        solvable=value.solvable & torch.isfinite(value.linear),
+    )
+
+
+def _room(bounds: Bounds | None, value: Tensor) -> Bounds | None:
+    return None if bounds is None else (bounds[0] - value, bounds[1] - value)
+
+
+def _rooms(wide: Widened, path: Path) -> list[Bounds] | list[None]:
+    """How far the controls of each step may move."""
+    if wide.control_bounds is None:
+        return [None] * wide.steps
+    lower, upper = (side.reshape(wide.steps, *(1,) * path.cost.ndim, wide.m) for side in wide.control_bounds)
+    return list(zip((lower - path.controls).unbind(0), (upper - path.controls).unbind(0), strict=True))
 
 
 def minimise_box(H: Tensor, G: Tensor, room: Bounds | None) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from ocnopt.errors import OcnoptError, ProblemError
 from ocnopt.integrate.runge_kutta import Field, Time
 from ocnopt.integrate.walk import StageLog
 
-# Bytes of a node of a graph besides what it saves, measured on small networks, whose nodes weigh more than their tensors.
+# Bytes of a node of a graph besides what it saves, measured on small networks: there the nodes weigh more than tensors.
 _NODE = 1024
 
 State = Tensor | tuple[Tensor, ...]
@@ -114,10 +114,12 @@ class Surroundings:
         if any(enabled for enabled, _, _ in self.autocast.values()):
             # Weights that autocast has cast without a graph: later uses in the same region would lose gradients.
             torch.clear_autocast_cache()
-        if repeats:
-            self.attributes = [*_attributes(self.field)]
-        else:
+        if not repeats:
             self.training, self.autocast = [], {}
+
+    def note_attributes(self) -> None:
+        """Note which tensors the field has stored, for the message where a replay differs."""
+        self.attributes = [*_attributes(self.field)]
 
     def noise(self) -> Noise:
         """The state of the random generators that a field may draw from."""

@@ -92,6 +92,8 @@ class Discrete:
             # The field drew its first random numbers on the way: walk again and note their states.
             surroundings.set_noise(before)
             walk = self._walk(root, before)
+        if self.repeats:
+            surroundings.note_attributes()
         self._slope = None if self.job.observer is None or walk.slope is None else walk.slope.detach()
         *states, end = (state.detach() for state in walk.states)
         # The last output is the caller's, who may work on it in place.

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ocnopt.checks import nearest, solver_options
-from ocnopt.differential.steps import rollout
 from ocnopt.errors import NonFiniteError, ProblemError
+from ocnopt.paths import rollout
 from ocnopt.solvers.solution import Guess, Result
 from ocnopt.staged import StagedOCP
 

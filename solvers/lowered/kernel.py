@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ocnopt.differential.steps import Direction, Path
-from ocnopt.differential.sweep import CostToGo, minimise_start
+from ocnopt.differential.sweep import CostToGo, Direction, minimise_start
+from ocnopt.paths import Path
 from ocnopt.solvers.lowered.arrays import Arrays
 from ocnopt.solvers.lowered.limits import fits, refused
 from ocnopt.solvers.lowered.machine import Array, Machine

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ocnopt.checks import clipped
-from ocnopt.differential.steps import rows_stand_alone
+from ocnopt.paths import rows_stand_alone
 from ocnopt.solvers.lowered.limits import refused
 from ocnopt.solvers.lowering.lowering import Lowering, lower, scattered
 from ocnopt.staged import StagedOCP, Widened

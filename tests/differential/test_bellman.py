@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ocnopt.differential.steps import expand_path, expand_terminal, walk
-from ocnopt.differential.sweep import BellmanStep, CostToGo, Hessians, bellman_step, minimise_start, sweep
+from ocnopt.differential.sweep import BellmanStep, CostToGo, bellman_step, minimise_start, sweep
+from ocnopt.linearise import Hessians, expand_path, expand_terminal
+from ocnopt.paths import walk
 from ocnopt.staged import Widened
 from tests.oracles.compare import assert_close
 from tests.oracles.lq import random_affine_quadratic

@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.func import hessian, jacrev
 
-from ocnopt.differential import steps
-from ocnopt.differential.steps import Path, expand_path, expand_terminal
-from ocnopt.linearise import derivatives
+from ocnopt import linearise
+from ocnopt.linearise import derivatives, expand_path, expand_terminal
 from ocnopt.ocp import OCP, FreeHorizon
+from ocnopt.paths import Path, rollout
 from ocnopt.staged import Stage, StagedOCP, Widened, transcribe
 from tests.oracles.compare import assert_close
 
@@ -124,7 +124,7 @@ def assert_models(problem, stage_at, states, controls, *, second_order):
 
 def infeasible_path(problem, controls):
     """States that nearly follow the dynamics: every gap is open."""
-    path = steps.rollout(
+    path = rollout(
         problem, lambda k, x: controls[k], problem.initial_state, after=lambda k, x: x + 0.1 * torch.rand_like(x)
     )
     return list(path.states)
@@ -135,8 +135,8 @@ def infeasible_path(problem, controls):
 @pytest.mark.parametrize("few", [0, 1_000])
 @pytest.mark.parametrize("batch", [(), (3,)])
 def test_one_stage_for_all_steps(monkeypatch, second_order, points, few, batch):
-    monkeypatch.setattr(steps, "_POINTS", points)
-    monkeypatch.setattr(steps, "_FEW", few)
+    monkeypatch.setattr(linearise, "_POINTS", points)
+    monkeypatch.setattr(linearise, "_FEW", few)
     data, weights = torch.rand(*batch, 2).double(), torch.rand(5).double()
     problem = StagedOCP(stage_with_data(data, weights), initial_state=torch.rand(*batch, 2), steps=5)
     controls = list(torch.rand(5, *batch, 2).double())
@@ -153,7 +153,7 @@ def test_one_stage_for_all_steps(monkeypatch, second_order, points, few, batch):
 @pytest.mark.parametrize("few", [0, 1_000])
 @pytest.mark.parametrize("second_order", [True, False])
 def test_stages_of_varying_size(monkeypatch, second_order, few):
-    monkeypatch.setattr(steps, "_FEW", few)
+    monkeypatch.setattr(linearise, "_FEW", few)
     wide = Stage(lambda k, x, u: torch.cat([x**2, u * x[..., :1]], dim=-1), lambda k, x, u: (k + 1) * x[..., 0] ** 3, 1)
     still = Stage(lambda k, x, u: torch.cos(x[..., 1:]), None, 0)
     problem = StagedOCP([wide, wide, still], initial_state=torch.rand(4, 1))

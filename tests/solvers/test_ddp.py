@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ocnopt import problems
-from ocnopt.differential.steps import rollout
 from ocnopt.errors import NonFiniteError
 from ocnopt.ocp import OCP, FreeHorizon
+from ocnopt.paths import rollout
 from ocnopt.solvers.ddp import DDP
 from ocnopt.solvers.solve import solve
 from ocnopt.staged import Stage, StagedOCP

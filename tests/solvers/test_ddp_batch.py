@@ -5,8 +5,8 @@ import scipy.linalg
 import scipy.optimize
 import torch
 
-from ocnopt.differential.steps import rollout
 from ocnopt.ocp import OCP
+from ocnopt.paths import rollout
 from ocnopt.solvers.solve import solve
 from ocnopt.staged import Stage, StagedOCP
 from tests.oracles.compare import assert_close

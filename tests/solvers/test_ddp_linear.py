@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ocnopt import problems
-from ocnopt.differential.steps import Path, expand_path, rollout
+from ocnopt.linearise import expand_path
 from ocnopt.ocp import OCP
+from ocnopt.paths import Path, rollout
 from ocnopt.solvers.solve import solve
 from ocnopt.staged import Stage, StagedOCP, Widened, transcribe
 from tests.oracles.compare import assert_close

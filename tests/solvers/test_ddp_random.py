@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ocnopt.differential.steps import rollout
 from ocnopt.ocp import OCP, FreeHorizon
+from ocnopt.paths import rollout
 from ocnopt.solvers.solution import Solution
 from ocnopt.solvers.solve import solve
 

@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ocnopt import problems
-from ocnopt.differential.steps import TorchKernel
 from ocnopt.errors import ProblemError
 from ocnopt.ocp import OCP, FreeHorizon
 from ocnopt.solvers.ddp import DDP
 from ocnopt.solvers.lowered import arrays
 from ocnopt.solvers.lowered import kernel as lowered_kernel
 from ocnopt.solvers.lowered.kernel import LoweredKernel
+from ocnopt.solvers.search import TorchKernel
 from ocnopt.solvers.solve import read_guess, solve
 from ocnopt.staged import Stage, StagedOCP, transcribe
 from tests.oracles.lq import random_affine_quadratic

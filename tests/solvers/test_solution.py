@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import ocnopt as oc
-from ocnopt.differential.steps import rollout
 from ocnopt.ocp import OCP, FreeHorizon, Horizon
+from ocnopt.paths import rollout
 from ocnopt.solvers.solution import Solution, load_solution
 from ocnopt.solvers.solve import solve
 from ocnopt.staged import Stage, StagedOCP

@@ -9,12 +9,14 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from ocnopt import problems
-from ocnopt.differential.steps import Direction, Path, TorchKernel, evaluate, walk
+from ocnopt.differential.sweep import Direction
 from ocnopt.errors import ProblemError
 from ocnopt.ocp import OCP, FreeHorizon
+from ocnopt.paths import Path, evaluate, walk
 from ocnopt.solvers.lowered import arrays, kernel
 from ocnopt.solvers.lowered.kernel import LoweredKernel
 from ocnopt.solvers.lowered.limits import fits
+from ocnopt.solvers.search import TorchKernel
 from ocnopt.solvers.solution import Guess
 from ocnopt.staged import Stage, StagedOCP, Widened, transcribe
 from tests.oracles.lq import random_affine_quadratic

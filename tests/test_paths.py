@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from ocnopt.differential.steps import evaluate, rollout, rows_stand_alone, walk
 from ocnopt.ocp import OCP
+from ocnopt.paths import evaluate, rollout, rows_stand_alone, walk
 from ocnopt.staged import Stage, StagedOCP, Widened, transcribe
 from tests.oracles.compare import assert_close
 from tests.test_staged import price, slope
