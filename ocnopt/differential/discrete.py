@@ -2,8 +2,8 @@
 
 A step x_next = x + h sum_i b_i F(t_i, y_i), y_i = x + h sum_{j<i} a_ij F(t_j, y_j), maps the costate dL/dx_next to
 dL/dx and adds to dL/dtheta: one vector-Jacobian product by autograd through the whole step, for any explicit tableau.
-The first steps may have kept their graph (:class:`Trajectory`) and are one link; others are taken again from the state
-at their start.
+That is done here for steps that are taken again from the state at their start; the first steps of a walk may have kept
+their graph (:class:`Trajectory`), through which autograd goes on by itself.
 
 Step sizes count as constants. As times move, all steps of an interval stretch with it: the step from t + shift of
 length stretch h is that from t of length h with the field stretch F(tau + shift + (stretch - 1)(tau - t), y), so
@@ -11,7 +11,7 @@ dL/dshift and dL/dstretch at 0 and 1 are two more products of the same pull.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import cache
 from itertools import repeat
@@ -26,6 +26,8 @@ from ocnopt.integrate.walk import StageLog, Step
 
 # How much of the budget a graph may fill: a step's state is far smaller than its graph, the rest holds many.
 _SHARE = 7 / 8
+# Bytes of a node of a graph besides what it saves, measured on small networks: there the nodes weigh more than tensors.
+NODE = 1024
 
 
 @runtime_checkable
@@ -86,35 +88,72 @@ class Differentiable(Protocol):
         """Raise if a replayed state, differentiable in ``inputs``, is not that of the forward pass."""
 
 
-class Gradient:
-    """Running sum of parameter gradients; an entry stays None until something reaches it."""
-
-    def __init__(self, size: int) -> None:
-        self.totals: list[Tensor | None] = [None] * size
-
-    def add(self, terms: Sequence[Tensor | None], weight: float = 1.0) -> None:
-        """Add ``weight`` times each term."""
-        totals, found = [], []
-        for i, term in enumerate(terms):
-            if term is None:
-                continue
-            total = self.totals[i]
-            if total is None:
-                self.totals[i] = term * weight
-            else:
-                totals.append(total)
-                found.append(term)
-        if totals:
-            torch._foreach_add_(totals, found, alpha=weight)
+def accumulate(totals: list[Tensor | None], terms: Sequence[Tensor | None]) -> None:
+    """Add the terms to running sums, in place; a sum stays None until something reaches it."""
+    summed, found = [], []
+    for i, term in enumerate(terms):
+        total = totals[i]
+        if term is not None and total is None:
+            totals[i] = term.clone()  # autograd may hand out one tensor twice
+        elif term is not None and total is not None:
+            summed.append(total)
+            found.append(term)
+    if summed:
+        torch._foreach_add_(summed, found)
 
 
 class Costate(NamedTuple):
-    """The value of the sweep: Q_x, the running Q_theta, the running dL/dtimes, and the interval it stands in."""
+    """The value of the sweep: Q_x, the running Q_theta and dL/dtimes, and the interval it stands in."""
 
     x: Tensor
-    parameters: Gradient
+    parameters: list[Tensor | None]
     times: Tensor
     interval: int = 0
+
+
+@contextmanager
+def weighed(shared: Sequence[Tensor]) -> Iterator[dict[int, int]]:
+    """Measure what autograd saves besides what is ``shared``, in bytes by address, once the context closes."""
+    saved: list[tuple[Tensor, bool]] = []
+
+    def pack(tensor: Tensor) -> tuple[Tensor, int]:
+        # A saved output that kept itself would keep its graph for ever: output, node, hook's result, output.
+        saved.append((tensor.detach(), tensor._is_view()))
+        return saved[-1][0], tensor._version
+
+    def unpack(packed: tuple[Tensor, int]) -> Tensor:
+        if packed[0]._version != packed[1]:
+            raise RuntimeError("a tensor that the field's gradient needs has been modified by an inplace operation")
+        return packed[0]
+
+    sizes: dict[int, int] = {}
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield sizes
+    own = {tensor.untyped_storage().data_ptr() for tensor in shared}
+    for tensor, is_view in saved:
+        # A view keeps all of its storage.
+        whole = tensor.untyped_storage()
+        if whole.data_ptr() not in own:
+            sizes[whole.data_ptr()] = whole.nbytes() if is_view else tensor.nbytes
+    saved.clear()
+
+
+def search(y: Tensor, known: Sequence[Tensor]) -> tuple[Tensor | None, int]:
+    """A leaf that ``y`` depends on and that is not reached through ``known``, and the size of the graph."""
+    leaves = {id(tensor) for tensor in known}
+    above = {tensor.grad_fn for tensor in known if tensor.grad_fn is not None}
+    seen, pending = set(above), [y.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        edges = node.next_functions
+        leaf = None if edges else getattr(node, "variable", None)
+        if isinstance(leaf, Tensor) and id(leaf) not in leaves:
+            return leaf, len(seen)
+        pending += [following for following, _ in edges]
+    return None, len(seen) - len(above)
 
 
 class Taken(NamedTuple):
@@ -134,14 +173,6 @@ class Replay(NamedTuple):
     expected: Tensor | None = None
 
 
-class Kept(NamedTuple):
-    """The first steps of a path as one graph, from its leaf ``start`` to ``end``, with the outputs i on the way."""
-
-    start: Tensor
-    end: Tensor
-    outputs: Mapping[int, Tensor]
-
-
 class Trajectory:
     """Records the accepted steps of a walk, for walking backwards.
 
@@ -153,9 +184,14 @@ class Trajectory:
         tableau: the method.
         field: takes the steps again.
         budget: bytes to keep.
-        evaluation: bytes that the graph of one evaluation keeps, or None to keep none; the walk must then start at a
-            leaf and take its steps by :meth:`take`.
+        evaluation: bytes that the graph of one evaluation keeps, where graphs are wanted; the walk must then take its
+            steps by :meth:`take`.
         log: notes of the evaluations, where the field needs them to be repeated.
+
+    Attributes:
+        end: the state where the graph ends, if there is one.
+        outputs: how many outputs it has reached.
+        steps: those that follow.
     """
 
     def __init__(
@@ -168,12 +204,12 @@ class Trajectory:
     ) -> None:
         self.tableau, self.field, self._budget, self._log = tableau, field, budget, log
         self._graphs, self._stride = evaluation is not None and budget > 0, 1
-        self._step = (evaluation or 0) * len(shortened(tableau).c)
+        self._step, self._filled = (evaluation or 0) * len(shortened(tableau).c), 0
+        self.end: Tensor | None = None
+        self.outputs = 0
         self.steps: list[Taken] = []
-        self.prefix = 0
+        self.kept: list[int] = []
         self._states: dict[int, Tensor] = {}
-        self._graph: dict[int, Tensor] = {}  # outputs of the first steps; at 0 their start, at -1 their end
-        self.places: tuple[list[int], list[int]] = ([], [])
 
     def take(
         self, tableau: Tableau, field: Field, t: Time, h: float, x: Tensor, first: Tensor | None = None
@@ -187,60 +223,50 @@ class Trajectory:
     def append(self, taken: Step) -> None:
         """Keep one accepted step."""
         notes = (None,) * len(self.tableau.c) if self._log is None else self._log.accept()
-        start, place = taken.stages.points[0], len(self.steps) - self.prefix
-        self.steps.append(Taken(taken.time, taken.size, notes, taken.output))
-        self._graphs = self._graphs and (self.prefix + 1) * self._step <= _SHARE * self._budget
+        self._graphs = self._graphs and self._filled + self._step <= _SHARE * self._budget
         if self._graphs:
-            self._graph |= {-1: taken.state} if self.prefix else {0: start, -1: taken.state}
-            self._graph |= {} if taken.output is None else {taken.output: taken.state}
-            self.prefix += 1
+            self._filled += self._step
+            self.end = taken.state
+            self.outputs += taken.output is not None
             return
+        place, start = len(self.steps), taken.stages.points[0]
+        self.steps.append(Taken(taken.time, taken.size, notes, taken.output))
         if place % self._stride == 0:
-            self._states[self.prefix + place] = start.detach()
-        room = self._budget - self.prefix * self._step
-        while len(self._states) * start.nbytes > room and 2 * self._stride**2 <= place:
+            self._states[place] = start.detach()
+        while len(self._states) * start.nbytes > self._budget - self._filled and 2 * self._stride**2 <= place:
             self._stride *= 2
-            self._states = {i: state for i, state in self._states.items() if (i - self.prefix) % self._stride == 0}
+            self._states = {i: state for i, state in self._states.items() if i % self._stride == 0}
 
     def release(self) -> list[Tensor]:
-        """Hand over the tensors, so that autograd keeps and frees them; the steps stay."""
-        tensors = [*self._states.values(), *self._graph.values()]
-        self.places = [*self._states], [*self._graph]
-        self._states, self._graph = {}, {}
-        return tensors
+        """Hand over the states, so that autograd keeps and frees them; the steps stay."""
+        states, self.kept, self._states = [*self._states.values()], [*self._states], {}
+        return states
 
 
-class Path:
-    """The steps of a finished walk, from the last to the first.
+class Replays:
+    """The steps of a finished walk that are taken again, from the last to the first.
 
     Args:
         trajectory: what was recorded.
-        tensors: what it handed over.
+        states: what it handed over.
         end: the state at the end.
     """
 
-    def __init__(self, trajectory: Trajectory, tensors: Sequence[Tensor], end: Tensor) -> None:
-        states, graph = trajectory.places
+    def __init__(self, trajectory: Trajectory, states: Sequence[Tensor], end: Tensor) -> None:
         self._trajectory, self._end = trajectory, end
-        self._starts = dict(zip(states, tensors, strict=False))
-        self._graph = dict(zip(graph, tensors[len(states) :], strict=True))
+        self._starts = dict(zip(trajectory.kept, states, strict=True))
 
-    def __iter__(self) -> Iterator[Replay | Kept]:
+    def __iter__(self) -> Iterator[Replay]:
         yield from [*reversed(self)][::-1]
 
-    def __reversed__(self) -> Iterator[Replay | Kept]:
+    def __reversed__(self) -> Iterator[Replay]:
         steps = self._trajectory.steps
-        expected: Tensor | None = self._end
-        stop = len(steps)
+        stop, expected = len(steps), self._end
         for kept in sorted(self._starts, reverse=True):
             stretch = self._retaken(kept, stop)
             for i in range(stop - 1, kept - 1, -1):
-                yield Replay(steps[i], stretch.pop(), expected)
-                expected = None
-            stop = kept
-        if self._graph:
-            outputs = {i: state for i, state in self._graph.items() if i > 0}
-            yield Kept(self._graph[0], self._graph[-1], outputs)
+                yield Replay(steps[i], stretch.pop(), expected if i == stop - 1 else None)
+            stop, expected = kept, self._starts[kept]
 
     def _retaken(self, kept: int, stop: int) -> list[Tensor]:
         """The states at the starts of the steps from a kept one up to ``stop``."""
@@ -263,98 +289,64 @@ def shortened(tableau: Tableau) -> Tableau:
     return replace(tableau, c=c, a=a, b=b, quadrature=quadrature, b_error=None, first_same_as_last=False)
 
 
-class PulledStep(NamedTuple):
-    """The costate at the start of a step, and dL/dstretch, dL/dshift of the step where they are wanted."""
-
-    x: Tensor
-    stretch: Tensor | None = None
-    shift: Tensor | None = None
-
-
-class StepPull:
-    """The vector-Jacobian product of one step.
+class DiscreteStep:
+    """The step of the sweep: one accepted Runge-Kutta step, taken again and pulled back.
 
     Args:
         tableau: the method.
         field: the field.
+        jumps: dL/dx at outputs, by their index in ``times``.
         observer: watches every evaluation.
-        moving: whether dL/dstretch and dL/dshift are wanted.
+        times: start and outputs, where dL/dtimes is wanted.
     """
 
     def __init__(
-        self, tableau: Tableau, field: Differentiable, observer: Observer | None = None, moving: bool = False
+        self,
+        tableau: Tableau,
+        field: Differentiable,
+        jumps: Mapping[int, Tensor],
+        observer: Observer | None = None,
+        times: Sequence[float] | None = None,
     ) -> None:
-        self._tableau, self._field, self._observer, self._moving = shortened(tableau), field, observer, moving
+        self._tableau, self._field, self._jumps = shortened(tableau), field, jumps
+        self._observer, self._times = observer, times
 
-    def __call__(self, replay: Replay, costate: Tensor, gradient: Gradient) -> PulledStep:
-        """Map the costate at the end of a step to its start, and add to the gradient."""
+    def __call__(self, replay: Replay, value: Costate) -> tuple[Costate, None]:
+        """Carry the costate from the end of a step to its start."""
         taken, start = replay.step, replay.start.detach().requires_grad_()
-        stages, moves = None, []
-        if self._observer is not None:
-            stages = map(self._observer.stage, [abs(taken.size) * w for w in self._tableau.quadrature], repeat(1.0))
-        field = self._field.noted(taken.notes, stages)
-        if self._moving:
-            moves = [
-                torch.tensor(value, dtype=torch.float64, device=start.device, requires_grad=True)
-                for value in (1.0, 0.0)
-            ]
+        costate, interval = value.x, taken.output or value.interval
+        moves: Sequence[Tensor] = ()
+        if taken.output is not None and taken.output in self._jumps:
+            costate = costate + self._jumps[taken.output]
+        field = self._field.noted(taken.notes, self._stages(taken))
+        if self._times is not None:
+            moves = [torch.tensor(v, dtype=torch.float64, device=start.device, requires_grad=True) for v in (1.0, 0.0)]
             field = _moved(field, taken.time, *moves)
         with torch.enable_grad():
             end, _ = step(self._tableau, field, taken.time, taken.size, start)
         inputs = (start, *self._field.parameters, *moves)
         if replay.expected is not None:
             self._field.require_same(end, replay.expected, inputs)
-        x, *found = torch.autograd.grad(end, inputs, costate, allow_unused=True)
+        x, *pulled = torch.autograd.grad(end, inputs, costate, allow_unused=True)
+        found: Sequence[Tensor | None] = pulled
         count = len(self._field.parameters)
-        gradient.add(found[:count])
-        return PulledStep(x, *found[count:])
+        accumulate(value.parameters, found[:count])
+        if self._times is not None:
+            # An interval stretches its steps and moves their starts in proportion.
+            stretch, shift = (0.0 if v is None else v for v in found[count:])
+            began, length = self._times[interval - 1], self._times[interval] - self._times[interval - 1]
+            stretch = stretch / length + shift * ((taken.time - began) / length)
+            value.times[interval] += stretch
+            value.times[interval - 1] += shift - stretch
+        return value._replace(x=x, interval=interval), None
 
-    def all_kept(self, kept: Kept, costate: Tensor, jumps: Mapping[int, Tensor], gradient: Gradient) -> Tensor:
-        """Map the costate at the end of the steps that kept their graph to the start of the path, all at once."""
-        ends = {i: state for i, state in kept.outputs.items() if i in jumps}
-        # The graph may be pulled again: autograd frees it with the node of the solve.
-        x, *found = torch.autograd.grad(
-            (kept.end, *ends.values()),
-            (kept.start, *self._field.parameters),
-            (costate, *(jumps[i] for i in ends)),
-            retain_graph=True,
-            allow_unused=True,
-        )
-        gradient.add(found)
-        return x
+    def _stages(self, taken: Taken) -> Iterator[AbstractContextManager[Any]] | None:
+        """The observer's contexts of a step's evaluations."""
+        if self._observer is None:
+            return None
+        return map(self._observer.stage, [abs(taken.size) * w for w in self._tableau.quadrature], repeat(1.0))
 
 
 def _moved(field: Field, start: float, stretch: Tensor, shift: Tensor) -> Field:
     """The field of a step that moves by ``shift`` and grows by ``stretch``."""
     return lambda t, y: stretch.to(y.dtype) * field(t + shift + (stretch - 1.0) * (t - start), y)
-
-
-class DiscreteStep:
-    """The step of the sweep: one accepted Runge-Kutta step backwards, or all those that kept their graph.
-
-    Args:
-        pull_step: the vector-Jacobian product of a step.
-        jumps: dL/dx at outputs before the end, by their index in ``times``.
-        times: start and outputs, where dL/dtimes is wanted.
-    """
-
-    def __init__(self, pull_step: StepPull, jumps: Mapping[int, Tensor], times: Sequence[float] = ()) -> None:
-        self._pull_step, self._jumps, self._times = pull_step, jumps, times
-
-    def __call__(self, replay: Replay | Kept, value: Costate) -> tuple[Costate, None]:
-        """Carry the costate from the end of a link to its start."""
-        x, interval = value.x, value.interval
-        if isinstance(replay, Kept):
-            return value._replace(x=self._pull_step.all_kept(replay, x, self._jumps, value.parameters)), None
-        if replay.step.output is not None:
-            interval = replay.step.output
-            x = x + self._jumps[interval] if interval in self._jumps else x
-        pulled = self._pull_step(replay, x, value.parameters)
-        if pulled.stretch is not None:
-            # An interval stretches its steps and moves their starts in proportion.
-            start, length = self._times[interval - 1], self._times[interval] - self._times[interval - 1]
-            shift = 0.0 if pulled.shift is None else pulled.shift
-            stretch = pulled.stretch / length + shift * ((replay.step.time - start) / length)
-            value.times[interval] += stretch
-            value.times[interval - 1] += shift - stretch
-        return Costate(pulled.x, value.parameters, value.times, interval), None

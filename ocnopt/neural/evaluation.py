@@ -6,7 +6,7 @@ numbers, autocast and training flags, and buffers (batch statistics) must not mo
 care of that, as torch.utils.checkpoint does for a plain function.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,13 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ocnopt.differential.discrete import Pull
+from ocnopt.differential.discrete import NODE, Pull, search, weighed
 from ocnopt.errors import OcnoptError, ProblemError
 from ocnopt.integrate.runge_kutta import Field, Time
 from ocnopt.integrate.walk import StageLog
-
-# Bytes of a node of a graph besides what it saves, measured on small networks: there the nodes weigh more than tensors.
-_NODE = 1024
+from ocnopt.neural import checks
 
 State = Tensor | tuple[Tensor, ...]
 Noise = tuple[Tensor, Tensor | None]
@@ -39,28 +37,11 @@ class StateLayout(NamedTuple):
 
     @staticmethod
     def of(state: object) -> "StateLayout":
-        """Read the layout of a state.
-
-        Raises:
-            ProblemError: not a floating-point tensor or a tuple of such, or parts of different dtype or device.
-        """
-        parts = state if isinstance(state, tuple) else (state,)
-        for part in parts:
-            if not (isinstance(part, Tensor) and part.is_floating_point()):
-                came = f"a tensor of {part.dtype}" if isinstance(part, Tensor) else type(part).__name__
-                raise ProblemError(
-                    f"the state holds {came}; expected a floating-point tensor or a tuple of them: convert it with "
-                    ".float()"
-                )
-        kinds = {(part.dtype, part.device) for part in parts}
-        if len(kinds) != 1:
-            raise ProblemError(
-                f"the parts of the state differ: {sorted(f'{dtype} on {device}' for dtype, device in kinds)}; expected "
-                "one dtype and one device (a non-empty tuple): convert them with .to(...)"
-            )
+        """Read the layout of a state; see :func:`ocnopt.neural.checks.check_state`."""
+        checks.check_state(state)
         if not isinstance(state, tuple):
             return StateLayout()
-        shapes = tuple(part.shape for part in parts)
+        shapes = tuple(part.shape for part in state)
         leading = {shape[:1] for shape in shapes}
         together = len(leading) == 1 and leading != {torch.Size()}
         sizes = tuple((shape[1:] if together else shape).numel() for shape in shapes)
@@ -98,7 +79,6 @@ class Surroundings:
             if torch.amp.is_autocast_available(kind)
         }
         self.buffers: list[tuple[Tensor, Tensor]] = []
-        self.attributes: list[tuple[str, object]] = []
 
     def parameters_now(self) -> list[Tensor]:
         """The field's parameters; without the search for shared ones that ``field.parameters()`` spends its time on."""
@@ -108,18 +88,26 @@ class Surroundings:
         """The field's buffers, likewise."""
         return [value for module, _ in self.training for value in module._buffers.values() if value is not None]
 
-    def close(self, *, repeats: bool) -> None:
-        """The forward pass is over; note what a backward pass needs, which ``repeats`` evaluations or not."""
+    def note_buffers(self) -> None:
+        """Note the values of the buffers."""
         self.buffers = [(buffer, buffer.clone()) for buffer in self.buffers_now()]
+
+    def set_buffers(self) -> None:
+        """Put them back; through .data, as batch normalisation moves its statistics without telling autograd."""
+        for buffer, was in self.buffers:
+            if not torch.equal(buffer, was):
+                buffer.data.copy_(was)
+
+    def still(self) -> list[tuple[Tensor, Tensor]]:
+        """Buffers that stand where they stood when they were noted: those that the field itself does not move."""
+        return [(buffer, was) for buffer, was in self.buffers if torch.equal(buffer, was)]
+
+    def close(self) -> None:
+        """The forward pass is over."""
+        self.note_buffers()
         if any(enabled for enabled, _, _ in self.autocast.values()):
             # Weights that autocast has cast without a graph: later uses in the same region would lose gradients.
             torch.clear_autocast_cache()
-        if not repeats:
-            self.training, self.autocast = [], {}
-
-    def note_attributes(self) -> None:
-        """Note which tensors the field has stored, for the message where a replay differs."""
-        self.attributes = [*_attributes(self.field)]
 
     def noise(self) -> Noise:
         """The state of the random generators that a field may draw from."""
@@ -142,25 +130,20 @@ class Surroundings:
     def restored(self) -> Iterator[None]:
         """As in the forward pass; afterwards as before."""
         flags = [(module, flag) for module, flag in self.training if module.training != flag]
-        noise = self.noise()
-        # Through .data: batch normalisation moves its statistics without telling autograd, and so do we.
-        buffers = [(buffer, was, buffer.clone()) for buffer, was in self.buffers if not torch.equal(buffer, was)]
+        noise, buffers = self.noise(), [(buffer, buffer.clone()) for buffer, was in self.buffers]
         try:
             for module, flag in flags:
                 module.training = flag
-            for buffer, was, _ in buffers:
-                buffer.data.copy_(was)
+            self.set_buffers()
             with self._autocasting():
                 yield
         finally:
             for module, flag in flags:
                 module.training = not flag
             self.set_noise(noise)
-            for buffer, value in self.buffers:
-                if not torch.equal(buffer, value):
-                    buffer.data.copy_(value)
-            for buffer, _, now in buffers:
-                buffer.data.copy_(now)
+            for buffer, now in buffers:
+                if not torch.equal(buffer, now):
+                    buffer.data.copy_(now)
 
     def _autocasting(self) -> ExitStack:
         stack = ExitStack()
@@ -183,11 +166,11 @@ class Statistics:
 
 
 class Root(NamedTuple):
-    """The start of a graph: its leaf x, F(t, x), and about how many bytes autograd keeps of one evaluation."""
+    """Where a walk starts: x, F(t, x), and about how many bytes the graph of one evaluation keeps, if it has one."""
 
     x: Tensor
     slope: Tensor
-    nbytes: int
+    nbytes: int | None = None
 
 
 class Evaluation:
@@ -199,6 +182,7 @@ class Evaluation:
         parameters: what vector-Jacobian products differentiate besides x.
         surroundings: random numbers, flags and autocast of the forward pass.
         moving: whether dL/dt is wanted.
+        weights: what a graph weighs, by the shape of the state, where that was found before.
     """
 
     def __init__(
@@ -208,17 +192,21 @@ class Evaluation:
         parameters: Sequence[Tensor],
         surroundings: Surroundings,
         moving: bool = False,
+        weights: dict[object, int] | None = None,
     ) -> None:
         self.field, self.layout, self.parameters = field, layout, parameters
         self.surroundings, self.moving = surroundings, moving
-        self.statistics, self.is_backward = Statistics(), False
+        self._weights = {} if weights is None else weights
+        self.statistics, self.is_backward, self._is_searched = Statistics(), False, False
+        self._noted_attributes: list[tuple[str, object]] = []
         self.log: StageLog[Noise] | None = None
         self._differentiates = False
 
     def __call__(self, t: Time, x: Tensor) -> Tensor:
         """F(t, x) in the current gradient mode."""
-        if self.log is not None:
-            self.log.add(self.surroundings.noise())
+        note = None if self.log is None else self.surroundings.noise()
+        if self.log is not None and note is not None:
+            self.log.add(note)
         if torch.is_grad_enabled():
             return self.at(self._time(t, x), x)
         if not self._differentiates:
@@ -229,42 +217,42 @@ class Evaluation:
                     raise
                 # The field differentiates inside (a divergence, an energy): it needs a graph even where we do not.
                 self._differentiates = True
+                self._hear(note)
         with torch.enable_grad():
             return self.at(self._time(t, x), x.detach().requires_grad_()).detach()
 
-    def root(self, t: Time, x: Tensor) -> "Root":
-        """Begin a graph with F(t, x), after a look at what that depends on and how much of it autograd keeps.
+    def root(self, t: Time, x: Tensor, *, joins: bool = False) -> "Root":
+        """The first F(t, x), with a look at what it depends on; its graph ``joins`` that of x, or none is kept.
 
         Raises:
             ProblemError: it depends on a tensor whose gradient would be lost.
         """
-        leaf, saved = x.detach().requires_grad_(), []
-
-        def pack(tensor: Tensor) -> Tensor:
-            # A saved output that kept itself would keep its graph for ever: output, node, hook's result, output.
-            saved.append(tensor.detach())
-            return saved[-1]
-
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        leaf = x if joins else x.detach().requires_grad_()
+        key = (x.shape, x.dtype, x.device, x.requires_grad, len(self.parameters))
+        unknown = joins and key not in self._weights
+        weigh: AbstractContextManager[dict[int, int]] = weighed(self._shared()) if unknown else nullcontext({})
+        with torch.enable_grad(), weigh as sizes:
             slope = self.at(self._time(t, x), leaf)
-        stray, nodes = _search(slope, (leaf, *self.parameters))
+        stray, nodes = search(slope, (leaf, *self.parameters))
         if stray is not None:
-            name = next((repr(name) for name, value in _attributes(self.field) if value is stray), "a tensor")
             raise ProblemError(
-                f"the field uses {name} of shape {tuple(stray.shape)}, which requires gradients and is neither its "
-                "input nor one of its parameters: its gradient would be lost; make it an nn.Parameter of the field, "
-                "hand it over as adjoint_params=[...] (or a function that returns such a list), detach it, or use "
-                'adjoint="backprop"'
+                f"the field uses {self._name(stray) or 'a tensor'} of shape {tuple(stray.shape)}, which requires "
+                "gradients and is neither its input nor one of its parameters: its gradient would be lost; make it an "
+                "nn.Parameter of the field, hand it over as adjoint_params=[...] (or a function that returns such a "
+                'list), detach it, or use adjoint="backprop"'
             )
-        shared = (*self.surroundings.parameters, *self.surroundings.buffers_now(), *self.parameters)
-        sizes = dict.fromkeys((tensor.data_ptr() for tensor in shared), 0)
-        for tensor in saved:
-            if tensor.data_ptr() not in sizes:
-                # A view keeps all of its storage; asking for the storage of every tensor would be slow.
-                whole = tensor.untyped_storage() if tensor._is_view() else tensor
-                size = whole.nbytes() if isinstance(whole, torch.UntypedStorage) else whole.nbytes
-                sizes.setdefault(whole.data_ptr(), size)
-        return Root(leaf, slope, sum(sizes.values()) + _NODE * nodes)
+        self.surroundings.note_buffers()
+        if not joins:
+            return Root(leaf.detach(), slope.detach())
+        return Root(leaf, slope, self._weights.setdefault(key, sum(sizes.values()) + NODE * nodes))
+
+    def _shared(self) -> list[Tensor]:
+        """What the field has for itself, however often it is evaluated."""
+        return [*self.surroundings.parameters, *self.surroundings.buffers_now(), *self.parameters]
+
+    def _name(self, tensor: Tensor) -> str | None:
+        """How the field calls a tensor, in quotes."""
+        return next((repr(name) for name, value in _attributes(self.field) if value is tensor), None)
 
     def noted(
         self, notes: Sequence[Noise | None], stages: Iterator[AbstractContextManager[Any]] | None = None
@@ -304,33 +292,71 @@ class Evaluation:
         found: Sequence[Tensor | None] = torch.autograd.grad(slope, (leaf, *parameters), cotangent, allow_unused=True)
         return Pull(slope.detach(), torch.zeros_like(x) if found[0] is None else found[0], found[1:])
 
-    def require_same(self, came: Tensor, expected: Tensor, inputs: Sequence[Tensor]) -> None:
-        """Compare a replayed state with that of the forward pass, bit for bit, or up to rounding.
+    def note_attributes(self) -> None:
+        """Note which tensors the field has stored, for the message where a replay differs."""
+        self._noted_attributes = [*_attributes(self.field)]
+
+    def watch_buffers(self, states: Iterable[Tensor]) -> None:
+        """Raise in the backward pass of the states' graph if somebody has meanwhile edited a buffer that it read.
+
+        Autograd sees edits, but for those through ``.data`` and by batch normalisation. Buffers that the field moves by
+        itself are left alone: what does so (running statistics, power iterations) is made for several passes.
+        """
+        still = self.surroundings.still()
+
+        def check(_: Tensor) -> None:
+            changed = [buffer for buffer, was in still if not torch.equal(buffer, was)]
+            if changed:
+                raise self._has_changed([self._name(buffer) for buffer in changed])
+
+        for state in states if still else ():
+            state.register_hook(check)
+
+    def require_same(self, came: Tensor, expected: Tensor, inputs: Sequence[Tensor] = ()) -> None:
+        """Compare a replayed tensor with that of the forward pass: equal but for rounding.
+
+        Args:
+            came: the replayed one.
+            expected: that of the forward pass.
+            inputs: all that it may depend on, if that is to be looked at.
 
         Raises:
-            OcnoptError: they differ, or it depends on other tensors than ``inputs``, whose gradients would be lost.
+            OcnoptError: they differ, or it depends on other tensors, whose gradients would be lost.
         """
-        eps, start = torch.finfo(came.dtype).eps, inputs[0].detach()
         # Compiled fields and some kernels round differently with a graph than without.
-        slack = eps**0.5 * (expected - start).abs().max() + 16 * eps * expected.abs().max() if came.numel() else 0.0
-        is_same = torch.equal(came, expected) or bool((came.detach() - expected).abs().max() <= slack)
-        if is_same and _search(came, inputs)[0] is None:
+        slack = 256 * torch.finfo(came.dtype).eps
+        is_same = torch.equal(came, expected) or bool(
+            (came.detach() - expected).abs().max() <= slack * expected.abs().max()
+        )
+        strays = bool(inputs) and not self._is_searched and search(came, inputs)[0] is not None
+        self._is_searched |= bool(inputs)
+        if is_same and not strays:
             return
         now = dict(_attributes(self.field))
-        changed = [repr(name) for name, was in self.surroundings.attributes if now.get(name) is not was]
-        raise OcnoptError(
-            "the field has changed between the forward and the backward pass, which evaluates it again: "
-            f"{', '.join(changed) or 'something it depends on'} is not what it was; expected the same field: call "
-            "backward() before changing attributes, buffers or adjoint_params, keep the forward pass in memory (raise "
-            'checkpoint_bytes), or use adjoint="backprop"'
+        raise self._has_changed([repr(name) for name, was in self._noted_attributes if now.get(name) is not was])
+
+    def _has_changed(self, names: Sequence[str | None]) -> OcnoptError:
+        named = ", ".join(name for name in names if name) or "something it depends on"
+        return OcnoptError(
+            "the field has changed between the forward and the backward pass, which needs it as it was: "
+            f"{named} is not what it was; expected the same field: call backward() before changing attributes, buffers "
+            'or adjoint_params, keep the forward pass in memory (raise checkpoint_bytes), or use adjoint="backprop"'
         )
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
         """The backward pass: surroundings as in the forward pass, evaluations counted apart."""
-        self.is_backward, self.statistics.backward = True, 0
-        with torch.no_grad(), self.surroundings.restored():
-            yield
+        self.is_backward, self.statistics.backward, self._is_searched = True, 0, False
+        # Hooks of the parameters act on their whole gradient, once, when autograd has it from us.
+        hooked = [(p, p._backward_hooks) for p in self.parameters if p._backward_hooks]
+        try:
+            for p, _ in hooked:
+                p._backward_hooks = None
+            with torch.no_grad(), self.surroundings.restored():
+                yield
+        finally:
+            for p, hooks in hooked:
+                p._backward_hooks = hooks
 
     def _require_own_parameters(self) -> None:
         now, owned = self.surroundings.parameters_now(), self.surroundings.parameters
@@ -357,42 +383,12 @@ class Evaluation:
             self.statistics.backward += 1
         else:
             self.statistics.forward += 1
-        if self.layout.shapes is None:
-            slope = self.field(t, x)
-            if isinstance(slope, Tensor) and slope.shape == x.shape:
-                return slope if slope.dtype == x.dtype else slope.to(x.dtype)
-        else:
-            slope = self.field(t, self.layout.split(x))
-        return self.layout.join(self._checked(slope, x)).to(x.dtype)
-
-    def _checked(self, slope: object, x: Tensor) -> State:
-        expected = [tuple(shape) for shape in self.layout.shapes or (x.shape,)]
-        parts = slope if isinstance(slope, tuple | list) and self.layout.shapes is not None else (slope,)
-        came = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
-        if came != expected:
-            raise ProblemError(
-                f"the field returned {came}; expected its derivative for every part of the state, of shapes "
-                f"{expected}: field(t, x) returns dx/dt, shaped like x"
-            )
-        return tuple(part for part in parts if isinstance(part, Tensor))
-
-
-def _search(slope: Tensor, known: Sequence[Tensor]) -> tuple[Tensor | None, int]:
-    """A leaf that ``slope`` depends on and that is not reached through ``known``, and the size of the graph."""
-    leaves = {id(tensor) for tensor in known}
-    above = {tensor.grad_fn for tensor in known if tensor.grad_fn is not None}
-    seen, pending = set(above), [slope.grad_fn]
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        edges = node.next_functions
-        leaf = None if edges else getattr(node, "variable", None)
-        if isinstance(leaf, Tensor) and id(leaf) not in leaves:
-            return leaf, len(seen)
-        pending += [following for following, _ in edges]
-    return None, len(seen) - len(above)
+        shapes = self.layout.shapes
+        slope = self.field(t, x if shapes is None else self.layout.split(x))
+        if shapes is not None or not isinstance(slope, Tensor) or slope.shape != x.shape:
+            slope = checks.check_slope(slope, shapes or (x.shape,), is_tuple=shapes is not None)
+            slope = self.layout.join(slope)
+        return slope if slope.dtype == x.dtype else slope.to(x.dtype)
 
 
 def _attributes(field: nn.Module) -> Iterator[tuple[str, object]]:

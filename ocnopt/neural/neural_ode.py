@@ -1,11 +1,10 @@
 """A module whose output is the end of a path: dx/dt = F(t, x) from x(t0) = input to x(T) = output, F any module.
 
-The whole solve is one node of autograd. Its forward pass walks and keeps what the chosen adjoint needs (states, or the
-graph of each step while memory lasts); its backward pass runs that adjoint, through which observers (curvature, the
-horizon's policy) see what they need.
+The forward pass walks. While memory lasts it keeps the graph of its steps, as any module does; what follows is one node
+of autograd, which keeps what the chosen adjoint needs and runs that in the backward pass. Observers (curvature, the
+horizon's policy) see what they need through it.
 """
 
-import inspect
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -16,17 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ocnopt.checks import nearest, times_in_order
+from ocnopt.checks import times_in_order
 from ocnopt.differential.discrete import Observer, Observers
 from ocnopt.errors import ConvergenceError, ProblemError
 from ocnopt.integrate import adaptive, fixed, torchdiffeq_bridge
 from ocnopt.integrate.tableaus import TABLEAUS
 from ocnopt.integrate.walk import Walk
+from ocnopt.neural.checks import check_field, check_options
 from ocnopt.neural.evaluation import Evaluation, State, StateLayout, Statistics, Surroundings
-from ocnopt.neural.solve import Job, solve
+from ocnopt.neural.solve import Continuous, Discrete, Job, solve
 from ocnopt.ocp import FreeHorizon, Horizon, read_horizon
 
-ADJOINTS = ("discrete", "continuous", "backprop")
 DEFAULT_STEPS = 20
 
 
@@ -44,9 +43,9 @@ class NeuralODE(nn.Module):
         steps: cut the horizon into this many equal steps instead; 20 for a method without an error estimate.
         adjoint: ``"discrete"``: the exact gradient of the steps taken, step sizes held. ``"continuous"``: integrates
             the costate backwards, memory constant in the number of steps. ``"backprop"``: autograd through every step.
-        checkpoint_bytes: what "discrete" may keep of a path: its states and, in what remains, the graphs of its steps;
-            steps without a graph are taken again, a path whose states do not fit is thinned to about the square root of
-            its steps. A watched solve, or one whose times need gradients, keeps states alone.
+        checkpoint_bytes: what "discrete" may keep of a path: the graph of its first steps, up to seven eighths, and the
+            states of the others, which are taken again; states that do not fit are thinned to about the square root of
+            their number. A watched solve, or one whose times need gradients, keeps states alone.
         adjoint_params: tensors besides the field's parameters that it depends on and that need gradients, or a function
             that returns them at every forward pass.
         max_evaluations: cap on the evaluations of one adaptive walk forwards.
@@ -88,27 +87,8 @@ class NeuralODE(nn.Module):
         max_evaluations: int | None = 100_000,
     ) -> None:
         super().__init__()
-        if not isinstance(field, nn.Module):
-            raise ProblemError(
-                f"field is {type(field).__name__}; expected an nn.Module called as field(t, x): put the function into "
-                "the forward method of a module, with its parameters"
-            )
-        _require_time(field)
-        _require_name("adjoint", adjoint, ADJOINTS)
-        if method not in TABLEAUS:
-            _require_name("method", method, (*TABLEAUS, *torchdiffeq_bridge.method_names()))
-            if steps is not None and method not in torchdiffeq_bridge.GRID:
-                raise ProblemError(
-                    f"steps={steps!r} met method={method!r} of torchdiffeq, which chooses its own steps; expected "
-                    f"steps=None with rtol and atol, or a method on a grid: {', '.join(torchdiffeq_bridge.GRID)}"
-                )
-            if method == "scipy_solver" and adjoint != "continuous":
-                raise ProblemError(
-                    f"method='scipy_solver' met adjoint={adjoint!r}: its steps leave torch, and gradients would be cut "
-                    'off; expected adjoint="continuous"'
-                )
-        if steps is not None and (type(steps) is not int or steps < 1):
-            raise ProblemError(f"steps is {steps!r}; expected a positive whole number, or None for error control")
+        check_field(field)
+        check_options(method, adjoint, steps, checkpoint_bytes)
         self.field = field
         self.horizon = read_horizon(horizon)
         self.method, self.rtol, self.atol, self.adjoint = method, rtol, atol, adjoint
@@ -117,6 +97,7 @@ class NeuralODE(nn.Module):
         if isinstance(self.horizon, FreeHorizon):
             self.register_buffer("T", torch.tensor(self.horizon.initial, dtype=torch.float64))
         self.statistics = Statistics()
+        self._weights: dict[object, int] = {}
         self._observers: OrderedDict[int, Observer] = OrderedDict()
 
     def forward(self, x: State, times: Sequence[float] | Tensor | None = None) -> State:
@@ -214,9 +195,8 @@ class NeuralODE(nn.Module):
     def _solve(self, layout: StateLayout, x: Tensor, path: list[float], moving: Tensor | None) -> Sequence[Tensor]:
         """The states at ``path[1:]``."""
         surroundings = Surroundings(self.field, x.device)
-        evaluation = Evaluation(
-            self.field, layout, self._differentiated(surroundings.parameters), surroundings, moving is not None
-        )
+        parameters = self._differentiated(surroundings.parameters)
+        evaluation = Evaluation(self.field, layout, parameters, surroundings, moving is not None, self._weights)
         self.statistics = evaluation.statistics
         step_size = abs(self._end() - self.horizon.t0) / (self.steps or DEFAULT_STEPS)
         if self.method not in TABLEAUS:
@@ -229,7 +209,8 @@ class NeuralODE(nn.Module):
             )
         if not torch.is_grad_enabled() or self.adjoint == "backprop":
             return job.walk(x).states
-        return solve(job, x, moving, self.checkpoint_bytes if self.adjoint == "discrete" else None)
+        adjoint = Discrete(job, self.checkpoint_bytes) if self.adjoint == "discrete" else Continuous(job)
+        return solve(adjoint, x, moving)
 
     def _through_torchdiffeq(
         self, evaluation: Evaluation, x: Tensor, path: list[float], moving: Tensor | None, step_size: float
@@ -276,24 +257,3 @@ class NeuralODE(nn.Module):
     def _observer(self) -> Observer | None:
         observers = [*self._observers.values()]
         return None if not observers else observers[0] if len(observers) == 1 else Observers(observers)
-
-
-def _require_time(field: nn.Module) -> None:
-    try:
-        signature = inspect.signature(field.forward)
-    except (TypeError, ValueError):
-        return  # not written in Python
-    try:
-        signature.bind(None, None)
-    except TypeError:
-        raise ProblemError(
-            f"the field's forward takes {signature}; expected field(t, x), with the time first: wrap a network of x "
-            "alone in a module whose forward(self, t, x) returns self.net(x)"
-        ) from None
-
-
-def _require_name(what: str, name: str, options: Sequence[str]) -> None:
-    if name not in options:
-        raise ProblemError(
-            f"{what} {name!r} is unknown; expected one of {', '.join(options)}{nearest(str(name), options)}"
-        )

@@ -1,11 +1,12 @@
-"""A whole solve as one node of autograd: the walk forwards, the chosen adjoint backwards.
+"""A whole solve for autograd: the walk forwards, the chosen adjoint backwards.
 
-``Discrete`` keeps the accepted steps and pulls them back, ``Continuous`` keeps the output states and integrates the
-costate. What must survive until the backward pass is saved through autograd, which frees it afterwards.
+``Discrete`` keeps the graph of the first steps, through which autograd goes back by itself; the others are one node,
+which takes them again and pulls them back. ``Continuous`` keeps the output states and is one node that integrates the
+costate. What a node needs is saved through autograd, which frees it afterwards.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from typing import Any, NamedTuple
@@ -18,10 +19,8 @@ from ocnopt.differential.columns import Columns
 from ocnopt.differential.discrete import (
     Costate,
     DiscreteStep,
-    Gradient,
     Observer,
-    Path,
-    StepPull,
+    Replays,
     Trajectory,
 )
 from ocnopt.differential.flow import Pulled
@@ -58,64 +57,79 @@ class Job:
         self.evaluation.statistics.steps, self.evaluation.statistics.rejected = walk.steps, walk.rejected
         return walk
 
-    def tell_terminal(self, x: Tensor, slope: Tensor | None, costate: Tensor) -> None:
+    def tell_terminal(self, x: Tensor, slope: Tensor | None, jumps: Mapping[int, Tensor]) -> None:
         """Tell the observer about the end of the path."""
         if self.observer is not None:
             slope = self.evaluation(self.path[-1], x) if slope is None else slope
-            self.observer.terminal(x, slope, costate)
+            costate = jumps.get(len(self.path) - 1)
+            self.observer.terminal(x, slope, torch.zeros_like(x) if costate is None else costate)
+
+
+class Walked(NamedTuple):
+    """A walk as the adjoint leaves it.
+
+    The first ``joined`` of the states at the outputs carry the graph of the steps behind them. A node of autograd, with
+    the tensors ``saved``, leads from ``start`` to the others.
+    """
+
+    outputs: list[Tensor]
+    start: Tensor
+    saved: list[Tensor]
+    joined: int = 0
 
 
 class Discrete:
     """The exact gradient of the accepted steps, which are kept within ``budget`` bytes.
 
-    Graphs are kept only if ``graphs``, and not where somebody watches: observers see evaluations in the backward pass.
+    Where somebody watches, or times move, no graph is kept: both act on evaluations in the backward pass.
     """
 
-    def __init__(self, job: Job, budget: int, graphs: bool) -> None:
+    def __init__(self, job: Job, budget: int) -> None:
         self.job, self._budget = job, budget
-        self._graphs = graphs and job.observer is None and not job.evaluation.moving
         self._slope: Tensor | None = None
 
-    @property
-    def repeats(self) -> bool:
-        """Whether the backward pass evaluates the field again."""
-        return self._trajectory.prefix < len(self._trajectory.steps)
-
-    def forward(self, x: Tensor) -> tuple[Walk, list[Tensor]]:
-        """Walk, and what must be saved: x(T), then the trajectory's tensors."""
+    def forward(self, x: Tensor) -> Walked:
+        """Walk; saved is x(T), then the trajectory's states."""
         evaluation, surroundings = self.job.evaluation, self.job.evaluation.surroundings
         before = surroundings.noise()
-        root = evaluation.root(self.job.path[0], x)
+        joins = self.job.observer is None and not evaluation.moving and (x.requires_grad or evaluation.parameters)
+        root = evaluation.root(self.job.path[0], x, joins=bool(joins))
         noisy = surroundings.moved(before)
         walk = self._walk(root, before if noisy else None)
-        if not noisy and self.repeats and surroundings.moved(before):
+        if not noisy and self._trajectory.steps and surroundings.moved(before):
             # The field drew its first random numbers on the way: walk again and note their states.
             surroundings.set_noise(before)
+            surroundings.set_buffers()
             walk = self._walk(root, before)
-        if self.repeats:
-            surroundings.note_attributes()
         self._slope = None if self.job.observer is None or walk.slope is None else walk.slope.detach()
-        *states, end = (state.detach() for state in walk.states)
+        joined, end = self._trajectory.outputs, self._trajectory.end
+        if end is not None:
+            evaluation.watch_buffers({id(state): state for state in (*walk.states[:joined], end)}.values())
+        if not self._trajectory.steps:
+            return Walked(walk.states, x, [], joined)
+        evaluation.note_attributes()
+        rest = [state.detach() for state in walk.states[joined:]]
         # The last output is the caller's, who may work on it in place.
-        return walk._replace(states=[*states, end.clone()]), [end, *self._trajectory.release()]
+        saved = [rest[-1].clone(), *self._trajectory.release()]
+        return Walked([*walk.states[:joined], *rest], x if end is None else end, saved, joined)
 
     def _walk(self, root: Root, noise: Noise | None) -> Walk:
         job = self.job
         log = job.evaluation.log = None if noise is None else StageLog(job.tableau)
         if log is not None and noise is not None:
             log.add(noise)
-        kept = root.nbytes if self._graphs else None
-        self._trajectory = Trajectory(job.tableau, job.evaluation, self._budget, kept, log)
+        self._trajectory = Trajectory(job.tableau, job.evaluation, self._budget, root.nbytes, log)
         walk = job.walk(root.x, root.slope, self._trajectory.append, self._trajectory.take)
         job.evaluation.log = None
         return walk
 
-    def backward(self, saved: Sequence[Tensor], terminal: Costate, jumps: dict[int, Tensor]) -> Costate:
+    def backward(self, saved: Sequence[Tensor], value: Costate, jumps: dict[int, Tensor]) -> Costate:
         """Pull the steps back from the last to the first."""
-        job, (end, *kept) = self.job, saved
-        job.tell_terminal(end, self._slope, terminal.x)
-        pull = StepPull(job.tableau, job.evaluation, job.observer, job.evaluation.moving)
-        return sweep(DiscreteStep(pull, jumps, job.path), Path(self._trajectory, kept, end), terminal)[0]
+        job, (end, *states) = self.job, saved
+        job.tell_terminal(end, self._slope, jumps)
+        times = job.path if job.evaluation.moving else None
+        step = DiscreteStep(job.tableau, job.evaluation, jumps, job.observer, times)
+        return sweep(step, Replays(self._trajectory, states, end), value)[0]
 
 
 class Interval(NamedTuple):
@@ -136,46 +150,42 @@ class Continuous:
     At an output the cotangent of the output is added, and x starts again from the output itself.
     """
 
-    repeats = True
-
     def __init__(self, job: Job) -> None:
         self.job = job
         self._adaptive = job.integrate.func is adaptive.integrate
-        self._slope: Tensor | None = None
 
-    def forward(self, x: Tensor) -> tuple[Walk, list[Tensor]]:
-        """Walk, and what must be saved: the output states."""
+    def forward(self, x: Tensor) -> Walked:
+        """Walk; saved are F at the end and the states at the outputs."""
         surroundings = self.job.evaluation.surroundings
         before = surroundings.noise()
-        self._first = self.job.evaluation.root(self.job.path[0], x).slope.detach()
+        self._first = self.job.evaluation.root(self.job.path[0], x).slope
         walk = self.job.walk(x, self._first)
-        if surroundings.moved(before):
+        end, random = walk.states[-1], surroundings.moved(before)
+        if random:
             warnings.warn(
                 "the field draws random numbers (dropout?), and the continuous adjoint meets other ones on its way "
-                "back: "
-                'its gradient is not that of this forward pass; use adjoint="discrete"',
+                'back: its gradient is not that of this forward pass; use adjoint="discrete"',
                 stacklevel=2,
             )
-        self._slope = None if self.job.observer is None else walk.slope
+        slope = self.job.evaluation(self.job.path[-1], end) if walk.slope is None else walk.slope
+        # The way back begins with the evaluation that the way there ended with, unless the field moves by itself.
+        self._repeats = not random and len(surroundings.still()) == len(surroundings.buffers)
+        self.job.evaluation.note_attributes()
         # Half of what the path alone would bear: the costate may bend where the path does not.
         self._size = 0.5 * walk.next_size
         # The last output is the caller's, who may work on it in place.
-        return walk, [*walk.states[:-1], walk.states[-1].clone()]
+        return Walked(walk.states, x, [slope, *walk.states[:-1], end.clone()])
 
-    def backward(self, saved: Sequence[Tensor], terminal: Costate, jumps: dict[int, Tensor]) -> Costate:
+    def backward(self, saved: Sequence[Tensor], value: Costate, jumps: dict[int, Tensor]) -> Costate:
         """Integrate from the last output to the start."""
-        job = self.job
-        job.tell_terminal(saved[-1], self._slope, terminal.x)
-        ends = enumerate(zip(job.path[:-1], job.path[1:], saved, strict=True), start=1)
-        # The sweep starts from zero, so that the last output's cotangent is a jump like any other.
-        jumps = {**jumps, len(saved): terminal.x}
+        job, (slope, *states) = self.job, saved
+        job.tell_terminal(states[-1], slope, jumps)
+        ends = enumerate(zip(job.path[:-1], job.path[1:], states, strict=True), start=1)
         intervals = [Interval(start, end, i, state, jumps.get(i)) for i, (start, end, state) in ends]
-        nothing = terminal._replace(x=torch.zeros_like(terminal.x))
-        field = _Joined(job.evaluation)
-        blank = self._blank(field, terminal.x)
-        value, _ = sweep(partial(self._back, field, blank), intervals, nothing)
-        value.parameters.totals = field.split(blank.in_p)
-        return value
+        field = _Joined(job.evaluation, slope if self._repeats else None)
+        blank = self._blank(field, value.x)
+        value, _ = sweep(partial(self._back, field, blank), intervals, value)
+        return value._replace(parameters=field.split(blank.in_p))
 
     def _back(self, field: "_Joined", blank: Columns, interval: Interval, value: Costate) -> tuple[Costate, None]:
         """The step of the sweep: the costate from the end of an interval to its start."""
@@ -220,9 +230,13 @@ class Continuous:
 
 
 class _Joined:
-    """The field with its parameters as one vector, and which of them something has reached."""
+    """The field with its parameters as one vector, and which of them something has reached.
 
-    def __init__(self, evaluation: Evaluation) -> None:
+    Its first evaluation must give ``expected``, if that is known.
+    """
+
+    def __init__(self, evaluation: Evaluation, expected: Tensor | None) -> None:
+        self._expected = expected
         self._evaluation, self._parameters = evaluation, evaluation.parameters
         self.sizes = [p.numel() for p in self._parameters]
         self.dtype = reduce(torch.promote_types, {p.dtype for p in self._parameters}, torch.float32)
@@ -236,6 +250,9 @@ class _Joined:
     def pull(self, t: Time, x: Tensor, columns: Tensor, *, wanted: bool) -> Pulled:
         """The field's own products, F_theta^T q in one piece."""
         F, Fxq, terms = self._evaluation.pull(t, x, columns, wanted=wanted)
+        if self._expected is not None:
+            self._evaluation.require_same(F, self._expected)
+            self._expected = None
         reached = [i for i, term in enumerate(terms) if term is not None]
         if not reached:
             return Pulled(F, Fxq, None)
@@ -256,31 +273,39 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
 
 class _Node(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, adjoint: Discrete | Continuous, x: Tensor, moving: Tensor | None, *parameters: Tensor) -> Any:
-        walk, kept = adjoint.forward(x)
-        adjoint.job.evaluation.surroundings.close(repeats=adjoint.repeats)
-        ctx.adjoint, ctx.count = adjoint, len(parameters)
+    def forward(
+        ctx: Any,
+        adjoint: Discrete | Continuous,
+        joined: int,
+        outputs: Sequence[Tensor],
+        saved: Sequence[Tensor],
+        x: Tensor,
+        moving: Tensor | None,
+        *parameters: Tensor,
+    ) -> Any:
+        ctx.adjoint, ctx.joined, ctx.count = adjoint, joined, len(parameters)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, *parameters, *kept)
-        return tuple(walk.states)
+        ctx.save_for_backward(x, *parameters, *saved)
+        return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
         x, *saved = ctx.saved_tensors
         parameters, kept = saved[: ctx.count], saved[ctx.count :]
-        end = torch.zeros_like(x) if cotangents[-1] is None else cotangents[-1].detach()
-        jumps = {i: jump.detach() for i, jump in enumerate(cotangents[:-1], start=1) if jump is not None}
-        times = end.new_zeros(len(cotangents) + 1, dtype=torch.float64)
-        with ctx.adjoint.job.evaluation.replaying():
-            costate = ctx.adjoint.backward(kept, Costate(end, Gradient(ctx.count), times), jumps)
+        job = ctx.adjoint.job
+        jumps = {i: jump.detach() for i, jump in enumerate(cotangents, start=ctx.joined + 1) if jump is not None}
+        # The sweep starts from zero, so that the last output's cotangent is a jump like any other.
+        nothing = Costate(torch.zeros_like(x), [None] * ctx.count, x.new_zeros(len(job.path), dtype=torch.float64))
+        with job.evaluation.replaying():
+            costate = ctx.adjoint.backward(kept, nothing, jumps)
         gradients: tuple[Tensor | None, ...] = (
-            costate.x if ctx.needs_input_grad[1] else None,
-            costate.times if ctx.needs_input_grad[2] else None,
-            *costate.parameters.totals,
+            costate.x if ctx.needs_input_grad[4] else None,
+            costate.times if ctx.needs_input_grad[5] else None,
+            *costate.parameters,
         )
         if torch.is_grad_enabled():
             gradients = _Last.apply(len(gradients), *gradients, x, *parameters)
-        return None, *gradients
+        return None, None, None, None, *gradients
 
 
 class _Last(torch.autograd.Function):
@@ -299,15 +324,19 @@ class _Last(torch.autograd.Function):
         )
 
 
-def solve(job: Job, x: Tensor, moving: Tensor | None, budget: int | None) -> tuple[Tensor, ...]:
-    """The output states of a job, differentiable by the discrete adjoint, or the continuous one without a budget.
+def solve(adjoint: Discrete | Continuous, x: Tensor, moving: Tensor | None) -> tuple[Tensor, ...]:
+    """The output states of the adjoint's job, differentiable by it.
 
     Args:
-        job: what to solve.
+        adjoint: what to solve and how to go back.
         x: the state at the start.
         moving: start and output times as a tensor where they need gradients.
-        budget: bytes of states and graphs that the discrete adjoint may keep.
     """
-    graphs = x.requires_grad or bool(job.evaluation.parameters)
-    adjoint = Continuous(job) if budget is None else Discrete(job, budget, graphs)
-    return _Node.apply(adjoint, x, moving, *job.evaluation.parameters)
+    evaluation = adjoint.job.evaluation
+    with torch.no_grad():
+        outputs, start, saved, joined = adjoint.forward(x)
+    evaluation.surroundings.close()
+    if joined == len(outputs):
+        return tuple(outputs)
+    rest = _Node.apply(adjoint, joined, outputs[joined:], saved, start, moving, *evaluation.parameters)
+    return (*outputs[:joined], *rest)

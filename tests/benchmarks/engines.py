@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ocnopt.neural.neural_ode import ADJOINTS, NeuralODE
+from ocnopt.neural.checks import ADJOINTS
+from ocnopt.neural.neural_ode import NeuralODE
 
 
 class Autonomous(nn.Module):

@@ -12,6 +12,7 @@ from tests.layout.walk import Walk, walk
 ASIDE = (
     "ocnopt/checks.py",
     "ocnopt/problem_checks.py",
+    "ocnopt/neural/checks.py",
     "ocnopt/optim/checks.py",
     "ocnopt/errors.py",
     "ocnopt/integrate/tableaus.py",

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ocnopt.errors import ConvergenceError, NonFiniteError, OcnoptError, ProblemError
+from ocnopt.neural.checks import check_options
 from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.ocp import FreeHorizon, Horizon
 from tests.neural.cases import Plain, Tanh, start
@@ -176,10 +177,16 @@ def test_the_field_must_be_a_module():
         NeuralODE(lambda t, x: x)
 
 
+@pytest.mark.parametrize("budget", [None, -1, 1.5, "1", True, float("nan")])
+def test_a_budget_is_a_number_of_bytes(budget):
+    with pytest.raises(ProblemError, match=r"checkpoint_bytes is .*; expected a whole number of bytes"):
+        check_options("rk4", "discrete", None, budget)
+
+
 def test_unknown_names_offer_the_nearest():
-    with pytest.raises(ProblemError, match="method 'dopry5' is unknown; expected one of .*did you mean 'dopri5'"):
+    with pytest.raises(ProblemError, match="method is 'dopry5'; expected 'euler' or .*did you mean 'dopri5'"):
         NeuralODE(Tanh(), method="dopry5")
-    with pytest.raises(ProblemError, match="adjoint 'discret' is unknown.*did you mean 'discrete'"):
+    with pytest.raises(ProblemError, match="adjoint is 'discret'; expected .*did you mean 'discrete'"):
         NeuralODE(Tanh(), adjoint="discret")
 
 
@@ -284,16 +291,19 @@ def test_backprop_has_no_gradient_for_times_and_says_so():
 
 @pytest.mark.parametrize("adjoint", ["discrete", "continuous"])
 def test_second_derivatives_are_refused(adjoint):
+    """Where there is no graph."""
     field, x = Tanh(), start(4, 3).requires_grad_()
+    ode = NeuralODE(field, adjoint=adjoint, checkpoint_bytes=0)
     # A linear loss: its gradient does not depend on the output, and still must not pass for a constant.
-    (gradient,) = torch.autograd.grad(NeuralODE(field, adjoint=adjoint)(x).sum(), x, create_graph=True)
+    (gradient,) = torch.autograd.grad(ode(x).sum(), x, create_graph=True)
     with pytest.raises(OcnoptError, match='differentiated once more.*use adjoint="backprop", or oc.hvp'):
         gradient.sum().backward()
 
 
-def test_second_derivatives_through_backprop():
+@pytest.mark.parametrize("adjoint", ["discrete", "backprop"])
+def test_second_derivatives_through_a_graph(adjoint):
     field, x = Tanh(), start(3)
-    ode = NeuralODE(field, method="rk4", steps=3, adjoint="backprop")
+    ode = NeuralODE(field, method="rk4", steps=3, adjoint=adjoint)
     assert torch.autograd.gradgradcheck(lambda x: ode(x), (x.requires_grad_(),))
 
 

@@ -1,0 +1,87 @@
+"""What a Neural ODE is given, checked at the door."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ocnopt.checks import check_choice, is_whole
+from ocnopt.errors import ProblemError
+from ocnopt.integrate import torchdiffeq_bridge
+from ocnopt.integrate.tableaus import TABLEAUS
+
+ADJOINTS = ("discrete", "continuous", "backprop")
+
+
+def check_field(field: object) -> None:
+    """Refuse what is not a module called as field(t, x)."""
+    if not isinstance(field, nn.Module):
+        raise ProblemError(
+            f"field is {type(field).__name__}; expected an nn.Module called as field(t, x): put the function into the "
+            "forward method of a module, with its parameters"
+        )
+    try:
+        signature = inspect.signature(field.forward)
+    except (TypeError, ValueError):
+        return  # not written in Python
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        raise ProblemError(
+            f"the field's forward takes {signature}; expected field(t, x), with the time first: wrap a network of x "
+            "alone in a module whose forward(self, t, x) returns self.net(x)"
+        ) from None
+
+
+def check_options(method: str, adjoint: str, steps: Any, checkpoint_bytes: Any) -> None:
+    """Refuse options that are wrong, or do not go together."""
+    check_choice("adjoint", adjoint, ADJOINTS)
+    if method not in TABLEAUS:
+        check_choice("method", method, [*dict.fromkeys((*TABLEAUS, *torchdiffeq_bridge.method_names()))])
+        if steps is not None and method not in torchdiffeq_bridge.GRID:
+            raise ProblemError(
+                f"steps={steps!r} met method={method!r} of torchdiffeq, which chooses its own steps; expected "
+                f"steps=None with rtol and atol, or a method on a grid: {', '.join(torchdiffeq_bridge.GRID)}"
+            )
+        if method == "scipy_solver" and adjoint != "continuous":
+            raise ProblemError(
+                f"method='scipy_solver' met adjoint={adjoint!r}: its steps leave torch, and gradients would be cut "
+                'off; expected adjoint="continuous"'
+            )
+    if steps is not None and (not is_whole(steps) or steps < 1):
+        raise ProblemError(f"steps is {steps!r}; expected a positive whole number, or None for error control")
+    if not is_whole(checkpoint_bytes) or checkpoint_bytes < 0:
+        raise ProblemError(
+            f"checkpoint_bytes is {checkpoint_bytes!r}; expected a whole number of bytes, 0 to keep little"
+        )
+
+
+def check_state(state: object) -> None:
+    """Refuse what is not a floating-point tensor or a tuple of such, and parts of different dtype or device."""
+    parts = state if isinstance(state, tuple) else (state,)
+    for part in parts:
+        if not (isinstance(part, Tensor) and part.is_floating_point()):
+            came = f"a tensor of {part.dtype}" if isinstance(part, Tensor) else type(part).__name__
+            raise ProblemError(
+                f"the state holds {came}; expected a floating-point tensor or a tuple of them: convert it with .float()"
+            )
+    kinds = {(part.dtype, part.device) for part in parts}
+    if len(kinds) != 1:
+        raise ProblemError(
+            f"the parts of the state differ: {sorted(f'{dtype} on {device}' for dtype, device in kinds)}; expected one "
+            "dtype and one device (a non-empty tuple): convert them with .to(...)"
+        )
+
+
+def check_slope(slope: object, shapes: Sequence[Sequence[int]], *, is_tuple: bool) -> Any:
+    """Refuse what does not fit the state; what fits, as a state."""
+    parts = tuple(slope) if isinstance(slope, tuple | list) and is_tuple else (slope,)
+    came = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
+    expected = [tuple(shape) for shape in shapes]
+    if came != expected:
+        raise ProblemError(
+            f"the field returned {came}; expected its derivative for every part of the state, of shapes {expected}: "
+            "field(t, x) returns dx/dt, shaped like x"
+        )
+    return parts if is_tuple else slope
