@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ocnopt.differential.discrete import NODE, Pull, search, weighed
+from ocnopt.differential.discrete import Pull
 from ocnopt.errors import OcnoptError, ProblemError
 from ocnopt.integrate.runge_kutta import Field, Time
 from ocnopt.integrate.walk import StageLog
@@ -228,12 +228,12 @@ class Evaluation:
             ProblemError: it depends on a tensor whose gradient would be lost.
         """
         leaf = x if joins else x.detach().requires_grad_()
-        key = (x.shape, x.dtype, x.device, x.requires_grad, len(self.parameters))
+        key = (x.shape, x.dtype, x.device, x.requires_grad, len(self.parameters), self.field.training)
         unknown = joins and key not in self._weights
-        weigh: AbstractContextManager[dict[int, int]] = weighed(self._shared()) if unknown else nullcontext({})
+        weigh: AbstractContextManager[dict[int, int]] = checks.weighed(self._shared()) if unknown else nullcontext({})
         with torch.enable_grad(), weigh as sizes:
             slope = self.at(self._time(t, x), leaf)
-        stray, nodes = search(slope, (leaf, *self.parameters))
+        stray, nodes = checks.search(slope, (leaf, *self.parameters))
         if stray is not None:
             raise ProblemError(
                 f"the field uses {self._name(stray) or 'a tensor'} of shape {tuple(stray.shape)}, which requires "
@@ -244,7 +244,7 @@ class Evaluation:
         self.surroundings.note_buffers()
         if not joins:
             return Root(leaf.detach(), slope.detach())
-        return Root(leaf, slope, self._weights.setdefault(key, sum(sizes.values()) + NODE * nodes))
+        return Root(leaf, slope, self._weights.setdefault(key, sum(sizes.values()) + checks.NODE * nodes))
 
     def _shared(self) -> list[Tensor]:
         """What the field has for itself, however often it is evaluated."""
@@ -328,7 +328,7 @@ class Evaluation:
         is_same = torch.equal(came, expected) or bool(
             (came.detach() - expected).abs().max() <= slack * expected.abs().max()
         )
-        strays = bool(inputs) and not self._is_searched and search(came, inputs)[0] is not None
+        strays = bool(inputs) and not self._is_searched and checks.search(came, inputs)[0] is not None
         self._is_searched |= bool(inputs)
         if is_same and not strays:
             return
