@@ -130,7 +130,7 @@ class _Walker:
         h = self.direction * length
         self._charge(len(self.tableau.c) - (self.slope is not None), h)
         x, seen = self.take(self.tableau, self.field, self.t, h, self.x, self.slope)
-        error, magnitude = self._measure(h, x.detach(), seen)
+        error, magnitude = self._measure(h, x, seen)
         accepted = error <= 1.0
         factor = self._factor(error)
         if accepted:
@@ -152,8 +152,7 @@ class _Walker:
     @torch.no_grad()
     def _measure(self, h: float, x: Tensor, seen: Stages) -> tuple[float, Tensor]:
         """The error in units of the tolerance, and |x_next|."""
-        weights, slopes = self.error_weights, [slope.detach() for slope in seen.slopes]
-        error = weighted_sum(h, weights, slopes)
+        error = weighted_sum(h, self.error_weights, seen.slopes)
         magnitude = x.abs()
         scale = torch.maximum(self.magnitude, magnitude).mul_(self.rtol).add_(self.atol)
         return float(self.norm(error.div_(scale))), magnitude

@@ -134,3 +134,20 @@ def search(y: Tensor, known: Sequence[Tensor]) -> tuple[Tensor | None, int]:
             return leaf, len(seen)
         pending += [following for following, _ in edges]
     return None, len(seen) - len(above)
+
+
+def modules(field: nn.Module) -> list[nn.Module]:
+    """The field and all modules below, in any order; ``field.modules()`` takes several times as long."""
+    found, pending = {field: None}, [field]
+    while pending:
+        below = [m for m in pending.pop()._modules.values() if m is not None and m not in found]
+        found.update(dict.fromkeys(below))
+        pending += below
+    return [*found]
+
+
+def attributes(field: nn.Module) -> Iterator[tuple[str, object]]:
+    """Tensors stored on a module and its submodules as plain attributes."""
+    for prefix, module in field.named_modules():
+        for name, value in (vars(module) | module._buffers).items():
+            yield f"{prefix}.{name}".lstrip("."), value

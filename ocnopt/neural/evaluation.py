@@ -67,7 +67,7 @@ class Surroundings:
 
     def __init__(self, field: nn.Module, device: torch.device) -> None:
         self.field, self.device = field, device
-        self.training = [(module, module.training) for module in field.modules()]
+        self.training = [(module, module.training) for module in checks.modules(field)]
         self.parameters = self.parameters_now()
         self.autocast = {
             kind: (
@@ -229,8 +229,9 @@ class Evaluation:
         """
         leaf = x if joins else x.detach().requires_grad_()
         key = (x.shape, x.dtype, x.device, x.requires_grad, len(self.parameters), self.field.training)
+        own = (*self.surroundings.parameters, *self.surroundings.buffers_now(), *self.parameters)
         unknown = joins and key not in self._weights
-        weigh: AbstractContextManager[dict[int, int]] = checks.weighed(self._shared()) if unknown else nullcontext({})
+        weigh: AbstractContextManager[dict[int, int]] = checks.weighed(own) if unknown else nullcontext({})
         with torch.enable_grad(), weigh as sizes:
             slope = self.at(self._time(t, x), leaf)
         stray, nodes = checks.search(slope, (leaf, *self.parameters))
@@ -246,13 +247,9 @@ class Evaluation:
             return Root(leaf.detach(), slope.detach())
         return Root(leaf, slope, self._weights.setdefault(key, sum(sizes.values()) + checks.NODE * nodes))
 
-    def _shared(self) -> list[Tensor]:
-        """What the field has for itself, however often it is evaluated."""
-        return [*self.surroundings.parameters, *self.surroundings.buffers_now(), *self.parameters]
-
     def _name(self, tensor: Tensor) -> str | None:
         """How the field calls a tensor, in quotes."""
-        return next((repr(name) for name, value in _attributes(self.field) if value is tensor), None)
+        return next((repr(name) for name, value in checks.attributes(self.field) if value is tensor), None)
 
     def noted(
         self, notes: Sequence[Noise | None], stages: Iterator[AbstractContextManager[Any]] | None = None
@@ -294,7 +291,7 @@ class Evaluation:
 
     def note_attributes(self) -> None:
         """Note which tensors the field has stored, for the message where a replay differs."""
-        self._noted_attributes = [*_attributes(self.field)]
+        self._noted_attributes = [*checks.attributes(self.field)]
 
     def watch_buffers(self, states: Iterable[Tensor]) -> None:
         """Raise in the backward pass of the states' graph if somebody has meanwhile edited a buffer that it read.
@@ -332,7 +329,7 @@ class Evaluation:
         self._is_searched |= bool(inputs)
         if is_same and not strays:
             return
-        now = dict(_attributes(self.field))
+        now = dict(checks.attributes(self.field))
         raise self._has_changed([repr(name) for name, was in self._noted_attributes if now.get(name) is not was])
 
     def _has_changed(self, names: Sequence[str | None]) -> OcnoptError:
@@ -389,10 +386,3 @@ class Evaluation:
             slope = checks.check_slope(slope, shapes or (x.shape,), is_tuple=shapes is not None)
             slope = self.layout.join(slope)
         return slope if slope.dtype == x.dtype else slope.to(x.dtype)
-
-
-def _attributes(field: nn.Module) -> Iterator[tuple[str, object]]:
-    """Tensors stored on a module and its submodules as plain attributes."""
-    for prefix, module in field.named_modules():
-        for name, value in (vars(module) | module._buffers).items():
-            yield f"{prefix}.{name}".lstrip("."), value
