@@ -198,7 +198,7 @@ class Evaluation:
         self.surroundings, self.moving = surroundings, moving
         self._weights = {} if weights is None else weights
         self.statistics, self.is_backward, self._is_searched = Statistics(), False, False
-        self._noted_attributes: list[tuple[str, object]] = []
+        self._noted_attributes: list[tuple[nn.Module, dict[str, object]]] = []
         self.log: StageLog[Noise] | None = None
         self._differentiates = False
 
@@ -290,8 +290,8 @@ class Evaluation:
         return Pull(slope.detach(), torch.zeros_like(x) if found[0] is None else found[0], found[1:])
 
     def note_attributes(self) -> None:
-        """Note which tensors the field has stored, for the message where a replay differs."""
-        self._noted_attributes = [*checks.attributes(self.field)]
+        """Note what the field has stored, for the message where a replay differs."""
+        self._noted_attributes = [(m, vars(m) | m._buffers) for m, _ in self.surroundings.training]
 
     def watch_buffers(self, states: Iterable[Tensor]) -> None:
         """Raise in the backward pass of the states' graph if somebody has meanwhile edited a buffer that it read.
@@ -329,8 +329,14 @@ class Evaluation:
         self._is_searched |= bool(inputs)
         if is_same and not strays:
             return
-        now = dict(checks.attributes(self.field))
-        raise self._has_changed([repr(name) for name, was in self._noted_attributes if now.get(name) is not was])
+        was = {(m, name): value for m, noted in self._noted_attributes for name, value in noted.items()}
+        changed = [
+            repr(f"{prefix}.{name}".lstrip("."))
+            for prefix, m in self.field.named_modules()
+            for name, value in (vars(m) | m._buffers).items()
+            if was.get((m, name)) is not value
+        ]
+        raise self._has_changed(changed)
 
     def _has_changed(self, names: Sequence[str | None]) -> OcnoptError:
         named = ", ".join(name for name in names if name) or "something it depends on"
