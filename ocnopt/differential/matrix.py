@@ -13,11 +13,11 @@ columns of V_p in x, and with the generator G = [0  F_X], backward in time
     -dV_p/dt  = C_p + F_p^T V_x + V_px G
     -dV_pp/dt = C_pp + F_p^T V_px^T + V_px F_p
 
-C is the Hessian of w l in ((w, X), p) at w = 1, and for exact curvature that of w l + a . F: its border is then still
-the gradient of l alone, and where F reads (w, X), its Jacobian is G. What belongs to a sample is kept per sample; Q_pp
+C is the Hessian of e l in ((e, X), p) at e = 1, and for exact curvature that of e l + a . F: its border is then still
+the gradient of l alone, and the Jacobian of F in (e, X) is G. What belongs to a sample is kept per sample; Q_pp
 is a sum over the samples.
 
-Q_pp is far larger than the rest, and nothing on the way reads it: it is gathered, its witness the form r^T Q_pp r.
+Q_pp is far larger than the rest, and nothing on the way reads it: it is gathered, its witness r^T Q_pp r.
 
 Source: SNOpt, arXiv 2109.14158, Theorem 1 (Gauss-Newton); the terms a . F_xx, a . F_px, a . F_pp make it the Hessian.
 """
@@ -34,24 +34,24 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ocnopt.differential.flow import Flow
-from ocnopt.differential.path import Gather, Readout
+from ocnopt.differential.stretches import Gather, Readout
 from ocnopt.errors import ProblemError
-from ocnopt.linearise import add_curvature_in_p, direction, flat, linearise, quadratic
+from ocnopt.linearise import add_curvature_in_p, fixed_direction, flat, linearise, quadratic
 
 _CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """V ``(..., 1 + d, 1 + d)``, V_p ``(..., q, 1 + d)``, r^T Q_pp r, and ``half (q, q)``.
+    """V ``(..., 1 + d, 1 + d)``, V_p ``(..., q, 1 + d)``, what its witness has seen, and ``half (q, q)``.
 
     ``half`` plus its transpose is Q_pp; it belongs to the pass and grows in place.
     """
 
-    integrated: ClassVar[tuple[str, ...]] = ("V", "Vp", "form")
+    integrated: ClassVar[tuple[str, ...]] = ("V", "Vp", "seen")
     V: Tensor
     Vp: Tensor
-    form: Tensor
+    seen: Tensor
     half: Tensor
     r: Tensor
     exact: bool
@@ -59,14 +59,14 @@ class Matrix:
     @classmethod
     def terminal(cls, flow: Flow, x: Tensor, *, exact: bool) -> "Matrix":
         """The derivatives of Phi."""
-        q, r = len(flow.p), direction(flow.p)
+        q, r = len(flow.p), fixed_direction(flow.p)
         half = x.new_zeros(q, q)
         with torch.enable_grad():
             W, p = flow.leaves(pad(x, (1, 0), value=1.0))
-            V, Vp, form = quadratic(W[..., 0] * flow.lifted.terminal_cost(W[..., 1:], p), (W, p), r)
+            V, Vp, seen = quadratic(W[..., 0] * flow.lifted.terminal_cost(W[..., 1:], p), (W, p), r)
             p = flow.p.clone().requires_grad_()
             add_curvature_in_p(half, 0.5, flow.lifted.terminal_cost(x, p), p)
-        return cls(V, Vp, form, half, r, exact)
+        return cls(V, Vp, seen, half, r, exact)
 
     @property
     def X(self) -> Tensor:
@@ -116,9 +116,9 @@ class Matrix:
             W, p = field.leaves(at)
             curved, F = self._curved(field, t, W, p, Vx[..., 0])
             G, Fp = linearise(F, (W, p))
-            C, Cp, form = quadratic(curved, (W, p), r)
+            C, Cp, seen = quadratic(curved, (W, p), r)
         P = G.mT @ Vx
-        form = form + 2 * ((r @ Vpx) * (Fp @ r)).sum()
+        seen = seen + 2 * ((r @ Vpx) * (Fp @ r)).sum()
 
         def gather(weight: float) -> None:
             self.half.addmm_(Vpx.movedim(-2, 0).flatten(1), flat(Fp), alpha=weight)
@@ -127,7 +127,7 @@ class Matrix:
                     p = field.p.clone().requires_grad_()
                     add_curvature_in_p(self.half, weight / 2, self._curved(field, t, at, p, Vx[..., 0])[0], p)
 
-        return [F.detach(), -(C + P + P.mT), -(Cp + Fp.mT @ Vx + Vpx @ G), -form], gather
+        return [F.detach(), -(C + P + P.mT), -(Cp + Fp.mT @ Vx + Vpx @ G), -seen], gather
 
     def _curved(self, field: Flow, t: float | Tensor, W: Tensor, p: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
         """What C is the Hessian of, and F."""

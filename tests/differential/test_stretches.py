@@ -8,7 +8,7 @@ import torch
 
 from ocnopt.differential.columns import terminal_columns
 from ocnopt.differential.flow import read_request
-from ocnopt.differential.path import Packing, blocks_of, carry
+from ocnopt.differential.stretches import Packing, blocks_of, carry
 from ocnopt.integrate import adaptive, fixed
 from ocnopt.integrate.tableaus import BOSH3, DOPRI5, MIDPOINT, RK4
 from ocnopt.ocp import OCP

@@ -82,10 +82,10 @@ def test_a_training_step_of_a_neural_ode() -> None:
 
 # Handed down to the integrator, which calls them back by design: the field of a stretch, its steps, its norm.
 HANDED_DOWN = (
-    "ocnopt/differential/path.py::walk.<locals>",
-    "ocnopt/differential/path.py::carry.<locals>",
-    "ocnopt/differential/path.py::_Cutter.__call__",
-    "ocnopt/differential/path.py::Packing",
+    "ocnopt/differential/stretches.py::walk.<locals>",
+    "ocnopt/differential/stretches.py::carry.<locals>",
+    "ocnopt/differential/stretches.py::_Cutter.__call__",
+    "ocnopt/differential/stretches.py::Packing",
 )
 
 

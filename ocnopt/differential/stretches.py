@@ -80,7 +80,7 @@ class Stretch(NamedTuple):
     closes: bool
 
 
-class Path(NamedTuple):
+class ContinuousPath(NamedTuple):
     """The blocks at the end of the path, and its stretches."""
 
     end: tuple[Tensor, ...]
@@ -112,7 +112,7 @@ class _Cutter:
 
 
 @torch.no_grad()
-def walk(flow: Flow, controls: Tensor, rates: Rates, start: Sequence[Tensor], kept: int) -> Path:
+def walk(flow: Flow, controls: Tensor, rates: Rates, start: Sequence[Tensor], kept: int) -> ContinuousPath:
     """Integrate blocks forward, u = ``controls[..., k, :]`` on the k-th of N equal intervals.
 
     Args:
@@ -138,17 +138,17 @@ def walk(flow: Flow, controls: Tensor, rates: Rates, start: Sequence[Tensor], ke
         )
         y, size = walked.states[-1], walked.next_size
         stretches += cutter.stretches
-    return Path(tuple(packing.unpack(y)), stretches)
+    return ContinuousPath(tuple(packing.unpack(y)), stretches)
 
 
-def trace(flow: Flow, controls: Tensor) -> tuple[Path, Tensor]:
+def trace(flow: Flow, controls: Tensor) -> tuple[ContinuousPath, Tensor]:
     """Walk the state alone; the path and every sample's cost ``(*batch)``."""
     x = flow.lifted.initial_state
     cost = [x.new_zeros(flow.batch)] if flow.has_running_cost else []
     path = walk(flow, controls, Flow.rates, (x, *cost), kept=1)
     with torch.no_grad():
         terminal = flow.lifted.terminal_cost(path.end[0], flow.p)
-    return Path(path.end[:1], path.stretches), terminal + sum(path.end[1:])
+    return ContinuousPath(path.end[:1], path.stretches), terminal + sum(path.end[1:])
 
 
 class Readout(NamedTuple):
