@@ -107,10 +107,9 @@ def jacobian(y: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
     parts = [
         pull(y, inputs, rows.reshape(-1, *axes, k).expand(-1, *y.shape))
         for _, rows in unit_rows(k, y.detach(), _at_once(y))
-    ] or [[v.new_zeros((0, *v.shape)) for v in inputs]]
-    return [
-        (blocks[0] if len(blocks) == 1 else torch.cat(blocks)).movedim(0, -2) for blocks in zip(*parts, strict=True)
     ]
+    blocks = zip(*parts, strict=True) if parts else [()] * len(inputs)
+    return [_joined(some, v, (k,)).movedim(0, -2) for some, v in zip(blocks, inputs, strict=True)]
 
 
 def derivatives(

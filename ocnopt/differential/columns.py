@@ -114,7 +114,7 @@ class Columns:
 
 def columns_of(flow: Flow, q: Tensor, in_p: Tensor, weights: Tensor) -> Columns:
     """Columns of a problem that start with q and p_i, the latter's to keep."""
-    return Columns(q, in_p, fixed_direction(flow.p) / 2, q.new_zeros(q.shape[:-1]), weights)
+    return Columns(q, in_p, fixed_direction(flow.p), q.new_zeros(q.shape[:-1]), weights)
 
 
 @torch.enable_grad()

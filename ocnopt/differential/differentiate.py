@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocnopt.checks import check_choice, is_whole
+from ocnopt.checks import check_choice, dense_memory, is_whole
 from ocnopt.differential.columns import Columns, columns_suffice, terminal_columns
 from ocnopt.differential.flow import Flow, read_request
-from ocnopt.differential.matrix import Matrix, check_memory
+from ocnopt.differential.matrix import Matrix
 from ocnopt.differential.stretches import ContinuousPath, Readout, back, trace
 from ocnopt.differential.sweep import sweep
 from ocnopt.errors import ProblemError
@@ -97,7 +97,7 @@ def differentiate(
     flow, u = read_request(problem, parameters, controls, horizon, rtol, atol)
     exact, low_rank = _check_options(problem, curvature, representation, rank), representation == "low_rank"
     if not low_rank:
-        check_memory(flow)
+        dense_memory(flow.p, flow.samples, flow.n, flow.lifted.control_dim)
     path, costs = trace(flow, u)
     x = path.end[0]
     if not low_rank and (exact or not columns_suffice(flow, x)):
