@@ -4,10 +4,13 @@ Functions are checked in :mod:`ocnopt.problem_checks`.
 """
 
 import math
+import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import pairwise
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +20,8 @@ from torch import Tensor, nn
 from ocnopt.errors import NonFiniteError, ProblemError
 
 Bounds = tuple[Tensor, Tensor]
+
+_CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 _OPTIMISER_RANGES = {
     "lr": "a number >= 0",
@@ -163,6 +168,36 @@ def can_differentiate() -> None:
             "torch.inference_mode() is on, where nothing has a derivative; expected none: leave it, or use "
             "torch.no_grad(), under which problems are made and solved as everywhere"
         )
+
+
+def dense_memory(p: Tensor, samples: int, n: int, m: int) -> None:
+    """Refuse dense second derivatives in p ``(q,)`` and (x, u) of so many samples where they cannot fit in memory.
+
+    Raises:
+        ProblemError: they would not.
+    """
+    q, columns = len(p), samples * (1 + n + m)
+    size, gib = p.element_size(), 2.0**30
+    # Q_pp and its sum with its transpose; the integrator keeps about twenty tensors of the size of V_p.
+    needed, present = size * (3 * q * q + 20 * q * columns), total_memory(p.device)
+    if needed > present:
+        raise ProblemError(
+            f"dense pp ({q}, {q}) and px ({samples} samples, {q}, {n}) need about {needed / gib:.3g} GiB of "
+            f"{present / gib:.3g} GiB; expected less: use representation='low_rank' (Gauss-Newton, about "
+            f"{20 * size * q * columns / gib:.3g} GiB, less with rank=) or oc.hvp (the Hessian times a vector, some "
+            f"vectors of {size * q / gib:.3g} GiB)"
+        )
+
+
+def total_memory(device: torch.device) -> float:
+    """Bytes that a device has, or on the CPU this process may have; infinity where the system does not tell."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    if sys.platform == "win32":
+        return float("inf")
+    total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    limit = _CONTAINER_LIMIT.read_text().strip() if _CONTAINER_LIMIT.exists() else "max"
+    return min(total, float(limit)) if limit.isdigit() else total
 
 
 def start(initial_state: Any, parameters: Any, dtype: Any) -> tuple[Tensor, Tensor | None]:

@@ -59,7 +59,7 @@ def gradient(y: Tensor, inputs: Sequence[Tensor], *, create_graph: bool = False)
 
 
 def pull(y: Tensor, inputs: Sequence[Tensor], columns: Tensor) -> list[Tensor]:
-    """Vector-Jacobian products of one column, shaped like y, or of K in front; the graph stays, K stays in front."""
+    """Vector-Jacobian products of one column, shaped like y, or of R in front; the graph stays, R stays in front."""
     lead = columns.shape[: columns.ndim - y.ndim]
     parts = []
     if y.requires_grad and 0 not in lead:
@@ -72,7 +72,7 @@ def pull(y: Tensor, inputs: Sequence[Tensor], columns: Tensor) -> list[Tensor]:
 
 
 def _joined(parts: Sequence[Tensor | None], v: Tensor, lead: Sequence[int]) -> Tensor:
-    """Parts of K products as one tensor, zeros where there are none."""
+    """Parts of R products as one tensor, zeros where there are none."""
     found = [part for part in parts if part is not None]
     if not found:
         return v.new_zeros((*lead, *v.shape))
@@ -92,7 +92,7 @@ def unit_rows(k: int, like: Tensor, at_once: int) -> Iterator[tuple[slice, Tenso
         yield place, rows
 
 
-def direction(p: Tensor) -> Tensor:
+def fixed_direction(p: Tensor) -> Tensor:
     """A fixed direction of length one, for witnesses."""
     r = torch.randn(p.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return (r / r.norm().clamp(min=1e-30)).to(p)
@@ -107,20 +107,19 @@ def jacobian(y: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
     parts = [
         pull(y, inputs, rows.reshape(-1, *axes, k).expand(-1, *y.shape))
         for _, rows in unit_rows(k, y.detach(), _at_once(y))
-    ] or [[v.new_zeros((0, *v.shape)) for v in inputs]]
-    return [
-        (blocks[0] if len(blocks) == 1 else torch.cat(blocks)).movedim(0, -2) for blocks in zip(*parts, strict=True)
     ]
+    blocks = zip(*parts, strict=True) if parts else [()] * len(inputs)
+    return [_joined(some, v, (k,)).movedim(0, -2) for some, v in zip(blocks, inputs, strict=True)]
 
 
-def derivatives(function: Callable[[Tensor], Tensor], w: Tensor, *, hessian: bool) -> tuple[Tensor, Tensor, Tensor]:
+def derivatives(
+    function: Callable[[Tensor], Tensor], w: Tensor, o: int, *, hessian: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Value ``(..., o)``, Jacobian ``(..., o, d)`` and Hessian ``(..., o, d, d)`` of a function of w ``(..., d)``.
 
     The function accepts leading axes: ``(*extra, ..., d) -> (*extra, ..., o)``. Without ``hessian`` the third result is
     empty. A function that does not depend on w has zero derivatives.
     """
-    with torch.no_grad():
-        o = function(w).shape[-1]
     with torch.enable_grad():
         point = w.detach().expand(o, *w.shape).clone().requires_grad_()
         output = function(point)
@@ -141,23 +140,23 @@ def linearise(F: Tensor, inputs: tuple[Tensor, Tensor]) -> list[Tensor]:
     X, p = inputs
     if p.ndim == X.ndim:
         return jacobian(F, inputs)
-    # F_p w is linear in its weights w: its derivative in w is F_p, one entry of p a pass.
-    w = torch.zeros_like(F).requires_grad_()
-    (Fpw,) = gradient(F * w, (p,), create_graph=True)
-    return [*jacobian(F, (X,)), jacobian(Fpw, (w,))[0].mT]
+    # F_p^T y is linear in y: its derivative in y is F_p^T, one entry of p a pass.
+    y = torch.zeros_like(F).requires_grad_()
+    (Fpy,) = gradient(F * y, (p,), create_graph=True)
+    return [*jacobian(F, (X,)), jacobian(Fpy, (y,))[0].mT]
 
 
 def quadratic(c: Tensor, inputs: tuple[Tensor, Tensor], r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """c_XX ``(..., d, d)`` and c_pX ``(..., q, d)`` of c ``(...)``, and the form r^T c_pp r, summed over samples."""
+    """c_XX ``(..., d, d)`` and c_pX ``(..., q, d)`` of c ``(...)``, and r^T c_pp r, summed over samples."""
     X, p = inputs
     gX, gp = gradient(c, inputs, create_graph=True)
     (ppr,) = pull(gp, (p,), r.expand(gp.shape))
-    form = (ppr * r).sum()
+    seen = (ppr * r).sum()
     if p.ndim == X.ndim:
         XX, Xp = jacobian(gX, inputs)
-        return XX, Xp.mT, form
+        return XX, Xp.mT, seen
     (XX,), (pX,) = jacobian(gX, (X,)), jacobian(gp, (X,))
-    return XX, pX, form
+    return XX, pX, seen
 
 
 def add_curvature_in_p(total: Tensor, weight: float, c: Tensor, p: Tensor) -> None:
@@ -193,7 +192,7 @@ class StepAt(NamedTuple):
         return jacobian(slope, (point,))[0][0]
 
 
-Curvature = Hessians | StepAt
+StepCurvature = Hessians | StepAt
 
 
 class StepModels(NamedTuple):
@@ -204,27 +203,7 @@ class StepModels(NamedTuple):
 
     F: Tensor
     L: Tensor
-    curvature: list[Curvature] | None
-
-    @property
-    def fw(self) -> Tensor:
-        """Jacobians of the dynamics, ``(N, *lead, n, d)``."""
-        return self.F[..., 1:, 1:]
-
-    @property
-    def gap(self) -> Tensor:
-        """f(x_k, u_k) - x_{k+1}, ``(N, *lead, n)``."""
-        return self.F[..., 1:, 0]
-
-    @property
-    def lw(self) -> Tensor:
-        """Gradients of the cost, ``(N, *lead, d)``."""
-        return self.L[..., 1:, 0]
-
-    @property
-    def lww(self) -> Tensor:
-        """Hessians of the cost, ``(N, *lead, d, d)``."""
-        return self.L[..., 1:, 1:]
+    curvature: list[StepCurvature] | None
 
 
 def expand_path(wide: Widened, path: Path, *, exact: bool) -> StepModels:
@@ -241,12 +220,12 @@ def expand_path(wide: Widened, path: Path, *, exact: bool) -> StepModels:
     per_step = lead * ((n + 1) * d if at_once else max(n + 1, d))
     F: list[Tensor] = []
     L: list[Tensor] = []
-    curved: list[Curvature] = []
+    curved: list[StepCurvature] = []
     for group, start, stop in wide.stretches(max(1, _POINTS // max(1, per_step))):
         k = step_numbers(group, start, stop, path.states)
         w = torch.cat([path.states[start:stop], path.controls[start:stop]], dim=-1)
-        value, slopes, hessian = derivatives(wide.outputs(group, k), w, hessian=at_once)
-        lww = (hessian if at_once else derivatives(wide.cost(group, k), w, hessian=True)[2])[..., -1, :, :]
+        value, slopes, hessian = derivatives(wide.outputs(group, k), w, n + 1, hessian=at_once)
+        lww = (hessian if at_once else derivatives(wide.cost(group, k), w, 1, hessian=True)[2])[..., -1, :, :]
         F.append(_affine(wide, value[..., :-1] - path.states[start + 1 : stop + 1][..., :n], slopes[..., :-1, :]))
         L.append(_quadratic(slopes[..., -1, :], lww))
         for fill in range(1 + wide.n + group.stage.control_dim, 1 + d):
@@ -262,7 +241,7 @@ def expand_path(wide: Widened, path: Path, *, exact: bool) -> StepModels:
 
 def expand_terminal(wide: Widened, z: Tensor) -> Tensor:
     """The model L ``(*lead, 1 + n, 1 + n)`` of the terminal cost at z ``(*lead, n)``."""
-    _, gradient, hessian = derivatives(wide.phi, z, hessian=True)
+    _, gradient, hessian = derivatives(wide.phi, z, 1, hessian=True)
     return _quadratic(gradient[..., 0, :], hessian[..., 0, :, :])
 
 

@@ -232,11 +232,6 @@ class Lifted:
         """x(t0), ``(*batch, n)``."""
         return self.problem.initial_state
 
-    @property
-    def control_bounds(self) -> Bounds | None:
-        """Two tensors ``(m,)``."""
-        return self.problem.control_bounds
-
     def split(self, p: Tensor) -> tuple[Tensor, Tensor]:
         """The user's parameters ``(..., q)`` and the end time ``(...)``."""
         if self.free:

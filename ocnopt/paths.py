@@ -94,7 +94,7 @@ def rollout(
     p: Tensor | None = None,
     after: Callable[[int, Tensor], Tensor] | None = None,
 ) -> Rollout:
-    """Walk along the stages with ``u_k = policy(k, x_k)``, or with given controls.
+    """Walk along the steps with ``u_k = policy(k, x_k)``, or with given controls.
 
     ``after(k, x_next)`` may move the next state (a disturbance).
     """

@@ -174,7 +174,7 @@ class StagedOCP:
             return stage.joint(k, x, u, p)
         extra = () if self.parameters is None else (p,)
         cost = x.new_zeros(()) if stage.cost is None else stage.cost(k, x, u, *extra)
-        # a Stage without joint always has dynamics: _check refuses any other.
+        # a Stage without joint always has dynamics: check_stages refuses any other.
         x_next: Tensor = stage.dynamics(k, x, u, *extra)  # type: ignore[misc]
         return x_next, torch.as_tensor(cost, dtype=x.dtype, device=x.device).expand(x.shape[:-1])
 
@@ -236,42 +236,42 @@ def transcribe(problem: OCP, steps: int, integrator: str = "rk4") -> StagedOCP:
     if type(steps) is not int or steps < 1:
         raise ProblemError(f"steps is {steps!r}; expected an integer >= 1")
     tableau = get_tableau(integrator)
-    form = lift(problem)
-    h = (form.t1 - form.t0) / steps
+    lifted = lift(problem)
+    h = (lifted.t1 - lifted.t0) / steps
 
     def time(k: Index, x: Tensor) -> float | Tensor:
         # an integer tensor times a float would be float32
-        return form.t0 + h * (k if isinstance(k, int) else k.to(x.dtype))
+        return lifted.t0 + h * (k if isinstance(k, int) else k.to(x.dtype))
 
     def joint(k: Index, x: Tensor, u: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-        seen = stages(tableau, form.field(u, p), time(k, x), h, x)
+        seen = stages(tableau, lifted.field(u, p), time(k, x), h, x)
         if problem.running_cost is None:
             return combine(x, h, tableau.b, seen.slopes), x.new_zeros(x.shape[:-1])
         used = [i for i, b in enumerate(tableau.b) if b != 0.0]
-        costs = [form.running_cost(seen.times[i], seen.points[i], u, p) for i in used]
+        costs = [lifted.running_cost(seen.times[i], seen.points[i], u, p) for i in used]
         zero = x.new_zeros(x.shape[:-1])
         return combine(x, h, tableau.b, seen.slopes), combine(zero, h, [tableau.b[i] for i in used], costs)
 
-    has_parameters = form.parameter_dim > 0
-    along = problem.path_constraint and (lambda k, x, u, p: form.path_constraint(time(k, x), x, u, p))
+    has_parameters = lifted.parameter_dim > 0
+    along = problem.path_constraint and (lambda k, x, u, p: lifted.path_constraint(time(k, x), x, u, p))
     return StagedOCP(
         Stage(None, None, problem.control_dim, joint),
-        problem.terminal_cost and _arity(form.terminal_cost, has_parameters),
+        problem.terminal_cost and _arity(lifted.terminal_cost, has_parameters),
         initial_state=problem.initial_state,
         steps=steps,
-        parameters=form.parameters if has_parameters else None,
+        parameters=lifted.parameters if has_parameters else None,
         control_bounds=problem.control_bounds,
-        parameter_bounds=form.parameter_bounds,
+        parameter_bounds=lifted.parameter_bounds,
         path_constraint=along and _arity(along, has_parameters),
-        terminal_constraint=problem.terminal_constraint and _arity(form.terminal_constraint, has_parameters),
+        terminal_constraint=problem.terminal_constraint and _arity(lifted.terminal_constraint, has_parameters),
         initial_guess=problem.initial_guess,
         dtype=problem.dtype,
-        origin=form,
+        origin=lifted,
     )
 
 
 def _arity(function: Function, has_parameters: bool) -> Function:
-    """A lifted function in the form of a StagedOCP: p is an argument only where the problem has one."""
+    """A lifted function as a StagedOCP has it: p is an argument only where the problem has one."""
     if has_parameters:
         return function
     return lambda *arguments: function(*arguments, arguments[-1].new_zeros(0))

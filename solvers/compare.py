@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ocnopt.errors import OcnoptError, ProblemError
 from ocnopt.ocp import OCP
-from ocnopt.solvers.solution import Solution
+from ocnopt.solvers.solution import Solution, nodes_of
 from ocnopt.solvers.solve import Solver, make_solution, make_solver, read_guess, read_problem
 from ocnopt.staged import StagedOCP
 
@@ -121,7 +120,9 @@ def _read_solvers(solvers: Any) -> dict[str, Solver]:
 
 def _row(name: str, solutions: dict[str, Solution]) -> Row:
     solution, first = solutions[name], next(iter(solutions))
-    gaps = [(a - b).abs().amax() for a, b in zip(_nodes(solution), _nodes(solutions[first]), strict=True)]
+    gaps = [
+        (a - b).abs().amax() for a, b in zip(nodes_of(solution.states), nodes_of(solutions[first].states), strict=True)
+    ]
     return Row(
         solver=name,
         cost=float(solution.cost.sum()),
@@ -151,7 +152,3 @@ def _other_minimum(solution: Solution, first: Solution, name: str) -> str:
     many = f" in {int(other.sum())} of {other.numel()} problems" if other.ndim else ""
     worst = float((solution.cost - first.cost)[other].abs().max())
     return f"cost differs from {name}'s by {worst:.2g}{many}: another local minimum, or another discretisation"
-
-
-def _nodes(solution: Solution) -> tuple[Tensor, ...]:
-    return solution.states if isinstance(solution.states, tuple) else torch.unbind(solution.states, dim=-2)

@@ -73,7 +73,7 @@ class TorchKernel:
     def __init__(self, wide: Widened) -> None:
         self.wide = wide
         self.apart = rows_stand_alone(wide)
-        self._expanded: tuple[Any, ...] = (None, False)
+        self._expanded: tuple[Any, ...] = (None, None, False)
 
     def evaluate(self, states: Tensor, controls: Tensor) -> Path:
         """See :class:`Kernel`."""
@@ -81,11 +81,12 @@ class TorchKernel:
 
     def direction(self, path: Path, mu: Tensor, *, exact: bool) -> Direction:
         """See :class:`Kernel`; a path swept again, with another mu, is not expanded again."""
-        if self._expanded[0] is not path.states or (exact and not self._expanded[1]):
-            models = expand_path(self.wide, path, exact=exact), expand_terminal(self.wide, path.states[-1])
-            self._expanded = path.states, exact, *models
-        models, terminal = self._expanded[2:]
-        return sweep_path(self.wide, path, models if exact else models._replace(curvature=None), terminal, mu)
+        states, controls, was_exact, *models = self._expanded
+        if states is not path.states or controls is not path.controls or (exact and not was_exact):
+            models = [expand_path(self.wide, path, exact=exact), expand_terminal(self.wide, path.states[-1])]
+            self._expanded = path.states, path.controls, exact, *models
+        steps, terminal = models
+        return sweep_path(self.wide, path, steps if exact else steps._replace(curvature=None), terminal, mu)
 
     def roll_out(self, path: Path, direction: Direction, alphas: Tensor) -> Path:
         """See :class:`Kernel`."""

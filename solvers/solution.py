@@ -17,10 +17,8 @@ from ocnopt.errors import DataError, NonFiniteError, ProblemError
 from ocnopt.paths import behind, rollout
 from ocnopt.solvers.audit import audit
 from ocnopt.solvers.files import check_fingerprint, fingerprint, write_file
-from ocnopt.staged import Series as TimeSeries
-from ocnopt.staged import StagedOCP
+from ocnopt.staged import Series, StagedOCP
 
-Series = Tensor | tuple[Tensor, ...]
 _FORMAT = 2
 
 
@@ -62,8 +60,8 @@ class Result(NamedTuple):
     ``parameters (*batch, q)`` still hold T where the horizon is free, ``gains`` are (k, K).
     """
 
-    states: TimeSeries
-    controls: TimeSeries
+    states: Series
+    controls: Series
     parameters: Tensor
     cost: Tensor
     converged: Tensor
@@ -73,8 +71,8 @@ class Result(NamedTuple):
     wall_time: float
     build_time: float
     history: Mapping[str, Tensor]
-    costates: TimeSeries | None = None
-    gains: tuple[TimeSeries, TimeSeries] | None = None
+    costates: Series | None = None
+    gains: tuple[Series, Series] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +89,8 @@ class Solution:
         converged: ``(...)`` bool.
         iterations: accepted steps, ``(...)`` int.
         status: one sentence; a list of them in a batch.
-        costates: dJ/dx_k ``(..., N + 1, n)``, or None.
+        costates: dJ/dx_k where later controls follow the feedback law, at an optimum dJ/dx_k itself:
+            ``(..., N + 1, n)``, or None.
         constraint_violation: the largest violated constraint, bound or gap, ``(...)``.
         wall_time: seconds of the solve; build_time: seconds spent on building it (lowering, compiling).
         history: "cost", "step" and "regularisation" (what the solver has of them) per iteration, the start first:
@@ -295,14 +294,14 @@ def _rollout_status(states: Sequence[Tensor], cost: Tensor, times: Tensor) -> st
     return [told(*row) if bool(bad) else sentence for bad, *row in rows]
 
 
-def _nodes_of(values: Series) -> tuple[Tensor, ...]:
+def nodes_of(values: Series) -> tuple[Tensor, ...]:
     """One tensor a node or step."""
-    return values.unbind(-2) if isinstance(values, Tensor) else values
+    return values.unbind(-2) if isinstance(values, Tensor) else tuple(values)
 
 
 def _fingerprint(solution: Solution, problem: StagedOCP) -> dict[str, Tensor]:
     p = _parameters_of(solution, problem)
-    return fingerprint(problem, _nodes_of(solution.states), _nodes_of(solution.controls), p)
+    return fingerprint(problem, nodes_of(solution.states), nodes_of(solution.controls), p)
 
 
 def load_solution(path: str | Path, problem: StagedOCP | None = None) -> Solution:

@@ -111,8 +111,8 @@ def read_problem(problem: Any, steps: int, integrator: str) -> StagedOCP:
 
 def make_solution(problem: StagedOCP, result: Result) -> Solution:
     """What a solver found, in the shapes of a Solution."""
-    p, cost, form = result.parameters, result.cost, problem.origin
-    own, end = (p, cost.new_tensor(float(problem.steps))) if form is None else form.split(p)
+    p, cost, lifted = result.parameters, result.cost, problem.origin
+    own, end = (p, cost.new_tensor(float(problem.steps))) if lifted is None else lifted.split(p)
     same = len({group.stage.control_dim for group in problem.groups}) == 1
     k, K = result.gains or (None, None)
     return Solution(

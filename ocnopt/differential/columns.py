@@ -11,8 +11,8 @@ p_i), p_i gathers, and
 
     Q_XX = sum_i s_i q_i q_i^T,    Q_pX = sum_i s_i p_i q_i^T,    Q_pp = sum_i s_i p_i p_i^T
 
-The gradient (Q_X, Q_p) is one more column, the first, with weight 0 in these sums. Shapes: q_i ``(*batch, K, d)``,
-p_i ``(*batch, K, q)``, weights s_i ``(*batch, K)``; one column alone has no axis K.
+The gradient (Q_X, Q_p) is one more column, the first, with weight 0 in these sums. Shapes: q_i ``(*batch, R, d)``,
+p_i ``(*batch, R, q)``, weights s_i ``(*batch, R)``; one column alone has no axis R.
 
 Each column's witness is one number, the product of what it gathers with a fixed direction.
 
@@ -28,10 +28,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ocnopt.differential.flow import Flow, Pulled
-from ocnopt.differential.path import Gather, Readout
+from ocnopt.differential.stretches import Gather, Readout
 from ocnopt.errors import ProblemError
 from ocnopt.integrate.runge_kutta import Time
-from ocnopt.linearise import direction, flat, gradient, jacobian
+from ocnopt.linearise import fixed_direction, flat, gradient, jacobian
 
 
 @runtime_checkable
@@ -46,7 +46,7 @@ class Pullable(Protocol):
 class Columns:
     """Columns q in units of ``unit``, p_i which gathers in place, what its witness has seen, s_i.
 
-    Of a problem p_i is ``(..., K, q)``; of a network it is one vector ``(q,)``, a sum over the samples. The witness is
+    Of a problem p_i is ``(..., R, q)``; of a network it is one vector ``(q,)``, a sum over the samples. The witness is
     p_i . r, and where ``seen`` is empty nobody asks for it.
     """
 
@@ -114,7 +114,7 @@ class Columns:
 
 def columns_of(flow: Flow, q: Tensor, in_p: Tensor, weights: Tensor) -> Columns:
     """Columns of a problem that start with q and p_i, the latter's to keep."""
-    return Columns(q, in_p, direction(flow.p) / 2, q.new_zeros(q.shape[:-1]), weights)
+    return Columns(q, in_p, fixed_direction(flow.p), q.new_zeros(q.shape[:-1]), weights)
 
 
 @torch.enable_grad()

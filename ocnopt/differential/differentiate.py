@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocnopt.checks import check_choice, is_whole
+from ocnopt.checks import check_choice, dense_memory, is_whole
 from ocnopt.differential.columns import Columns, columns_suffice, terminal_columns
 from ocnopt.differential.flow import Flow, read_request
-from ocnopt.differential.matrix import Matrix, check_memory
-from ocnopt.differential.path import Path, Readout, back, trace
+from ocnopt.differential.matrix import Matrix
+from ocnopt.differential.stretches import ContinuousPath, Readout, back, trace
 from ocnopt.differential.sweep import sweep
 from ocnopt.errors import ProblemError
 from ocnopt.ocp import OCP
@@ -97,17 +97,17 @@ def differentiate(
     flow, u = read_request(problem, parameters, controls, horizon, rtol, atol)
     exact, low_rank = _check_options(problem, curvature, representation, rank), representation == "low_rank"
     if not low_rank:
-        check_memory(flow)
+        dense_memory(flow.p, flow.samples, flow.n, flow.lifted.control_dim)
     path, costs = trace(flow, u)
     x = path.end[0]
     if not low_rank and (exact or not columns_suffice(flow, x)):
-        return _expansion(flow, costs, *by_matrix(flow, path, exact=exact))
+        return _expansion(flow, costs, *_by_matrix(flow, path, exact=exact))
     terminal = terminal_columns(flow, x, rank)
     columns, readouts = sweep(partial(back, flow), path.stretches, terminal)
     return _expansion(flow, costs, columns, readouts, factors=low_rank)
 
 
-def by_matrix(flow: Flow, path: Path, *, exact: bool) -> tuple[Matrix, list[Readout | None]]:
+def _by_matrix(flow: Flow, path: ContinuousPath, *, exact: bool) -> tuple[Matrix, list[Readout | None]]:
     """Q's derivatives at the start of the path, and those in the control at the start of every interval."""
     # The costliest pass: its own steps need less accuracy than the path that it runs along.
     coarse = replace(flow, rtol=8 * flow.rtol, atol=8 * flow.atol)

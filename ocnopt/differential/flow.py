@@ -88,7 +88,7 @@ class Flow:
         return [self.dynamics(t, X, self.p), *(self.running_cost(t, X, self.p) for _ in cost)]
 
     def pull(self, t: float | Tensor, x: Tensor, columns: Tensor, *, wanted: bool) -> Pulled:
-        """F, and F_X^T q_i ``(..., K, d)``, F_p^T q_i ``(..., K, q)`` (if ``wanted``) of q_i ``(..., K, d)``."""
+        """F, and F_X^T q_i ``(..., R, d)``, F_p^T q_i ``(..., R, q)`` (if ``wanted``) of q_i ``(..., R, d)``."""
         columns = columns[..., : self.n]
         with torch.enable_grad():
             inputs = self.leaves(self.join(x))

@@ -26,11 +26,11 @@ from torch.nn.functional import pad
 
 from ocnopt import checks
 from ocnopt.differential.flow import Flow, read_request
-from ocnopt.differential.path import Gather, Readout, back, walk
+from ocnopt.differential.stretches import Gather, Readout, back, walk
 from ocnopt.differential.sweep import sweep
 from ocnopt.errors import ProblemError
 from ocnopt.integrate.runge_kutta import Time
-from ocnopt.linearise import direction, gradient, leaves
+from ocnopt.linearise import fixed_direction, gradient, leaves
 from ocnopt.ocp import OCP
 
 
@@ -53,7 +53,7 @@ class Directional:
         point, p = leaves(x, flow.p, False)
         gx, gp = gradient(flow.lifted.terminal_cost(point, p), (point, p), create_graph=True)
         da, hv = gradient((gx * dx).sum() + (gp * v).sum(), (point, p))
-        return cls(gx.detach(), da, v.new_zeros(()), hv, v, direction(v))
+        return cls(gx.detach(), da, v.new_zeros(()), hv, v, fixed_direction(v))
 
     def widen(self, m: int) -> "Directional":
         """Nothing is asked in u."""
@@ -143,7 +143,7 @@ def _hessian_times(flow: Flow, controls: Tensor, v: Tensor) -> Tensor:
 
 @torch.enable_grad()
 def _forward_rates(v: Tensor, flow: Flow, t: Time, x: Tensor, dx: Tensor) -> list[Tensor]:
-    (point, p), w = leaves(x, flow.p, False), torch.ones_like(x).requires_grad_()
+    (point, p), y = leaves(x, flow.p, False), torch.ones_like(x).requires_grad_()
     F = flow.lifted.dynamics(t, point, flow.u, p)
-    Fx, Fp = gradient(F * w, (point, p), create_graph=True)
-    return [F.detach(), *gradient((Fx * dx).sum() + (Fp * v).sum(), (w,))]
+    Fx, Fp = gradient(F * y, (point, p), create_graph=True)
+    return [F.detach(), *gradient((Fx * dx).sum() + (Fp * v).sum(), (y,))]

@@ -107,11 +107,6 @@ class Samples(NamedTuple):
     inputs: Tensor
     gradients: Tensor
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """A and B."""
-        n = self.inputs.shape[1]
-        return self.inputs.mT @ self.inputs / n, self.gradients.mT @ self.gradients / n
-
     def finite(self) -> "Samples":
         """The samples without NaN and infinity: a batch that was skipped may have left others."""
         keep = torch.cat(self, -1).isfinite().all(-1).all(0)

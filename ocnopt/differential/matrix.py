@@ -13,20 +13,17 @@ columns of V_p in x, and with the generator G = [0  F_X], backward in time
     -dV_p/dt  = C_p + F_p^T V_x + V_px G
     -dV_pp/dt = C_pp + F_p^T V_px^T + V_px F_p
 
-C is the Hessian of w l in ((w, X), p) at w = 1, and for exact curvature that of w l + a . F: its border is then still
-the gradient of l alone, and where F reads (w, X), its Jacobian is G. What belongs to a sample is kept per sample; Q_pp
+C is the Hessian of e l in ((e, X), p) at e = 1, and for exact curvature that of e l + a . F: its border is then still
+the gradient of l alone, and the Jacobian of F in (e, X) is G. What belongs to a sample is kept per sample; Q_pp
 is a sum over the samples.
 
-Q_pp is far larger than the rest, and nothing on the way reads it: it is gathered, its witness the form r^T Q_pp r.
+Q_pp is far larger than the rest, and nothing on the way reads it: it is gathered, its witness r^T Q_pp r.
 
 Source: SNOpt, arXiv 2109.14158, Theorem 1 (Gauss-Newton); the terms a . F_xx, a . F_px, a . F_pp make it the Hessian.
 """
 
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -34,24 +31,21 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ocnopt.differential.flow import Flow
-from ocnopt.differential.path import Gather, Readout
-from ocnopt.errors import ProblemError
-from ocnopt.linearise import add_curvature_in_p, direction, flat, linearise, quadratic
-
-_CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
+from ocnopt.differential.stretches import Gather, Readout
+from ocnopt.linearise import add_curvature_in_p, fixed_direction, flat, linearise, quadratic
 
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """V ``(..., 1 + d, 1 + d)``, V_p ``(..., q, 1 + d)``, r^T Q_pp r, and ``half (q, q)``.
+    """V ``(..., 1 + d, 1 + d)``, V_p ``(..., q, 1 + d)``, what its witness has seen, and ``half (q, q)``.
 
     ``half`` plus its transpose is Q_pp; it belongs to the pass and grows in place.
     """
 
-    integrated: ClassVar[tuple[str, ...]] = ("V", "Vp", "form")
+    integrated: ClassVar[tuple[str, ...]] = ("V", "Vp", "seen")
     V: Tensor
     Vp: Tensor
-    form: Tensor
+    seen: Tensor
     half: Tensor
     r: Tensor
     exact: bool
@@ -59,14 +53,14 @@ class Matrix:
     @classmethod
     def terminal(cls, flow: Flow, x: Tensor, *, exact: bool) -> "Matrix":
         """The derivatives of Phi."""
-        q, r = len(flow.p), direction(flow.p)
+        q, r = len(flow.p), fixed_direction(flow.p)
         half = x.new_zeros(q, q)
         with torch.enable_grad():
             W, p = flow.leaves(pad(x, (1, 0), value=1.0))
-            V, Vp, form = quadratic(W[..., 0] * flow.lifted.terminal_cost(W[..., 1:], p), (W, p), r)
+            V, Vp, seen = quadratic(W[..., 0] * flow.lifted.terminal_cost(W[..., 1:], p), (W, p), r)
             p = flow.p.clone().requires_grad_()
             add_curvature_in_p(half, 0.5, flow.lifted.terminal_cost(x, p), p)
-        return cls(V, Vp, form, half, r, exact)
+        return cls(V, Vp, seen, half, r, exact)
 
     @property
     def X(self) -> Tensor:
@@ -116,9 +110,9 @@ class Matrix:
             W, p = field.leaves(at)
             curved, F = self._curved(field, t, W, p, Vx[..., 0])
             G, Fp = linearise(F, (W, p))
-            C, Cp, form = quadratic(curved, (W, p), r)
+            C, Cp, seen = quadratic(curved, (W, p), r)
         P = G.mT @ Vx
-        form = form + 2 * ((r @ Vpx) * (Fp @ r)).sum()
+        seen = seen + 2 * ((r @ Vpx) * (Fp @ r)).sum()
 
         def gather(weight: float) -> None:
             self.half.addmm_(Vpx.movedim(-2, 0).flatten(1), flat(Fp), alpha=weight)
@@ -127,39 +121,9 @@ class Matrix:
                     p = field.p.clone().requires_grad_()
                     add_curvature_in_p(self.half, weight / 2, self._curved(field, t, at, p, Vx[..., 0])[0], p)
 
-        return [F.detach(), -(C + P + P.mT), -(Cp + Fp.mT @ Vx + Vpx @ G), -form], gather
+        return [F.detach(), -(C + P + P.mT), -(Cp + Fp.mT @ Vx + Vpx @ G), -seen], gather
 
     def _curved(self, field: Flow, t: float | Tensor, W: Tensor, p: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
         """What C is the Hessian of, and F."""
         F, cost = field.dynamics(t, W[..., 1:], p), W[..., 0] * field.running_cost(t, W[..., 1:], p)
         return cost + (a * F).sum(-1) if self.exact else cost, F
-
-
-def check_memory(flow: Flow) -> None:
-    """Refuse matrices that cannot fit in memory.
-
-    Raises:
-        ProblemError: they would not.
-    """
-    q, columns = flow.p.shape[0], flow.samples * (1 + flow.n + flow.lifted.control_dim)
-    size, gib = torch.finfo(flow.p.dtype).bits // 8, 2.0**30
-    # Q_pp and its sum with its transpose; the integrator keeps about twenty tensors of the size of V_p.
-    needed, present = size * (3 * q * q + 20 * q * columns), total_memory(flow.p.device)
-    if needed > present:
-        raise ProblemError(
-            f"dense pp ({q}, {q}) and px ({flow.samples} samples, {q}, {flow.n}) need about {needed / gib:.3g} GiB of "
-            f"{present / gib:.3g} GiB; expected less: use representation='low_rank' (Gauss-Newton, about "
-            f"{20 * size * q * columns / gib:.3g} GiB, less with rank=) or oc.hvp (the Hessian times a vector, some "
-            f"vectors of {size * q / gib:.3g} GiB)"
-        )
-
-
-def total_memory(device: torch.device) -> float:
-    """Bytes that a device has, or on the CPU this process may have; infinity where the system does not tell."""
-    if device.type == "cuda":
-        return float(torch.cuda.get_device_properties(device).total_memory)
-    if sys.platform == "win32":
-        return float("inf")
-    total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    limit = _CONTAINER_LIMIT.read_text().strip() if _CONTAINER_LIMIT.exists() else "max"
-    return min(total, float(limit)) if limit.isdigit() else total

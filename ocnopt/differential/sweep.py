@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from ocnopt.checks import Bounds
-from ocnopt.linearise import Curvature, StepModels
+from ocnopt.linearise import StepCurvature, StepModels
 from ocnopt.paths import Path
 from ocnopt.staged import Widened
 
@@ -47,12 +47,12 @@ _STEPS = tuple(0.5**i for i in range(8))
 
 Link = TypeVar("Link")
 Value = TypeVar("Value")
-Readout = TypeVar("Readout")
+Out = TypeVar("Out")
 
 
 def sweep(
-    step: Callable[[Link, Value], tuple[Value, Readout]], links: Reversible[Link], terminal: Value
-) -> tuple[Value, list[Readout]]:
+    step: Callable[[Link, Value], tuple[Value, Out]], links: Reversible[Link], terminal: Value
+) -> tuple[Value, list[Out]]:
     """Fold ``step`` over ``links`` from the last to the first.
 
     Args:
@@ -67,7 +67,7 @@ def sweep(
     (16, [15, 13, 10])
     """
     value = terminal
-    readouts: list[Readout] = []
+    readouts: list[Out] = []
     for link in reversed(links):
         value, readout = step(link, value)
         readouts.append(readout)
@@ -79,7 +79,7 @@ class BellmanStep(NamedTuple):
 
     F: Tensor
     L: Tensor
-    curvature: Curvature | None
+    curvature: StepCurvature | None
     room: Bounds | None
     damping: Tensor
 
@@ -154,7 +154,7 @@ def sweep_path(wide: Widened, path: Path, models: StepModels, terminal: Tensor, 
     """Sweep backwards over the models of a path, then minimise over the static controls."""
     damping = mu[..., None, None] * torch.eye(wide.m, dtype=mu.dtype, device=mu.device)
     rooms = _rooms(wide, path)
-    curvature: Sequence[Curvature | None] = models.curvature or [None] * wide.steps
+    curvature: Sequence[StepCurvature | None] = models.curvature or [None] * wide.steps
     steps = [
         BellmanStep(F, L, curved, room, damping)
         for F, L, curved, room in zip(models.F.unbind(0), models.L.unbind(0), curvature, rooms, strict=True)
@@ -189,37 +189,37 @@ def _rooms(wide: Widened, path: Path) -> list[Bounds] | list[None]:
     return list(zip((lower - path.controls).unbind(0), (upper - path.controls).unbind(0), strict=True))
 
 
-def minimise_box(H: Tensor, G: Tensor, room: Bounds | None) -> tuple[Tensor, Tensor]:
-    r"""Minimise d^T (g + H_x x) + 1/2 d^T H d over lower <= d <= upper at x = 0, with the minimiser's response to x.
+def minimise_box(H: Tensor, Hs: Tensor, room: Bounds | None) -> tuple[Tensor, Tensor]:
+    r"""Minimise d^T H_s s + 1/2 d^T H d over lower <= d <= upper at s = (1, 0), and the response to x in s = (1, x).
 
     d = k + K x with K = -H_ff^-1 H_x on the free entries, zero on the clamped. One entry is clamped, two take the best
     point of four edges, more are found by projected Newton steps (Bertsekas 1982; Tassa et al. 2014, section III).
 
     Args:
         H: ``(..., m, m)``; the leading axes are independent problems.
-        G: [g  H_x], ``(..., m, 1 + n)``.
+        Hs: H_s = [g  H_x], ``(..., m, 1 + n)``.
         room: (lower, upper), each ``(..., m)``; None without bounds.
 
     Returns:
         [k  K] ``(..., m, 1 + n)`` and whether H was positive definite (the result is meaningless where it was not).
     """
-    m, fine = G.shape[-2], _positive_definite(H)
+    m, fine = Hs.shape[-2], _positive_definite(H)
     if room is None or m == 0:
-        return -_solve(H, G) if m else G, fine
+        return -_solve(H, Hs) if m else Hs, fine
     # curvature along an entry that its gradient holds at a bound does not count (Tassa et al. 2014, eq. 15-16)
     lower, upper = room
-    held = _pushing(torch.zeros_like(G[..., 0]), G[..., 0], lower, upper) & ~fine[..., None]
+    held = _pushing(torch.zeros_like(Hs[..., 0]), Hs[..., 0], lower, upper) & ~fine[..., None]
     eye = torch.eye(m, dtype=H.dtype, device=H.device)
-    H, G = _restrict(H, ~held, eye), torch.where(held[..., None], 0.0, G)
+    H, Hs = _restrict(H, ~held, eye), torch.where(held[..., None], 0.0, Hs)
     fine = _positive_definite(H)
     if m == 1:
-        k = -G / H
+        k = -Hs / H
         inside = (k[..., 0] > lower) & (k[..., 0] < upper)
         return torch.cat([k[..., 0].clamp(lower, upper)[..., None], k[..., 1:] * inside[..., None]], dim=-1), fine
-    start = -_solve(H, G[..., :1])[..., 0]
-    k = (_best_edge if m == 2 else _projected_newton)(H, G[..., 0], start, lower, upper)
-    free = ~_pushing(k, G[..., 0] + _times(H, k), lower, upper)
-    K = -_solve(_restrict(H, free, eye), torch.where(free[..., None], G[..., 1:], 0.0))
+    start = -_solve(H, Hs[..., :1])[..., 0]
+    k = (_best_edge if m == 2 else _projected_newton)(H, Hs[..., 0], start, lower, upper)
+    free = ~_pushing(k, Hs[..., 0] + _times(H, k), lower, upper)
+    K = -_solve(_restrict(H, free, eye), torch.where(free[..., None], Hs[..., 1:], 0.0))
     return torch.cat([k[..., None], K], dim=-1), fine
 
 

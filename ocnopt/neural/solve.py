@@ -24,7 +24,7 @@ from ocnopt.differential.discrete import (
     Trajectory,
 )
 from ocnopt.differential.flow import Pulled
-from ocnopt.differential.path import Packing, blocks_of, carry
+from ocnopt.differential.stretches import Packing, blocks_of, carry
 from ocnopt.differential.sweep import sweep
 from ocnopt.errors import OcnoptError
 from ocnopt.integrate import adaptive

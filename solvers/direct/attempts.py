@@ -1,4 +1,4 @@
-"""One problem of a batch, from its first start to the outcome that is kept.
+"""One problem of a batch, from its first start to the answer that is kept.
 
 IPOPT may end in a point that is no solution ("infeasible", a failed restoration phase, a NaN). Then it is started again
 from seeded perturbations of the start, small ones first; the first success is kept, else the most nearly feasible end.
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ocnopt.solvers.direct.nlp import Outcome, Vector, evaluate, make_solver, run_solver
+from ocnopt.solvers.direct.nlp import Answer, Vector, evaluate, make_solver, run_solver
 from ocnopt.solvers.direct.path_program import PathProgram, Run, assemble, roll_out
 from ocnopt.solvers.direct.transcription import Lowered
 from ocnopt.solvers.solution import Guess, perturbed
@@ -43,7 +43,7 @@ _NOISE = (0.1, 0.3, 1.0)
 
 
 class Attempt(NamedTuple):
-    """The outcome of one problem, in numbers."""
+    """What is kept of one problem, in numbers."""
 
     states: list[Vector]
     controls: list[Vector]
@@ -79,13 +79,13 @@ def solve_one(
     solver = make_solver(path.program, ipopt, progress=progress)
     built = time.perf_counter()
     start = _start(path, guess, runs, [row_of(x, row) for x in states], row)
-    outcomes = [run_solver(solver, path.program, start)]
+    answers = [run_solver(solver, path.program, start)]
     for i in range(restarts):
-        if outcomes[-1].succeeded or outcomes[-1].statistics["return_status"] in _FINAL:
+        if answers[-1].succeeded or answers[-1].statistics["return_status"] in _FINAL:
             break
-        outcomes.append(run_solver(solver, path.program, _perturbed(path, start, i)))
+        answers.append(run_solver(solver, path.program, _perturbed(path, start, i)))
     ended = time.perf_counter()
-    best = min(outcomes, key=lambda outcome: _rank(path, outcome))
+    best = min(answers, key=lambda answer: _rank(path, answer))
     broken = "" if best.succeeded else _broken(path, start)
     return Attempt(
         states=[best.unknowns[place] for place in path.states],
@@ -95,8 +95,8 @@ def solve_one(
         # where no path is finite, nothing has a cost
         cost=math.nan if broken else best.cost,
         converged=best.succeeded,
-        iterations=sum(int(outcome.statistics["iter_count"]) for outcome in outcomes),
-        status=_status(path, best, outcomes, broken),
+        iterations=sum(int(answer.statistics["iter_count"]) for answer in answers),
+        status=_status(path, best, answers, broken),
         violation=path.violation(best.constraints)[0],
         wall_time=ended - built,
         build_time=built - began,
@@ -159,19 +159,19 @@ def _perturbed(path: PathProgram, start: Vector, attempt: int) -> Vector:
     return moved
 
 
-def _history(best: Outcome) -> dict[str, list[float]]:
+def _history(best: Answer) -> dict[str, list[float]]:
     own = {"cost": "obj", "infeasibility": "inf_pr", "step": "alpha_pr", "regularisation": "regularization_size"}
     iterations: Mapping[str, Any] = best.statistics.get("iterations") or {}
     return {name: list(iterations.get(key) or [float("nan")]) for name, key in own.items()}
 
 
-def _rank(path: PathProgram, outcome: Outcome) -> tuple[bool, bool, float]:
+def _rank(path: PathProgram, answer: Answer) -> tuple[bool, bool, float]:
     """Smaller is better: success, then finite numbers, then the smallest violation."""
-    violation, _ = path.violation(outcome.constraints)
-    return not outcome.succeeded, outcome.statistics["return_status"] == _NOT_FINITE, violation
+    violation, _ = path.violation(answer.constraints)
+    return not answer.succeeded, answer.statistics["return_status"] == _NOT_FINITE, violation
 
 
-def _status(path: PathProgram, best: Outcome, outcomes: Sequence[Outcome], broken: str) -> str:
+def _status(path: PathProgram, best: Answer, answers: Sequence[Answer], broken: str) -> str:
     """One sentence: how it ended, what to do, where it is worst, and the restarts."""
     reason = str(best.statistics["return_status"])
     sentence = _ADVICE.get(reason, f"not converged: IPOPT ended with {reason}")
@@ -180,7 +180,7 @@ def _status(path: PathProgram, best: Outcome, outcomes: Sequence[Outcome], broke
     elif not best.succeeded:
         violation, where = path.violation(best.constraints)
         sentence += f" (largest violation {violation:.2g}: {where})" if where else ""
-    if len(outcomes) > 1:
-        first = str(outcomes[0].statistics["return_status"]).replace("_", " ").lower()
-        sentence += f"; after {len(outcomes) - 1} restart(s) from seeded perturbations, the given start ended '{first}'"
+    if len(answers) > 1:
+        first = str(answers[0].statistics["return_status"]).replace("_", " ").lower()
+        sentence += f"; after {len(answers) - 1} restart(s) from seeded perturbations, the given start ended '{first}'"
     return sentence

@@ -53,7 +53,7 @@ class Program:
         return self.limits[0].size, self.box[0].size
 
 
-class Outcome(NamedTuple):
+class Answer(NamedTuple):
     """What IPOPT returned: unknowns, cost, constraints, their multipliers and its statistics."""
 
     unknowns: Vector
@@ -207,7 +207,7 @@ def evaluate(program: Program, point: Vector) -> tuple[float, Vector]:
     return float(f), np.array(g.full()).reshape(-1)
 
 
-def run_solver(solver: Any, program: Program, start: Vector) -> Outcome:
+def run_solver(solver: Any, program: Program, start: Vector) -> Answer:
     """Solve from one start; where IPOPT failed, cost and constraints are those of the point it left.
 
     Raises:
@@ -217,12 +217,12 @@ def run_solver(solver: Any, program: Program, start: Vector) -> Outcome:
     with _interruptible():
         result = solver(x0=start, lbx=lbx, ubx=ubx, lbg=lbg, ubg=ubg)
     w, g, multipliers = (np.array(result[key].full()).reshape(-1) for key in ("x", "g", "lam_g"))
-    outcome = Outcome(w, float(result["f"]), g, multipliers, solver.stats())
-    if outcome.succeeded:
-        return outcome
+    answer = Answer(w, float(result["f"]), g, multipliers, solver.stats())
+    if answer.succeeded:
+        return answer
     # what IPOPT reports after a failed evaluation are zeros
     cost, g = evaluate(program, w)
-    return outcome._replace(cost=cost, constraints=g)
+    return answer._replace(cost=cost, constraints=g)
 
 
 @contextlib.contextmanager

@@ -66,25 +66,25 @@ def lower_collocation(problem: StagedOCP, guess: Guess, states: Sequence[Tensor]
     Raises:
         ProblemError: the problem was discrete from the start, or a function cannot be lowered.
     """
-    form = problem.origin
-    if form is None:
+    lifted = problem.origin
+    if lifted is None:
         raise ProblemError(
             "method='collocation' got a problem that is discrete from the start; expected an oc.OCP, or "
             "use method='multiple_shooting'"
         )
 
     components = {
-        "dynamics": lambda k, t, x, u, p: form.dynamics(t, x, u, p),
-        "running_cost": lambda k, t, x, u, p: form.running_cost(t, x, u, p),
+        "dynamics": lambda k, t, x, u, p: lifted.dynamics(t, x, u, p),
+        "running_cost": lambda k, t, x, u, p: lifted.running_cost(t, x, u, p),
         "path_constraint": lambda k, t, x, u, p: problem.path_excess(k, x, u, p),
     }
     k = states[0].new_tensor(1.0)
-    span = (form.t1 - form.t0) / problem.steps
+    span = (lifted.t1 - lifted.t0) / problem.steps
     points = _points(problem, (k, k * span, states[0], guess.controls[0], guess.parameters))
     lowering = lower(_tuple_of(components), points, "the problem", problem.batch_shape, components=components)
 
     def step(function: casadi.Function) -> casadi.Function:
-        return _collocation_step(function, form, problem.steps, degree)
+        return _collocation_step(function, lifted, problem.steps, degree)
 
     return Lowered([Part(lowering, 0, problem.steps)], _lower_end(problem, guess, states), step)
 
@@ -154,12 +154,12 @@ def _spread(start: int, stop: int) -> list[float]:
 
 def _components(problem: StagedOCP, stage: Stage, step: int | None = None) -> dict[str, Function]:
     """The user's functions behind a stage, by name and all of (k, x, u, p)."""
-    form = problem.origin
-    if form is not None:
-        h = (form.t1 - form.t0) / problem.steps
+    lifted = problem.origin
+    if lifted is not None:
+        h = (lifted.t1 - lifted.t0) / problem.steps
         return {
-            "dynamics": lambda k, x, u, p: form.dynamics(form.t0 + h * k, x, u, p),
-            "running_cost": lambda k, x, u, p: form.running_cost(form.t0 + h * k, x, u, p),
+            "dynamics": lambda k, x, u, p: lifted.dynamics(lifted.t0 + h * k, x, u, p),
+            "running_cost": lambda k, x, u, p: lifted.running_cost(lifted.t0 + h * k, x, u, p),
             "path_constraint": lambda k, x, u, p: problem.path_excess(k, x, u, p),
         }
     extra = problem.parameters is not None
@@ -210,7 +210,7 @@ def _kind(function: casadi.Function) -> Any:
     return casadi.SX if function.is_a("SXFunction") else casadi.MX
 
 
-def _collocation_step(function: casadi.Function, form: Lifted, steps: int, degree: int) -> casadi.Function:
+def _collocation_step(function: casadi.Function, lifted: Lifted, steps: int, degree: int) -> casadi.Function:
     """A step whose inner points s = (X_1, .., X_d) satisfy the differential equation at Legendre points.
 
     Source: Betts, Practical Methods for Optimal Control, 2010, section 4.5 (collocation at Gauss points).
@@ -218,15 +218,15 @@ def _collocation_step(function: casadi.Function, form: Lifted, steps: int, degre
     tau = casadi.collocation_points(degree, "legendre")
     slopes, ends, weights = casadi.collocation_coeff(tau)
     n, m, q = (int(function.numel_in(i)) for i in (2, 3, 4))
-    h = (form.t1 - form.t0) / steps
+    h = (lifted.t1 - lifted.t0) / steps
     kind = _kind(function)
     k, x, u, p = (kind.sym(name, size) for name, size in zip("kxup", (1, n, m, q), strict=True))
     inner = kind.sym("s", n * degree)
     nodes = casadi.horzcat(x, casadi.reshape(inner, n, degree))
     residual, cost = [], 0
     for i in range(degree):
-        rate, running, _ = function(k, form.t0 + h * (k + tau[i]), nodes[:, i + 1], u, p)
+        rate, running, _ = function(k, lifted.t0 + h * (k + tau[i]), nodes[:, i + 1], u, p)
         residual.append(nodes @ slopes[:, i] - h * rate)
         cost = cost + h * weights[i] * running
-    path = function(k, form.t0 + h * k, x, u, p)[2]
+    path = function(k, lifted.t0 + h * k, x, u, p)[2]
     return casadi.Function("step", [k, x, inner, u, p], [nodes @ ends, casadi.vertcat(*residual), cost, path])

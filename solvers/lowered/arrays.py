@@ -83,7 +83,6 @@ _CALLS: Mapping[int, Callable[..., Any]] = {
     casadi.OP_HYPOT: np.hypot,
     casadi.OP_LOG1P: np.log1p,
     casadi.OP_EXPM1: np.expm1,
-    casadi.OP_REMAINDER: np.remainder,
 }
 
 

@@ -156,32 +156,32 @@ def _unpacked(upper: SX, size: int) -> SX:
     return casadi.blockcat(rows)
 
 
-def minimise_box(H: SX, G: SX, room: tuple[SX, SX] | None) -> tuple[SX, SX]:
+def minimise_box(H: SX, Hs: SX, room: tuple[SX, SX] | None) -> tuple[SX, SX]:
     """[k  K] of :func:`ocnopt.differential.sweep.minimise_box` and whether H counts as positive definite.
 
     With bounds m is at most 2, where the active sets are few enough to look at all of them.
     """
-    m = int(G.shape[0])
+    m = int(Hs.shape[0])
     if m == 0:
-        return G, casadi.SX(1)
+        return Hs, casadi.SX(1)
     if room is None:
-        return _newton(H, G)
-    _, fine = _newton(H, G)
+        return _newton(H, Hs)
+    _, fine = _newton(H, Hs)
     lower, upper = room
     # Curvature along an entry that its gradient holds at a bound does not count (Tassa et al. 2014, eq. 15-16).
-    g = G[:, 0]
+    g = Hs[:, 0]
     use = [_or(fine, _not(_or(_and(lower[i] >= 0, g[i] > 0), _and(upper[i] <= 0, g[i] < 0)))) for i in range(m)]
-    H, G = _restrict(H, use), casadi.vertcat(*(casadi.if_else(use[i], G[i, :], 0) for i in range(m)))
-    K, fine = _newton(H, G)
+    H, Hs = _restrict(H, use), casadi.vertcat(*(casadi.if_else(use[i], Hs[i, :], 0) for i in range(m)))
+    K, fine = _newton(H, Hs)
     if m == 1:
         inside = _and(K[0, 0] > lower, K[0, 0] < upper)
         return casadi.horzcat(_clamp(K[0, 0], lower, upper), casadi.if_else(inside, K[0, 1:], 0)), fine
-    return _on_the_square(H, G, K, lower, upper), fine
+    return _on_the_square(H, Hs, K, lower, upper), fine
 
 
-def _newton(H: SX, G: SX) -> tuple[SX, SX]:
-    """-H^-1 G by H = L D L^T, and whether all of D is positive."""
-    m = int(G.shape[0])
+def _newton(H: SX, Hs: SX) -> tuple[SX, SX]:
+    """-H^-1 Hs by H = L D L^T, and whether all of D is positive."""
+    m = int(Hs.shape[0])
     L: list[list[SX]] = [[casadi.SX(0)] * m for _ in range(m)]
     D: list[SX] = []
     for j in range(m):
@@ -190,7 +190,7 @@ def _newton(H: SX, G: SX) -> tuple[SX, SX]:
             L[i][j] = (H[i, j] - sum((L[i][p] * L[j][p] * D[p] for p in range(j)), casadi.SX(0))) / D[j]
     rows: list[SX] = []
     for i in range(m):
-        rows.append(G[i, :] - sum((L[i][j] * rows[j] for j in range(i)), casadi.SX(0)))
+        rows.append(Hs[i, :] - sum((L[i][j] * rows[j] for j in range(i)), casadi.SX(0)))
     rows = [row * (-1 / D[i]) for i, row in enumerate(rows)]
     for i in reversed(range(m)):
         rows[i] = rows[i] - sum((L[j][i] * rows[j] for j in range(i + 1, m)), casadi.SX(0))
@@ -200,9 +200,9 @@ def _newton(H: SX, G: SX) -> tuple[SX, SX]:
     return casadi.vertcat(*rows), fine
 
 
-def _on_the_square(H: SX, G: SX, K: SX, lower: SX, upper: SX) -> SX:
+def _on_the_square(H: SX, Hs: SX, K: SX, lower: SX, upper: SX) -> SX:
     """The minimiser over a rectangle: the free one if it lies inside, else the best of the four edges."""
-    g = G[:, 0]
+    g = Hs[:, 0]
     within = [_and(lower[i] < K[i, 0], K[i, 0] < upper[i]) for i in range(2)]
     inside = _and(*within)
     best, k = casadi.SX(casadi.inf), K[:, 0]
@@ -219,7 +219,7 @@ def _on_the_square(H: SX, G: SX, K: SX, lower: SX, upper: SX) -> SX:
         _or(inside, _not(_or(_and(k[i] <= lower[i], slope[i] > 0), _and(k[i] >= upper[i], slope[i] < 0))))
         for i in range(2)
     ]
-    alone = [casadi.if_else(free[i], -G[i, 1:] / H[i, i], 0) for i in range(2)]
+    alone = [casadi.if_else(free[i], -Hs[i, 1:] / H[i, i], 0) for i in range(2)]
     both = _and(*free)
     return casadi.horzcat(k, casadi.vertcat(*(casadi.if_else(both, K[i, 1:], alone[i]) for i in range(2))))
 

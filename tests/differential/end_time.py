@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ocnopt.differential.columns import columns_of
 from ocnopt.differential.flow import Flow, read_request
-from ocnopt.differential.path import back, trace
+from ocnopt.differential.stretches import back, trace
 from ocnopt.differential.sweep import sweep
 from ocnopt.linearise import gradient
 from ocnopt.ocp import OCP

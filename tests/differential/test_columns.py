@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from ocnopt.differential.columns import columns_suffice
-from ocnopt.differential.differentiate import by_matrix, differentiate
+from ocnopt.differential.differentiate import _by_matrix, differentiate
 from ocnopt.differential.flow import read_request
-from ocnopt.differential.path import trace
+from ocnopt.differential.stretches import trace
 from ocnopt.errors import ProblemError
 from ocnopt.ocp import OCP, FreeHorizon
 from tests.differential.cases import CASES, case, pendulum
@@ -35,7 +35,7 @@ def low_rank(problem, **options):
 def test_factors_give_the_matrices(name):
     problem, controls = case(name)
     flow, u = read_request(problem, None, controls, None, 1e-7, 1e-7)
-    matrices, readouts = by_matrix(flow, trace(flow, u)[0], exact=False)
+    matrices, readouts = _by_matrix(flow, trace(flow, u)[0], exact=False)
     result, q = low_rank(problem, controls=controls), problem.parameter_dim
     X, p, s = result.x_factors, result.p_factors, result.signs[..., None]
     assert relative_error(X.mT @ (s * X), matrices.XX) <= SAME

@@ -13,7 +13,7 @@ from scipy.integrate import solve_ivp
 from ocnopt.differential.differentiate import differentiate
 from ocnopt.differential.flow import read_request
 from ocnopt.differential.hvp import hvp
-from ocnopt.differential.path import trace
+from ocnopt.differential.stretches import trace
 from ocnopt.errors import NonFiniteError
 from ocnopt.ocp import OCP, FreeHorizon
 from tests.differential.cases import CASES, autograd_inside, case, expansion, pendulum

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from ocnopt import linearise
-from ocnopt.differential.path import Packing
+from ocnopt.differential.stretches import Packing
 from tests.oracles.compare import assert_close
 
 B, D, N, Q = 4, 3, 2, 5

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ocnopt.differential import matrix
+from ocnopt import checks
 from ocnopt.differential.differentiate import differentiate
 from ocnopt.differential.flow import read_request
 from ocnopt.differential.hvp import hvp
@@ -96,11 +96,11 @@ def test_dense_matrices_that_do_not_fit_are_refused_and_the_alternatives_work():
 
 def test_a_container_may_have_less_memory_than_its_machine(tmp_path, monkeypatch):
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr(matrix, "_CONTAINER_LIMIT", limit)
-    machine = matrix.total_memory(torch.device("cpu"))
+    monkeypatch.setattr(checks, "_CONTAINER_LIMIT", limit)
+    machine = checks.total_memory(torch.device("cpu"))
     assert machine > 2**20
     for text, expected in (("max\n", machine), ("100\n", 100.0)):
         limit.write_text(text)
-        assert matrix.total_memory(torch.device("cpu")) == expected
+        assert checks.total_memory(torch.device("cpu")) == expected
     with pytest.raises(ProblemError, match="dense pp"):
         differentiate(CASES["parameters_only"]().problem)

@@ -38,9 +38,9 @@ def test_derivatives_of_any_shape(batch, d, o):
     expected = point_by_point(
         lambda i, w: torch.sin(matrix @ w) * (w**2).sum(-1, keepdim=True) - flat[i] * w[..., :1] ** 3, points
     )
-    for ours, right in zip(derivatives(function, points, hessian=True), expected, strict=True):
+    for ours, right in zip(derivatives(function, points, o, hessian=True), expected, strict=True):
         assert_close(ours, right, rtol=1e-11, atol=1e-13)
-    value, jacobian, nothing = derivatives(function, points, hessian=False)
+    value, jacobian, nothing = derivatives(function, points, o, hessian=False)
     assert_close(value, expected[0], rtol=1e-12)
     assert_close(jacobian, expected[1], rtol=1e-11, atol=1e-13)
     assert nothing.numel() == 0
@@ -59,16 +59,16 @@ def test_derivatives_of_any_shape(batch, d, o):
 def test_functions_that_ignore_some_input(function):
     w = torch.rand(3, 3).double()
     expected = point_by_point(lambda i, w: function(w), w)
-    for ours, right in zip(derivatives(function, w, hessian=True), expected, strict=True):
+    for ours, right in zip(derivatives(function, w, 2, hessian=True), expected, strict=True):
         assert_close(ours, right, atol=1e-14)
-    for ours, right in zip(derivatives(function, w, hessian=False)[:2], expected, strict=False):
+    for ours, right in zip(derivatives(function, w, 2, hessian=False)[:2], expected, strict=False):
         assert_close(ours, right, atol=1e-14)
 
 
 def test_nothing_holds_a_graph_and_nothing_of_the_callers_is_touched():
     w = torch.rand(3).double()
     with torch.no_grad():
-        parts = derivatives(lambda w: (w**3).sum(-1, keepdim=True), w, hessian=True)
+        parts = derivatives(lambda w: (w**3).sum(-1, keepdim=True), w, 1, hessian=True)
     assert not any(part.requires_grad for part in parts)
     assert not w.requires_grad
 
@@ -94,10 +94,10 @@ def models_of(problem, states, controls, *, second_order):
         w = [*range(n), *range(wide.n, wide.n + m)]
         block = (..., torch.tensor(w)[:, None], torch.tensor(w))
         yield (
-            models.gap[k][..., :after],
-            models.fw[k][..., :after, :][..., w],
-            models.lw[k][..., w],
-            models.lww[k][block],
+            models.F[k][..., 1 : 1 + after, 0],
+            models.F[k][..., 1 : 1 + after, 1:][..., w],
+            models.L[k][..., 1:, 0][..., w],
+            models.L[k][..., 1:, 1:][block],
             models.curvature and (lambda c, k=k, block=block: models.curvature[k].times(c)[block]),
         )
 
@@ -243,9 +243,12 @@ def test_homogeneous_coordinates_are_the_quadratic_model(batch, n, m):
     x, u = problem.initial_state, torch.rand(*batch, m).double()
     path = Path(torch.stack([x, torch.rand(*batch, n).double()]), u[None], torch.zeros(batch), None)
     models = expand_path(Widened(problem), path, exact=True)
-    dw = torch.rand(*batch, n + m).double()
-    s = torch.cat([torch.ones(*batch, 1).double(), dw], dim=-1)
-    moved = models.gap[0] + (models.fw[0] @ dw[..., None])[..., 0]
-    assert_close((models.F[0] @ s[..., None])[..., 0], torch.cat([torch.ones(*batch, 1).double(), moved], dim=-1))
-    change = (models.lw[0] * dw).sum(-1) + 0.5 * (dw * (models.lww[0] @ dw[..., None])[..., 0]).sum(-1)
+    one, dx, du = torch.ones(*batch, 1).double(), torch.rand(*batch, n).double(), torch.rand(*batch, m).double()
+    s = torch.cat([one, dx, du], dim=-1)
+    moved = torch.sin(x) + torch.cos(x) * dx + (u + du).sum(-1, keepdim=True) - path.states[1]
+    assert_close((models.F[0] @ s[..., None])[..., 0], torch.cat([one, moved], dim=-1))
+    # the cost is a b with a = sum x^3, b = 1 + |u|^2; their derivatives along (dx, du)
+    a, a1, a2 = (x**3).sum(-1), (3 * x**2 * dx).sum(-1), (6 * x * dx**2).sum(-1)
+    b, b1, b2 = 1 + (u**2).sum(-1), (2 * u * du).sum(-1), (2 * du**2).sum(-1)
+    change = a1 * b + a * b1 + 0.5 * (a2 * b + 2 * a1 * b1 + a * b2)
     assert_close(0.5 * (s * (models.L[0] @ s[..., None])[..., 0]).sum(-1), change)

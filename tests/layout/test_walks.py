@@ -1,12 +1,18 @@
 """The walks that the layout must keep short: one solve, one training step, one Hessian.
 
-At most nine files each (checks, errors and tableaus aside), and no two files that call each other both ways.
+At most nine files each (checks, errors and tableaus aside), and no two files that call each other both ways. A solve
+on the lowered kernel visits one more, the machine below the kernel. How that kernel is built is left out: it happens
+once, before anything is iterated, and hands the problem's step down to the tracer, which calls it back by design.
 """
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import ocnopt as oc
+from ocnopt.solvers.ddp import DDP
+from ocnopt.solvers.lowered.kernel import LoweredKernel
+from ocnopt.solvers.solve import read_guess
 from tests.layout.walk import Walk, walk
 
 ASIDE = (
@@ -19,29 +25,32 @@ ASIDE = (
 )
 
 
-def check(path: Walk) -> None:
+def check(path: Walk, most: int = 9) -> None:
     visited = path.visited(aside=ASIDE)
-    assert len(visited) <= 9, visited
+    assert len(visited) <= most, visited
     assert path.both_ways() == ()
 
 
-def test_from_a_problem_to_its_feedback_gains() -> None:
-    def reach_soon() -> oc.Solution:
-        problem = oc.OCP(
-            lambda t, x, u: torch.stack([x[..., 1], u[..., 0]], dim=-1),
-            lambda t, x, u: 0.1 * u[..., 0] ** 2,
-            lambda t, x: t + 20 * ((x[..., 0] - 1) ** 2 + x[..., 1] ** 2),
-            initial_state=[0.0, 0.0],
-            control_dim=1,
-            control_bounds=(-3.0, 3.0),
-            horizon=oc.FreeHorizon(2.0, 0.1, 10.0),
-        )
-        return oc.solve(problem, steps=20, kernel="torch")
-
-    path = walk(reach_soon)
+@pytest.mark.parametrize("name", ["torch", "lowered"])
+def test_from_a_problem_to_its_feedback_gains(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = oc.OCP(
+        lambda t, x, u: torch.stack([x[..., 1], u[..., 0]], dim=-1),
+        lambda t, x, u: 0.1 * u[..., 0] ** 2,
+        lambda t, x: t + 20 * ((x[..., 0] - 1) ** 2 + x[..., 1] ** 2),
+        initial_state=[0.0, 0.0],
+        control_dim=1,
+        control_bounds=(-3.0, 3.0),
+        horizon=oc.FreeHorizon(2.0, 0.1, 10.0),
+    )
+    if name == "lowered":
+        staged = oc.transcribe(problem, 20)
+        kernel = LoweredKernel(staged, read_guess(staged, None))
+        monkeypatch.setattr(DDP, "_kernel", lambda *arguments: kernel)
+    path = walk(lambda: oc.solve(problem, steps=20, kernel=name))
     assert bool(path.result.converged)
     assert path.result.gains is not None
-    check(path)
+    assert f"({name} kernel)" in path.result.status
+    check(path, most=9 if name == "torch" else 10)
 
 
 class Field(nn.Module):
@@ -73,10 +82,10 @@ def test_a_training_step_of_a_neural_ode() -> None:
 
 # Handed down to the integrator, which calls them back by design: the field of a stretch, its steps, its norm.
 HANDED_DOWN = (
-    "ocnopt/differential/path.py::walk.<locals>",
-    "ocnopt/differential/path.py::carry.<locals>",
-    "ocnopt/differential/path.py::_Cutter.__call__",
-    "ocnopt/differential/path.py::Packing",
+    "ocnopt/differential/stretches.py::walk.<locals>",
+    "ocnopt/differential/stretches.py::carry.<locals>",
+    "ocnopt/differential/stretches.py::_Cutter.__call__",
+    "ocnopt/differential/stretches.py::Packing",
 )
 
 

@@ -22,6 +22,12 @@ def gather(model, run, *, mean=True):
     return collector.take()
 
 
+def factors(samples):
+    """A and B of the samples at one layer."""
+    n = samples.inputs.shape[1]
+    return samples.inputs.mT @ samples.inputs / n, samples.gradients.mT @ samples.gradients / n
+
+
 class ImageField(nn.Module):
     """One convolution that sees the time."""
 

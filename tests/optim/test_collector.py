@@ -18,7 +18,7 @@ from ocnopt.differential.kronecker import (
 )
 from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.ocp import Horizon
-from tests.optim.cases import gather
+from tests.optim.cases import factors, gather
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
@@ -97,7 +97,7 @@ def test_factors_of_every_convolution_are_positive_semi_definite(case):
     layer, x = case
     model = nn.Sequential(layer)
     (samples,) = gather(model, lambda: model(x).square().mean().backward()).values()
-    for factor in samples.factors():
+    for factor in factors(samples):
         values = torch.linalg.eigvalsh(factor)
         assert values.min() >= -1e-12 * values.max().clamp(min=1.0)
     assert samples.inputs.shape == (layer.groups, len(x), as_matrix(layer, layer.weight, layer.bias).shape[2])
@@ -118,7 +118,7 @@ def test_factors_are_positive_semi_definite_for_every_tableau(method, adjoint):
     taken = gather(ode, lambda: ode(torch.randn(2, 2)).square().mean().backward())
     assert len(taken) == 2
     for samples in taken.values():
-        for factor in samples.factors():
+        for factor in factors(samples):
             assert torch.linalg.eigvalsh(factor).min() >= -1e-14
 
 
@@ -130,7 +130,7 @@ def test_factors_against_a_fine_grid(adjoint, horizon):
     taken = gather(ode, lambda: ode(x).square().sum(1).mean().backward())
     for layer, (inputs, gradients) in _fine_grid(field, x, horizon).items():
         for factor, reference in zip(
-            taken[layer].factors(), Samples(inputs[None], gradients[None]).factors(), strict=True
+            factors(taken[layer]), factors(Samples(inputs[None], gradients[None])), strict=True
         ):
             assert torch.linalg.matrix_norm(factor - reference) <= 1e-3 * torch.linalg.matrix_norm(reference)
 

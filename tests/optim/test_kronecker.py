@@ -14,7 +14,7 @@ from ocnopt.differential.kronecker import (
     eigenbasis,
     first_moments,
 )
-from tests.optim.cases import gather
+from tests.optim.cases import factors, gather
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -27,7 +27,7 @@ def random_basis(a=4, b=3, n=6, rank=4, groups=2):
 
 def test_power_one_in_the_exact_basis_is_kfac():
     samples, basis = random_basis()
-    A, B = samples.factors()
+    A, B = factors(samples)
     G = torch.randn(2, 3, 4)
     spectrum = basis.spectrum() * _trace(A) * _trace(B)
     step = basis.precondition(*basis.turn(G), spectrum, damping=0.0, power=1.0)
@@ -45,7 +45,7 @@ def _trace(matrix):
 def test_least_squares_in_one_step():
     layer, z, y = nn.Linear(3, 2), torch.randn(9, 3), torch.randn(9, 2)
     (samples,) = gather(layer, lambda: ((layer(z) - y).square().sum(1) / 2).mean().backward()).values()
-    A, _ = samples.factors()  # the exact Hessian is A (X) I
+    A, _ = factors(samples)  # the exact Hessian is A (X) I
     basis = eigenbasis(Samples(samples.inputs, torch.eye(2)[None]), rank=4)
     G = as_matrix(layer, layer.weight.grad, layer.bias.grad)
     moments = basis.spectrum() * _trace(A) * 2
@@ -88,7 +88,7 @@ def test_leading_eigenvectors_of_averaged_factors(n, rank):
     first, old = random_basis(a=5, rank=5)
     samples = Samples(torch.randn(2, n, 5), torch.randn(2, n, 3))
     new = eigenbasis(samples, rank, old, keep=0.3)
-    (A0, B0), (A1, B1) = first.factors(), samples.factors()
+    (A0, B0), (A1, B1) = factors(first), factors(samples)
     for eigen, before, after in ((new.input, A0, A1), (new.output, B0, B1)):
         average = 0.3 * before / _trace(before) + 0.7 * after / _trace(after)
         values = torch.linalg.eigvalsh(average).flip(-1)[..., : eigen.values.shape[-1]]

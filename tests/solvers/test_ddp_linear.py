@@ -94,8 +94,8 @@ class TestAffineQuadratic:
         continuous = problems.control(name).build()
         model = transcribed_model(continuous, 20)
         n = continuous.state_dim
-        A, B = model.fw[0].numpy()[:, :n], model.fw[0].numpy()[:, n:]
-        H = model.lww[0].numpy()
+        A, B = model.F[0].numpy()[1:, 1 : 1 + n], model.F[0].numpy()[1:, 1 + n :]
+        H = model.L[0].numpy()[1:, 1:]
         P = scipy.linalg.solve_discrete_are(A, B, H[:n, :n], H[n:, n:], s=H[:n, n:])
         K = -np.linalg.solve(H[n:, n:] + B.T @ P @ B, H[n:, :n] + B.T @ P @ A)
         value = torch.from_numpy(P)
@@ -120,7 +120,8 @@ class TestAffineQuadratic:
         continuous, steps = problems.control(name).build(), 30
         model = transcribed_model(continuous, steps)
         n = continuous.state_dim
-        A, B, H = model.fw[0].numpy()[:, :n], model.fw[0].numpy()[:, n:], model.lww[0].numpy()
+        A, B = model.F[0].numpy()[1:, 1 : 1 + n], model.F[0].numpy()[1:, 1 + n :]
+        H = model.L[0].numpy()[1:, 1:]
         P = np.zeros((n, n)) if continuous.terminal_cost is None else 2 * np.diag([10.0, 10.0, 1.0, 1.0])
         for _ in range(steps):
             Qux = H[n:, :n] + B.T @ P @ A

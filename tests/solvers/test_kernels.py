@@ -1,8 +1,10 @@
 """Whole solves by DDP's two kernels: the same sweeps, the same minimum."""
 
+import inspect
 from dataclasses import fields
 
 import casadi
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,9 +17,10 @@ from ocnopt.solvers.ddp import DDP
 from ocnopt.solvers.lowered import arrays
 from ocnopt.solvers.lowered import kernel as lowered_kernel
 from ocnopt.solvers.lowered.kernel import LoweredKernel
+from ocnopt.solvers.lowered.steps import Fold
 from ocnopt.solvers.search import TorchKernel
 from ocnopt.solvers.solve import read_guess, solve
-from ocnopt.staged import Stage, StagedOCP, transcribe
+from ocnopt.staged import Stage, StagedOCP, Widened, transcribe
 from tests.oracles.lq import random_affine_quadratic
 from tests.solvers.cases import assert_converged, swing
 
@@ -89,6 +92,38 @@ def test_a_free_end_and_parameters_within_bounds():
     assert_agree(
         problem, steps=10, initial_guess={"states": states, "horizon": 0.8, "parameters": [0.3]}, tolerance=1e-10
     )
+
+
+@pytest.mark.parametrize("name", ["torch", "lowered"])
+def test_other_controls_along_the_same_states_are_another_path(name):
+    problem = transcribe(swing(), 6)
+    guess = read_guess(problem, None)
+    states = torch.linspace(0.0, 1.0, 7, dtype=torch.float64)[:, None] * torch.ones(2, dtype=torch.float64)
+
+    def make():
+        return TorchKernel(Widened(problem)) if name == "torch" else LoweredKernel(problem, guess)
+
+    kernel, mu = make(), torch.zeros(()).double()
+    for u in (0.0, 0.7):
+        controls = torch.full((6, 1), u, dtype=torch.float64)
+        path = kernel.evaluate(states, controls)
+        found, right = (each.direction(path, mu, exact=False) for each in (kernel, make()))
+        assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
+
+
+@pytest.mark.parametrize("operation", arrays._CALLS)
+def test_numpy_calls_mean_what_casadi_means(operation):
+    call = arrays._CALLS[operation]
+    count = call.nin if isinstance(call, np.ufunc) else len(inspect.signature(call).parameters) - 1
+    symbols = [casadi.SX.sym(name) for name in "xy"[:count]]
+    made = (casadi.SX.unary, casadi.SX.binary)[count - 1](operation, *symbols)
+    function = casadi.Function("one", symbols, [made])
+    values = np.array([-5.0, -2.3, -0.7, 0.0, 0.4, 1.0, 2.5, 3.0])
+    points = [grid.reshape(1, -1, 1) for grid in np.meshgrid(*[values] * count)]
+    _, (found,) = arrays.Arrays(Fold("one", function, 0, (0,)), 1)([], points)
+    right = [float(function(*point)) for point in np.concatenate(points, -1)[0]]
+    # CasADi computes the inverse error function in single precision.
+    np.testing.assert_allclose(found[0, :, 0], right, rtol=1e-4 if operation == casadi.OP_ERFINV else 1e-13)
 
 
 class TestWhichKernel:

@@ -24,6 +24,7 @@ from torch._utils import _flatten_dense_tensors
 
 from ocnopt.differential.flow import Flow
 from ocnopt.integrate.adaptive import integrate
+from ocnopt.integrate.runge_kutta import Field, Stages, Time, step
 from ocnopt.integrate.tableaus import DOPRI5, Tableau
 from ocnopt.integrate.walk import OnStep, Step, Walk
 
@@ -79,7 +80,7 @@ class Stretch(NamedTuple):
     closes: bool
 
 
-class Path(NamedTuple):
+class ContinuousPath(NamedTuple):
     """The blocks at the end of the path, and its stretches."""
 
     end: tuple[Tensor, ...]
@@ -111,7 +112,7 @@ class _Cutter:
 
 
 @torch.no_grad()
-def walk(flow: Flow, controls: Tensor, rates: Rates, start: Sequence[Tensor], kept: int) -> Path:
+def walk(flow: Flow, controls: Tensor, rates: Rates, start: Sequence[Tensor], kept: int) -> ContinuousPath:
     """Integrate blocks forward, u = ``controls[..., k, :]`` on the k-th of N equal intervals.
 
     Args:
@@ -137,17 +138,17 @@ def walk(flow: Flow, controls: Tensor, rates: Rates, start: Sequence[Tensor], ke
         )
         y, size = walked.states[-1], walked.next_size
         stretches += cutter.stretches
-    return Path(tuple(packing.unpack(y)), stretches)
+    return ContinuousPath(tuple(packing.unpack(y)), stretches)
 
 
-def trace(flow: Flow, controls: Tensor) -> tuple[Path, Tensor]:
+def trace(flow: Flow, controls: Tensor) -> tuple[ContinuousPath, Tensor]:
     """Walk the state alone; the path and every sample's cost ``(*batch)``."""
     x = flow.lifted.initial_state
     cost = [x.new_zeros(flow.batch)] if flow.has_running_cost else []
     path = walk(flow, controls, Flow.rates, (x, *cost), kept=1)
     with torch.no_grad():
         terminal = flow.lifted.terminal_cost(path.end[0], flow.p)
-    return Path(path.end[:1], path.stretches), terminal + sum(path.end[1:])
+    return ContinuousPath(path.end[:1], path.stretches), terminal + sum(path.end[1:])
 
 
 class Readout(NamedTuple):
@@ -208,38 +209,35 @@ def carry(
         times: end and start.
         packing: of the path's blocks and the model's.
         tableau: the method that ``integrate`` uses.
-        integrate: walks over the stretch; it is told the slope at the end.
+        integrate: walks over the stretch; it is told the slope at the end and how to take a step.
         on_step: called with every accepted step besides.
     """
-    gathers: dict[int, Gather] = {}
-    later, same = len(tableau.c) - 1, tableau.first_same_as_last
+    # Of the step being taken, one for each stage evaluated so far; the first may be the last of the step before.
+    gathers: list[Gather] = []
     wanted = [b != 0.0 for b in tableau.b]
-    wanted[-1] |= same
-    evaluations = 0
+    wanted[-1] |= tableau.first_same_as_last
 
-    def joint(t: float | Tensor, y: Tensor) -> Tensor:
-        nonlocal evaluations
-        # The slope at the start of a step is that of the last one's end, or a stage of its own.
-        stage = 1 + (evaluations - 1) % later if same and evaluations else evaluations % (later + 1)
-        evaluations += 1
-        rates, gather = model.rates(field, t, *packing.unpack(y, -1), wanted=wanted[stage])
-        slope = packing.pack(rates)
-        gathers[id(slope)] = gather
-        return slope
+    def joint(t: Time, y: Tensor) -> Tensor:
+        rates, gather = model.rates(field, t, *packing.unpack(y, -1), wanted=wanted[len(gathers)])
+        gathers.append(gather)
+        return packing.pack(rates)
 
-    def accept(step: Step) -> None:
-        slopes = step.stages.slopes
-        for b, slope in zip(tableau.b, slopes, strict=True):
+    def take(
+        tableau: Tableau, field: Field, t: Time, h: float, y: Tensor, first: Tensor | None = None
+    ) -> tuple[Tensor, Stages]:
+        del gathers[first is not None :]
+        return step(tableau, field, t, h, y, first)
+
+    def accept(taken: Step) -> None:
+        for b, gather in zip(tableau.b, gathers, strict=True):
             if b != 0.0:
-                gathers[id(slope)](-step.size * b)
-        following = gathers[id(slopes[-1])]
-        gathers.clear()
-        gathers[id(slopes[-1])] = following
+                gather(-taken.size * b)
+        del gathers[:-1]
         if on_step is not None:
-            on_step(step)
+            on_step(taken)
 
     y = packing.pack((*kept, *blocks_of(model)))
-    walked = integrate(joint, y, times, first=joint(times[0], y), on_step=accept)
+    walked = integrate(joint, y, times, first=joint(times[0], y), on_step=accept, take=take)
     blocks = packing.unpack(walked.states[-1])[len(kept) :]
     return replace(model, **dict(zip(model.integrated, blocks, strict=True)))
 
