@@ -114,11 +114,11 @@ class NeuralODE(nn.Module):
             ConvergenceError: the step underflowed, or ``max_evaluations`` were spent.
         """
         layout = StateLayout.of(x)
-        path, moving, from_start = self._path(times)
+        values, moving, from_start = self._read_times(times)
         state = layout.join(x)
-        if len(path) == 1:
+        if len(values) == 1:
             return layout.split(state.unsqueeze(0))
-        outputs = self._solve(layout, state, path, moving)
+        outputs = self._solve(layout, state, values, moving)
         if times is None:
             return layout.split(outputs[-1])
         return layout.split(torch.stack([state, *outputs] if from_start else [*outputs]))
@@ -156,7 +156,7 @@ class NeuralODE(nn.Module):
         # A copy is a new module: whoever observes this one has not asked to observe that one.
         return {**self.__dict__, "_observers": OrderedDict()}
 
-    def _path(self, times: Sequence[float] | Tensor | None) -> tuple[list[float], Tensor | None, bool]:
+    def _read_times(self, times: Sequence[float] | Tensor | None) -> tuple[list[float], Tensor | None, bool]:
         """Start and outputs as numbers, as a tensor if they need gradients, and whether the start is an output too."""
         start, end, moving = self.horizon.t0, self._end(), None
         if times is None:
@@ -178,12 +178,12 @@ class NeuralODE(nn.Module):
                 f"times begin at {values[0]}, behind the start {start} of the path; expected times that lead on from "
                 "there: set horizon=oc.Horizon(start, end)"
             )
-        path = values if from_start else [start, *values]
-        if len(path) > 1:
-            times_in_order(path)
+        values = values if from_start else [start, *values]
+        if len(values) > 1:
+            times_in_order(values)
         if wanted.requires_grad:
             moving = wanted if from_start else torch.cat([wanted.new_full((1,), start), wanted])
-        return path, moving, from_start
+        return values, moving, from_start
 
     def _end(self) -> float:
         return self.T.item() if isinstance(self.horizon, FreeHorizon) else self.horizon.t1
@@ -192,16 +192,16 @@ class NeuralODE(nn.Module):
         extra = self.adjoint_params() if callable(self.adjoint_params) else self.adjoint_params
         return [*{id(tensor): tensor for tensor in (*own, *extra) if tensor.requires_grad}.values()]
 
-    def _solve(self, layout: StateLayout, x: Tensor, path: list[float], moving: Tensor | None) -> Sequence[Tensor]:
-        """The states at ``path[1:]``."""
+    def _solve(self, layout: StateLayout, x: Tensor, times: list[float], moving: Tensor | None) -> Sequence[Tensor]:
+        """The states at ``times[1:]``."""
         surroundings = Surroundings(self.field, x.device)
         parameters = self._differentiated(surroundings.parameters)
         evaluation = Evaluation(self.field, layout, parameters, surroundings, moving is not None, self._weights)
         self.statistics = evaluation.statistics
         step_size = abs(self._end() - self.horizon.t0) / (self.steps or DEFAULT_STEPS)
         if self.method not in TABLEAUS:
-            return self._through_torchdiffeq(evaluation, x, path, moving, step_size)
-        job = Job(evaluation, TABLEAUS[self.method], self._integrator(step_size), path, self._observer())
+            return self._through_torchdiffeq(evaluation, x, times, moving, step_size)
+        job = Job(evaluation, TABLEAUS[self.method], self._integrator(step_size), times, self._observer())
         if torch.is_grad_enabled() and self.adjoint == "backprop" and moving is not None:
             raise ProblemError(
                 'times that need gradients met adjoint="backprop", whose steps are plain numbers; expected "discrete" '
@@ -213,11 +213,11 @@ class NeuralODE(nn.Module):
         return solve(adjoint, x, moving)
 
     def _through_torchdiffeq(
-        self, evaluation: Evaluation, x: Tensor, path: list[float], moving: Tensor | None, step_size: float
+        self, evaluation: Evaluation, x: Tensor, times: list[float], moving: Tensor | None, step_size: float
     ) -> Sequence[Tensor]:
         continuous = self.adjoint == "continuous" and torch.is_grad_enabled()
         if continuous:
-            evaluation.root(path[0], x)
+            evaluation.root(times[0], x)
         cap = None if self.method in torchdiffeq_bridge.GRID else self.max_evaluations
 
         def field(t: Tensor, x: Tensor) -> Tensor:
@@ -232,7 +232,7 @@ class NeuralODE(nn.Module):
         states = torchdiffeq_bridge.integrate(
             field,
             x,
-            torch.tensor(path, dtype=x.dtype, device=x.device) if moving is None else moving,
+            torch.tensor(times, dtype=x.dtype, device=x.device) if moving is None else moving,
             method=self.method,
             rtol=self.rtol,
             atol=self.atol,

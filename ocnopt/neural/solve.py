@@ -42,7 +42,7 @@ class Job:
     evaluation: Evaluation
     tableau: Tableau
     integrate: partial[Walk]
-    path: Sequence[float]
+    times: Sequence[float]
     observer: Observer | None
 
     def walk(
@@ -53,15 +53,15 @@ class Job:
         take: Take = take_step,
     ) -> Walk:
         """Walk the path and note its statistics."""
-        walk = self.integrate(self.evaluation, x, self.path, first=first, on_step=on_step, take=take)
+        walk = self.integrate(self.evaluation, x, self.times, first=first, on_step=on_step, take=take)
         self.evaluation.statistics.steps, self.evaluation.statistics.rejected = walk.steps, walk.rejected
         return walk
 
     def tell_terminal(self, x: Tensor, slope: Tensor | None, jumps: Mapping[int, Tensor]) -> None:
         """Tell the observer about the end of the path."""
         if self.observer is not None:
-            slope = self.evaluation(self.path[-1], x) if slope is None else slope
-            costate = jumps.get(len(self.path) - 1)
+            slope = self.evaluation(self.times[-1], x) if slope is None else slope
+            costate = jumps.get(len(self.times) - 1)
             self.observer.terminal(x, slope, torch.zeros_like(x) if costate is None else costate)
 
 
@@ -93,7 +93,7 @@ class Discrete:
         evaluation, surroundings = self.job.evaluation, self.job.evaluation.surroundings
         before = surroundings.noise()
         joins = self.job.observer is None and not evaluation.moving and (x.requires_grad or evaluation.parameters)
-        root = evaluation.root(self.job.path[0], x, joins=bool(joins))
+        root = evaluation.root(self.job.times[0], x, joins=bool(joins))
         noisy = surroundings.moved(before)
         walk = self._walk(root, before if noisy else None)
         if not noisy and self._trajectory.steps and surroundings.moved(before):
@@ -127,7 +127,7 @@ class Discrete:
         """Pull the steps back from the last to the first."""
         job, (end, *states) = self.job, saved
         job.tell_terminal(end, self._slope, jumps)
-        times = job.path if job.evaluation.moving else None
+        times = job.times if job.evaluation.moving else None
         step = DiscreteStep(job.tableau, job.evaluation, jumps, job.observer, times)
         return sweep(step, Replays(self._trajectory, states, end), value)[0]
 
@@ -158,7 +158,7 @@ class Continuous:
         """Walk; saved are F at the end and the states at the outputs."""
         surroundings = self.job.evaluation.surroundings
         before = surroundings.noise()
-        self._first = self.job.evaluation.root(self.job.path[0], x).slope
+        self._first = self.job.evaluation.root(self.job.times[0], x).slope
         walk = self.job.walk(x, self._first)
         end, random = walk.states[-1], surroundings.moved(before)
         if random:
@@ -167,7 +167,7 @@ class Continuous:
                 'back: its gradient is not that of this forward pass; use adjoint="discrete"',
                 stacklevel=2,
             )
-        slope = self.job.evaluation(self.job.path[-1], end) if walk.slope is None else walk.slope
+        slope = self.job.evaluation(self.job.times[-1], end) if walk.slope is None else walk.slope
         # The way back begins with the evaluation that the way there ended with, unless the field moves by itself.
         self._repeats = not random and len(surroundings.still()) == len(surroundings.buffers)
         self.job.evaluation.note_attributes()
@@ -180,7 +180,7 @@ class Continuous:
         """Integrate from the last output to the start."""
         job, (slope, *states) = self.job, saved
         job.tell_terminal(states[-1], slope, jumps)
-        ends = enumerate(zip(job.path[:-1], job.path[1:], states, strict=True), start=1)
+        ends = enumerate(zip(job.times[:-1], job.times[1:], states, strict=True), start=1)
         intervals = [Interval(start, end, i, state, jumps.get(i)) for i, (start, end, state) in ends]
         field = _Joined(job.evaluation, slope if self._repeats else None)
         blank = self._blank(field, value.x)
@@ -295,7 +295,7 @@ class _Node(torch.autograd.Function):
         job = ctx.adjoint.job
         jumps = {i: jump.detach() for i, jump in enumerate(cotangents, start=ctx.joined + 1) if jump is not None}
         # The sweep starts from zero, so that the last output's cotangent is a jump like any other.
-        nothing = Costate(torch.zeros_like(x), [None] * ctx.count, x.new_zeros(len(job.path), dtype=torch.float64))
+        nothing = Costate(torch.zeros_like(x), [None] * ctx.count, x.new_zeros(len(job.times), dtype=torch.float64))
         with job.evaluation.replaying():
             costate = ctx.adjoint.backward(kept, nothing, jumps)
         gradients: tuple[Tensor | None, ...] = (
