@@ -223,10 +223,10 @@ def carry(
         return packing.pack(rates)
 
     def take(
-        tableau: Tableau, field: Field, t: Time, h: float, y: Tensor, first: Tensor | None = None
+        method: Tableau, slope: Field, t: Time, h: float, y: Tensor, first: Tensor | None = None
     ) -> tuple[Tensor, Stages]:
         del gathers[first is not None :]
-        return step(tableau, field, t, h, y, first)
+        return step(method, slope, t, h, y, first)
 
     def accept(taken: Step) -> None:
         for b, gather in zip(tableau.b, gathers, strict=True):
