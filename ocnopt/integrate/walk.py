@@ -59,25 +59,15 @@ class StageLog(Generic[T]):
     def __init__(self, tableau: Tableau) -> None:
         self._first: list[T] = []
         self._rest: deque[T] = deque(maxlen=len(tableau.c) - 1)
-        self._reuse, self._later, self._retaken = tableau.first_same_as_last, len(tableau.c) - 1, 0
-
-    @property
-    def stage(self) -> int:
-        """Index of the stage that comes next, in a walk that was given the length of its first step."""
-        return 1 + self._retaken % self._later if self._first else 0
+        self._reuse = tableau.first_same_as_last
 
     def add(self, note: T) -> None:
         """Note one evaluation."""
-        if self._first:
-            self._rest.append(note)
-            self._retaken += 1
-        else:
-            self._first.append(note)
+        (self._rest if self._first else self._first).append(note)
 
     def accept(self) -> list[T]:
         """The notes of the stages of the step just accepted."""
         notes = [*self._first, *self._rest]
         self._first = notes[-1:] if self._reuse else []
         self._rest.clear()
-        self._retaken = 0
         return notes

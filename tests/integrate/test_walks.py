@@ -243,19 +243,3 @@ def test_a_stage_log_keeps_what_belongs_to_accepted_steps(tableau):
     for step, notes in steps:
         assert len(notes) == len(tableau.c)
         assert [seen[note] for note in notes] == pytest.approx(step.stages.times, abs=1e-14)
-
-
-def test_a_stage_log_knows_the_next_stage():
-    log, stages = StageLog(BOSH3), []
-
-    def field(t, x):
-        stages.append(log.stage)
-        log.add(None)
-        return torch.sin(20 * x)
-
-    first = field(0.0, start(4))
-    walk = adaptive.integrate(
-        field, start(4), (0.0, 1.0), tableau=BOSH3, first=first, first_size=0.9, on_step=lambda step: log.accept()
-    )
-    assert walk.rejected > 0
-    assert stages == [0] + [1, 2, 3] * (walk.steps + walk.rejected)

@@ -1,8 +1,8 @@
 """The walks that the layout must keep short: one solve, one training step, one Hessian.
 
-At most nine files each (checks, errors and tableaus aside), and no two files that call each other both ways. A solve
-on the lowered kernel visits one more, the machine below the kernel. How that kernel is built is left out: it happens
-once, before anything is iterated, and hands the problem's step down to the tracer, which calls it back by design.
+At most nine files each (checks, errors and tableaus aside), and no two files that call each other both ways. How the
+lowered kernel is built is left out: it happens once, before anything is iterated, and hands the problem's step down to
+the tracer, which calls it back by design.
 """
 
 import pytest
@@ -25,9 +25,9 @@ ASIDE = (
 )
 
 
-def check(path: Walk, most: int = 9) -> None:
+def check(path: Walk) -> None:
     visited = path.visited(aside=ASIDE)
-    assert len(visited) <= most, visited
+    assert len(visited) <= 9, visited
     assert path.both_ways() == ()
 
 
@@ -50,7 +50,7 @@ def test_from_a_problem_to_its_feedback_gains(name: str, monkeypatch: pytest.Mon
     assert bool(path.result.converged)
     assert path.result.gains is not None
     assert f"({name} kernel)" in path.result.status
-    check(path, most=9 if name == "torch" else 10)
+    check(path)
 
 
 class Field(nn.Module):
