@@ -182,8 +182,9 @@ class Continuous:
         job.tell_terminal(states[-1], slope, jumps)
         ends = enumerate(zip(job.times[:-1], job.times[1:], states, strict=True), start=1)
         intervals = [Interval(start, end, i, state, jumps.get(i)) for i, (start, end, state) in ends]
-        field = _Joined(job.evaluation, slope if self._repeats else None)
-        blank = self._blank(field, value.x)
+        x, span = value.x, abs(job.times[-1] - job.times[0])
+        field = _Joined(job.evaluation, x, slope if self._repeats else None, span)
+        blank = Columns(x, torch.zeros_like(field.r), field.r, x.new_zeros(int(self._adaptive)), x.new_ones(()))
         value, _ = sweep(partial(self._back, field, blank), intervals, value)
         return value._replace(parameters=field.split(blank.in_p))
 
@@ -221,26 +222,24 @@ class Continuous:
                 watch = observer.stage(abs(step.size) * weight, -step.size * weight)
                 self.job.evaluation.pull(t, x, q * unit, watch=watch)
 
-    def _blank(self, field: "_Joined", x: Tensor) -> Columns:
-        """The column before it starts, with nothing gathered and nothing seen."""
-        generator = torch.Generator(x.device).manual_seed(0)
-        r = torch.randn(sum(field.sizes), generator=generator, device=x.device).to(field.dtype)
-        r /= x.shape[0] if x.ndim > 1 else 1
-        return Columns(x, torch.zeros_like(r), r, x.new_zeros(int(self._adaptive)), x.new_ones(()))
-
 
 class _Joined:
     """The field with its parameters as one vector, and which of them something has reached.
 
-    Its first evaluation must give ``expected``, if that is known.
+    Its first evaluation must give ``expected``, if that is known. It also sets the length of r, the witness's direction: a
+    large gradient becomes a tenth, as the column is for step control, a small one is seen as it is.
     """
 
-    def __init__(self, evaluation: Evaluation, expected: Tensor | None) -> None:
-        self._expected = expected
+    def __init__(self, evaluation: Evaluation, x: Tensor, expected: Tensor | None, span: float) -> None:
         self._evaluation, self._parameters = evaluation, evaluation.parameters
+        self._expected, self._span = expected, span
         self.sizes = [p.numel() for p in self._parameters]
         self.dtype = reduce(torch.promote_types, {p.dtype for p in self._parameters}, torch.float32)
+        generator = torch.Generator(x.device).manual_seed(0)
+        self.r = torch.randn(sum(self.sizes), generator=generator, device=x.device).to(self.dtype)
+        self.r /= x.shape[0] if x.ndim > 1 else 1
         self._reached: set[int] = set()
+        self._is_first = True
 
     def split(self, vector: Tensor) -> list[Tensor | None]:
         """The gradient of each parameter; None where nothing has reached it."""
@@ -259,7 +258,11 @@ class _Joined:
         self._reached.update(reached)
         if len(reached) < len(terms):
             terms = [torch.zeros_like(p) if g is None else g for g, p in zip(terms, self._parameters, strict=True)]
-        return Pulled(F, Fxq, _flatten_dense_tensors(terms).to(self.dtype))
+        Fpq = _flatten_dense_tensors(terms).to(self.dtype)
+        if self._is_first:
+            self._is_first = False
+            self.r /= max(1.0, 10.0 * self._span * abs(float(Fpq @ self.r)))
+        return Pulled(F, Fxq, Fpq)
 
 
 def _norm(y: Tensor) -> Tensor:

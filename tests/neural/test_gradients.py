@@ -135,6 +135,20 @@ def test_continuous_controls_the_steps_by_the_gradient_too():
     assert float(field.p.grad) == pytest.approx(0.5 - math.sin(80.0) / 160, abs=1e-7)
 
 
+def test_a_large_gradient_with_kinks_does_not_rule_the_steps():
+    """The sum over samples and pixels is large, and ReLUs make it as rough as the costate."""
+    torch.manual_seed(7)
+    net = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1))
+    with torch.no_grad():
+        for weight in net.parameters():
+            weight.mul_(3.0 if weight.ndim > 1 else 1.0)
+    field, x = Plain(lambda t, x: net(x)), torch.randn(64, 16, 8, 8)
+    field.net = net
+    ode = NeuralODE(field, adjoint="continuous")
+    ode(x).square().sum().backward()
+    assert ode.statistics.backward <= 1.5 * ode.statistics.forward
+
+
 def test_continuous_keeps_nothing_per_step():
     field, x = Tanh(), start(4, 3)
     kept = []
