@@ -226,8 +226,8 @@ class Continuous:
 class _Joined:
     """The field with its parameters as one vector, and which of them something has reached.
 
-    Its first evaluation must give ``expected``, if that is known. It also sets the length of r, the witness's direction: a
-    large gradient becomes a tenth, as the column is for step control, a small one is seen as it is.
+    Its first evaluation must give ``expected``, if that is known. It also sets the length of r, the witness's direction:
+    a large gradient counts a tenth, as the column does for step control, a small one is seen as it is.
     """
 
     def __init__(self, evaluation: Evaluation, x: Tensor, expected: Tensor | None, span: float) -> None:
