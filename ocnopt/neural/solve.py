@@ -226,7 +226,7 @@ class Continuous:
 class _Joined:
     """The field with its parameters as one vector, and which of them something has reached.
 
-    Its first evaluation must give ``expected``, if that is known. It also sets the length of r, the witness's direction:
+    Its first evaluation must give ``expected``, if that is known. It also sets the length of the witness's direction r:
     a large gradient counts a tenth, as the column does for step control, a small one is seen as it is.
     """
 
