@@ -69,18 +69,34 @@ def solve_pendulum(steps: int = 100) -> tuple[float, int]:
 
 
 class _Field(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 16))
+        self.net = nn.Sequential(*layers)
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         return self.net(x)
 
 
-def backward_passes(adjoint: str, times: int = 10) -> tuple[float, int]:
+def _perceptron() -> tuple[nn.Module, Tensor]:
+    return _Field(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 16)), 2 * torch.randn(128, 16)
+
+
+def _convolution() -> tuple[nn.Module, Tensor]:
+    """Steep, and with kinks."""
+    field = _Field(nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1))
+    with torch.no_grad():
+        for weight in field.parameters():
+            weight.mul_(2.0 if weight.ndim > 1 else 1.0)
+    return field, torch.randn(64, 32, 8, 8)
+
+
+def backward_passes(
+    adjoint: str, make: Callable[[], tuple[nn.Module, Tensor]] = _perceptron, times: int = 10
+) -> tuple[float, int]:
     """Solves forward and backward, dopri5."""
     torch.manual_seed(0)
-    module, start = oc.NeuralODE(_Field(), adjoint=adjoint), 2 * torch.randn(128, 16)
+    field, start = make()
+    module = oc.NeuralODE(field, adjoint=adjoint)
 
     def work() -> None:
         for _ in range(times):
@@ -126,6 +142,7 @@ CASES: dict[str, Callable[[], tuple[float, int]]] = {
     "pendulum": solve_pendulum,
     "discrete": lambda: backward_passes("discrete"),
     "continuous": lambda: backward_passes("continuous"),
+    "continuous, convolution": lambda: backward_passes("continuous", _convolution, times=1),
     "differentiate": hessians,
     "hvp": products,
 }
