@@ -69,6 +69,13 @@ class Swallowing:
 class TestControlC:
     program = SimpleNamespace(box=(0, 0), limits=(0, 0))
 
+    @pytest.fixture(autouse=True)
+    def listening(self):
+        """A shell that starts the tests in the background has them ignore the signal."""
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+        signal.signal(signal.SIGINT, before)
+
     def test_it_is_raised_again(self):
         solver, before = Swallowing(), signal.getsignal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
