@@ -43,9 +43,11 @@ _HINTS = (
     ("numpy", _NUMPY),
     ("Inference tensors", _INFERENCE),
 )
+_DETACHED = "detach(), .data and torch.no_grad() cut it off on purpose, so DDP descends as if it were fixed"
 _LEAVING = {"__bool__": _BRANCH, "numpy": _NUMPY, "__array__": _NUMPY} | dict.fromkeys(
     ("__float__", "__int__", "__index__", "item", "tolist", "tensor"), _NUMBER
 )
+_LEAVING |= dict.fromkeys(("detach", "detach_"), _DETACHED)
 
 
 def call(name: str, signature: str, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -198,15 +200,21 @@ class _Watch(TorchFunctionMode):
 
     def __init__(self, arguments: Sequence[Tensor]) -> None:
         super().__init__()
-        self.hint = ""
+        self.hint, self._off = "", False
         # kept alive, so that an id stays its own
         self._dependent = {id(argument): argument for argument in arguments}
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(function, "__name__", "")
+        if name == "_set_grad_enabled":
+            # by the function itself: a torch.autograd.Function brings derivatives of its own
+            self._off = not args[0]
         depends = any(id(leaf) in self._dependent for leaf in tree_leaves((args, kwargs)))
         if depends:
-            self.hint = self.hint or _LEAVING.get(name, "")
+            is_cut = self._off or function == Tensor.data.__get__  # type: ignore[attr-defined]
+            hint = _LEAVING.get(name, _DETACHED if is_cut else "")
+            # numpy needs a detach() before it: the later one says more
+            self.hint = hint if hint and self.hint in ("", _DETACHED) else self.hint
         value = function(*args, **(kwargs or {}))
         if depends and not name.startswith("new_") and not name.endswith("_like"):
             self._dependent |= {id(leaf): leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)}

@@ -176,7 +176,7 @@ class Solution:
             raise ProblemError(f"rollout got an initial state of shape {came}; expected {wanted}")
         nodes = self.times.movedim(-1, 0)
         p = self._full_parameters()
-        after = None if disturbance is None else lambda k, x: x + disturbance(nodes[k + 1], x)
+        after = None if disturbance is None else lambda k, x: x + disturbance(nodes[k + 1], x.clone())
         with torch.no_grad():
             path = rollout(self.problem, lambda k, x: self.policy(nodes[k], x), x0.expand(size), p, after=after)
             states = list(path.states)

@@ -119,6 +119,9 @@ class TestTorchOnly:
             (lambda t, x, u: x if (x > 0).any() else -x, "it branches or loops on the value of a tensor"),
             (lambda t, x, u: torch.as_tensor(2 * x.detach().numpy()), "it leaves torch for numpy"),
             (lambda t, x, u: x * float((x[..., :1] > 0).all()), "it turns a tensor into Python numbers"),
+            (lambda t, x, u: x.detach() + u, r"detach\(\), .data and torch.no_grad\(\) cut it off"),
+            (lambda t, x, u: x.data + u, r"detach\(\), .data and torch.no_grad\(\) cut it off"),
+            (torch.no_grad()(lambda t, x, u: x + u), r"detach\(\), .data and torch.no_grad\(\) cut it off"),
         ],
     )
     def test_what_is_frozen(self, dynamics, hint):

@@ -230,7 +230,8 @@ class Evaluation:
         leaf = x if joins else x.detach().requires_grad_()
         key = (x.shape, x.dtype, x.device, x.requires_grad, len(self.parameters), self.field.training)
         own = (*self.surroundings.parameters, *self.surroundings.buffers_now(), *self.parameters)
-        unknown = joins and key not in self._weights
+        # torch.func refuses the hooks that weigh; what it differentiates counts by its nodes alone.
+        unknown = joins and key not in self._weights and torch._C._functorch.peek_interpreter_stack() is None
         weigh: AbstractContextManager[dict[int, int]] = checks.weighed(own) if unknown else nullcontext({})
         with torch.enable_grad(), weigh as sizes:
             slope = self.at(self._time(t, x), leaf)
@@ -245,7 +246,9 @@ class Evaluation:
         self.surroundings.note_buffers()
         if not joins:
             return Root(leaf.detach(), slope.detach())
-        return Root(leaf, slope, self._weights.setdefault(key, sum(sizes.values()) + checks.NODE * nodes))
+        if unknown:
+            self._weights[key] = sum(sizes.values()) + checks.NODE * nodes
+        return Root(leaf, slope, self._weights.get(key, (x.nbytes + checks.NODE) * nodes))
 
     def _name(self, tensor: Tensor) -> str | None:
         """How the field calls a tensor, in quotes."""

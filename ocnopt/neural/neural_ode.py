@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ocnopt.checks import times_in_order
+from ocnopt.checks import float_tensor, times_in_order
 from ocnopt.differential.discrete import Observer, Observers
 from ocnopt.errors import ConvergenceError, ProblemError
 from ocnopt.integrate import adaptive, fixed, torchdiffeq_bridge
@@ -127,8 +127,13 @@ class NeuralODE(nn.Module):
         """Let ``observer`` watch the backward pass of every solve from now on, until ``handle.remove()``.
 
         Raises:
-            ProblemError: the adjoint is not one of ours.
+            ProblemError: it is no observer, or the adjoint is not one of ours.
         """
+        if not isinstance(observer, Observer):
+            raise ProblemError(
+                f"observer is {type(observer).__name__}; expected an object with the methods stage(input_weight, "
+                "gradient_weight) and terminal(x, slope, costate): see ocnopt.differential.discrete.Observer"
+            )
         if self.method not in TABLEAUS or self.adjoint == "backprop":
             raise ProblemError(
                 f"a solve with method={self.method!r}, adjoint={self.adjoint!r} cannot be observed; expected one of "
@@ -163,7 +168,7 @@ class NeuralODE(nn.Module):
             if isinstance(self.horizon, FreeHorizon) and self.T.requires_grad:
                 moving = torch.stack([torch.full_like(self.T, start), self.T])
             return [start, end], moving, False
-        wanted = times if isinstance(times, Tensor) else torch.tensor([*times], dtype=torch.float64)
+        wanted = times if isinstance(times, Tensor) else float_tensor("times", times, torch.float64)
         if wanted.ndim != 1 or not wanted.numel() or not wanted.is_floating_point():
             raise ProblemError(
                 f"times has shape {tuple(wanted.shape)} and dtype {wanted.dtype}; expected a vector of one or more "

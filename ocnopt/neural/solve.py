@@ -168,8 +168,8 @@ class Continuous:
                 stacklevel=2,
             )
         slope = self.job.evaluation(self.job.times[-1], end) if walk.slope is None else walk.slope
-        # The way back begins with the evaluation that the way there ended with, unless the field moves by itself.
-        self._repeats = not random and len(surroundings.still()) == len(surroundings.buffers)
+        # The way back begins with the evaluation that the way there ended with, but for random numbers.
+        self._repeats = not random
         self.job.evaluation.note_attributes()
         # Half of what the path alone would bear: the costate may bend where the path does not.
         self._size = 0.5 * walk.next_size

@@ -35,6 +35,9 @@ from ocnopt.optim.checks import (
     free_horizon,
 )
 
+# What torch's optimisers call the options of a group: they come back with the state.
+_OPTIONS = ("rule", "lr", "penalty", "every")
+
 
 class _Shares:
     """The share s_i of each sample in dL/dT, and the parameters that it belongs to: observer of one Neural ODE.
@@ -187,8 +190,8 @@ class HorizonPolicy:
         """Count an iteration, and move T if its turn has come.
 
         Raises:
-            ProblemError: no backward pass has been seen, its gradients are gone or were scaled since, or other
-                processes run beside this one.
+            ProblemError: no backward pass has been seen, its gradients were scaled since, or are gone though the rule
+                needs them ("feedback"), or other processes run beside this one.
             NonFiniteError: dL/dT is NaN or infinite without a scaler; T stays.
         """
         check_one_process()
@@ -198,7 +201,7 @@ class HorizonPolicy:
 
     def state_dict(self) -> dict[str, Any]:
         """What the next step depends on besides T, which is saved with the module."""
-        return {"count": self._count}
+        return {"count": self._count} | {name: getattr(self, name) for name in _OPTIONS}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a state that :meth:`state_dict` returned.
@@ -208,6 +211,8 @@ class HorizonPolicy:
         """
         check_policy_state(state_dict)
         self._count = state_dict["count"]
+        for name in _OPTIONS:
+            setattr(self, name, state_dict.get(name, getattr(self, name)))
         self._watch()
 
     def _start(self) -> None:

@@ -1,6 +1,7 @@
 """The module around the solve: shapes, times, buffers, copies, modes, statistics, messages."""
 
 import copy
+import inspect
 import io
 import pickle
 
@@ -181,6 +182,30 @@ def test_the_field_must_be_a_module():
 def test_a_budget_is_a_number_of_bytes(budget):
     with pytest.raises(ProblemError, match=r"checkpoint_bytes is .*; expected a whole number of bytes"):
         check_options("rk4", "discrete", None, budget)
+
+
+def test_what_observes_has_the_methods_of_an_observer():
+    with pytest.raises(ProblemError, match=r"observer is function; expected an object with the methods stage"):
+        inspect.unwrap(NeuralODE.observe)(NeuralODE(Tanh()), lambda *_: None)
+
+
+@pytest.mark.parametrize("times", [0.5, "abc", [None]])
+def test_times_are_numbers(times):
+    with pytest.raises(ProblemError, match="times (is str|is list|has shape)"):
+        inspect.unwrap(NeuralODE._read_times)(NeuralODE(Tanh()), times)
+
+
+def test_torch_func_differentiates_where_the_graph_fits():
+    field, x = Tanh(), start(4, 3)
+    found = []
+    for adjoint in ("discrete", "backprop"):
+        ode = NeuralODE(field, adjoint=adjoint)
+        own = dict(ode.named_parameters())
+        found.append(torch.func.grad(lambda x: torch.sin(ode(x)).sum())(x))  # noqa: B023
+        by_parameter = torch.func.grad(lambda p: torch.func.functional_call(ode, p, (x,)).square().sum())  # noqa: B023
+        found.append(torch.cat([part.flatten() for part in by_parameter(own).values()]))
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[3])
 
 
 def test_unknown_names_offer_the_nearest():

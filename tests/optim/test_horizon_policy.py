@@ -256,3 +256,12 @@ def test_wrong_modules():
     _, policy = make()
     with pytest.raises(ProblemError, match=r"the state holds \['state'\]; expected the 'count'"):
         policy.load_state_dict({"state": 1})
+
+
+def test_its_options_come_back_with_its_state():
+    _, policy = make(lr=0.2, penalty=0.3, every=4, rule="adjoint")
+    _, other = make()
+    other.load_state_dict(policy.state_dict())
+    assert (other.lr, other.penalty, other.every, other.rule) == (0.2, 0.3, 4, "adjoint")
+    other.load_state_dict({"count": 3})  # as version 0.1 saved it
+    assert other.every == 4

@@ -253,6 +253,7 @@ class TestWhatLoweringMustNotChange:
             horizon=1.0,
         )
 
+    @pytest.mark.filterwarnings("ignore:.* hides part of itself from derivatives")
     @pytest.mark.parametrize(
         "miss", [lambda x: (Rounded.apply(x) - 3) ** 2, lambda x: (x - 3) ** 2 * (x.detach() ** 2 + 1)]
     )

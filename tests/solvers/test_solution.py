@@ -165,6 +165,15 @@ class TestRollout:
         assert moved.status == "closed-loop rollout of a policy; nothing was optimised"
         assert int(moved.iterations.sum()) == 0
 
+    def test_a_disturbance_that_writes_into_the_state_changes_nothing(self, solution):
+        still = solution.rollout(solution.states[..., 0, :])
+
+        def writes(t, x):
+            x.mul_(2.0)
+            return torch.zeros_like(x)
+
+        assert_close(solution.rollout(solution.states[..., 0, :], writes).states, still.states, 0)
+
     def test_a_disturbance_moves_the_state_after_each_step(self, solution):
         push = torch.tensor([0.0, 0.01]).double()
         seen = []
