@@ -22,7 +22,7 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed: make setup PYTHON=/path/to/python3"; exit 1; }
-	@echo "Installing into $(VENV) from constraints.txt: a minute or more, 2 GB on disk"
+	@echo "Installing into $(VENV) from constraints.txt: one to four minutes, 2 GB on disk"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt --editable '.[data,dev]'
 	@touch $@
