@@ -130,6 +130,7 @@ class TestRecord:
         assert "gaps up to" in solution.status
         assert not bool(solution.converged)
 
+    @pytest.mark.filterwarnings("ignore:.* hides part of itself from derivatives")
     def test_no_step_decreases_the_cost(self):
         """A cost whose derivative is wrong in torch: every direction leads uphill. CasADi knows no detach."""
         problem = OCP(

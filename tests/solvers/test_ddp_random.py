@@ -76,7 +76,14 @@ def test_the_projected_gradient_vanishes(seed, curvature, infeasible):
     if infeasible:
         guess["states"] = torch.linspace(1, 0, STEPS + 1)[:, None] * problem.initial_state
     solution = solve(
-        problem, steps=STEPS, integrator="midpoint", initial_guess=guess, curvature=curvature, max_iterations=120
+        problem,
+        steps=STEPS,
+        integrator="midpoint",
+        initial_guess=guess,
+        curvature=curvature,
+        max_iterations=120,
+        # each kernel half of the time: that they agree is shown elsewhere
+        kernel="torch" if infeasible else "auto",
     )
     assert bool(solution.converged), solution.status
     assert projected_gradient(solution) < 1e-6
