@@ -104,7 +104,6 @@ class Surroundings:
 
     def close(self) -> None:
         """The forward pass is over."""
-        self.note_buffers()
         if any(enabled for enabled, _, _ in self.autocast.values()):
             # Weights that autocast has cast without a graph: later uses in the same region would lose gradients.
             torch.clear_autocast_cache()

@@ -341,5 +341,6 @@ def solve(adjoint: Discrete | Continuous, x: Tensor, moving: Tensor | None) -> t
     evaluation.surroundings.close()
     if joined == len(outputs):
         return tuple(outputs)
+    evaluation.surroundings.note_buffers()
     rest = _Node.apply(adjoint, joined, outputs[joined:], saved, start, moving, *evaluation.parameters)
     return (*outputs[:joined], *rest)

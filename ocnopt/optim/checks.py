@@ -126,9 +126,9 @@ def check_state(state: Mapping[str, Any]) -> None:
         )
 
 
-def check_policy_state(state: Mapping[str, Any]) -> None:
-    """Refuse the state of anything but a HorizonPolicy."""
-    if "count" not in state or "state" in state:
+def check_policy_state(state: Mapping[str, Any], options: Sequence[str]) -> None:
+    """Refuse the state of anything but a HorizonPolicy; version 0.1 saved no options."""
+    if set(state) not in ({"count"}, {"count", *options}):
         raise ProblemError(
             f"the state holds {sorted(state)}; expected the 'count' of a HorizonPolicy: load what its "
             "state_dict() returned"

@@ -209,7 +209,7 @@ class HorizonPolicy:
         Raises:
             ProblemError: the state is something else.
         """
-        check_policy_state(state_dict)
+        check_policy_state(state_dict, _OPTIONS)
         self._count = state_dict["count"]
         for name in _OPTIONS:
             setattr(self, name, state_dict.get(name, getattr(self, name)))

@@ -256,6 +256,8 @@ def test_wrong_modules():
     _, policy = make()
     with pytest.raises(ProblemError, match=r"the state holds \['state'\]; expected the 'count'"):
         policy.load_state_dict({"state": 1})
+    with pytest.raises(ProblemError, match=r"the state holds \['count', 'momentum'\]; expected the 'count'"):
+        policy.load_state_dict({"count": 1, "momentum": 2})
 
 
 def test_its_options_come_back_with_its_state():
