@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from itertools import pairwise
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -48,14 +48,30 @@ def float_tensor(name: str, value: Any, dtype: torch.dtype, device: torch.device
     Raises:
         ProblemError: not numbers, or not finite.
     """
-    try:
-        # a copy: what the user does to the numbers later does not reach the problem
-        tensor = torch.as_tensor(value, dtype=dtype, device=device).detach().clone()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ProblemError(f"{name} is {type(value).__name__}; expected numbers or a tensor ({error})") from error
+    # a copy: what the user does to the numbers later does not reach the problem
+    tensor = numbers(name, value, dtype, device).detach().clone()
     if not bool(torch.isfinite(tensor).all()):
         raise ProblemError(f"{name} holds NaN or infinity at {first_non_finite(tensor)}; expected finite numbers")
     return tensor
+
+
+def numbers(name: str, value: Any, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+    """Read numbers, NaN and infinity among them, as a float tensor; a tensor keeps its graph.
+
+    Raises:
+        ProblemError: not real numbers.
+    """
+    try:
+        return torch.as_tensor(_real(value), dtype=dtype, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ProblemError(f"{name} is {type(value).__name__}; expected numbers or a tensor ({error})") from error
+
+
+def _real(value: Any) -> Any:
+    """The value; torch would drop an imaginary part with no more than a warning."""
+    if isinstance(value, Tensor | np.ndarray | np.generic) and "complex" in str(value.dtype):
+        raise TypeError("complex: write the real and the imaginary part as two real entries")
+    return value
 
 
 def first_non_finite(tensor: Tensor) -> tuple[int, ...]:
@@ -68,9 +84,20 @@ def is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def is_whole(value: object) -> bool:
+def is_whole(value: object) -> TypeGuard[int]:
     """Whether it is an integer of any library; bool is none."""
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def whole(what: str, value: object, least: int) -> int:
+    """Read an integer of any library.
+
+    Raises:
+        ProblemError: it is none, or smaller than ``least``.
+    """
+    if not is_whole(value) or value < least:
+        raise ProblemError(f"{what} is {value!r}; expected an integer >= {least}")
+    return int(value)
 
 
 def as_floats(record: Any) -> None:
@@ -129,7 +156,7 @@ def _bound(name: str, value: Any, size: int, dtype: torch.dtype, device: torch.d
             f"{name} is {value!r}; expected numbers: float('inf') or -float('inf') stands for a side without a bound"
         )
     try:
-        side = torch.as_tensor(value, dtype=dtype, device=device).detach()
+        side = torch.as_tensor(_real(value), dtype=dtype, device=device).detach()
         side = side.expand(size).clone()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ProblemError(f"{name} is {value!r}; expected a number or a vector of {size} numbers") from error
@@ -208,6 +235,11 @@ def start(initial_state: Any, parameters: Any, dtype: Any) -> tuple[Tensor, Tens
     x0 = float_tensor("initial_state", initial_state, dtype)
     if x0.ndim == 0 or x0.shape[-1] == 0:
         raise ProblemError(f"initial_state has shape {shape(x0)}; expected (*batch, n) with n >= 1")
+    if x0.numel() == 0:
+        raise ProblemError(
+            f"initial_state has shape {shape(x0)}, a batch of no problems; expected one or more: skip the call "
+            "where there is nothing to solve"
+        )
     if parameters is None:
         return x0, None
     p = float_tensor("parameters", parameters, dtype, x0.device)
@@ -217,6 +249,16 @@ def start(initial_state: Any, parameters: Any, dtype: Any) -> tuple[Tensor, Tens
             "flattened tensors"
         )
     return x0, p
+
+
+def start_guess(value: Any) -> Any:
+    """Refuse a problem's own guess that no solver could read."""
+    if isinstance(value, str | Real):
+        raise ProblemError(
+            f"initial_guess is {value!r}; expected a mapping with any of controls, states, parameters, horizon, or a "
+            "function of the number of steps that returns one"
+        )
+    return value
 
 
 def finite_path(steps: Sequence[Tensor], cost: Tensor, times: Tensor) -> None:
@@ -270,7 +312,7 @@ def check_choice(what: str, value: object, options: Sequence[str]) -> None:
 
 def check_count(what: str, value: object, default: int) -> None:
     """Refuse what is not a positive whole number."""
-    if not is_whole(value) or value < 1:  # type: ignore[operator]
+    if not is_whole(value) or value < 1:
         raise ProblemError(f"{what} is {value!r}; expected a whole number of at least 1, {default} by default")
 
 

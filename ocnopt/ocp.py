@@ -18,7 +18,7 @@ dynamics are (T - t0) F and the running cost (T - t0) l, so that no backward pas
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -133,7 +133,7 @@ class OCP:
     terminal_constraint: Function | None
     initial_guess: Any
     dtype: torch.dtype
-    parameters_broadcast: bool
+    parameters_broadcast: bool = field(init=False)
     """Whether the functions accept p with leading axes, as a batched ``solve`` needs."""
 
     def __init__(
@@ -159,9 +159,7 @@ class OCP:
             checks.callable_or_none(name, function, required=name == "dynamics")
             put(self, name, function)
         x0, p = checks.start(initial_state, parameters, dtype)
-        if not checks.is_whole(control_dim) or control_dim < 0:
-            raise ProblemError(f"control_dim is {control_dim!r}; expected an integer >= 0")
-        control_dim = int(control_dim)
+        control_dim = checks.whole("control_dim", control_dim, 0)
         put(self, "initial_state", x0)
         put(self, "control_dim", control_dim)
         put(self, "horizon", read_horizon(horizon))
@@ -169,7 +167,7 @@ class OCP:
         q = self.parameter_dim
         put(self, "control_bounds", checks.bounds("control_bounds", control_bounds, control_dim, dtype, x0.device))
         put(self, "parameter_bounds", checks.bounds("parameter_bounds", parameter_bounds, q, dtype, x0.device))
-        put(self, "initial_guess", initial_guess)
+        put(self, "initial_guess", checks.start_guess(initial_guess))
         put(self, "dtype", dtype)
         end = self.horizon.initial if isinstance(self.horizon, FreeHorizon) else self.horizon.t1
         problem_checks.check_order(self, end)

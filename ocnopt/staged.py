@@ -11,7 +11,7 @@ and staged controls needs nothing else.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -42,8 +42,7 @@ class Stage:
     joint: Advance | None = None
 
     def __post_init__(self) -> None:
-        if type(self.control_dim) is not int or self.control_dim < 0:
-            raise ProblemError(f"control_dim of a Stage is {self.control_dim!r}; expected an integer >= 0")
+        object.__setattr__(self, "control_dim", checks.whole("control_dim of a Stage", self.control_dim, 0))
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ class StagedOCP:
         3
     """
 
-    groups: tuple[Group, ...]
+    groups: tuple[Group, ...] = field(init=False)
     terminal_cost: Function | None
     initial_state: Tensor
     parameters: Tensor | None
@@ -95,12 +94,12 @@ class StagedOCP:
     initial_guess: Any
     dtype: torch.dtype
     origin: Lifted | None
-    state_sizes: tuple[int, ...]
+    state_sizes: tuple[int, ...] = field(init=False)
     """n at each of the N + 1 nodes."""
 
     def __init__(
         self,
-        stages: Stage | Sequence[Stage],
+        stages: Stage | Sequence[Stage] = (),
         terminal_cost: Function | None = None,
         *,
         initial_state: Any,
@@ -128,7 +127,7 @@ class StagedOCP:
         put(self, "parameter_bounds", checks.bounds("parameter_bounds", parameter_bounds, q, dtype, x0.device))
         put(self, "path_constraint", path_constraint)
         put(self, "terminal_constraint", terminal_constraint)
-        put(self, "initial_guess", initial_guess)
+        put(self, "initial_guess", checks.start_guess(initial_guess))
         put(self, "dtype", dtype)
         put(self, "origin", origin)
         put(self, "state_sizes", staged_checks.check_stages(self) if origin is None else (n,) * (self.steps + 1))
@@ -201,16 +200,17 @@ class StagedOCP:
         return p.expand(*self.batch_shape, p.shape[-1])
 
 
-def _groups(stages: Stage | Sequence[Stage], steps: int | None) -> tuple[Group, ...]:
+def _groups(stages: Any, steps: Any) -> tuple[Group, ...]:
     if isinstance(stages, Stage):
-        if steps is None or steps < 1:
+        if not checks.is_whole(steps) or steps < 1:
             raise ProblemError(
-                f"one Stage came with steps={steps}; expected steps=N >= 1, the number of times it is applied"
+                f"one Stage came with steps={steps}; expected steps=N >= 1, the whole number of times it is applied"
             )
-        return (Group(stages, 0, steps, single=False),)
-    if not stages or not all(isinstance(stage, Stage) for stage in stages):
+        return (Group(stages, 0, int(steps), single=False),)
+    if not isinstance(stages, Sequence) or not stages or not all(isinstance(stage, Stage) for stage in stages):
         raise ProblemError(
-            f"stages is {type(stages).__name__}; expected one oc.Stage with steps=N, or one oc.Stage for each step"
+            f"stages is {type(stages).__name__}; expected one oc.Stage with steps=N, or one oc.Stage for each step: "
+            "dataclasses.replace knows none, so write oc.StagedOCP(..) again, or replace the oc.OCP and transcribe it"
         )
     if steps is not None and steps != len(stages):
         raise ProblemError(f"{len(stages)} stages came with steps={steps}; expected no steps= beside a sequence")
@@ -233,8 +233,7 @@ def transcribe(problem: OCP, steps: int, integrator: str = "rk4") -> StagedOCP:
     Raises:
         ProblemError: steps < 1, or an unknown integrator.
     """
-    if type(steps) is not int or steps < 1:
-        raise ProblemError(f"steps is {steps!r}; expected an integer >= 1")
+    steps = checks.whole("steps", steps, 1)
     tableau = get_tableau(integrator)
     lifted = lift(problem)
     h = (lifted.t1 - lifted.t0) / steps

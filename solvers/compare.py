@@ -47,7 +47,7 @@ class Comparison:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """One sentence for each solver that refused the problem or found another minimum."""
+        """One sentence for each solver that refused the problem or came to another cost."""
         return tuple(f"{row.solver}: {row.note}" for row in self.rows if row.note)
 
     def __str__(self) -> str:
@@ -145,10 +145,17 @@ def _refused(name: str, refusal: OcnoptError) -> Row:
 
 def _other_minimum(solution: Solution, first: Solution, name: str) -> str:
     """A sentence where both converged, but to different costs."""
-    gap = (solution.cost - first.cost) / (1 + first.cost.abs())
-    other = solution.converged & first.converged & (gap.abs() > _SAME)
-    if not bool(other.any()):
-        return ""
-    many = f" in {int(other.sum())} of {other.numel()} problems" if other.ndim else ""
-    worst = float((solution.cost - first.cost)[other].abs().max())
-    return f"cost differs from {name}'s by {worst:.2g}{many}: another local minimum, or another discretisation"
+    gap, both = (solution.cost - first.cost).abs(), solution.converged & first.converged
+    larger = torch.maximum(solution.cost.abs(), first.cost.abs())
+    reasons = {
+        "another local minimum, or another discretisation": gap > _SAME * (1 + first.cost.abs()),
+        "costs so near zero pass the absolute tolerances of IPOPT before the minimum; scale the cost up to compare": (
+            (larger < _SAME) & (gap > _SAME * larger)
+        ),
+    }
+    for reason, differs in reasons.items():
+        other = both & differs
+        if bool(other.any()):
+            many = f" in {int(other.sum())} of {other.numel()} problems" if other.ndim else ""
+            return f"cost differs from {name}'s by {float(gap[other].max()):.2g}{many}: {reason}"
+    return ""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ocnopt.checks import Bounds, clipped
+from ocnopt.checks import Bounds, callable_or_none, clipped, numbers, shape
 from ocnopt.errors import DataError, NonFiniteError, ProblemError
 from ocnopt.paths import behind, rollout
 from ocnopt.solvers.audit import audit
@@ -130,12 +130,13 @@ class Solution:
             Controls ``(..., m)``; k is the step that contains t, xbar is linear between the nodes.
 
         Raises:
-            ProblemError: x or t has another shape, or sizes vary by stage.
+            ProblemError: x or t has another shape or is no number, or sizes vary by stage.
         """
+        return self._feedback(self._per_problem(t), self._state(x))
+
+    def _feedback(self, t: Tensor, x: Tensor) -> Tensor:
+        """The policy behind its checks, for states that may have left the finite numbers."""
         states, controls = self._tensor("states"), self._tensor("controls")
-        if x.shape[-1] != states.shape[-1]:
-            raise ProblemError(f"policy got a state of shape {tuple(x.shape)}; expected (..., {states.shape[-1]})")
-        t = self._per_problem(t)
         # k h and the k-th node differ by rounding, and the node must find its own step
         slack = 8 * torch.finfo(t.dtype).eps * self.times.abs().amax(-1)
         passed = torch.searchsorted(self.times.contiguous(), (t + slack)[..., None].contiguous(), right=True)[..., 0]
@@ -164,21 +165,23 @@ class Solution:
             and makes no claim of convergence.
 
         Raises:
-            ProblemError: the state has another shape, or the solution was loaded from a file without its problem.
+            ProblemError: the state or what the disturbance returns has another shape, or the solution was loaded from
+                a file without its problem.
             NonFiniteError: the path of a single problem leaves the numbers; in a batch its status says so.
         """
         if self.problem is None:
             raise ProblemError("this solution has no problem to run; load it with oc.load_solution(path, problem=...)")
-        x0 = torch.as_tensor(initial_state, dtype=self.cost.dtype, device=self.cost.device)
+        callable_or_none("disturbance", disturbance)
+        x0 = numbers("the initial state of a rollout", initial_state, self.cost.dtype, self.cost.device)
         size = (*self.cost.shape, self.problem.state_dim)
         if tuple(x0.shape) not in (size, size[-1:]):
             came, wanted = tuple(x0.shape), " or ".join(dict.fromkeys((str(size), str(size[-1:]))))
             raise ProblemError(f"rollout got an initial state of shape {came}; expected {wanted}")
         nodes = self.times.movedim(-1, 0)
         p = self._full_parameters()
-        after = None if disturbance is None else lambda k, x: x + disturbance(nodes[k + 1], x.clone())
+        after = None if disturbance is None else lambda k, x: x + _push(disturbance, nodes[k + 1], x)
         with torch.no_grad():
-            path = rollout(self.problem, lambda k, x: self.policy(nodes[k], x), x0.expand(size), p, after=after)
+            path = rollout(self.problem, lambda k, x: self._feedback(nodes[k], x), x0.expand(size), p, after=after)
             states = list(path.states)
             violation = audit(self.problem, states, list(path.controls), p).violation
         return replace(
@@ -231,15 +234,26 @@ class Solution:
             path, "a file in a folder that you may write to", lambda: torch.save({"format": _FORMAT, **record}, path)
         )
 
-    def _per_problem(self, t: float | Tensor) -> Tensor:
+    def _per_problem(self, t: Any) -> Tensor:
         batch = tuple(self.cost.shape)
-        try:
-            return torch.as_tensor(t, dtype=self.times.dtype, device=self.times.device).expand(batch)
-        except RuntimeError as error:
+        time = numbers("the time of a policy", t, self.times.dtype, self.times.device)
+        if time.shape not in ((), batch):
             raise ProblemError(
-                f"policy got times of shape {tuple(torch.as_tensor(t).shape)}; expected one number, or one for each "
-                f"problem, shape {batch}"
-            ) from error
+                f"policy got times of shape {shape(time)}; expected one number, or one for each problem, shape {batch}"
+            )
+        if bool(torch.isnan(time).any()):
+            raise ProblemError(f"policy got the time {t}; expected numbers: look for what made the clock NaN")
+        return time.expand(batch)
+
+    def _state(self, x: Any) -> Tensor:
+        """A state for the policy: its last axis is n, the axes before it fit the batch."""
+        state = numbers("the state of a policy", x, self.times.dtype, self.times.device)
+        n, batch = self._tensor("states").shape[-1], tuple(self.cost.shape)
+        pairs = zip(state.shape[-2::-1], reversed(batch), strict=False)
+        if state.shape[-1:] != (n,) or not all(came == size or 1 in (came, size) for came, size in pairs):
+            fits = f" with axes in front that fit the batch {batch}" if batch else ""
+            raise ProblemError(f"policy got a state of shape {shape(state)}; expected (..., {n}){fits}")
+        return state
 
     def _full_parameters(self) -> Tensor:
         """p as the discrete problem sees it: with T where the horizon was free."""
@@ -252,6 +266,18 @@ class Solution:
                 "sizes vary from stage to stage here; expected one state and one control size for a policy in time"
             )
         return value
+
+
+def _push(disturbance: Callable[[Tensor, Tensor], Any], t: Tensor, x: Tensor) -> Tensor:
+    """What a disturbance adds to the states x ``(..., n)``."""
+    push = disturbance(t, x.clone())
+    if not isinstance(push, Tensor) or push.shape not in (x.shape, x.shape[-1:]):
+        came = f"shape {shape(push)}" if isinstance(push, Tensor) else type(push).__name__
+        raise ProblemError(
+            f"disturbance(t, x) returned {came}; expected shape {shape(x)}, what is added to the state: "
+            "torch.zeros_like(x) where nothing is"
+        )
+    return push.to(x)
 
 
 def _pick(values: Tensor, k: Tensor, tail: int) -> Tensor:

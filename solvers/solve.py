@@ -114,23 +114,17 @@ def make_solution(problem: StagedOCP, result: Result) -> Solution:
     p, cost, lifted = result.parameters, result.cost, problem.origin
     own, end = (p, cost.new_tensor(float(problem.steps))) if lifted is None else lifted.split(p)
     same = len({group.stage.control_dim for group in problem.groups}) == 1
-    k, K = result.gains or (None, None)
+    shaped = {
+        "states": behind(result.states),
+        "controls": behind(result.controls),
+        "parameters": own,
+        "costates": None if result.costates is None else behind(result.costates),
+        "gains": None if result.gains is None else Gains(behind(result.gains[0]), behind(result.gains[1], tail=2)),
+    }
     return Solution(
+        **{**result._asdict(), **shaped},
         times=problem.times(p).expand(*cost.shape, -1),
-        states=behind(result.states),
-        controls=behind(result.controls),
-        parameters=own,
         horizon=end.expand(cost.shape),
-        cost=cost,
-        converged=result.converged,
-        iterations=result.iterations,
-        status=result.status,
-        constraint_violation=result.constraint_violation,
-        wall_time=result.wall_time,
-        build_time=result.build_time,
-        history=result.history,
-        costates=None if result.costates is None else behind(result.costates),
-        gains=None if k is None or K is None else Gains(behind(k), behind(K, tail=2)),
         control_bounds=problem.control_bounds[0] if same else None,
         problem=problem,
     )

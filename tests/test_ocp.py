@@ -59,6 +59,17 @@ def test_a_problem_is_frozen():
         make().control_dim = 2
 
 
+def test_one_argument_replaced():
+    problem = make(parameters=[2.0], dynamics=lambda t, x, u, p: p * x + u, control_bounds=(-1.0, 1.0))
+    moved = dataclasses.replace(problem, initial_state=[5.0, 6.0], horizon=3.0)
+    assert_close(moved.initial_state, [5.0, 6.0])
+    assert moved.horizon == Horizon(0.0, 3.0)
+    assert_close(torch.stack(moved.control_bounds), [[-1.0], [1.0]])
+    assert (moved.parameter_dim, moved.parameters_broadcast) == (1, problem.parameters_broadcast)
+    with pytest.raises(ProblemError, match=r"initial_state has shape \(\); expected"):
+        dataclasses.replace(problem, initial_state=1.0)
+
+
 def test_float32_on_request():
     problem = make(initial_state=torch.ones(2, dtype=torch.float64), dtype=torch.float32)
     assert problem.initial_state.dtype == torch.float32
@@ -187,6 +198,19 @@ class TestArguments:
             ({"initial_state": 1.0}, r"initial_state has shape \(\); expected \(\*batch, n\) with n >= 1"),
             ({"initial_state": torch.ones(3, 0)}, r"initial_state has shape \(3, 0\); expected \(\*batch, n\)"),
             (
+                {"initial_state": torch.ones(0, 2)},
+                r"initial_state has shape \(0, 2\), a batch of no problems; expected one or more",
+            ),
+            (
+                {"initial_state": torch.ones(2, dtype=torch.complex128)},
+                "initial_state is Tensor; expected numbers or a tensor .complex: write the real and the imaginary part",
+            ),
+            ({"parameters": np.ones(2, dtype=complex)}, r"parameters is ndarray; expected numbers .* \(complex: write"),
+            (
+                {"control_bounds": (0.0, np.complex128(1j))},
+                r"control_bounds\[1\] is .*1j.*; expected a number or a vector",
+            ),
+            (
                 {"parameters": [[1.0]]},
                 r"parameters has shape \(1, 1\); expected a flat vector .*use torch.cat of flattened",
             ),
@@ -200,6 +224,11 @@ class TestArguments:
     def test_wrong(self, options, message):
         with pytest.raises(ProblemError, match=message):
             make(**options)
+
+    @pytest.mark.parametrize("value", ["a", 3])
+    def test_a_guess_that_is_none(self, value):
+        with pytest.raises(ProblemError, match=f"initial_guess is {value!r}; expected a mapping with any of controls"):
+            checks.start_guess(value)
 
     @pytest.mark.parametrize("value", [1.0, (1.0,), (0.0, 1.0, 2.0), torch.tensor(1.0), torch.ones(3)])
     def test_bounds_that_are_no_pair(self, value):

@@ -1,14 +1,17 @@
 """Discrete problems: transcription against hand-written steps, static controls as states, rollouts, every refusal."""
 
+import dataclasses
 import inspect
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ocnopt import checks
 from ocnopt.errors import ProblemError
 from ocnopt.ocp import OCP, FreeHorizon, Horizon
 from ocnopt.paths import rollout, walk
@@ -136,6 +139,15 @@ def test_terminal_constraint_with_a_free_end():
     assert_close(staged.terminal_constraint(problem.initial_state, staged.start_parameters()), [2.0, 1.0])
 
 
+def test_steps_of_numpy():
+    problem = OCP(slope, initial_state=[1.0, 0.5], control_dim=1, horizon=1.0)
+    staged = inspect.unwrap(transcribe)(problem, np.int64(4))
+    alone = build(Stage(linear, control_dim=1), initial_state=[1.0], steps=np.int64(4))
+    assert (staged.steps, alone.steps) == (4, 4)
+    assert type(staged.steps) is type(alone.steps) is int
+    assert type(checks.whole("control_dim of a Stage", np.int64(1), 0)) is int
+
+
 @pytest.mark.parametrize("steps", [0, -3, True])
 def test_steps(steps):
     problem = OCP(slope, initial_state=[1.0, 0.5], control_dim=1, horizon=1.0)
@@ -157,6 +169,13 @@ def linear(k, x, u):
 
 def square(k, x, u):
     return (x**2).sum(-1) + (u**2).sum(-1)
+
+
+def build(*arguments, **options):
+    """A StagedOCP from arguments of types that it does not ask for."""
+    problem = object.__new__(StagedOCP)
+    inspect.unwrap(StagedOCP.__init__)(problem, *arguments, **options)
+    return problem
 
 
 class TestStagedOCP:
@@ -217,20 +236,37 @@ class TestStagedOCP:
         assert_close(path.states[:, 0], [1.0, 1.9, 3.71])
         assert_close(path.cost, 1.0 + 1.9**2)
 
-    @pytest.mark.parametrize("steps", [None, 0])
+    @pytest.mark.parametrize("steps", [None, 0, "four", 2.5])
     def test_one_stage_needs_steps(self, steps):
         with pytest.raises(ProblemError, match=f"one Stage came with steps={steps}; expected steps=N >= 1"):
-            StagedOCP(Stage(linear), initial_state=[1.0], steps=steps)
+            build(Stage(linear), initial_state=[1.0], steps=steps)
 
     def test_a_sequence_needs_none(self):
         with pytest.raises(ProblemError, match="2 stages came with steps=3; expected no steps= beside a sequence"):
             StagedOCP([Stage(linear, control_dim=1)] * 2, initial_state=[1.0], steps=3)
 
-    def test_an_empty_sequence(self):
+    @pytest.mark.parametrize("stages", [[], linear, iter([Stage(linear, control_dim=1)])])
+    def test_what_is_no_sequence_of_stages(self, stages):
         with pytest.raises(
-            ProblemError, match="stages is list; expected one oc.Stage with steps=N, or one oc.Stage for each"
+            ProblemError, match=r"stages is \w+; expected one oc.Stage with steps=N, or one oc.Stage for each"
         ):
-            StagedOCP([], initial_state=[1.0])
+            build(stages, initial_state=[1.0])
+
+    def test_replace_says_what_to_do(self):
+        problem = OCP(slope, initial_state=[1.0, 0.5], control_dim=1, horizon=1.0)
+        for staged in (StagedOCP(Stage(linear, control_dim=1), initial_state=[1.0], steps=2), transcribe(problem, 2)):
+            with pytest.raises(
+                ProblemError, match=r"dataclasses.replace knows none, so write oc.StagedOCP\(..\) again"
+            ):
+                dataclasses.replace(staged, initial_state=[2.0])
+
+    def test_captured_inference_tensors(self):
+        with torch.inference_mode():
+            rate = torch.ones(1, dtype=torch.float64)
+        with pytest.raises(
+            ProblemError, match=r"stage 0's dynamics.* was made under torch.inference_mode\(\): make it"
+        ):
+            StagedOCP(Stage(lambda k, x, u: rate * x + u, control_dim=1), initial_state=[1.0], steps=2)
 
     @pytest.mark.parametrize("size", [-1, True])
     def test_control_dim(self, size):

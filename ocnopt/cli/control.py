@@ -8,12 +8,13 @@ from ocnopt.cli.plots import save
 from ocnopt.cli.report import Image, Section, write_report
 from ocnopt.cli.runs import CHECKPOINT, RunFolder, replace_file
 from ocnopt.cli.tables import BREAK, Table, as_options
+from ocnopt.integrate.tableaus import get_tableau
 from ocnopt.ocp import OCP
 from ocnopt.problems import ControlRecord, control
 from ocnopt.solvers.compare import HEAD, Comparison, compare
 from ocnopt.solvers.plotting import plot_solutions
 from ocnopt.solvers.solution import Solution, load_solution
-from ocnopt.solvers.solve import solve
+from ocnopt.solvers.solve import make_solver, solve
 
 
 def request(name: str, *, steps: int | None, integrator: str | None, **others: Any) -> dict[str, Any]:
@@ -26,11 +27,15 @@ def request(name: str, *, steps: int | None, integrator: str | None, **others: A
         others: kept as they are.
 
     Raises:
-        ProblemError: no such control problem.
+        ProblemError: no such control problem, integrator, solver or option.
     """
     record = control(name)
-    numbers = {"steps": steps or record.steps, "integrator": integrator or record.integrator}
-    return {"problem": name, **numbers, **others}
+    options = {key: others[key] for key in ("max_iterations", "tolerance") if others.get(key) is not None}
+    for solver in others.get("solvers") or [others["solver"]]:
+        make_solver(solver, options)
+    integrator = integrator or record.integrator
+    get_tableau(integrator)
+    return {"problem": name, "steps": steps or record.steps, "integrator": integrator, **others}
 
 
 class Answer(NamedTuple):

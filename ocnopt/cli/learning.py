@@ -74,12 +74,21 @@ def train_request(
         others: fields of :class:`TrainConfig`; None means its default.
 
     Raises:
-        ProblemError: unknown names, numbers out of range, or both epochs and iterations.
+        ProblemError: unknown names, numbers out of range, both epochs and iterations, or a rule's numbers
+            for a fixed T.
     """
     if epochs is not None and iterations is not None:
         raise ProblemError(
             f"--epochs {epochs} came with --iterations {iterations}; expected one of them: leave one out"
         )
+    if others.get("horizon") in (None, "fixed"):
+        for key, value in others.items():
+            if key.startswith("horizon_") and value is not None:
+                option = f"--{key.replace('_', '-')}"
+                raise ProblemError(
+                    f"{option} {value} came for a fixed T, which no rule moves; expected --horizon feedback or "
+                    f"--horizon adjoint beside it: add one, or leave {option} out"
+                )
     record = learning_task(name)
     optimizer = optimizer or "snopt"
     batch = batch_size or record.batch_size

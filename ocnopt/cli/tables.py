@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from html import escape
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table as RichTable
@@ -57,16 +58,23 @@ def as_options(message: str) -> str:
 def show(console: Console, table: Table) -> None:
     """Print a table; one of figures that is too wide for the terminal is turned, with a column for each row.
 
+    What is too wide even so runs over the edge, since a figure that is cut is another one.
+
     Args:
         console: where to.
         table: what.
     """
+
+    def needed(rich: RichTable) -> int:
+        return Measurement.get(console, console.options.update(max_width=1000), rich).minimum
+
     rich = _rich(table)
-    wide = console.options.update(max_width=1000)
-    if not table.text and Measurement.get(console, wide, rich).minimum > console.width:
+    if not table.text and needed(rich) > console.width:
         head, *rows = zip(*([name.replace(BREAK, " ") for name in table.head], *table.rows), strict=True)
         rich = _rich(replace(table, head=head, rows=rows))
-    console.print(rich)
+    if needed(rich) > console.width:
+        rich.width = needed(rich)
+    console.print(rich, crop=False)
 
 
 def _rich(table: Table) -> RichTable:
@@ -83,9 +91,16 @@ def _rich(table: Table) -> RichTable:
     )
     for i, name in enumerate(table.head):
         left = i == 0 or table.text
-        # a minimal width instead would make rich cut the other columns
         folds = table.text and i == len(table.head) - 1
-        rich.add_column(Text(name), justify="left" if left else "right", overflow="fold", no_wrap=not folds)
+        # rich measures a column by its words, also one that does not wrap
+        lines = BREAK.join(row[i] for row in (table.head, *table.rows)).split(BREAK)
+        rich.add_column(
+            Text(name),
+            justify="left" if left else "right",
+            overflow="fold",
+            no_wrap=not folds,
+            min_width=None if folds else max(map(cell_len, lines)),
+        )
     for row in table.rows:
         rich.add_row(*map(Text, row))
     return rich

@@ -187,6 +187,15 @@ def test_epochs_and_iterations(run):
     assert "--epochs 1 came with --iterations 5; expected one of them" in output
 
 
+@pytest.mark.parametrize("option", ["--horizon-lr", "--horizon-penalty"])
+def test_a_rule_for_a_fixed_horizon(run, tmp_path, option):
+    for fixed in ((), ("--horizon", "fixed")):
+        code, output = run("train", "digits", option, "0.5", *fixed)
+        assert code == main.MISTAKE
+        assert f"{option} 0.5 came for a fixed T, which no rule moves; expected --horizon feedback or" in output
+    assert not (tmp_path / "runs").exists()
+
+
 def test_an_unknown_optimiser(run):
     code, output = run("train", "digits", "--optimizer", "snop")
     assert code == main.MISTAKE
@@ -290,17 +299,34 @@ def test_a_comparison_in_60_columns(narrow):
 
 
 def test_an_error_leaves_no_folder(run, tmp_path):
-    code, output = run("solve", "scalar_lqr", "--solver", "dpd", "--out", "here")
+    code, output = run("solve", "double_integrator_min_time", "--out", "here")
     assert code == main.MISTAKE
-    assert "error: ProblemError: --solver 'dpd' is unknown" in output
+    assert "has no multipliers" in output
     assert not (tmp_path / "here").exists()
     assert run("solve", "scalar_lqr", "--solver", "ddp", "--steps", "5", "--out", "here")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        ("solve", ("--solver", "dpd"), "--solver 'dpd' is unknown"),
+        ("solve", ("--tolerance", "-1"), "tolerance of DDP is -1.0; expected tolerance > 0"),
+        ("solve", ("--integrator", "rk5"), "--integrator 'rk5' is unknown"),
+        ("compare", ("--solver", "ddp", "--solver", "dpd"), "--solver 'dpd' is unknown"),
+    ],
+)
+def test_a_wrong_option_makes_no_folder(run, tmp_path, command, options, message):
+    code, output = run(command, "scalar_lqr", *options)
+    assert code == main.MISTAKE
+    assert f"error: ProblemError: {message}" in output
+    assert "run folder" not in output
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_error_leaves_other_files(run, tmp_path):
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "mine.txt").touch()
-    assert run("solve", "scalar_lqr", "--solver", "dpd", "--out", "here")[0] == main.MISTAKE
+    assert run("solve", "double_integrator_min_time", "--out", "here")[0] == main.MISTAKE
     assert [path.name for path in (tmp_path / "here").iterdir()] == ["mine.txt"]
 
 

@@ -3,6 +3,7 @@
 import io
 from html.parser import HTMLParser
 
+import pytest
 from rich.console import Console
 
 from ocnopt.cli.report import Image, Section, write_report
@@ -38,6 +39,17 @@ def test_a_table_on_the_terminal():
     assert "solver" in text
     assert "a < b & c" in text
     assert "lower is better" in text
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_a_narrow_terminal_cuts_no_figure(text):
+    """What is too wide runs over the edge; only the last column of a text is folded."""
+    rows = [("ddp", "0.7617172453  (difference +1.1e-10)", "a sentence of words"), ("casadi", "0.7617172454", "short")]
+    console = Console(width=20, file=io.StringIO())
+    show(console, Table("result", ("solver", "cost so far", "what"), rows, text=text))
+    output = console.file.getvalue()
+    for part in ("casadi", "cost so far", "0.7617172453  (difference +1.1e-10)", "0.7617172454", "sentence", "words"):
+        assert part in output
 
 
 def test_a_table_without_heads_has_none():

@@ -138,6 +138,21 @@ def test_two_minima_are_marked():
     assert both.notes == ()
 
 
+def test_costs_near_zero_are_marked():
+    tiny = OCP(
+        lambda t, x, u: torch.sin(x) + u,
+        lambda t, x, u: 1e-10 * ((x**2).sum(-1) + (u**2).sum(-1)),
+        initial_state=[1.0],
+        control_dim=1,
+        horizon=1.0,
+    )
+    ddp, casadi = compare(tiny, steps=10).rows
+    assert ddp.note == ""
+    assert (ddp.converged, casadi.converged) == (True, True)
+    assert casadi.note.startswith("cost differs from ddp's by")
+    assert "so near zero pass the absolute tolerances of IPOPT before the minimum; scale the cost up" in casadi.note
+
+
 def test_a_nan_is_not_dropped():
     @dataclass(frozen=True)
     class Lost:

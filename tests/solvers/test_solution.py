@@ -1,6 +1,7 @@
 """A solution as a record: its shapes, its policy, closed-loop rollouts, files."""
 
 import dataclasses
+import inspect
 import math
 
 import pytest
@@ -132,6 +133,26 @@ class TestPolicy:
         with pytest.raises(oc.ProblemError, match=r"policy got a state of shape \(3,\); expected \(..., 2\)"):
             solution.policy(1.0, torch.zeros(3))
 
+    def test_a_state_of_another_batch(self):
+        solution = solve(swing(**CASES["batch"]), steps=STEPS)
+        with pytest.raises(oc.ProblemError, match=r"of shape \(4, 2\); expected \(..., 2\) .*fit the batch \(3,\)"):
+            solution.policy(1.0, torch.zeros(4, 2))
+        assert solution.policy(1.0, torch.zeros(5, 3, 2)).shape == (5, 3, 1)
+
+    def test_a_state_of_plain_numbers(self):
+        solution = solve(swing(), steps=STEPS)
+        unwrapped = inspect.unwrap(type(solution).policy)
+        expected = solution.policy(0.3, torch.tensor([0.1, 0.2], dtype=torch.float64))
+        assert_close(unwrapped(solution, 0.3, [0.1, 0.2]), expected, rtol=0.0)
+        with pytest.raises(oc.ProblemError, match="the state of a policy is str; expected numbers or a tensor"):
+            unwrapped(solution, 0.3, "here")
+        with pytest.raises(oc.ProblemError, match="the time of a policy is str; expected numbers or a tensor"):
+            unwrapped(solution, "now", [0.1, 0.2])
+
+    def test_a_time_that_is_none(self, solution):
+        with pytest.raises(oc.ProblemError, match="policy got the time nan; expected numbers: look for what made"):
+            solution.policy(math.nan, solution.states[..., 0, :])
+
     def test_too_many_times(self, solution):
         with pytest.raises(
             oc.ProblemError, match=r"policy got times of shape \(7,\); expected one number, or one for each"
@@ -186,6 +207,29 @@ class TestRollout:
         assert_close(torch.stack(seen, dim=-1), solution.times[..., 1:])
         first = solution.states[..., 1, :] + push * solution.times[..., 1, None]
         assert_close(moved.states[..., 1, :], first, rtol=1e-12)
+
+    @pytest.mark.parametrize(
+        ("returned", "came"),
+        [(None, "NoneType"), (0.1, "float"), (torch.ones(3), r"shape \(3,\)"), (torch.ones(7, 2), r"shape \(7, 2\)")],
+    )
+    def test_a_disturbance_of_another_shape(self, solution, returned, came):
+        with pytest.raises(
+            oc.ProblemError, match=rf"disturbance\(t, x\) returned {came}; expected shape \(.*2,?\), what"
+        ):
+            inspect.unwrap(type(solution).rollout)(solution, solution.states[..., 0, :], lambda t, x: returned)
+
+    def test_one_disturbance_serves_a_batch(self, solution):
+        start, push = solution.states[..., 0, :], torch.tensor([0.0, 0.01])
+        one, each = (solution.rollout(start, f) for f in (lambda t, x: push, lambda t, x: push.to(x).expand(x.shape)))
+        assert_close(one.states, each.states, rtol=0.0)
+
+    def test_what_is_no_disturbance(self, solution):
+        with pytest.raises(oc.ProblemError, match="disturbance is float; expected a function"):
+            inspect.unwrap(type(solution).rollout)(solution, solution.states[..., 0, :], 0.1)
+
+    def test_a_start_that_is_none(self, solution):
+        with pytest.raises(oc.ProblemError, match="the initial state of a rollout is str; expected numbers"):
+            inspect.unwrap(type(solution).rollout)(solution, "here")
 
     @pytest.mark.parametrize("shape", [(3,), (7, 2), (2, 1)])
     def test_a_start_of_another_shape(self, solution, shape):
