@@ -2,7 +2,7 @@
 
 import torch
 
-from ocnopt.ocp import OCP
+from ocnopt.ocp import OCP, FreeHorizon
 
 
 def swing(initial_state=(2.0, 0.0), **options):
@@ -22,13 +22,26 @@ def assert_converged(solution):
     assert float(solution.constraint_violation.max()) == 0.0
 
 
+def pushed(running_cost, terminal_cost=None, initial_state=(1.0,), **options):
+    """x' = u for one unit of time: what it costs is the whole problem."""
+    settings = {"control_dim": 1, "horizon": 1.0} | options
+    return OCP(lambda t, x, u: u, running_cost, terminal_cost, initial_state=initial_state, **settings)
+
+
 def scalar_lqr(**options):
+    return pushed(lambda t, x, u: (x**2 + u**2).sum(-1), **options)
+
+
+def free_end(**options):
+    """A free end time and a parameter in the dynamics and in the cost."""
     return OCP(
-        lambda t, x, u: u,
-        lambda t, x, u: (x**2 + u**2).sum(-1),
-        initial_state=[1.0],
+        lambda t, x, u, p: torch.sin(x) * p + u,
+        lambda t, x, u, p: 1 + (x**2).sum(-1) + (u**2).sum(-1) + (p**2).sum(-1),
+        lambda t, x, p: 20 * (x**2).sum(-1),
+        initial_state=[1.5],
         control_dim=1,
-        horizon=1.0,
+        horizon=FreeHorizon(1.0, 0.2, 3.0),
+        parameters=[0.5],
         **options,
     )
 

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 
 from ocnopt import problems
 from ocnopt.errors import NonFiniteError
-from ocnopt.ocp import OCP, FreeHorizon
+from ocnopt.ocp import OCP
 from ocnopt.paths import rollout
 from ocnopt.solvers.ddp import DDP
 from ocnopt.solvers.solve import solve
 from ocnopt.staged import Stage, StagedOCP
 from tests.oracles.compare import assert_close
 from tests.oracles.lq import random_affine_quadratic
-from tests.solvers.cases import assert_converged, swing
+from tests.solvers.cases import assert_converged, free_end, pushed, scalar_lqr, swing
 
 
 @pytest.fixture(scope="module")
@@ -108,10 +108,7 @@ class TestRecord:
 
     def test_status(self, solution):
         assert solution.status == f"converged after {solution.iterations.item()} steps (lowered kernel)"
-        lq = OCP(
-            lambda t, x, u: u, lambda t, x, u: (u**2 + x**2).sum(-1), initial_state=[1.0], control_dim=1, horizon=1.0
-        )
-        assert solve(lq, steps=4).status == "converged after 1 step (lowered kernel)"
+        assert solve(scalar_lqr(), steps=4).status == "converged after 1 step (lowered kernel)"
 
     def test_the_iteration_limit(self):
         solution = solve(swing([0.5, 0.0]), steps=20, max_iterations=2)
@@ -133,13 +130,7 @@ class TestRecord:
     @pytest.mark.filterwarnings("ignore:.* hides part of itself from derivatives")
     def test_no_step_decreases_the_cost(self):
         """A cost whose derivative is wrong in torch: every direction leads uphill. CasADi knows no detach."""
-        problem = OCP(
-            lambda t, x, u: u,
-            lambda t, x, u: (u + u**2 - 2 * (u - u.detach())).sum(-1),
-            initial_state=[0.0],
-            control_dim=1,
-            horizon=1.0,
-        )
+        problem = pushed(lambda t, x, u: (u + u**2 - 2 * (u - u.detach())).sum(-1), initial_state=[0.0])
         solution = solve(problem, steps=4, initial_guess=-0.5 * torch.ones(4, 1), kernel="torch")
         assert not bool(solution.converged)
         assert (
@@ -187,15 +178,7 @@ class TestInfeasibleStart:
             assert together.iterations[i] == alone.iterations
 
     def test_with_a_free_end_and_parameters(self):
-        problem = OCP(
-            lambda t, x, u, p: torch.sin(x) * p + u,
-            lambda t, x, u, p: 1 + (x**2).sum(-1) + (u**2).sum(-1) + (p**2).sum(-1),
-            lambda t, x, p: 20 * (x**2).sum(-1),
-            initial_state=[1.5],
-            control_dim=1,
-            horizon=FreeHorizon(1.0, 0.2, 3.0),
-            parameters=[0.5],
-        )
+        problem = free_end()
         feasible = solve(problem, steps=10)
         states = torch.linspace(1.5, 0.0, 11)[:, None]
         infeasible = solve(problem, steps=10, initial_guess={"states": states, "horizon": 0.8, "parameters": [0.1]})
@@ -299,13 +282,10 @@ class TestNotFinite:
             solve(problem, steps=4, initial_guess={"states": torch.tensor([[1.0], [1.0], [-5.0], [1.0], [1.0]])})
 
     def test_a_candidate_of_the_line_search_is_only_rejected(self):
-        problem = OCP(
-            lambda t, x, u: u,
+        problem = pushed(
             lambda t, x, u: -torch.log(1 - x).sum(-1) + 0.01 * (u**2).sum(-1),
             lambda t, x: 100 * ((x - 0.999) ** 2).sum(-1),
-            initial_state=[0.0],
-            control_dim=1,
-            horizon=1.0,
+            [0.0],
         )
         solution = solve(problem, steps=10)
         assert_converged(solution)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ocnopt import problems
 from ocnopt.errors import ProblemError
-from ocnopt.ocp import OCP, FreeHorizon
+from ocnopt.ocp import OCP
 from ocnopt.solvers.ddp import DDP
 from ocnopt.solvers.lowered import arrays
 from ocnopt.solvers.lowered import kernel as lowered_kernel
@@ -22,7 +22,7 @@ from ocnopt.solvers.search import TorchKernel
 from ocnopt.solvers.solve import read_guess, solve
 from ocnopt.staged import Stage, StagedOCP, Widened, transcribe
 from tests.oracles.lq import random_affine_quadratic
-from tests.solvers.cases import assert_converged, swing
+from tests.solvers.cases import assert_converged, free_end, pushed, swing
 
 NAMES = ("scalar_lqr", "mimo_lqr_two_masses", "pendulum_swing_up", "pendulum_swing_up_u5", "cartpole_swing_up_soft")
 
@@ -77,16 +77,7 @@ def test_batches(shape):
 
 
 def test_a_free_end_and_parameters_within_bounds():
-    problem = OCP(
-        lambda t, x, u, p: torch.sin(x) * p + u,
-        lambda t, x, u, p: 1 + (x**2).sum(-1) + (u**2).sum(-1) + (p**2).sum(-1),
-        lambda t, x, p: 20 * (x**2).sum(-1),
-        initial_state=[1.5],
-        control_dim=1,
-        horizon=FreeHorizon(1.0, 0.2, 3.0),
-        parameters=[0.5],
-        parameter_bounds=(0.1, 1.0),
-    )
+    problem = free_end(parameter_bounds=(0.1, 1.0))
     assert_agree(problem, steps=10, tolerance=1e-10)
     states = torch.linspace(1.5, 0.0, 11)[:, None]
     assert_agree(
@@ -130,13 +121,7 @@ class TestWhichKernel:
     def test_auto_takes_what_the_problem_allows(self):
         assert solve(swing(), steps=5).status.endswith("(lowered kernel)")
         data = torch.tensor([[1.0], [2.0]]).double()
-        own = OCP(
-            lambda t, x, u: u,
-            lambda t, x, u: ((x - data) ** 2 + u**2).sum(-1),
-            initial_state=torch.zeros(2, 1),
-            control_dim=1,
-            horizon=1.0,
-        )
+        own = pushed(lambda t, x, u: ((x - data) ** 2 + u**2).sum(-1), initial_state=torch.zeros(2, 1))
         assert solve(own, steps=5).status[0].endswith("(torch kernel)")
         with pytest.raises(
             ProblemError, match="kernel='lowered' got a problem that it cannot take: its functions tell the"
@@ -205,26 +190,14 @@ class TestWindow:
 
 class TestEnds:
     def test_a_cost_without_a_lower_bound(self):
-        problem = OCP(
-            lambda t, x, u: u,
-            lambda t, x, u: -(x**4).sum(-1) + 1e-3 * (u**2).sum(-1),
-            initial_state=[1.0],
-            control_dim=1,
-            horizon=1.0,
-        )
+        problem = pushed(lambda t, x, u: -(x**4).sum(-1) + 1e-3 * (u**2).sum(-1))
         solution = solve(problem, steps=5, kernel="torch", initial_guess=torch.ones(5, 1))
         assert not bool(solution.converged)
         assert "the cost falls without bound; bound the controls" in solution.status
 
     @pytest.mark.filterwarnings("ignore:.*derivative")
     def test_a_derivative_that_is_not_finite(self):
-        problem = OCP(
-            lambda t, x, u: u,
-            lambda t, x, u: (u**2).sum(-1) + (x[..., 0] - 1).abs().sqrt(),
-            initial_state=[1.0],
-            control_dim=1,
-            horizon=1.0,
-        )
+        problem = pushed(lambda t, x, u: (u**2).sum(-1) + (x[..., 0] - 1).abs().sqrt())
         solution = solve(problem, steps=4, kernel="torch", initial_guess=torch.zeros(4, 1))
         assert not bool(solution.converged)
         assert "a derivative is NaN or infinite; look for a square root" in solution.status
@@ -244,14 +217,7 @@ class Rounded(torch.autograd.Function):
 
 class TestWhatLoweringMustNotChange:
     def problem(self, miss, start=1.0):
-        return OCP(
-            lambda t, x, u: u,
-            lambda t, x, u: 0.05 * (u**2).sum(-1),
-            lambda t, x: miss(x[..., 0]),
-            initial_state=[start],
-            control_dim=1,
-            horizon=1.0,
-        )
+        return pushed(lambda t, x, u: 0.05 * (u**2).sum(-1), lambda t, x: miss(x[..., 0]), [start])
 
     @pytest.mark.filterwarnings("ignore:.* hides part of itself from derivatives")
     @pytest.mark.parametrize(
@@ -287,14 +253,7 @@ class TestWhatLoweringMustNotChange:
 
 class TestGradientModes:
     def problem(self):
-        return OCP(
-            lambda t, x, u: u,
-            lambda t, x, u: (u**2).sum(-1),
-            lambda t, x: ((x - 2) ** 2).sum(-1),
-            initial_state=[1.0],
-            control_dim=1,
-            horizon=1.0,
-        )
+        return pushed(lambda t, x, u: (u**2).sum(-1), lambda t, x: ((x - 2) ** 2).sum(-1))
 
     @pytest.mark.parametrize("kernel", ["torch", "lowered"])
     def test_without_gradients_around_it(self, kernel):
