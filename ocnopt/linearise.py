@@ -27,12 +27,13 @@ less arithmetic and memory: the larger of the two costs decides.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ocnopt.errors import ProblemError
 from ocnopt.paths import Path
 from ocnopt.staged import Widened, step_numbers
 
@@ -49,13 +50,25 @@ def flat(v: Tensor) -> Tensor:
     return v.reshape(math.prod(v.shape[:-1]), v.shape[-1])
 
 
+def _grad(y: Tensor, inputs: Sequence[Tensor], columns: Tensor | None = None, **options: bool) -> tuple[Any, ...]:
+    """torch.autograd.grad, which may meet an operation without a second derivative."""
+    try:
+        return torch.autograd.grad(y, inputs, columns, allow_unused=True, **options)
+    except RuntimeError as error:
+        if "derivative for" not in str(error):
+            raise
+        raise ProblemError(
+            f"dynamics or cost hold an operation that torch cannot differentiate twice ({error}); expected those that "
+            "it can: write it out, as (x - y).square().sum(-1).sqrt() for cdist or (x / 6 + 0.5).clamp(0, 1) for "
+            'hardsigmoid, or ask oc.differentiate for curvature="gauss_newton", which takes one derivative of dynamics'
+        ) from error
+
+
 def gradient(y: Tensor, inputs: Sequence[Tensor], *, create_graph: bool = False) -> list[Tensor]:
     """Gradient of the sum of y; zeros where y does not depend on an input."""
     if not y.requires_grad:
         return [torch.zeros_like(v) for v in inputs]
-    return list(
-        torch.autograd.grad(y.sum(), inputs, create_graph=create_graph, allow_unused=True, materialize_grads=True)
-    )
+    return list(_grad(y.sum(), inputs, create_graph=create_graph, materialize_grads=True))
 
 
 def pull(y: Tensor, inputs: Sequence[Tensor], columns: Tensor) -> list[Tensor]:
@@ -64,7 +77,7 @@ def pull(y: Tensor, inputs: Sequence[Tensor], columns: Tensor) -> list[Tensor]:
     parts = []
     if y.requires_grad and 0 not in lead:
         parts = [
-            torch.autograd.grad(y, inputs, some, is_grads_batched=bool(lead), retain_graph=True, allow_unused=True)
+            _grad(y, inputs, some, is_grads_batched=bool(lead), retain_graph=True)
             for some in (columns.split(_at_once(y)) if lead else (columns,))
         ]
     products = zip(*parts, strict=True) if parts else [(None,)] * len(inputs)

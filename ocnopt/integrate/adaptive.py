@@ -74,8 +74,8 @@ def integrate(
         raise ProblemError(
             f"method {tableau.name!r} has no error estimate; expected dopri5 or bosh3, or a fixed grid: give steps="
         )
-    if not (rtol >= 0 and atol >= 0 and rtol + atol > 0):
-        raise ProblemError(f"rtol={rtol}, atol={atol}; expected two tolerances >= 0, not both zero")
+    if not (rtol >= 0 and atol >= 0 and 0 < rtol + atol < math.inf):
+        raise ProblemError(f"rtol={rtol}, atol={atol}; expected two finite tolerances >= 0, not both zero")
     walker = _Walker(field, tableau, rtol, atol, norm, on_step, max_evaluations, take)
     walker.start(times, x, first, first_size)
     states = [walker.advance(output, end) for output, end in enumerate(times[1:], start=1)]

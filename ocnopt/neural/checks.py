@@ -1,7 +1,7 @@
 """What a Neural ODE is given, checked at the door, and what the graph of its field leads to and holds."""
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -68,7 +68,8 @@ def check_state(state: object) -> None:
         if not (isinstance(part, Tensor) and part.is_floating_point()):
             came = f"a tensor of {part.dtype}" if isinstance(part, Tensor) else type(part).__name__
             raise ProblemError(
-                f"the state holds {came}; expected a floating-point tensor or a tuple of them: convert it with .float()"
+                f"the state holds {came}; expected a floating-point tensor or a tuple of them: convert it with "
+                ".float(), or complex numbers with torch.view_as_real(x).flatten(-2)"
             )
     kinds = {(part.dtype, part.device) for part in parts}
     if len(kinds) != 1:
@@ -89,6 +90,38 @@ def check_slope(slope: object, shapes: Sequence[Sequence[int]], *, is_tuple: boo
             "field(t, x) returns dx/dt, shaped like x"
         )
     return parts if is_tuple else slope
+
+
+def check_dtypes(error: RuntimeError, dtype: torch.dtype, own: Iterable[Tensor]) -> None:
+    """Say where the field failed on the dtype of the state, which is none of its own."""
+    others = sorted({str(tensor.dtype) for tensor in own if tensor.is_floating_point()} - {str(dtype)})
+    if others and "type" in str(error):
+        raise ProblemError(
+            f"the field with tensors of {', '.join(others)} failed on a state of {dtype} ({error}); expected one "
+            f"dtype: convert the state, x.to({others[0]}), or the field, ode.to({dtype})"
+        ) from error
+
+
+def as_real(slope: Tensor, dtype: torch.dtype) -> Tensor:
+    """A slope in the dtype of the state; refuse to drop an imaginary part."""
+    if slope.is_complex():
+        raise ProblemError(
+            f"the field returned a tensor of {slope.dtype} for a state of {dtype}; expected a real one: "
+            "torch.view_as_real keeps both parts"
+        )
+    return slope.to(dtype)
+
+
+def as_tensors(extra: Any) -> list[Tensor]:
+    """What adjoint_params gives, as a list."""
+    found = [*extra] if isinstance(extra, Iterable) and not isinstance(extra, Tensor) else [extra]
+    foreign = [type(tensor).__name__ for tensor in found if not isinstance(tensor, Tensor)]
+    if foreign:
+        raise ProblemError(
+            f"adjoint_params holds {foreign[0]}; expected tensors, or a function that returns a list of them: "
+            "adjoint_params=[scale], or module.parameters()"
+        )
+    return found
 
 
 @contextmanager

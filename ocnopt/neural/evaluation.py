@@ -379,7 +379,7 @@ class Evaluation:
         """F(t, x) with t a 0-d tensor: the one place where the field is called.
 
         Raises:
-            ProblemError: what it returns does not fit the state.
+            ProblemError: the field, or what it returns, does not fit the state.
             OcnoptError: the field's parameters were exchanged since the forward pass.
         """
         if self.is_backward:
@@ -389,8 +389,12 @@ class Evaluation:
         else:
             self.statistics.forward += 1
         shapes = self.layout.shapes
-        slope = self.field(t, x if shapes is None else self.layout.split(x))
+        try:
+            slope = self.field(t, x if shapes is None else self.layout.split(x))
+        except RuntimeError as error:
+            checks.check_dtypes(error, x.dtype, (*self.surroundings.parameters, *self.surroundings.buffers_now()))
+            raise
         if shapes is not None or not isinstance(slope, Tensor) or slope.shape != x.shape:
             slope = checks.check_slope(slope, shapes or (x.shape,), is_tuple=shapes is not None)
             slope = self.layout.join(slope)
-        return slope if slope.dtype == x.dtype else slope.to(x.dtype)
+        return slope if slope.dtype == x.dtype else checks.as_real(slope, x.dtype)

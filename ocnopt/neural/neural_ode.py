@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ocnopt.checks import float_tensor, times_in_order
+from ocnopt.checks import check_count, check_number, float_tensor, times_in_order
 from ocnopt.differential.discrete import Observer, Observers
 from ocnopt.errors import ConvergenceError, ProblemError
 from ocnopt.integrate import adaptive, fixed, torchdiffeq_bridge
 from ocnopt.integrate.tableaus import TABLEAUS
 from ocnopt.integrate.walk import Walk
-from ocnopt.neural.checks import check_field, check_options
+from ocnopt.neural.checks import as_tensors, check_field, check_options
 from ocnopt.neural.evaluation import Evaluation, State, StateLayout, Statistics, Surroundings
 from ocnopt.neural.solve import Continuous, Discrete, Job, solve
 from ocnopt.ocp import FreeHorizon, Horizon, read_horizon
@@ -83,17 +83,24 @@ class NeuralODE(nn.Module):
         steps: int | None = None,
         adjoint: str = "discrete",
         checkpoint_bytes: int = 256 * 2**20,
-        adjoint_params: Iterable[Tensor] | Callable[[], Iterable[Tensor]] | None = None,
-        max_evaluations: int | None = 100_000,
+        adjoint_params: Iterable[Tensor] | Callable[[], Iterable[Tensor]] | Any | None = None,
+        max_evaluations: int | Any | None = 100_000,
     ) -> None:
         super().__init__()
         check_field(field)
         check_options(method, adjoint, steps, checkpoint_bytes)
+        check_number("rtol", rtol, "a finite number >= 0")
+        check_number("atol", atol, "a finite number >= 0")
+        if max_evaluations is not None:
+            check_count("max_evaluations", max_evaluations, default=100_000)
         self.field = field
         self.horizon = read_horizon(horizon)
         self.method, self.rtol, self.atol, self.adjoint = method, rtol, atol, adjoint
         self.steps, self.checkpoint_bytes, self.max_evaluations = steps, checkpoint_bytes, max_evaluations
-        self.adjoint_params = adjoint_params if callable(adjoint_params) else [*(adjoint_params or ())]
+        is_function = callable(adjoint_params) and not isinstance(adjoint_params, nn.Module)
+        self.adjoint_params: Any = (
+            adjoint_params if is_function else as_tensors(() if adjoint_params is None else adjoint_params)
+        )
         if isinstance(self.horizon, FreeHorizon):
             self.register_buffer("T", torch.tensor(self.horizon.initial, dtype=torch.float64))
         self.statistics = Statistics()
@@ -194,7 +201,7 @@ class NeuralODE(nn.Module):
         return self.T.item() if isinstance(self.horizon, FreeHorizon) else self.horizon.t1
 
     def _differentiated(self, own: Sequence[Tensor]) -> list[Tensor]:
-        extra = self.adjoint_params() if callable(self.adjoint_params) else self.adjoint_params
+        extra = as_tensors(self.adjoint_params()) if callable(self.adjoint_params) else self.adjoint_params
         return [*{id(tensor): tensor for tensor in (*own, *extra) if tensor.requires_grad}.values()]
 
     def _solve(self, layout: StateLayout, x: Tensor, times: list[float], moving: Tensor | None) -> Sequence[Tensor]:
@@ -220,6 +227,8 @@ class NeuralODE(nn.Module):
     def _through_torchdiffeq(
         self, evaluation: Evaluation, x: Tensor, times: list[float], moving: Tensor | None, step_size: float
     ) -> Sequence[Tensor]:
+        if not x.numel():  # torchdiffeq's error control divides by the number of entries
+            return fixed.integrate(evaluation, x, times, step_size=step_size).states
         continuous = self.adjoint == "continuous" and torch.is_grad_enabled()
         if continuous:
             evaluation.root(times[0], x)

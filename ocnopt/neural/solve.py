@@ -237,7 +237,7 @@ class _Joined:
         self.dtype = reduce(torch.promote_types, {p.dtype for p in self._parameters}, torch.float32)
         generator = torch.Generator(x.device).manual_seed(0)
         self.r = torch.randn(sum(self.sizes), generator=generator, device=x.device).to(self.dtype)
-        self.r /= x.shape[0] if x.ndim > 1 else 1
+        self.r /= max(1, x.shape[0]) if x.ndim > 1 else 1
         self._reached: set[int] = set()
         self._is_first = True
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from ocnopt.checks import listed
+from ocnopt.checks import check_choice, check_count, check_number, listed
 from ocnopt.differential.kronecker import LAYERS, Layer, as_matrix, is_layer
 from ocnopt.errors import NonFiniteError, ProblemError
 from ocnopt.neural.neural_ode import NeuralODE
@@ -108,6 +108,30 @@ def check_known(parameters: Iterable[Tensor], names: Mapping[Tensor, str]) -> No
             )
 
 
+def read_groups(param_groups: Any) -> list[Any]:
+    """Groups as a list with one of them at least, to be read by torch."""
+    is_several = isinstance(param_groups, Iterable) and not isinstance(param_groups, Mapping | Tensor)
+    return [*param_groups] or [{"params": []}] if is_several else [param_groups]
+
+
+def not_a_group(group: object, error: Exception) -> ProblemError:
+    """What to say where torch cannot read a group of parameters."""
+    came = f"a dictionary with {[*group]}" if isinstance(group, dict) else type(group).__name__
+    return ProblemError(
+        f"a group of param_groups is {came}, which torch refuses ({error}); expected parameters of the model with "
+        'options of their own: {"params": model.head.parameters(), "lr": 0.001}'
+    )
+
+
+def check_groups(groups: Iterable[Mapping[str, Any]]) -> None:
+    """Refuse groups without any parameter."""
+    if not any(group["params"] for group in groups):
+        raise ProblemError(
+            "param_groups holds no parameter; expected one at least, as nothing would be trained: leave param_groups "
+            "out to train the whole model"
+        )
+
+
 def check_fields(odes: Sequence[NeuralODE]) -> None:
     """Refuse ``everywhere=False`` where nothing would be preconditioned."""
     if not odes:
@@ -124,6 +148,14 @@ def check_state(state: Mapping[str, Any]) -> None:
             f"the state holds {sorted(state)}; expected the state of an SNOpt, with its 'step_count': "
             "load the state of another optimiser into that one"
         )
+
+
+def check_policy_options(*, rule: object, lr: object, penalty: object, every: object) -> None:
+    """Refuse options of a HorizonPolicy that are out of range, given or loaded."""
+    check_choice("rule", rule, ("feedback", "adjoint"))
+    check_number("lr", lr, "a number >= 0")
+    check_number("penalty", penalty, "a number >= 0")
+    check_count("every", every, default=1)
 
 
 def check_policy_state(state: Mapping[str, Any], options: Sequence[str]) -> None:

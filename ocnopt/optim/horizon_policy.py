@@ -22,13 +22,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ocnopt.checks import check_choice, check_count, check_number
+from ocnopt.checks import check_choice, check_number
 from ocnopt.differential.kronecker import is_gone, is_within_backward, release
 from ocnopt.errors import NonFiniteError, ProblemError
 from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.optim.checks import (
     check_not_parallel,
     check_one_process,
+    check_policy_options,
     check_policy_state,
     check_scaler,
     check_unscaled,
@@ -67,7 +68,8 @@ class _Shares:
 
     def terminal(self, x: Tensor, slope: Tensor, costate: Tensor) -> None:
         """Note the shares, and the parameters before they move."""
-        products = (slope.double() * costate.double()).reshape(len(x) if x.ndim > 1 else 1, -1).sum(1)
+        products = slope.double() * costate.double()
+        products = products.flatten(1).sum(1) if x.ndim > 1 else products.sum()[None]
         if self._scaler is not None:
             products = products / self._scaler.scale(products.new_ones(()))
         live = self._live()
@@ -167,12 +169,9 @@ class HorizonPolicy:
     ) -> None:
         check_not_parallel(neural_ode)
         check_scaler(scaler)
-        check_choice("rule", rule, ("feedback", "adjoint"))
+        check_policy_options(rule=rule, lr=lr, penalty=penalty, every=every)
         check_choice("reduction", reduction, ("mean", "sum"))
-        check_number("lr", lr, "a number >= 0")
-        check_number("penalty", penalty, "a number >= 0")
         check_number("max_change", max_change, "a number > 0, 0.1 by default", above=1e-12)
-        check_count("every", every, default=1)
         self._ode, self._bounds, self._scaler = neural_ode, free_horizon(neural_ode), scaler
         self.rule, self.lr, self.penalty, self.every = rule, lr, penalty, every
         self._mean, self._max_change, self._count = reduction == "mean", max_change, 0
@@ -210,9 +209,9 @@ class HorizonPolicy:
             ProblemError: the state is something else.
         """
         check_policy_state(state_dict, _OPTIONS)
-        self._count = state_dict["count"]
-        for name in _OPTIONS:
-            setattr(self, name, state_dict.get(name, getattr(self, name)))
+        options = {name: state_dict.get(name, getattr(self, name)) for name in _OPTIONS}
+        check_policy_options(**options)
+        self.__dict__.update(options, _count=state_dict["count"])
         self._watch()
 
     def _start(self) -> None:

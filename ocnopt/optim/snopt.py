@@ -39,12 +39,15 @@ from ocnopt.optim.checks import (
     Block,
     check_fields,
     check_gradients,
+    check_groups,
     check_known,
     check_not_parallel,
     check_one_process,
     check_state,
     find_blocks,
     is_live,
+    not_a_group,
+    read_groups,
     warn_first_order,
     warn_unseen,
 )
@@ -66,7 +69,8 @@ class SNOpt(torch.optim.Optimizer):
             ``adjoint="discrete"`` or ``"continuous"``.
         lr: learning rate; 0.01 is a good start.
         param_groups: parameters to train with options of their own, as in every torch optimiser; all of the model's
-            trainable parameters if left out. A layer takes its damping from the group of its weight.
+            parameters if left out, frozen ones as soon as they are set free. A layer takes its damping from the group
+            of its weight.
         momentum: mu, of the running mean of gradients.
         weight_decay: gamma of the term (gamma/2) |p|^2 added to the loss.
         damping: relative to the mean of the second moments, which is the trace of the curvature over its size.
@@ -101,7 +105,7 @@ class SNOpt(torch.optim.Optimizer):
         model: nn.Module | Any,
         lr: float | Any,
         *,
-        param_groups: Iterable[dict[str, Any]] | None = None,
+        param_groups: Iterable[dict[str, Any]] | Any | None = None,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         damping: float = 1e-3,
@@ -120,9 +124,11 @@ class SNOpt(torch.optim.Optimizer):
         self._unseen: set[str] = set()
         self._handles: list[RemovableHandle] = []
         self._is_ready = False
-        groups = [*param_groups] if param_groups is not None else [{"params": [*filter(is_live, model.parameters())]}]
+        # All parameters: one that is frozen gets no gradient, and takes part once it is set free.
+        groups = [{"params": model.parameters()}] if param_groups is None else read_groups(param_groups)
         options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "damping": damping}
         super().__init__(groups, options)
+        check_groups(self.param_groups)
         self._start()
         warn_first_order([model] if everywhere else self._odes, self._blocks, self._trained)
 
@@ -141,7 +147,10 @@ class SNOpt(torch.optim.Optimizer):
         Raises:
             ProblemError: an option is out of range, or a parameter is not one of the model's.
         """
-        super().add_param_group(param_group)
+        try:
+            super().add_param_group(param_group)
+        except (KeyError, TypeError) as error:
+            raise not_a_group(param_group, error) from error
         group = self.param_groups.pop()
         check_options(group)
         check_known(group["params"], self._names())
@@ -165,7 +174,7 @@ class SNOpt(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        check_gradients(((name, parameter) for parameter, name in self._trained.items()), self._step_count)
+        check_gradients(((name, p) for p, name in self._trained.items() if is_live(p)), self._step_count)
         device = next((parameter.device.type for parameter in self._trained), "cpu")
         with torch.autocast(device, enabled=False):
             self._update()
@@ -256,7 +265,7 @@ class SNOpt(torch.optim.Optimizer):
         gradients: dict[Tensor, Tensor] = {}
         momenta: dict[Tensor, Tensor] = {}
         for group in self.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            parameters = [p for p in group["params"] if p.grad is not None and is_live(p)]
             found = [parameter.grad.to(working_dtype(parameter)) for parameter in parameters]
             if group["weight_decay"] and parameters:
                 weights = [parameter.to(gradient) for parameter, gradient in zip(parameters, found, strict=True)]
@@ -284,7 +293,8 @@ class SNOpt(torch.optim.Optimizer):
         """A new eigenbasis for a layer, if samples came."""
         state = self.state[block.weight]
         if samples is None:
-            if "moments" not in state and block.name not in self._unseen:
+            received = block.weight.grad is not None and bool(block.weight.grad.any())  # not so for an empty batch
+            if "moments" not in state and received and block.name not in self._unseen:
                 self._unseen.add(block.name)
                 warn_unseen(block.name)
             return

@@ -6,6 +6,7 @@ from torch.nn import functional
 
 from ocnopt import linearise
 from ocnopt.differential.stretches import Packing
+from ocnopt.errors import ProblemError
 from tests.oracles.compare import assert_close
 
 B, D, N, Q = 4, 3, 2, 5
@@ -162,6 +163,17 @@ def test_ordinary_operations(name):
     C, _, _ = second(function, X, randn(Q), randn(Q), per_sample=False)
     H = torch.autograd.functional.hessian(lambda X: function(X, randn(Q)).sum(), X)
     assert_close(C[:, 1:, 1:], H[range(B), :, range(B)], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("op", [functional.hardsigmoid, lambda X: torch.cdist(X, torch.ones(2, D).to(X))])
+def test_operations_without_a_second_derivative_are_named(op):
+    X = randn(B, D).requires_grad_()
+    (slope,) = linearise.gradient(op(X).square(), (X,), create_graph=True)
+    for derive in (linearise.gradient, linearise.jacobian):
+        with pytest.raises(
+            ProblemError, match=r"cannot differentiate twice \(.*_backward.*\); expected those that it can"
+        ):
+            derive(slope, (X,))
 
 
 def test_packing_there_and_back():

@@ -179,7 +179,7 @@ def test_times_must_run_in_one_direction():
 
 
 def test_tolerances_must_make_sense():
-    with pytest.raises(ProblemError, match="expected two tolerances >= 0, not both zero"):
+    with pytest.raises(ProblemError, match="expected two finite tolerances >= 0, not both zero"):
         adaptive.integrate(pendulum, start(2), (0.0, 1.0), rtol=0.0, atol=0.0)
 
 

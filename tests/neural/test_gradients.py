@@ -23,6 +23,19 @@ ROUTES = [
 ]
 
 
+@pytest.mark.parametrize("adjoint", ["discrete", "continuous", "backprop"])
+@pytest.mark.parametrize(("method", "steps"), [("dopri5", None), ("bosh3", None), ("rk4", 4), ("dopri8", None)])
+def test_an_empty_batch(method, steps, adjoint):
+    if method == "dopri8":
+        pytest.importorskip("torchdiffeq")
+    ode, x = NeuralODE(Tanh(), method=method, steps=steps, adjoint=adjoint), start(0, 3).requires_grad_()
+    y = ode(x, [0.0, 0.5, 1.0])
+    assert y.shape == (3, 0, 3)
+    y.sum().backward()
+    assert x.grad.shape == (0, 3)
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in ode.parameters())
+
+
 class Watcher:
     """An observer that only counts."""
 

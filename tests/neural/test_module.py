@@ -178,6 +178,21 @@ def test_the_field_must_be_a_module():
         NeuralODE(lambda t, x: x)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rtol": float("inf")}, "rtol is inf; expected a finite number >= 0"),
+        ({"atol": float("nan")}, "atol is nan; expected a finite number >= 0"),
+        ({"max_evaluations": float("nan")}, "max_evaluations is nan; expected a whole number of at least 1"),
+        ({"adjoint_params": [1]}, "adjoint_params holds int; expected tensors, or a function"),
+        ({"adjoint_params": lambda: None}, "adjoint_params holds NoneType; expected tensors"),
+    ],
+)
+def test_wrong_options(options, message):
+    with pytest.raises(ProblemError, match=message):
+        NeuralODE(Tanh(), **options)(start(4, 3))
+
+
 @pytest.mark.parametrize("budget", [None, -1, 1.5, "1", True, float("nan")])
 def test_a_budget_is_a_number_of_bytes(budget):
     with pytest.raises(ProblemError, match=r"checkpoint_bytes is .*; expected a whole number of bytes"):
@@ -279,6 +294,23 @@ def test_states_of_the_wrong_kind():
         NeuralODE(Tanh())(torch.ones(2, 3, dtype=torch.int64))
     with pytest.raises(ProblemError, match="parts of the state differ: .*float32.*float64"):
         NeuralODE(Tanh())((torch.ones(2), torch.ones(2, dtype=torch.float64)))
+    with pytest.raises(ProblemError, match=r"the state holds a tensor of torch.complex64; .*torch.view_as_real"):
+        NeuralODE(Tanh())(torch.ones(2, 3, dtype=torch.complex64))
+
+
+@pytest.mark.parametrize("adjoint", ["discrete", "continuous", "backprop"])
+def test_dtypes_of_state_and_field(adjoint):
+    ode, x = NeuralODE(Tanh().float(), adjoint=adjoint), start(4, 3)
+    with pytest.raises(
+        ProblemError, match=r"of torch.float32 failed on a state of torch.float64 .*x.to\(torch.float32"
+    ):
+        ode(x)
+    with pytest.raises(ProblemError, match=r"field returned a tensor of torch.complex128 .*expected a real one"):
+        NeuralODE(Plain(lambda t, x: 1j * x), adjoint=adjoint)(x)
+    # torch promotes where a field is elementwise
+    assert (
+        NeuralODE(Plain(lambda t, x: -ode.field.outer.bias.detach() * x), adjoint=adjoint)(x.detach()).dtype == x.dtype
+    )
 
 
 @pytest.mark.parametrize(

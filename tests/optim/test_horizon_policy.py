@@ -200,6 +200,14 @@ def test_resuming_gives_an_unbroken_run_bit_for_bit():
     assert torch.equal(again[0].field.theta, unbroken[0].field.theta)
 
 
+def test_an_empty_batch_leaves_T_to_the_penalty():
+    for penalty, expected in ((0.0, 1.0), (0.5, 0.5)):
+        ode, policy = make(rule="adjoint", penalty=penalty)
+        ode(torch.ones(0, 2)).sum().backward()
+        policy.step()
+        assert float(ode.T) == expected
+
+
 def test_one_sample_without_a_batch_axis():
     (alone, one), (batch, other) = make(penalty=0.3), make(penalty=0.3)
     x, w = torch.randn(2), torch.tensor([0.7, -0.4])
@@ -258,6 +266,9 @@ def test_wrong_modules():
         policy.load_state_dict({"state": 1})
     with pytest.raises(ProblemError, match=r"the state holds \['count', 'momentum'\]; expected the 'count'"):
         policy.load_state_dict({"count": 1, "momentum": 2})
+    with pytest.raises(ProblemError, match="rule is 'foo'; expected 'feedback' or 'adjoint'"):
+        policy.load_state_dict({**policy.state_dict(), "count": 7, "rule": "foo"})
+    assert policy.state_dict()["count"] == 0
 
 
 def test_its_options_come_back_with_its_state():

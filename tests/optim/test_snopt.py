@@ -202,6 +202,23 @@ def test_a_part_frozen_on_the_way_stays(frozen):
     assert torch.equal(getattr(layer, frozen), before)
 
 
+def test_a_layer_that_was_frozen_at_construction_trains_once_it_is_set_free():
+    model, x = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)), torch.randn(4, 3)
+    model[1].requires_grad_(False)
+    optimizer = SNOpt(model, 0.01, refresh_every=1)
+    backward(model, x)
+    model[1].weight.grad = torch.ones(2, 2)  # left over from before
+    before = copy.deepcopy(model)
+    optimizer.step()
+    assert torch.equal(model[1].weight, before[1].weight)
+    model[1].requires_grad_(True)
+    for _ in range(2):
+        backward(model, x)
+        optimizer.step()
+    assert not torch.equal(model[1].weight, before[1].weight)
+    assert "moments" in optimizer.state[model[1].weight]
+
+
 def test_a_frozen_layer_inside_a_field_is_left_alone():
     model, x = Net(), torch.randn(3, 2, 5, 5)
     model.ode.field.requires_grad_(False)
@@ -272,6 +289,15 @@ def test_a_layer_that_is_never_called_gets_the_first_order_update_and_a_warning(
     backward(model, x)
     optimizer.step()
     assert "moments" in optimizer.state[model.inner.weight]
+
+
+def test_an_empty_batch_moves_nothing_and_warns_of_nothing():
+    model = Net(adjoint="continuous", method="dopri5", steps=None)
+    optimizer, before = quiet(model), copy.deepcopy(model.state_dict())
+    optimizer.zero_grad()
+    model(torch.ones(0, 2, 5, 5)).sum().backward()
+    optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_nothing_watches_an_ordinary_iteration():

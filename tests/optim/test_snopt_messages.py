@@ -80,11 +80,16 @@ def test_a_step_without_gradients_does_nothing():
             r"a tensor of shape \(2,\) that is no parameter",
         ),
         ({"param_groups": [{"params": [], "lr": -2.0}]}, r"lr is -2.0"),
+        ({"param_groups": [{"foo": 1}]}, r"a dictionary with \['foo'\], .* expected parameters .*model.head"),
+        ({"param_groups": ["a"]}, r"can only optimize Tensors, but one of the params is str\); expected parameters"),
+        ({"param_groups": 5}, r"one of the params is int\); expected parameters of the model"),
+        ({"param_groups": {"params": ()}}, r"param_groups holds no parameter; expected one at least"),
+        ({"param_groups": []}, r"param_groups holds no parameter; expected one at least"),
     ],
 )
 def test_wrong_arguments(options, message):
     layer = nn.Linear(3, 2)
-    if "param_groups" in options and not options["param_groups"][0]["params"]:
+    if "lr is -2.0" in message:
         options["param_groups"][0]["params"] = [layer.weight]
     with pytest.raises(ProblemError, match=message):
         SNOpt(layer, **{"lr": 0.01, **options})
