@@ -17,6 +17,7 @@ from ocnopt.ocp import OCP as OCP
 from ocnopt.ocp import FreeHorizon as FreeHorizon
 from ocnopt.ocp import Horizon as Horizon
 from ocnopt.optim.horizon_policy import HorizonPolicy as HorizonPolicy
+from ocnopt.optim.ocnopt import OCNOpt as OCNOpt
 from ocnopt.optim.snopt import SNOpt as SNOpt
 from ocnopt.solvers import Comparison as Comparison
 from ocnopt.solvers import Solution as Solution

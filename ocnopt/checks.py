@@ -28,6 +28,8 @@ _OPTIMISER_RANGES = {
     "momentum": "a number in [0, 1)",
     "weight_decay": "a number >= 0",
     "damping": "a number >= 0",
+    "decay": "a number in [0, 1)",
+    "eps": "a number >= 0",
 }
 
 
@@ -345,7 +347,8 @@ def solver_options(
 def check_options(group: Mapping[str, Any]) -> None:
     """Refuse options of a parameter group that are out of range."""
     for name, expected in _OPTIMISER_RANGES.items():
-        check_number(name, group[name], expected, below=1.0 if name == "momentum" else math.inf)
+        if name in group:
+            check_number(name, group[name], expected, below=1.0 if expected.endswith("1)") else math.inf)
 
 
 def listed(names: Sequence[str]) -> str:

@@ -132,6 +132,44 @@ def check_groups(groups: Iterable[Mapping[str, Any]]) -> None:
         )
 
 
+def check_game(model: nn.Module, feedback: bool, form: str, tikhonov: float) -> None:
+    """Refuse a compiled model, and options that would say nothing."""
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise ProblemError(
+            "the model is compiled, so that its layers cannot be seen at work; expected the module itself: "
+            "OCNOpt(model, lr), without torch.compile"
+        )
+    if tikhonov and form != "sample":
+        raise ProblemError(
+            f'tikhonov={tikhonov} met form={form!r}; expected form="sample", the published one that it belongs to, '
+            "or tikhonov=0"
+        )
+    if not isinstance(feedback, bool):
+        raise ProblemError(f"feedback is {feedback!r}; expected True or False")
+
+
+def check_tapes(tapes: Sequence[Any]) -> None:
+    """Refuse forward passes before one step that took different ways through the model."""
+    first = tapes[0]
+    for tape in tapes[1:]:
+        same = [(call.function, call.inputs) for call in tape.calls] == [(c.function, c.inputs) for c in first.calls]
+        if not same or [shape[1:] for shape in tape.shapes] != [shape[1:] for shape in first.shapes]:
+            raise ProblemError(
+                f"{len(tapes)} forward passes before one step took different ways through the model "
+                f"({len(first.calls)} operations in the first, {len(tape.calls)} in another, or states of other "
+                "shapes); expected equal ones: call step() after each, or use feedback=False"
+            )
+
+
+def warn_alone(names: Sequence[str]) -> None:
+    """Name parameters that take no part in the game."""
+    warnings.warn(
+        "OCNOpt feeds back through linear layers, convolutions and normalisations that are used once in a forward "
+        f"pass; these parameters are used otherwise and take the plain step of the first-order method: {listed(names)}",
+        stacklevel=6,
+    )
+
+
 def check_fields(odes: Sequence[NeuralODE]) -> None:
     """Refuse ``everywhere=False`` where nothing would be preconditioned."""
     if not odes:

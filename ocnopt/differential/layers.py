@@ -1,0 +1,278 @@
+r"""Layers of a network as links of a path: the step of the sweep when all samples share one control.
+
+Stack the samples' states. Layer t maps them by x' = f(x, u) with one u, its weights. Along the costates p_i = dL/dx_i
+the cost-to-go is kept as columns, P with p_i in the rows of sample i,
+
+    V_x = P v,   V_xx = P S P^T,   at the end   v = 1,  S diagonal
+
+(:func:`terminal`). A pull takes p_i through f_x and gives the weights' gradients of the single samples, the columns of
+P_u: all of that is one back-propagation. With the metric M of a first-order method as the proximal cost 1/2 du^T M du,
+N = P_u^T M^-1 P_u (samples x samples) and s_i = p_i . dx_i, minimising u out is exact in the span of P:
+
+    du = -M^-1 P_u w,    w = v + S s,    [v  S] = (I + S' N)^-1 [v'  S']
+
+since (M + P_u S' P_u^T)^-1 P_u = M^-1 P_u (I + S' N)^-1. Without cost along the path nothing else changes S and v, so
+on a graph P runs over the cut, the edges that lead on, and joints (additions, concatenations) need no step.
+
+Layers that act on the same states at the same time are players of a game:
+
+    cooperative   one after the other, each sees what those before it did: the joint minimum
+    feedback      each by its own (I + S' N_j)^-1; V is then that of their joint move
+    open_loop     nobody expects the others to react: w = (I + S' N_j)^-1 v', V as at the end
+
+``sample`` is the step as published: M replaces Q_uu, samples do not meet, n_i = N_ii:
+
+    w = v' + S' s,   v = (1 - S' n) v',   S = (1 - S' n) S',   the bracket within [0, 1]
+
+Shapes: v ``(B,)``, S = R R^T with R ``(B, B)``, for ``sample`` a diagonal ``(B,)``.
+
+Sources: Liu, Chen, Theodorou, DDPNOpt (arXiv 2002.08809); Chen, Liu, Theodorou, DGNOpt (2105.03788); OCNOpt
+(2510.14168). The form over the batch is Woodbury's
+identity applied to the Bellman step of the stacked samples.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, reduce
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+# How many numbers of per-sample gradients are kept or weighed at once.
+_MANY = 2**24
+
+
+class CostToGo(NamedTuple):
+    """V in the span of the costates, S = R R^T; R is a diagonal ``(B,)`` where samples do not meet.
+
+    As the readout of a player, what it answers to: w = v + S s.
+    """
+
+    v: Tensor
+    R: Tensor
+
+    def weights(self, s: Tensor | None) -> Tensor:
+        """The weight w of each sample's gradient; None is no change."""
+        if s is None:
+            return self.v
+        return self.v + (self.R @ (self.R.mT @ s) if self.R.ndim == 2 else self.R.square() * s)
+
+
+Readouts = list[CostToGo]
+
+
+@runtime_checkable
+class Metric(Protocol):
+    """M of one layer."""
+
+    def gram(self, gradients: "Gradients") -> Tensor:
+        """N ``(B, B)``."""
+
+    def squares(self, gradients: "Gradients") -> Tensor:
+        """The diagonal of N ``(B,)``."""
+
+
+Group = Sequence[Tensor]  # N of each player
+
+
+def cooperative(group: Group, value: CostToGo) -> tuple[CostToGo, Readouts]:
+    """The joint minimum; the last player is minimised out first."""
+    readouts = []
+    for N in reversed(group):
+        value = _minimised(N, value)
+        readouts.append(value)
+    return value, readouts[::-1]
+
+
+def feedback(group: Group, value: CostToGo) -> tuple[CostToGo, Readouts]:
+    """Each player against V' alone, and V under their joint move."""
+    if len(group) == 1:
+        return cooperative(group, value)
+    readouts = [_minimised(N, value) for N in group]
+    own = [(N, readout.v, readout.R @ readout.R.mT) for N, readout in zip(group, readouts, strict=True)]
+    # s' = s - sum_j N_j (v_j + S_j s), at the price 1/2 sum_j w_j^T N_j w_j
+    stays = torch.diag(torch.ones_like(value.v)) - sum(N @ S for N, _, S in own)
+    back, ahead = value.R.mT @ stays, value.v - value.R @ (value.R.mT @ sum(N @ v for N, v, _ in own))
+    S = back.mT @ back + sum(S @ N @ S for N, _, S in own)
+    v = stays.mT @ ahead + sum(S @ (N @ v) for N, v, S in own)
+    values, vectors = torch.linalg.eigh(S)
+    return CostToGo(v, vectors * values.clamp(min=0.0).sqrt()), readouts
+
+
+def open_loop(group: Group, value: CostToGo) -> tuple[CostToGo, Readouts]:
+    """Each player alone, without feedback."""
+    return value, [CostToGo(_minimised(N, value).v, torch.zeros_like(value.v)) for N in group]
+
+
+def sample(group: Group, value: CostToGo) -> tuple[CostToGo, Readouts]:
+    """The published step; N are the diagonals, and players are taken one after the other."""
+    readouts = []
+    for n in reversed(group):
+        readouts.append(value)
+        left = (1.0 - value.R.square() * n).clamp(0.0, 1.0)
+        value = CostToGo(left * value.v, left.sqrt() * value.R)
+    return value, readouts[::-1]
+
+
+def _minimised(N: Tensor, value: CostToGo) -> CostToGo:
+    """(I + S N)^-1 [v  S] with S = R R^T: R (I + R^T N R)^-1 R^T is again of that form."""
+    v, R = value
+    matrix = R.mT @ N @ R
+    matrix.diagonal().add_(1.0)
+    R = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(matrix)[0], R.mT, upper=False).mT
+    return CostToGo(torch.addmv(v, R, R.mT @ (N @ v), alpha=-1.0), R)
+
+
+@dataclass
+class Gradients:
+    """The weights' gradients of the single samples at one layer: g_i z_i^T, or one tensor for each parameter.
+
+    Args:
+        z: inputs ``(B, a)``, without the 1 of the bias; None where ``of`` holds the gradients.
+        g: costates at the outputs ``(B, b)``.
+        bias: whether there is one to train.
+        weight: whether the weight is trained.
+        of: the gradients ``(B, *shape)`` of each parameter.
+    """
+
+    z: Tensor | None = None
+    g: Tensor | None = None
+    bias: bool = False
+    weight: bool = True
+    of: Sequence[Tensor] = ()
+
+    @cached_property
+    def rows(self) -> Sequence[Tensor]:
+        """The gradients ``(B, *shape)``, spelt out."""
+        if self.z is None or self.g is None:
+            return self.of
+        weight = [self.g[:, :, None] * self.z[:, None, :]] if self.weight else []
+        return [*weight, *([self.g] if self.bias else [])]
+
+    @property
+    def factored(self) -> tuple[Tensor, Tensor] | None:
+        """z and g, where every gradient is their outer product."""
+        return None if self.z is None or self.g is None else (self.z, self.g)
+
+    @property
+    def size(self) -> int:
+        """How many numbers ``rows`` holds."""
+        if self.z is None or self.g is None:
+            return sum(rows.numel() for rows in self.of)
+        return self.g.shape[0] * self.g.shape[1] * (self.z.shape[1] + 1)
+
+    def weighted(self, w: Tensor) -> list[Tensor]:
+        """sum_i w_i times the gradient of sample i, for each trained parameter."""
+        if self.z is None or self.g is None:
+            return [(w.to(rows) @ rows.flatten(1)).reshape(rows.shape[1:]) for rows in self.of]
+        g = self.g * w.to(self.g)[:, None]
+        return [*([g.mT @ self.z] if self.weight else []), *([g.sum(0)] if self.bias else [])]
+
+
+def together(parts: Sequence[Gradients]) -> Gradients:
+    """The samples of several passes as one batch."""
+    first = parts[0]
+    if first.z is None or first.g is None:
+        return Gradients(of=[torch.cat(rows) for rows in zip(*(part.of for part in parts), strict=True)])
+    z, g = ([part.z for part in parts if part.z is not None], [part.g for part in parts if part.g is not None])
+    return Gradients(torch.cat(z), torch.cat(g), first.bias, first.weight)
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """M = I / scale."""
+
+    scale: float
+
+    def gram(self, gradients: Gradients) -> Tensor:
+        """N ``(B, B)``."""
+        if gradients.factored is None:
+            return self.scale * _sum(rows.flatten(1) @ rows.flatten(1).mT for rows in gradients.rows)
+        z, g = gradients.factored
+        return (g @ g.mT) * _inputs(z @ z.mT, gradients, self.scale)
+
+    def squares(self, gradients: Gradients) -> Tensor:
+        """The diagonal of N ``(B,)``."""
+        if gradients.factored is None:
+            return self.scale * _sum(rows.flatten(1).square().sum(1) for rows in gradients.rows)
+        z, g = gradients.factored
+        return g.square().sum(1) * _inputs(z.square().sum(1), gradients, self.scale)
+
+
+@dataclass(frozen=True)
+class Diagonal:
+    """M = 1 / scale, entry by entry: one tensor for each trained parameter.
+
+    Where single gradients would fill too much memory, the scale of a matrix counts as the outer product of its means.
+    """
+
+    scales: Sequence[Tensor]
+
+    def gram(self, gradients: Gradients) -> Tensor:
+        """N ``(B, B)``."""
+        factored = gradients.factored
+        if factored is None or gradients.size <= _MANY // 64:
+            pairs = zip(gradients.rows, self.scales, strict=True)
+            return _sum((rows * scale).flatten(1) @ rows.flatten(1).mT for rows, scale in pairs)
+        z, g = factored
+        N = torch.zeros_like(g @ g.mT)
+        if gradients.weight:
+            down, across = self._means()
+            N = ((g * down) @ g.mT) * ((z * across) @ z.mT)
+        return N + (g * self.scales[-1]) @ g.mT if gradients.bias else N
+
+    def squares(self, gradients: Gradients) -> Tensor:
+        """The diagonal of N ``(B,)``."""
+        factored = gradients.factored
+        if factored is None:
+            pairs = zip(gradients.rows, self.scales, strict=True)
+            return _sum((rows.square() * scale).flatten(1).sum(1) for rows, scale in pairs)
+        z, g = factored
+        n = ((g.square() @ self.scales[0]) * z.square()).sum(1) if gradients.weight else torch.zeros_like(g[:, 0])
+        return n + (g.square() * self.scales[-1]).sum(1) if gradients.bias else n
+
+    def _means(self) -> tuple[Tensor, Tensor]:
+        scale = self.scales[0]
+        down = scale.mean(1)
+        return down, scale.mean(0) / down.mean()
+
+
+@dataclass(frozen=True)
+class Factored:
+    """M^-1 = scale B^-1 (X) A^-1, with the bias as the last input: the metric of Kronecker factors."""
+
+    scale: float
+    inputs: Tensor
+    outputs: Tensor
+
+    def gram(self, gradients: Gradients) -> Tensor:
+        """N ``(B, B)``."""
+        if gradients.factored is None:
+            rows = joined(gradients.rows)
+            return self.scale * (self.outputs @ rows @ self.inputs).flatten(1) @ rows.flatten(1).mT
+        z, g = gradients.factored
+        z = functional.pad(z, (0, 1), value=1.0) if gradients.bias else z
+        return self.scale * ((g @ self.outputs) @ g.mT) * ((z @ self.inputs) @ z.mT)
+
+    def squares(self, gradients: Gradients) -> Tensor:
+        """The diagonal of N ``(B,)``."""
+        return self.gram(gradients).diagonal()
+
+
+def joined(rows: Sequence[Tensor]) -> Tensor:
+    """Weight and bias ``(..., b, *), (..., b)`` as one matrix ``(..., b, a)``, for rows of a leading axis."""
+    weight = rows[0].flatten(2)
+    return weight if len(rows) == 1 else torch.cat([weight, rows[1][..., None]], dim=-1)
+
+
+def _sum(terms: Iterable[Tensor]) -> Tensor:
+    return reduce(torch.add, terms)
+
+
+def _inputs(products: Tensor, gradients: Gradients, scale: float) -> Tensor:
+    """Products of inputs, with the 1 of the bias."""
+    if not gradients.weight:
+        return torch.full_like(products, scale)
+    return products.mul_(scale).add_(scale) if gradients.bias else products.mul_(scale)

@@ -1,0 +1,169 @@
+"""First-order methods as metrics: M, in whose units a layer's step is measured, and the update that it makes.
+
+Each update is that of a well-known optimiser, to the last bit: ``identity`` stochastic gradient descent with momentum,
+``adaptive`` Adam with betas (momentum, decay), so RMSprop with bias correction for momentum 0. ``kronecker`` is KFAC
+in the reduce form of :mod:`ocnopt.differential.kronecker`, for linear layers and convolutions: running means A of
+inputs and B of output gradients, step lr B^-1 G A^-1; every other parameter moves as under ``identity``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from ocnopt.differential.kronecker import Layer, gradient_samples, input_samples, working_dtype
+from ocnopt.differential.layers import Diagonal, Factored, Metric, Scaled
+
+Options = dict[str, Any]
+REFRESH = 10  # steps from one inverse of the Kronecker factors to the next
+
+
+@dataclass
+class Block:
+    """Parameters that move together, weight first, with their states and options.
+
+    ``seen`` are a layer and its inputs and costates, of one sample's loss each, for those who ask for factors.
+    """
+
+    name: str
+    parameters: Sequence[Tensor]
+    states: Sequence[dict[str, Any]]
+    options: Options
+    gradients: Sequence[Tensor]
+    seen: tuple[Layer, Tensor, Tensor] | None = None
+
+
+@runtime_checkable
+class Base(Protocol):
+    """A first-order method, split into what it learns from gradients and what it does with those of a step."""
+
+    def observe(self, block: Block) -> None:
+        """Take what the block saw into the statistics."""
+
+    def metric(self, block: Block) -> Metric:
+        """M of the block, learning rate included."""
+
+    def move(self, block: Block, gradients: Sequence[Tensor]) -> None:
+        """Update the parameters."""
+
+
+class Identity:
+    """``torch.optim.SGD``."""
+
+    def observe(self, block: Block) -> None:
+        """Nothing to learn."""
+
+    def metric(self, block: Block) -> Metric:
+        """M = I / lr."""
+        return Scaled(float(block.options["lr"]))
+
+    def move(self, block: Block, gradients: Sequence[Tensor]) -> None:
+        """v <- momentum v + g, x <- x - lr v."""
+        for parameter, state, gradient in zip(block.parameters, block.states, gradients, strict=True):
+            velocity = _accumulated(state, _decayed(parameter, gradient, block.options), block.options["momentum"])
+            parameter.add_(velocity, alpha=-float(block.options["lr"]))
+
+
+class Adaptive:
+    """``torch.optim.Adam``."""
+
+    def observe(self, block: Block) -> None:
+        """The running mean of squares."""
+        decay = block.options["decay"]
+        for parameter, state, gradient in zip(block.parameters, block.states, block.gradients, strict=True):
+            if "step" not in state:
+                state["step"] = 0
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+            state["step"] += 1
+            seen = _decayed(parameter, gradient, block.options)
+            state["exp_avg_sq"].mul_(decay).addcmul_(seen, seen, value=1 - decay)
+
+    def metric(self, block: Block) -> Metric:
+        """M = diag(sqrt(E[g^2])) / lr."""
+        lr = float(block.options["lr"])
+        return Diagonal([lr / self._size(state, block.options) for state in block.states])
+
+    def move(self, block: Block, gradients: Sequence[Tensor]) -> None:
+        """x <- x - lr E[g] / sqrt(E[g^2])."""
+        momentum, lr = block.options["momentum"], float(block.options["lr"])
+        for parameter, state, gradient in zip(block.parameters, block.states, gradients, strict=True):
+            state["exp_avg"].lerp_(_decayed(parameter, gradient, block.options), 1 - momentum)
+            size = self._size(state, block.options)
+            parameter.addcdiv_(state["exp_avg"], size, value=-lr / (1 - momentum ** state["step"]))
+
+    def _size(self, state: dict[str, Any], options: Options) -> Tensor:
+        correction = (1 - options["decay"] ** state["step"]) ** 0.5
+        return (state["exp_avg_sq"].sqrt() / correction).add_(options["eps"])
+
+
+class Kronecker:
+    """KFAC; damping is relative to the mean eigenvalue of each factor."""
+
+    def observe(self, block: Block) -> None:
+        """The running means of the factors, and from time to time their inverses."""
+        if block.seen is None:
+            return
+        (layer, z, g), state, options = block.seen, block.states[0], block.options
+        inputs, outputs = input_samples(layer, z, bias=len(block.parameters) > 1), gradient_samples(layer, g)
+        means = [samples.mT @ samples / samples.shape[1] for samples in (inputs, outputs)]
+        count = state["count"] = state.get("count", 0) + 1
+        decay = min(1 - 1 / count, options["decay"])
+        for name, mean in zip(("inputs", "outputs"), means, strict=True):
+            state[name] = state[name].lerp_(mean, 1 - decay) if name in state else mean
+        if count % REFRESH == 1:
+            for name in ("inputs", "outputs"):
+                state[f"{name}_inverse"] = _inverse(state[name], options["damping"])
+
+    def metric(self, block: Block) -> Metric:
+        """M = B (X) A / lr, damped."""
+        state = block.states[0]
+        if "inputs_inverse" not in state:
+            return Scaled(float(block.options["lr"]))
+        return Factored(float(block.options["lr"]), state["inputs_inverse"], state["outputs_inverse"])
+
+    def move(self, block: Block, gradients: Sequence[Tensor]) -> None:
+        """v <- momentum v + G, W <- W - lr B^-1 v A^-1."""
+        lr, state = float(block.options["lr"]), block.states[0]
+        if "inputs_inverse" not in state:
+            return Identity().move(block, gradients)
+        found = [
+            _accumulated(own, _decayed(parameter, gradient, block.options), block.options["momentum"])
+            for parameter, own, gradient in zip(block.parameters, block.states, gradients, strict=True)
+        ]
+        groups, inputs = len(state["inputs"]), block.parameters[0][0].numel()
+        matrix = found[0].reshape(groups, -1, inputs)
+        if len(found) > 1:
+            matrix = torch.cat([matrix, found[1].reshape(groups, -1, 1)], dim=-1)
+        step = state["outputs_inverse"] @ matrix.to(working_dtype(matrix)) @ state["inputs_inverse"]
+        parts = (step[..., :inputs], step[..., inputs:])
+        for parameter, part in zip(block.parameters, parts, strict=False):
+            parameter.add_(part.reshape(parameter.shape).to(parameter.dtype), alpha=-lr)
+        return None
+
+
+BASES: dict[str, type[Base]] = {"identity": Identity, "adaptive": Adaptive, "kronecker": Kronecker}
+
+
+def _decayed(parameter: Tensor, gradient: Tensor, options: Options) -> Tensor:
+    return gradient.add(parameter, alpha=options["weight_decay"]) if options["weight_decay"] else gradient
+
+
+def _accumulated(state: dict[str, Any], gradient: Tensor, momentum: float) -> Tensor:
+    """v <- momentum v + g."""
+    if not momentum:
+        return gradient
+    velocity = state.get("momentum_buffer")
+    if velocity is None:
+        velocity = state["momentum_buffer"] = gradient.clone()
+        return velocity
+    return velocity.mul_(momentum).add_(gradient)
+
+
+def _inverse(factor: Tensor, damping: float) -> Tensor:
+    mean = factor.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    # a factor of nothing but zeros has nothing to say
+    scale = torch.where(mean > 0, mean, 1.0)
+    return torch.cholesky_inverse(torch.linalg.cholesky(factor + damping * scale * eye))

@@ -1,0 +1,326 @@
+r"""OCNOpt: layer-wise feedback for feed-forward, residual and inception networks, as a drop-in torch optimiser.
+
+The forward pass is recorded (:mod:`ocnopt.neural.tape`), the user's backward pass finds the costates, a sweep over the
+layers the cost-to-go in their span (:mod:`ocnopt.differential.layers`). Then the layers move from the first to the
+last (:mod:`ocnopt.optim.game`): each meets the states that the layers before it make by now, and answers to them,
+
+    du_t = -M^-1 sum_i w_i dL_i/du_t,    w = v_t + S_t s_t,    s_t,i = costate . change of state i,
+
+where w = 1 is the step of the first-order method whose metric is M (:mod:`ocnopt.optim.metrics`).
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ocnopt.checks import check_choice, check_model, check_number, check_options
+from ocnopt.differential.kronecker import is_gone, is_layer, release
+from ocnopt.neural.evaluation import Surroundings
+from ocnopt.neural.players import Plan, Player, plan, signature
+from ocnopt.neural.tape import Recorder, Tape
+from ocnopt.optim.checks import (
+    check_game,
+    check_gradients,
+    check_groups,
+    check_known,
+    check_not_parallel,
+    check_one_process,
+    check_tapes,
+    not_a_group,
+    read_groups,
+    warn_alone,
+)
+from ocnopt.optim.game import FORMS, GAMES, LOSSES, Game, Rules, Terminal, Turn, ends, gathered, play
+from ocnopt.optim.metrics import BASES, Block
+
+_PLANS = 64
+
+
+class OCNOpt(torch.optim.Optimizer):
+    """A first-order method whose layers answer to what the layers before them have just changed.
+
+    Args:
+        model: the module that is trained; its linear layers, convolutions and normalisations are the players. Its
+            forward pass may be any torch code: branches, skip connections, control flow, functional layers.
+        lr: learning rate, that of the first-order method; feedback bears larger ones.
+        curvature: the method whose metric M stands for the layers' own curvature: "identity" ``torch.optim.SGD``,
+            "adaptive" ``torch.optim.Adam``, "kronecker" KFAC in the reduce form.
+        feedback: False is that method itself, to the last bit.
+        game: how layers act that meet the same states (a residual branch and its projection, branches of an inception
+            block): "cooperative" they minimise jointly, "feedback" each answers to the past alone, "open_loop" none
+            reckons with the others and nothing is fed back, anywhere.
+        form: "batch": exact over the batch, in the span of the samples' costates; "sample": as published, sample by
+            sample with M in place of Q_uu; "gauss_newton": the joint step of all layers without a second pass.
+        terminal: the loss's curvature along its gradient, which the backward pass does not tell: "cross_entropy",
+            "binary_cross_entropy" (from logits), "squares" (``nn.MSELoss``), a function of the outputs x and the
+            samples' gradients p, both of the outputs' shape, that returns the Hessian of each sample's loss times p, or
+            "gradient", the published factor p p^T alone. "auto" recognises the first two by their gradients, and else
+            takes the last.
+        scale: the share of p p^T beside that curvature; 0.03 if left out, 1 where there is no other.
+        limit: the largest weight w of a sample; the smallest is 0.
+        tikhonov: eps of the published V_xx + eps I, for form="sample".
+        momentum: of the first-order method; beta_1 of Adam.
+        weight_decay: gamma of the term (gamma/2) |p|^2 added to the loss.
+        decay: of the running means of squares (Adam's beta_2) and of Kronecker factors.
+        eps: of Adam.
+        damping: of the Kronecker factors, relative to their mean eigenvalue.
+        reduction: "mean" or "sum": how the loss of one forward pass combines its samples.
+        param_groups: parameters to train with options of their own; all of the model's if left out.
+
+    Samples lie along the leading axis of everything that the players see. Parameters that are used twice, or by other
+    operations than those of the players, move by the plain step of the first-order method, and a warning names them
+    once. Several forward and backward passes before one step count as one batch; what ``zero_grad`` threw away is
+    forgotten. Gradients that were clipped, or that further terms of the loss have added, stay as they are: feedback is
+    added to them. Batch normalisation couples samples; the sum of their costates is exact, the single ones are not.
+
+    Attributes:
+        answers: for each player of the last step the weights v (without feedback) and w of its samples.
+
+    Raises:
+        ProblemError: an argument is wrong, the model cannot be recorded, or it is trained by several processes.
+
+    Source: Liu, Chen, Theodorou, DDPNOpt (arXiv 2002.08809), DGNOpt (2105.03788), OCNOpt (2510.14168).
+
+    >>> model = nn.Linear(1, 1, bias=False).double()
+    >>> _ = nn.init.constant_(model.weight, 1.0)
+    >>> optimizer = OCNOpt(model, lr=1.0, terminal="squares", scale=0.0)
+    >>> model(torch.ones(1, 1, dtype=torch.float64)).square().mean().backward()
+    >>> optimizer.step()
+    >>> print(f"{model.weight.item():.4f}")  # Gauss-Newton: w - 2 w / (1 / lr + 2)
+    0.3333
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float,
+        *,
+        curvature: str = "identity",
+        feedback: bool = True,
+        game: str = "cooperative",
+        form: str = "batch",
+        terminal: str | Terminal = "auto",
+        scale: float | None = None,
+        limit: float = 2.0,
+        tikhonov: float = 0.0,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        decay: float = 0.999,
+        eps: float = 1e-8,
+        damping: float = 1e-3,
+        reduction: str = "mean",
+        param_groups: Iterable[dict[str, Any]] | None = None,
+    ) -> None:
+        check_model(model)
+        check_not_parallel(model)
+        check_choice("curvature", curvature, tuple(BASES))
+        check_choice("game", game, tuple(GAMES))
+        check_choice("form", form, FORMS)
+        check_choice("reduction", reduction, ("mean", "sum"))
+        if not callable(terminal):
+            check_choice("terminal", terminal, ("auto", "gradient", *LOSSES))
+        check_game(model, feedback, form, tikhonov)
+        if scale is not None:
+            check_number("scale", scale, "a number >= 0")
+        check_number("limit", limit, "a number >= 1", above=1.0)
+        check_number("tikhonov", tikhonov, "a number >= 0")
+        self._model, self._curvature, self._feedback = model, curvature, feedback
+        self._rules = Rules(form, game, terminal, scale, float(limit), float(tikhonov), reduction == "mean")
+        options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "decay": decay, "eps": eps}
+        whole = [{"params": model.parameters()}]
+        super().__init__(whole if param_groups is None else read_groups(param_groups), {**options, "damping": damping})
+        check_groups(self.param_groups)
+        self._start()
+
+    def _start(self) -> None:
+        """Begin to record, for as long as this optimiser is used."""
+        self._base = BASES[self._curvature]()
+        self._tapes: list[Tape] = []
+        self.answers: dict[str, tuple[Tensor, Tensor]] = {}
+        self._plans: dict[object, Plan] = {}
+        self._named: set[str] = set()
+        self._handles: list[RemovableHandle] = []
+        weakref.finalize(self, release, self._handles)
+        if self._feedback or self._curvature == "kronecker":
+            watch = Watch(self)
+            self._handles.append(self._model.register_forward_pre_hook(watch.begin, with_kwargs=True))
+            self._handles.append(self._model.register_forward_hook(watch.end, always_call=True))
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("_model", "_curvature", "_feedback", "_rules")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_model" in state:  # a copy; torch also sets a part of the state when it loads one
+            self._start()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Train further parameters of the model.
+
+        Raises:
+            ProblemError: an option is out of range, or a parameter is not one of the model's.
+        """
+        try:
+            super().add_param_group(param_group)
+        except (KeyError, TypeError) as error:
+            raise not_a_group(param_group, error) from error
+        group = self.param_groups.pop()
+        check_options(group)
+        check_known(group["params"], {p: name for name, p in self._model.named_parameters()})
+        self.param_groups.append(group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Move the parameters.
+
+        Args:
+            closure: computes the loss again and calls backward; its value is returned.
+
+        Raises:
+            NonFiniteError: a gradient is NaN or infinite; parameters and state are those before the step.
+            ProblemError: a gradient is sparse, other processes run beside this one, or the passes before this step
+                took different ways through the model.
+        """
+        check_one_process()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        tapes, self._tapes = self._tapes, []
+        names: dict[Tensor, str] = {p: name for name, p in self._model.named_parameters()}
+        groups = {p: group for group in self.param_groups for p in group["params"] if p.grad is not None}
+        check_gradients(((names.get(p, "no longer in the model"), p) for p in groups), len(self.answers))
+        device = next((p.device.type for p in groups), "cpu")
+        with torch.autocast(device, enabled=False):
+            self._move([tape for tape in tapes if tape.has_gradients], groups, names)
+        return loss
+
+    def _move(self, tapes: list[Tape], groups: Mapping[Tensor, dict[str, Any]], names: Mapping[Tensor, str]) -> None:
+        game, blocks = None, []
+        if tapes:
+            read = self._plan(tapes[0])
+            check_tapes(tapes)
+            found = (self._turn(player, tapes, groups, names) for player in read.players)
+            game = Game(read, tapes, [turn for turn in found if turn is not None])
+            blocks = [turn.block for turn in game.turns]
+        taken = {id(parameter) for block in blocks for parameter in block.parameters}
+        alone = [self._block([p], groups, names) for p in groups if id(p) not in taken]
+        for block in (*blocks, *alone):
+            self._base.observe(block)
+        self.answers = {}
+        if game is None or not self._feedback:
+            for block in (*blocks, *alone):
+                self._base.move(block, block.gradients)
+            return
+        first = {id(p): i for i in reversed(range(len(tapes[0].calls))) for p in tapes[0].calls[i].parameters}
+        self._warn(alone, first)
+        for block in alone:
+            game.others.setdefault(first.get(id(block.parameters[0]), len(first)), []).append(block)
+        self.answers = play(game, self._rules, self._base)
+
+    def _turn(
+        self, player: Player, tapes: list[Tape], groups: Mapping[Tensor, dict[str, Any]], names: Mapping[Tensor, str]
+    ) -> Turn | None:
+        """A player with what it moves: the parameters that have a gradient and the options of the first of them."""
+        own = {name: p for name, p in player.parameters.items() if p in groups}
+        options = [groups[p] for p in own.values()]
+        if any(group is not options[0] for group in options):
+            own = {name: p for name, p in own.items() if groups[p] is options[0]}
+        if len(own) != len(player.parameters):
+            player = player._replace(parameters=own)
+        found = gathered(player, tapes) if own else None
+        if found is None:
+            return None
+        block = self._block([*own.values()], groups, names)
+        if self._curvature == "kronecker" and "weight" in own:
+            layer = next((m for m in self._model.modules() if is_layer(m) and m.weight is own["weight"]), None)
+            block.seen = None if layer is None else (layer, *ends(player, tapes, mean=self._rules.mean))
+        return Turn(player, block, found)
+
+    def _block(
+        self, parameters: list[Any], groups: Mapping[Tensor, dict[str, Any]], names: Mapping[Tensor, str]
+    ) -> Block:
+        name, states = names.get(parameters[0], "no longer in the model"), [self.state[p] for p in parameters]
+        return Block(name, parameters, states, groups[parameters[0]], [p.grad for p in parameters])
+
+    def _plan(self, tape: Tape) -> Plan:
+        key = signature(tape)
+        if key not in self._plans:
+            if len(self._plans) >= _PLANS:
+                self._plans.clear()
+            self._plans[key] = plan(tape)
+        return self._plans[key]
+
+    def _begin(self, tape: Tape) -> Recorder:
+        """A recorder for one forward pass, which does not keep this optimiser alive."""
+        weak = weakref.ref(self)
+
+        def arrived(tape: Tape) -> None:
+            optimizer = weak()
+            if optimizer is not None:
+                optimizer._arrive(tape)
+
+        return Recorder(tape, {id(p): p for group in self.param_groups for p in group["params"]}, arrived)
+
+    def _end(self, tape: Tape) -> None:
+        """A recording is complete: keep what a step needs."""
+        if tape.rows:
+            tape.keep(self._plan(tape).kept(tape))
+
+    def _arrive(self, tape: Tape) -> None:
+        """The first gradient has reached a tape."""
+        if self._tapes and all(is_gone(p.grad) for group in self.param_groups for p in group["params"]):
+            self._tapes = []
+        if tape.rows:
+            self._tapes.append(tape)
+
+    def _warn(self, alone: list[Block], used: Mapping[int, int]) -> None:
+        """Name once the parameters that were used outside of the game."""
+        found = [block.name for block in alone if id(block.parameters[0]) in used and block.name not in self._named]
+        if found:
+            self._named.update(found)
+            warn_alone(found)
+
+
+class Watch:
+    """Hooks of a model that do not keep its optimiser alive; a copy of the model leaves them behind."""
+
+    def __init__(self, optimizer: OCNOpt | None = None) -> None:
+        self._optimizer = None if optimizer is None else weakref.ref(optimizer)
+        self._running: list[tuple[Recorder, Tape] | None] = []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Watch, ()
+
+    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The forward pass begins: record it if gradients are wanted."""
+        optimizer = None if self._optimizer is None else self._optimizer()
+        if optimizer is None or not torch.is_grad_enabled() or any(self._running):
+            self._running.append(None)
+            return
+        given = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), torch.empty(0))
+        surroundings = Surroundings(model, given.device)
+        surroundings.note_buffers()
+        tape = Tape(surroundings)
+        recorder = optimizer._begin(tape)
+        recorder.begin((args, kwargs))
+        self._running.append((recorder, tape))
+        recorder.__enter__()
+
+    def end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """The forward pass is over, or has failed."""
+        running = self._running.pop() if self._running else None
+        if running is None:
+            return None
+        recorder, tape = running
+        recorder.__exit__(None, None, None)
+        result = recorder.end(output)
+        optimizer = None if self._optimizer is None else self._optimizer()
+        if optimizer is not None:
+            optimizer._end(tape)
+        return result
