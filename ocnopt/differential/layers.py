@@ -241,7 +241,10 @@ class Diagonal:
 
 @dataclass(frozen=True)
 class Factored:
-    """M^-1 = scale B^-1 (X) A^-1, with the bias as the last input: the metric of Kronecker factors."""
+    """M^-1 = scale B^-1 (X) A^-1, with the bias as the last input: the metric of Kronecker factors.
+
+    ``inputs`` is A^-1 ``(groups, a, a)``, ``outputs`` B^-1 ``(groups, b, b)``.
+    """
 
     scale: float
     inputs: Tensor
@@ -251,10 +254,11 @@ class Factored:
         """N ``(B, B)``."""
         if gradients.factored is None:
             rows = joined(gradients.rows)
+            rows = rows.reshape(len(rows), len(self.inputs), -1, rows.shape[-1])
             return self.scale * (self.outputs @ rows @ self.inputs).flatten(1) @ rows.flatten(1).mT
         z, g = gradients.factored
         z = functional.pad(z, (0, 1), value=1.0) if gradients.bias else z
-        return self.scale * ((g @ self.outputs) @ g.mT) * ((z @ self.inputs) @ z.mT)
+        return self.scale * ((g @ self.outputs[0]) @ g.mT) * ((z @ self.inputs[0]) @ z.mT)
 
     def squares(self, gradients: Gradients) -> Tensor:
         """The diagonal of N ``(B,)``."""

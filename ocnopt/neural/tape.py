@@ -273,7 +273,8 @@ class Replay:
             if felt is not None:
                 change = (self._new[slot] - self._tape.value(slot)).mul_(felt).flatten(1).sum(1)
                 total = change if total is None else total + change
-        return torch.zeros(self._tape.rows) if total is None else total
+        like = next(iter(self._tape.gradients.values()))
+        return like.new_zeros(self._tape.rows) if total is None else total
 
     def _is_executed(self, call: int) -> bool:
         return self._places[call] < self._next

@@ -165,8 +165,9 @@ def _end(tapes: Sequence[Tape], rules: Rules) -> CostToGo:
             bend = _bend(x.to(working), p.to(working), rules.terminal)
         if scale is None:
             scale = 1.0 if bend is None else SHARE
-        bend = torch.zeros(tape.rows) if bend is None else bend
-        factors.append((kappa * (bend + scale)).sqrt())
+        like = next(iter(tape.gradients.values()))
+        like = like.new_zeros(tape.rows, dtype=torch.promote_types(like.dtype, torch.float32))
+        factors.append((kappa * (like + scale if bend is None else bend + scale)).sqrt())
     R = torch.cat(factors)
     v = torch.ones_like(R)
     return CostToGo(v, R if rules.form == "sample" else torch.diag(R))

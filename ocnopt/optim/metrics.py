@@ -99,7 +99,7 @@ class Adaptive:
 
 
 class Kronecker:
-    """KFAC; damping is relative to the mean eigenvalue of each factor."""
+    """KFAC with factors A + sqrt(damping) I, B + sqrt(damping) I."""
 
     def observe(self, block: Block) -> None:
         """The running means of the factors, and from time to time their inverses."""
@@ -162,8 +162,5 @@ def _accumulated(state: dict[str, Any], gradient: Tensor, momentum: float) -> Te
 
 
 def _inverse(factor: Tensor, damping: float) -> Tensor:
-    mean = factor.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-    # a factor of nothing but zeros has nothing to say
-    scale = torch.where(mean > 0, mean, 1.0)
-    return torch.cholesky_inverse(torch.linalg.cholesky(factor + damping * scale * eye))
+    return torch.cholesky_inverse(torch.linalg.cholesky(factor + damping**0.5 * eye))

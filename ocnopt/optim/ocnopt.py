@@ -67,7 +67,7 @@ class OCNOpt(torch.optim.Optimizer):
         weight_decay: gamma of the term (gamma/2) |p|^2 added to the loss.
         decay: of the running means of squares (Adam's beta_2) and of Kronecker factors.
         eps: of Adam.
-        damping: of the Kronecker factors, relative to their mean eigenvalue.
+        damping: of the Kronecker metric; its root is added to both factors.
         reduction: "mean" or "sum": how the loss of one forward pass combines its samples.
         param_groups: parameters to train with options of their own; all of the model's if left out.
 
@@ -111,7 +111,7 @@ class OCNOpt(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         decay: float = 0.999,
         eps: float = 1e-8,
-        damping: float = 1e-3,
+        damping: float = 1e-2,
         reduction: str = "mean",
         param_groups: Iterable[dict[str, Any]] | None = None,
     ) -> None:
