@@ -167,13 +167,20 @@ class Gradients:
         """sum_i w_i times the gradient of sample i, for each trained parameter."""
         if self.z is None or self.g is None:
             return [(w.to(rows) @ rows.flatten(1)).reshape(rows.shape[1:]) for rows in self.of]
-        g = self.g * w.to(self.g)[:, None]
+        g = self.g * w[:, None].to(self.g.dtype)
         return [*([g.mT @ self.z] if self.weight else []), *([g.sum(0)] if self.bias else [])]
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """One row after the other; a single part as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat([*parts])
 
 
 def together(parts: Sequence[Gradients]) -> Gradients:
     """The samples of several passes as one batch."""
     first = parts[0]
+    if len(parts) == 1:
+        return first
     if first.z is None or first.g is None:
         return Gradients(of=[torch.cat(rows) for rows in zip(*(part.of for part in parts), strict=True)])
     z, g = ([part.z for part in parts if part.z is not None], [part.g for part in parts if part.g is not None])
@@ -253,7 +260,7 @@ class Factored:
     def gram(self, gradients: Gradients) -> Tensor:
         """N ``(B, B)``."""
         if gradients.factored is None:
-            rows = joined(gradients.rows)
+            rows = _matrices(gradients.rows)
             rows = rows.reshape(len(rows), len(self.inputs), -1, rows.shape[-1])
             return self.scale * (self.outputs @ rows @ self.inputs).flatten(1) @ rows.flatten(1).mT
         z, g = gradients.factored
@@ -265,7 +272,7 @@ class Factored:
         return self.gram(gradients).diagonal()
 
 
-def joined(rows: Sequence[Tensor]) -> Tensor:
+def _matrices(rows: Sequence[Tensor]) -> Tensor:
     """Weight and bias ``(..., b, *), (..., b)`` as one matrix ``(..., b, a)``, for rows of a leading axis."""
     weight = rows[0].flatten(2)
     return weight if len(rows) == 1 else torch.cat([weight, rows[1][..., None]], dim=-1)

@@ -12,6 +12,7 @@ A :class:`Replay` takes the calls again, after some parameters have moved, and t
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -154,7 +155,7 @@ class Recorder(TorchFunctionMode):
         named = {name: self._read(value, call, place) for name, value in kwargs.items()}
         if not call.inputs and not call.parameters:
             return function(*args, **kwargs)
-        if any(word in call.name for word in _RANDOM):
+        if _is_random(function):
             call.noise = tape.surroundings.noise()
         out = function(*(value for _, value in given), **{name: value for name, (_, value) in named.items()})
         made = [*_tensors(out)]
@@ -293,6 +294,12 @@ class Replay:
         for slot in call.inputs:
             if all(self._places[use.call] <= self._next for use in self._tape.uses[slot]):
                 self._new.pop(slot, None)
+
+
+@cache
+def _is_random(function: Callable[..., Any]) -> bool:
+    name = str(getattr(function, "__name__", function))
+    return any(word in name for word in _RANDOM)
 
 
 def _keep(use: Use, gradient: Tensor) -> None:

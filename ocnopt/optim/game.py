@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ocnopt.differential import layers
-from ocnopt.differential.layers import CostToGo, Gradients, Readouts, together
+from ocnopt.differential.layers import CostToGo, Gradients, Readouts, joined, together
 from ocnopt.differential.sweep import sweep
 from ocnopt.neural.players import Plan, Player, gradients, pushed, seen
 from ocnopt.neural.tape import Replay, Tape
@@ -71,7 +71,7 @@ def gathered(player: Player, tapes: Sequence[Tape]) -> Gradients | None:
     if any(costate is None for costate in costates):
         return None
     found = [gradients(tape, player, g) for tape, g in zip(tapes, costates, strict=True) if g is not None]
-    return found[0] if len(found) == 1 else together(found)
+    return together(found)
 
 
 def ends(player: Player, tapes: Sequence[Tape], *, mean: bool) -> tuple[Tensor, Tensor]:
@@ -102,9 +102,9 @@ def play(game: Game, rules: Rules, base: Base) -> dict[str, tuple[Tensor, Tensor
                 if looks and (others.moved or weights):
                     for replay in replays:
                         replay.advance(call)
-                    s = torch.cat([replay.moved(cuts[call]) for replay in replays])
+                    s = joined([replay.moved(cuts[call]) for replay in replays])
                 w = value.v if rules.form == "gauss_newton" else answer.weights(s)
-                w = torch.where(w.isfinite(), w, 0.0).clamp_(0.0, rules.limit)
+                w = w.nan_to_num(nan=0.0, neginf=0.0).clamp_(0.0, rules.limit)
                 weights[turn.block.name] = (answer.v, w)
                 _move(turn, game.tapes, replays if s is not None else (), w, rules.tikhonov, base)
     others.rest()
@@ -175,46 +175,46 @@ def _end(tapes: Sequence[Tape], rules: Rules) -> CostToGo:
 
 def _bend(x: Tensor, p: Tensor, terminal: str | Terminal) -> Tensor | None:
     """p . H p / |p|^4 of each sample, H the Hessian of its loss; None where that is not known."""
-    if terminal == "gradient":
-        return None
     if terminal == "auto":
-        found = next((loss for loss in ("cross_entropy", "binary_cross_entropy") if _explains(loss, x, p)), None)
-        if found is None:
-            return None
-        terminal = found
-    Hp = LOSSES[terminal](x, p) if isinstance(terminal, str) else terminal(x, p)
-    flat, size = p.flatten(1), p.flatten(1).square().sum(1).square()
-    bend = (Hp.flatten(1) * flat).sum(1) / size
-    return torch.where((size > 0) & bend.isfinite(), bend, 0.0).clamp_(min=0.0)
+        Hp = _cross_entropy(x, p)
+        Hp = _binary_cross_entropy(x, p) if Hp is None else Hp
+    elif terminal == "gradient":
+        Hp = None
+    else:
+        Hp = LOSSES[terminal](x, p) if isinstance(terminal, str) else terminal(x, p)
+    if Hp is None:
+        return None
+    flat = p.flatten(1)
+    bend = (Hp.flatten(1) * flat).sum(1) / flat.square().sum(1).square()
+    # where nothing pulls, nothing bends; a loss that bends down counts as straight
+    return bend.nan_to_num_(nan=0.0, posinf=0.0).clamp_(min=0.0)
 
 
-def _cross_entropy(x: Tensor, p: Tensor) -> Tensor:
+def _cross_entropy(x: Tensor, p: Tensor) -> Tensor | None:
+    """H p of ``nn.CrossEntropyLoss`` if p = shares - target is its gradient, for any target that sums to one."""
+    if x.ndim < 2 or x.shape[1] < 2:
+        return None
     shares = x.softmax(1)
+    target = shares - p
+    if not bool(((target.sum(1) - 1).abs().amax() < 1e-3) & (target.amin() > -1e-3)):
+        return None
     return shares * (p - (shares * p).sum(1, keepdim=True))
 
 
-def _binary_cross_entropy(x: Tensor, p: Tensor) -> Tensor:
-    shares = torch.sigmoid(x)
-    return shares * (1 - shares) * p / x[0].numel()
+def _binary_cross_entropy(x: Tensor, p: Tensor) -> Tensor | None:
+    """H p of ``nn.BCEWithLogitsLoss``, likewise."""
+    shares, size = torch.sigmoid(x), x[0].numel()
+    low, high = (shares - p * size).aminmax()
+    return shares * (1 - shares) * p / size if bool((low > -1e-3) & (high < 1 + 1e-3)) else None
 
 
 def _squares(x: Tensor, p: Tensor) -> Tensor:
+    """H p of ``nn.MSELoss``."""
     return 2 * p / x[0].numel()
 
 
-# H p of the losses of torch, each the mean over the entries of a sample.
-LOSSES: dict[str, Terminal] = {
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor | None]] = {
     "cross_entropy": _cross_entropy,
     "binary_cross_entropy": _binary_cross_entropy,
     "squares": _squares,
 }
-
-
-def _explains(loss: str, x: Tensor, p: Tensor) -> bool:
-    """Whether p = shares - target with targets that are shares: of classes, or of one class."""
-    if loss == "cross_entropy":
-        target = x.softmax(1) - p if x.ndim > 1 and x.shape[1] > 1 else p.new_full((), -1.0)
-        sums = bool((target.sum(1) - 1).abs().max() < 1e-3) if target.ndim > 1 else False
-    else:
-        target, sums = torch.sigmoid(x) - p * x[0].numel(), True
-    return sums and bool((target > -1e-3).all()) and bool((target < 1 + 1e-3).all())

@@ -141,6 +141,7 @@ class OCNOpt(torch.optim.Optimizer):
         self._base = BASES[self._curvature]()
         self._tapes: list[Tape] = []
         self.answers: dict[str, tuple[Tensor, Tensor]] = {}
+        self._names: dict[int, str] = {}
         self._plans: dict[object, Plan] = {}
         self._named: set[str] = set()
         self._handles: list[RemovableHandle] = []
@@ -192,24 +193,25 @@ class OCNOpt(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         tapes, self._tapes = self._tapes, []
-        names: dict[Tensor, str] = {p: name for name, p in self._model.named_parameters()}
         groups = {p: group for group in self.param_groups for p in group["params"] if p.grad is not None}
-        check_gradients(((names.get(p, "no longer in the model"), p) for p in groups), len(self.answers))
+        if any(id(p) not in self._names for p in groups):
+            self._names = {id(p): name for name, p in self._model.named_parameters()}
+        check_gradients(((self._names.get(id(p), "no longer in the model"), p) for p in groups), len(self.answers))
         device = next((p.device.type for p in groups), "cpu")
         with torch.autocast(device, enabled=False):
-            self._move([tape for tape in tapes if tape.has_gradients], groups, names)
+            self._move([tape for tape in tapes if tape.has_gradients], groups)
         return loss
 
-    def _move(self, tapes: list[Tape], groups: Mapping[Tensor, dict[str, Any]], names: Mapping[Tensor, str]) -> None:
+    def _move(self, tapes: list[Tape], groups: Mapping[Tensor, dict[str, Any]]) -> None:
         game, blocks = None, []
         if tapes:
             read = self._plan(tapes[0])
             check_tapes(tapes)
-            found = (self._turn(player, tapes, groups, names) for player in read.players)
+            found = (self._turn(player, tapes, groups) for player in read.players)
             game = Game(read, tapes, [turn for turn in found if turn is not None])
             blocks = [turn.block for turn in game.turns]
         taken = {id(parameter) for block in blocks for parameter in block.parameters}
-        alone = [self._block([p], groups, names) for p in groups if id(p) not in taken]
+        alone = [self._block([p], groups) for p in groups if id(p) not in taken]
         for block in (*blocks, *alone):
             self._base.observe(block)
         self.answers = {}
@@ -223,9 +225,7 @@ class OCNOpt(torch.optim.Optimizer):
             game.others.setdefault(first.get(id(block.parameters[0]), len(first)), []).append(block)
         self.answers = play(game, self._rules, self._base)
 
-    def _turn(
-        self, player: Player, tapes: list[Tape], groups: Mapping[Tensor, dict[str, Any]], names: Mapping[Tensor, str]
-    ) -> Turn | None:
+    def _turn(self, player: Player, tapes: list[Tape], groups: Mapping[Tensor, dict[str, Any]]) -> Turn | None:
         """A player with what it moves: the parameters that have a gradient and the options of the first of them."""
         own = {name: p for name, p in player.parameters.items() if p in groups}
         options = [groups[p] for p in own.values()]
@@ -236,16 +236,14 @@ class OCNOpt(torch.optim.Optimizer):
         found = gathered(player, tapes) if own else None
         if found is None:
             return None
-        block = self._block([*own.values()], groups, names)
+        block = self._block([*own.values()], groups)
         if self._curvature == "kronecker" and "weight" in own:
             layer = next((m for m in self._model.modules() if is_layer(m) and m.weight is own["weight"]), None)
             block.seen = None if layer is None else (layer, *ends(player, tapes, mean=self._rules.mean))
         return Turn(player, block, found)
 
-    def _block(
-        self, parameters: list[Any], groups: Mapping[Tensor, dict[str, Any]], names: Mapping[Tensor, str]
-    ) -> Block:
-        name, states = names.get(parameters[0], "no longer in the model"), [self.state[p] for p in parameters]
+    def _block(self, parameters: list[Any], groups: Mapping[Tensor, dict[str, Any]]) -> Block:
+        name, states = self._names.get(id(parameters[0]), "no longer in the model"), [self.state[p] for p in parameters]
         return Block(name, parameters, states, groups[parameters[0]], [p.grad for p in parameters])
 
     def _plan(self, tape: Tape) -> Plan:

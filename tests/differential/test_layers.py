@@ -65,7 +65,7 @@ def gain(layer: Layer, j: int, P: Tensor, answer: CostToGo) -> Tensor:
     return -(Pu / layer.M[j][:, None]) @ torch.cat([answer.v[:, None], answer.R @ answer.R.mT @ Px.mT], 1)
 
 
-def sweep_columns(chain: Sequence[Layer], step, seed_value, P: Tensor):  # noqa: ANN001
+def sweep_columns(chain: Sequence[Layer], step, seed_value, P: Tensor):
     """Values and gains of a chain, P carried beside."""
     Ps = [P]
     for layer in reversed(chain):
@@ -159,7 +159,7 @@ def test_the_published_step_is_rank_one_sample_by_sample() -> None:
     P, _ = columns(generator)
     end = CostToGo(torch.ones(B, dtype=torch.float64), torch.ones(B, dtype=torch.float64))
     dx = torch.randn(B * N_STATES, generator=generator, dtype=torch.float64)
-    value, answers, ends, _ = sweep_columns(
+    _value, answers, ends, _ = sweep_columns(
         chain, lambda link, v: layers.sample([N.diagonal() for N in link], v), end, P
     )
     for i in range(B):

@@ -1,5 +1,6 @@
 """OCNOpt on whole networks against dense matrices, DDP and explicit augmentation of the state."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ LR = 0.3
 def linear_net(seed: int, *sizes: int, act: Callable[[], nn.Module] | None = None) -> nn.Sequential:
     torch.manual_seed(seed)
     found: list[nn.Module] = []
-    for i, o in zip(sizes[:-1], sizes[1:], strict=True):
+    for i, o in itertools.pairwise(sizes):
         found += [nn.Linear(i, o), *([act()] if act else [])]
     return nn.Sequential(*(found[:-1] if act else found)).double()
 
@@ -90,7 +91,8 @@ def test_the_second_pass_tends_to_gauss_newton_as_steps_get_small() -> None:
             for form in ("batch", "gauss_newton")
         ]
         errors.append(float((found[0] - found[1]).norm() / found[1].norm()))
-    assert 0 < errors[1] < errors[0] / 50 and errors[0] < 1e-3
+    assert 0 < errors[1] < errors[0] / 50
+    assert errors[0] < 1e-3
 
 
 def test_the_direction_of_ddp_for_one_sample() -> None:
