@@ -132,11 +132,8 @@ class Solution:
         Raises:
             ProblemError: x or t has another shape or is no number, or sizes vary by stage.
         """
-        return self._feedback(self._per_problem(t), self._state(x))
-
-    def _feedback(self, t: Tensor, x: Tensor) -> Tensor:
-        """The policy behind its checks, for states that may have left the finite numbers."""
         states, controls = self._tensor("states"), self._tensor("controls")
+        t, x = self._per_problem(t), self._state(x)
         # k h and the k-th node differ by rounding, and the node must find its own step
         slack = 8 * torch.finfo(t.dtype).eps * self.times.abs().amax(-1)
         passed = torch.searchsorted(self.times.contiguous(), (t + slack)[..., None].contiguous(), right=True)[..., 0]
@@ -154,11 +151,11 @@ class Solution:
     def rollout(
         self, initial_state: Tensor, disturbance: Callable[[Tensor, Tensor], Tensor] | None = None
     ) -> "Solution":
-        """Run the policy in closed loop on the discrete problem from another initial state.
+        """Run the policy in closed loop on the discrete problem from another initial state; sizes may vary by stage.
 
         Args:
             initial_state: ``(..., n)``.
-            disturbance: ``disturbance(t, x) -> (..., n)``, added to the state after each step.
+            disturbance: ``disturbance(t, x) -> (..., n)``, added to the state after each step, of its size there.
 
         Returns:
             A Solution with the new states, controls, cost and constraint violation; it keeps gains and parameters
@@ -181,7 +178,7 @@ class Solution:
         p = self._full_parameters()
         after = None if disturbance is None else lambda k, x: x + _push(disturbance, nodes[k + 1], x)
         with torch.no_grad():
-            path = rollout(self.problem, lambda k, x: self._feedback(nodes[k], x), x0.expand(size), p, after=after)
+            path = rollout(self.problem, self._by_step(self.problem), x0.expand(size), p, after=after)
             states = list(path.states)
             violation = audit(self.problem, states, list(path.controls), p).violation
         return replace(
@@ -198,6 +195,18 @@ class Solution:
             history={},
             costates=None,
         )
+
+    def _by_step(self, problem: StagedOCP) -> Callable[[int, Tensor], Tensor]:
+        """The policy at the nodes, of which no time needs to be looked up: sizes may vary, states be infinite."""
+        states, controls = nodes_of(self.states), nodes_of(self.controls)
+        bounds = [self.control_bounds] * len(controls) if isinstance(self.controls, Tensor) else problem.step_bounds
+        K = None if self.gains is None else nodes_of(self.gains.K, tail=2)
+
+        def feedback(k: int, x: Tensor) -> Tensor:
+            u = controls[k] if K is None else controls[k] + (K[k] @ (x - states[k])[..., None])[..., 0]
+            return clipped(u, bounds[k])
+
+        return feedback
 
     def plot(self, path: str | Path | None = None) -> Any:
         """Draw states, controls, gains and convergence; write the picture to ``path`` if one is given.
@@ -263,7 +272,8 @@ class Solution:
         value = self.gains.K if name == "K" and self.gains is not None else getattr(self, name)
         if not isinstance(value, Tensor):
             raise ProblemError(
-                "sizes vary from stage to stage here; expected one state and one control size for a policy in time"
+                "sizes vary from stage to stage here; expected one state and one control size for a policy in time or "
+                "a picture: read states, controls and gains step by step, or run the policy by rollout"
             )
         return value
 
@@ -320,9 +330,9 @@ def _rollout_status(states: Sequence[Tensor], cost: Tensor, times: Tensor) -> st
     return [told(*row) if bool(bad) else sentence for bad, *row in rows]
 
 
-def nodes_of(values: Series) -> tuple[Tensor, ...]:
-    """One tensor a node or step."""
-    return values.unbind(-2) if isinstance(values, Tensor) else tuple(values)
+def nodes_of(values: Series, tail: int = 1) -> tuple[Tensor, ...]:
+    """One tensor a node or step, of ``tail`` axes behind the batch."""
+    return values.unbind(-1 - tail) if isinstance(values, Tensor) else tuple(values)
 
 
 def _fingerprint(solution: Solution, problem: StagedOCP) -> dict[str, Tensor]:

@@ -44,7 +44,7 @@ class Observer(Protocol):
         """
 
     def terminal(self, x: Tensor, slope: Tensor, costate: Tensor) -> None:
-        """Receive x(T), F(T, x(T)) and dL/dx(T) once, with samples along the leading axis."""
+        """Receive x(T), F(T, x(T)) and dL/dx(T) once, if the path ends there; samples along the leading axis."""
 
 
 class Observers(tuple[Observer, ...]):

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ocnopt.checks import check_choice, is_whole
-from ocnopt.errors import ProblemError
+from ocnopt.errors import OcnoptError, ProblemError
 from ocnopt.integrate import torchdiffeq_bridge
 from ocnopt.integrate.tableaus import TABLEAUS
 
@@ -124,15 +125,61 @@ def as_tensors(extra: Any) -> list[Tensor]:
     return found
 
 
+def in_forward_mode() -> bool:
+    """Whether forward-mode differentiation is at work, whatever the gradient mode: one of its levels is open."""
+    return forward_ad._current_level >= 0
+
+
+def check_not_transformed(cotangents: Iterable[Tensor | None] = ()) -> None:
+    """Refuse a backward pass of ours where torch would have to look inside of it."""
+    is_batched = any(c is not None and torch._C._functorch.is_legacy_batchedtensor(c) for c in cotangents)
+    if is_batched or in_forward_mode() or torch._C._functorch.peek_interpreter_stack() is not None:
+        raise ProblemError(
+            "torch.func (grad, vjp, jacrev), is_grads_batched or forward mode met a NeuralODE whose backward pass is "
+            'a solve of its own: adjoint="continuous", or "discrete" beyond checkpoint_bytes, watched, or with times '
+            'that need gradients; expected the graph of all steps: raise checkpoint_bytes, or use adjoint="backprop"'
+        )
+
+
+def check_not_observed(observers: object) -> None:
+    """Refuse to let a pass go by unseen: in forward mode there is no backward pass of ours to watch."""
+    if observers:
+        raise ProblemError(
+            "forward-mode differentiation (torch.func.jvp, jacfwd) met a NeuralODE that SNOpt, HorizonPolicy or "
+            "another observer watches; expected a pass that nobody watches: take the tangent within torch.no_grad()"
+        )
+
+
+def check_without_tangent(times: Tensor) -> None:
+    """Refuse to lose the tangent of times."""
+    if forward_ad.unpack_dual(times).tangent is not None:
+        raise ProblemError(
+            "the times of the solve carry a tangent of forward-mode differentiation; expected plain numbers, as they "
+            "become step sizes: differentiate by them in reverse mode, with times.requires_grad_()"
+        )
+
+
+def has_changed(names: Sequence[str | None]) -> OcnoptError:
+    """What to say where the field is not what it was in the forward pass."""
+    named = ", ".join(name for name in names if name) or "something it depends on"
+    return OcnoptError(
+        "the field has changed between the forward and the backward pass, which needs it as it was: "
+        f"{named} is not what it was; expected the same field: call backward() before changing attributes, buffers "
+        'or adjoint_params, keep the forward pass in memory (raise checkpoint_bytes), or use adjoint="backprop"'
+    )
+
+
 @contextmanager
 def weighed(shared: Sequence[Tensor]) -> Iterator[dict[int, int]]:
     """Measure what autograd saves besides what is ``shared``, in bytes by address, once the context closes."""
     saved: list[tuple[Tensor, bool]] = []
+    # Hooks around us (torch.utils.checkpoint, save_on_cpu) must meet every tensor, whether it is weighed or not.
+    around: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
 
-    def pack(tensor: Tensor) -> tuple[Tensor, int]:
+    def pack(tensor: Tensor) -> Any:
         # A saved output that kept itself would keep its graph for ever: output, node, hook's result, output.
         saved.append((tensor.detach(), tensor._is_view()))
-        return saved[-1][0], tensor._version
+        return around[0](tensor) if around else (saved[-1][0], tensor._version)
 
     def unpack(packed: tuple[Tensor, int]) -> Tensor:
         if packed[0]._version != packed[1]:
@@ -140,7 +187,7 @@ def weighed(shared: Sequence[Tensor]) -> Iterator[dict[int, int]]:
         return packed[0]
 
     sizes: dict[int, int] = {}
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+    with torch.autograd.graph.saved_tensors_hooks(pack, around[1] if around else unpack):
         yield sizes
     own = {tensor.untyped_storage().data_ptr() for tensor in shared}
     for tensor, is_view in saved:

@@ -210,9 +210,11 @@ class Evaluation:
             return self.at(self._time(t, x), x)
         if not self._differentiates:
             try:
-                return self.at(self._time(t, x), x).detach()
+                slope = self.at(self._time(t, x), x)
+                # Without gradients forward mode goes on; detached, it would lose its tangents.
+                return slope if checks.in_forward_mode() else slope.detach()
             except RuntimeError as error:
-                if "does not require grad" not in str(error):
+                if "does not require grad" not in str(error) or checks.in_forward_mode():
                     raise
                 # The field differentiates inside (a divergence, an energy): it needs a graph even where we do not.
                 self._differentiates = True
@@ -226,6 +228,8 @@ class Evaluation:
         Raises:
             ProblemError: it depends on a tensor whose gradient would be lost.
         """
+        if not joins:
+            checks.check_not_transformed()
         leaf = x if joins else x.detach().requires_grad_()
         key = (x.shape, x.dtype, x.device, x.requires_grad, len(self.parameters), self.field.training)
         own = (*self.surroundings.parameters, *self.surroundings.buffers_now(), *self.parameters)
@@ -306,7 +310,7 @@ class Evaluation:
         def check(_: Tensor) -> None:
             changed = [buffer for buffer, was in still if not torch.equal(buffer, was)]
             if changed:
-                raise self._has_changed([self._name(buffer) for buffer in changed])
+                raise checks.has_changed([self._name(buffer) for buffer in changed])
 
         for state in states if still else ():
             state.register_hook(check)
@@ -338,15 +342,7 @@ class Evaluation:
             for name, value in (vars(m) | m._buffers).items()
             if was.get((m, name)) is not value
         ]
-        raise self._has_changed(changed)
-
-    def _has_changed(self, names: Sequence[str | None]) -> OcnoptError:
-        named = ", ".join(name for name in names if name) or "something it depends on"
-        return OcnoptError(
-            "the field has changed between the forward and the backward pass, which needs it as it was: "
-            f"{named} is not what it was; expected the same field: call backward() before changing attributes, buffers "
-            'or adjoint_params, keep the forward pass in memory (raise checkpoint_bytes), or use adjoint="backprop"'
-        )
+        raise checks.has_changed(changed)
 
     @contextmanager
     def replaying(self) -> Iterator[None]:

@@ -21,7 +21,14 @@ from ocnopt.errors import ConvergenceError, ProblemError
 from ocnopt.integrate import adaptive, fixed, torchdiffeq_bridge
 from ocnopt.integrate.tableaus import TABLEAUS
 from ocnopt.integrate.walk import Walk
-from ocnopt.neural.checks import as_tensors, check_field, check_options
+from ocnopt.neural.checks import (
+    as_tensors,
+    check_field,
+    check_not_observed,
+    check_options,
+    check_without_tangent,
+    in_forward_mode,
+)
 from ocnopt.neural.evaluation import Evaluation, State, StateLayout, Statistics, Surroundings
 from ocnopt.neural.solve import Continuous, Discrete, Job, solve
 from ocnopt.ocp import FreeHorizon, Horizon, read_horizon
@@ -170,6 +177,9 @@ class NeuralODE(nn.Module):
 
     def _read_times(self, times: Sequence[float] | Tensor | None) -> tuple[list[float], Tensor | None, bool]:
         """Start and outputs as numbers, as a tensor if they need gradients, and whether the start is an output too."""
+        for moved in (times, self._buffers.get("T")):
+            if isinstance(moved, Tensor):
+                check_without_tangent(moved)
         start, end, moving = self.horizon.t0, self._end(), None
         if times is None:
             if isinstance(self.horizon, FreeHorizon) and self.T.requires_grad:
@@ -213,13 +223,18 @@ class NeuralODE(nn.Module):
         step_size = abs(self._end() - self.horizon.t0) / (self.steps or DEFAULT_STEPS)
         if self.method not in TABLEAUS:
             return self._through_torchdiffeq(evaluation, x, times, moving, step_size)
-        job = Job(evaluation, TABLEAUS[self.method], self._integrator(step_size), times, self._observer())
-        if torch.is_grad_enabled() and self.adjoint == "backprop" and moving is not None:
-            raise ProblemError(
-                'times that need gradients met adjoint="backprop", whose steps are plain numbers; expected "discrete" '
-                'or "continuous", or detached times'
-            )
-        if not torch.is_grad_enabled() or self.adjoint == "backprop":
+        at_end = math.isclose(times[-1], self._end(), rel_tol=1e-6, abs_tol=1e-9)
+        job = Job(evaluation, TABLEAUS[self.method], self._integrator(step_size), times, self._observer(), at_end)
+        if not torch.is_grad_enabled():
+            return job.walk(x).states
+        if self.adjoint == "backprop" or in_forward_mode():
+            if in_forward_mode():
+                check_not_observed(self._observers)
+            if moving is not None:
+                raise ProblemError(
+                    'times that need gradients met adjoint="backprop" or forward mode, whose steps are plain numbers; '
+                    'expected "discrete" or "continuous" in reverse mode, or detached times'
+                )
             return job.walk(x).states
         adjoint = Discrete(job, self.checkpoint_bytes) if self.adjoint == "discrete" else Continuous(job)
         return solve(adjoint, x, moving)
@@ -229,7 +244,7 @@ class NeuralODE(nn.Module):
     ) -> Sequence[Tensor]:
         if not x.numel():  # torchdiffeq's error control divides by the number of entries
             return fixed.integrate(evaluation, x, times, step_size=step_size).states
-        continuous = self.adjoint == "continuous" and torch.is_grad_enabled()
+        continuous = self.adjoint == "continuous" and torch.is_grad_enabled() and not in_forward_mode()
         if continuous:
             evaluation.root(times[0], x)
         cap = None if self.method in torchdiffeq_bridge.GRID else self.max_evaluations

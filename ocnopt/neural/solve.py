@@ -32,18 +32,23 @@ from ocnopt.integrate.runge_kutta import Take, Time
 from ocnopt.integrate.runge_kutta import step as take_step
 from ocnopt.integrate.tableaus import Tableau
 from ocnopt.integrate.walk import StageLog, Step, Walk
+from ocnopt.neural.checks import check_not_transformed
 from ocnopt.neural.evaluation import Evaluation, Noise, Root
 
 
 @dataclass(frozen=True)
 class Job:
-    """One solve: the field, the method, the walk with method and tolerances bound, start and output times."""
+    """One solve: the field, the method, the walk with method and tolerances bound, start and output times.
+
+    ``at_end`` says whether the last time is the end of the horizon, about which an observer is told.
+    """
 
     evaluation: Evaluation
     tableau: Tableau
     integrate: partial[Walk]
     times: Sequence[float]
     observer: Observer | None
+    at_end: bool = True
 
     def walk(
         self,
@@ -59,7 +64,7 @@ class Job:
 
     def tell_terminal(self, x: Tensor, slope: Tensor | None, jumps: Mapping[int, Tensor]) -> None:
         """Tell the observer about the end of the path."""
-        if self.observer is not None:
+        if self.observer is not None and self.at_end:
             slope = self.evaluation(self.times[-1], x) if slope is None else slope
             costate = jumps.get(len(self.times) - 1)
             self.observer.terminal(x, slope, torch.zeros_like(x) if costate is None else costate)
@@ -293,6 +298,7 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        check_not_transformed(cotangents)
         x, *saved = ctx.saved_tensors
         parameters, kept = saved[: ctx.count], saved[ctx.count :]
         job = ctx.adjoint.job
@@ -341,6 +347,7 @@ def solve(adjoint: Discrete | Continuous, x: Tensor, moving: Tensor | None) -> t
     evaluation.surroundings.close()
     if joined == len(outputs):
         return tuple(outputs)
+    check_not_transformed()
     evaluation.surroundings.note_buffers()
     rest = _Node.apply(adjoint, joined, outputs[joined:], saved, start, moving, *evaluation.parameters)
     return (*outputs[:joined], *rest)

@@ -179,6 +179,12 @@ def check_fields(odes: Sequence[NeuralODE]) -> None:
         )
 
 
+def check_refreshes(refresh_every: Any, reduction: Any) -> None:
+    """Refuse options of SNOpt that are out of range, given or loaded."""
+    check_count("refresh_every", refresh_every, default=100)
+    check_choice("reduction", reduction, ("mean", "sum"))
+
+
 def check_state(state: Mapping[str, Any]) -> None:
     """Refuse the state of another optimiser than SNOpt."""
     if "step_count" not in state:
@@ -188,17 +194,29 @@ def check_state(state: Mapping[str, Any]) -> None:
         )
 
 
-def check_policy_options(*, rule: object, lr: object, penalty: object, every: object) -> None:
+def check_policy_options(options: Mapping[str, Any]) -> None:
     """Refuse options of a HorizonPolicy that are out of range, given or loaded."""
-    check_choice("rule", rule, ("feedback", "adjoint"))
-    check_number("lr", lr, "a number >= 0")
-    check_number("penalty", penalty, "a number >= 0")
-    check_count("every", every, default=1)
+    check_choice("rule", options["rule"], ("feedback", "adjoint"))
+    check_number("lr", options["lr"], "a number >= 0")
+    check_number("penalty", options["penalty"], "a number >= 0")
+    check_count("every", options["every"], default=1)
+    check_choice("reduction", options["reduction"], ("mean", "sum"))
+    check_number("max_change", options["max_change"], "a number > 0, 0.1 by default", above=1e-12)
+
+
+def check_times(times: Sequence[float], T: float) -> None:
+    """Refuse times with T before the last: the pass hands over the slope and costate of the last alone."""
+    if any(math.isclose(t, T, rel_tol=1e-6, abs_tol=1e-9) for t in times[:-1]):
+        raise ProblemError(
+            f"a HorizonPolicy met times from {times[0]:.6g} to {times[-1]:.6g} with T = {T:.6g} before the last; "
+            "expected T as the last, or not at all: solve on from T, or back, by a NeuralODE of its own, or within "
+            "torch.no_grad() where no gradient is needed"
+        )
 
 
 def check_policy_state(state: Mapping[str, Any], options: Sequence[str]) -> None:
-    """Refuse the state of anything but a HorizonPolicy; version 0.1 saved no options."""
-    if set(state) not in ({"count"}, {"count", *options}):
+    """Refuse the state of anything but a HorizonPolicy; earlier versions saved fewer options, or none."""
+    if "count" not in state or not set(state) <= {"count", *options}:
         raise ProblemError(
             f"the state holds {sorted(state)}; expected the 'count' of a HorizonPolicy: load what its "
             "state_dict() returned"

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ocnopt.checks import check_choice, check_number
 from ocnopt.differential.kronecker import is_gone, is_within_backward, release
 from ocnopt.errors import NonFiniteError, ProblemError
 from ocnopt.neural.neural_ode import NeuralODE
@@ -32,12 +31,13 @@ from ocnopt.optim.checks import (
     check_policy_options,
     check_policy_state,
     check_scaler,
+    check_times,
     check_unscaled,
     free_horizon,
 )
 
 # What torch's optimisers call the options of a group: they come back with the state.
-_OPTIONS = ("rule", "lr", "penalty", "every")
+_OPTIONS = ("rule", "lr", "penalty", "every", "reduction", "max_change")
 
 
 class _Shares:
@@ -60,7 +60,7 @@ class _Shares:
     def attach(self, neural_ode: NeuralODE, handles: list[RemovableHandle]) -> None:
         """Watch until the handles, which are added to a list, are removed."""
         self._handles = handles
-        handles += [neural_ode.observe(self), neural_ode.register_forward_pre_hook(self._begin)]
+        handles += [neural_ode.observe(self), neural_ode.register_forward_pre_hook(self._begin, with_kwargs=True)]
 
     def stage(self, input_weight: float, gradient_weight: float) -> AbstractContextManager[None]:
         """The policy needs nothing along the path: see :class:`ocnopt.differential.discrete.Observer`."""
@@ -100,9 +100,12 @@ class _Shares:
         if gradient is not None and (self.witness is None or self.witness[0] is parameter):
             self.witness = parameter, gradient.norm()
 
-    def _begin(self, *_: object) -> None:
+    def _begin(self, neural_ode: NeuralODE, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if is_within_backward():
             return
+        times = kwargs.get("times", args[1] if len(args) > 1 else None)
+        if times is not None and torch.is_grad_enabled():
+            check_times(neural_ode._read_times(times)[0], float(neural_ode.T))
         self.take()
         new = [parameter for parameter in self._live() if parameter not in self._hooked]
         self._handles += [parameter.register_post_accumulate_grad_hook(self._arrive) for parameter in new]
@@ -118,6 +121,9 @@ class HorizonPolicy:
     Call ``policy.step()`` after ``optimizer.step()`` and before the gradients are cleared. Several backward passes
     without ``zero_grad`` in between accumulate: each forward pass that follows a backward pass is one of other samples,
     while all solves within one forward and backward pass are of the same samples.
+
+    A solve with output times counts where the last of them is T, the others being held. Where T is none of them it adds
+    nothing, as nothing depends on T; where it is one before the last (they start from T, or go on) it is refused.
 
     With a ``torch.amp.GradScaler`` say ``HorizonPolicy(ode, lr=0.1, scaler=scaler)`` and call, in this order,
     ``scaler.scale(loss).backward()``, ``scaler.step(optimizer)``, ``policy.step()``, ``scaler.update()``. The scale is
@@ -169,12 +175,12 @@ class HorizonPolicy:
     ) -> None:
         check_not_parallel(neural_ode)
         check_scaler(scaler)
-        check_policy_options(rule=rule, lr=lr, penalty=penalty, every=every)
-        check_choice("reduction", reduction, ("mean", "sum"))
-        check_number("max_change", max_change, "a number > 0, 0.1 by default", above=1e-12)
+        options = {"rule": rule, "lr": lr, "penalty": penalty, "every": every}
+        options |= {"reduction": reduction, "max_change": max_change}
+        check_policy_options(options)
         self._ode, self._bounds, self._scaler = neural_ode, free_horizon(neural_ode), scaler
         self.rule, self.lr, self.penalty, self.every = rule, lr, penalty, every
-        self._mean, self._max_change, self._count = reduction == "mean", max_change, 0
+        self.reduction, self.max_change, self._count = reduction, max_change, 0
         self._start()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -210,7 +216,7 @@ class HorizonPolicy:
         """
         check_policy_state(state_dict, _OPTIONS)
         options = {name: state_dict.get(name, getattr(self, name)) for name in _OPTIONS}
-        check_policy_options(**options)
+        check_policy_options(options)
         self.__dict__.update(options, _count=state_dict["count"])
         self._watch()
 
@@ -232,8 +238,9 @@ class HorizonPolicy:
         T, shares = self._ode.T, self._shares.take()
         if not shares:
             raise ProblemError(
-                "policy.step() met no backward pass through the NeuralODE since the last step; expected "
-                "loss.backward(), optimizer.step(), policy.step() in this order"
+                "policy.step() met no backward pass through the NeuralODE since the last step, none that ended at T; "
+                "expected loss.backward(), optimizer.step(), policy.step() in this order, and a loss of ode(x), or of "
+                "ode(x, times) with times that end at float(ode.T)"
             )
         if self._scaler is None and self._shares.witness is not None:
             check_unscaled(*self._shares.witness)
@@ -242,7 +249,7 @@ class HorizonPolicy:
         if self.rule == "adjoint":
             change = self.lr * Q_T
         else:
-            Q_TT = self.penalty + s.square().sum() * (len(s) if self._mean else 1)
+            Q_TT = self.penalty + s.square().sum() * (len(s) if self.reduction == "mean" else 1)
             change = self.lr * (Q_T + s.sum() * self._loss_change()) / Q_TT.clamp(min=torch.finfo(Q_TT.dtype).tiny)
         if not bool(torch.isfinite(Q_T)) or bool(torch.isnan(change)):
             if self._scaler is not None and self._scaler.is_enabled():
@@ -251,7 +258,7 @@ class HorizonPolicy:
                 f"dL/dT is {float(Q_T)} and the change of T {float(change)}; expected finite numbers. T stays at "
                 f"{float(T)}: look for NaN or infinity in the loss"
             )
-        longest = self._max_change * (self._bounds.upper - self._bounds.lower)
+        longest = self.max_change * (self._bounds.upper - self._bounds.lower)
         T.sub_(change.clamp(-longest, longest)).clamp_(self._bounds.lower, self._bounds.upper)
         return True
 

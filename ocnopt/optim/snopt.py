@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ocnopt.checks import check_choice, check_count, check_model, check_options
+from ocnopt.checks import check_choice, check_model, check_options
 from ocnopt.differential.kronecker import (
     Basis,
     Collector,
@@ -43,6 +43,7 @@ from ocnopt.optim.checks import (
     check_known,
     check_not_parallel,
     check_one_process,
+    check_refreshes,
     check_state,
     find_blocks,
     is_live,
@@ -57,6 +58,9 @@ MOMENTS_DECAY = 0.95  # beta
 FACTORS_KEEP = 0.5  # share of the old factors in a refresh
 FIRST_GAP = 5  # the first refreshes come at steps 0, 5, 10, 20, 40, ...: the curvature changes fastest at the start
 EPSILON = 1e-8  # keeps the first-order update of a parameter without gradients at zero
+
+# What a state brings back besides the options of the groups; "curvature" has one value so far.
+_OPTIONS = ("refresh_every", "reduction", "everywhere")
 
 Groups = Mapping[Tensor, dict[str, Any]]
 
@@ -76,14 +80,20 @@ class SNOpt(torch.optim.Optimizer):
         damping: relative to the mean of the second moments, which is the trace of the curvature over its size.
         refresh_every: iterations from one refresh of the factors to the next; the first ones come sooner.
         curvature: "empirical": from the gradients of the loss itself.
-        reduction: "mean" or "sum": how the loss combines samples, so that batches of different size weigh alike.
+        reduction: "mean" or "sum": how the loss of a backward pass combines its samples, so that batches of different
+            size weigh alike. Chunks of unequal size whose losses are sums over the size of the whole batch are "sum":
+            "mean" takes the size of each chunk for what its loss was divided by.
         everywhere: whether layers outside of NeuralODEs are preconditioned too.
 
     A ``torch.amp.GradScaler`` is used as with every torch optimiser: only directions and proportions of the samples
     enter, so that the scale of a loss does not matter, and a step that the scaler skips leaves no trace. What enters
     the factors belongs to the gradients that are in ``.grad`` at the step: several backward passes without
-    ``zero_grad`` add up, and what ``zero_grad`` threw away is forgotten. A copy of the optimiser, by copy or pickle,
-    trains the copy of the model that came with it; an optimiser that is dropped lets go of its model.
+    ``zero_grad`` add up, and what ``zero_grad`` threw away is forgotten. Forward passes of equal size that one backward
+    pass goes through count as several uses by the same samples: of different samples, give each its backward pass, or
+    join them in one batch. Every sample of a batch counts, also one of weight 0 in the loss.
+
+    A copy of the optimiser, by copy or pickle, trains the copy of the model that came with it; an optimiser that is
+    dropped lets go of its model.
 
     Raises:
         ProblemError: an argument is wrong, a NeuralODE's backward pass cannot be observed, or the model is trained by
@@ -117,10 +127,9 @@ class SNOpt(torch.optim.Optimizer):
         check_model(model)
         check_not_parallel(model)
         check_choice("curvature", curvature, ("empirical",))
-        check_choice("reduction", reduction, ("mean", "sum"))
-        check_count("refresh_every", refresh_every, default=100)
-        self._model, self._everywhere, self._mean = model, everywhere, reduction == "mean"
-        self._refresh_every, self._step_count = refresh_every, 0
+        check_refreshes(refresh_every, reduction)
+        self._model, self._step_count = model, 0
+        self.refresh_every, self.reduction, self.everywhere = refresh_every, reduction, everywhere
         self._unseen: set[str] = set()
         self._handles: list[RemovableHandle] = []
         self._is_ready = False
@@ -133,7 +142,7 @@ class SNOpt(torch.optim.Optimizer):
         warn_first_order([model] if everywhere else self._odes, self._blocks, self._trained)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_model", "_everywhere", "_mean", "_refresh_every", "_step_count", "_unseen")
+        kept = ("_model", "_step_count", "_unseen", *_OPTIONS)
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -188,15 +197,18 @@ class SNOpt(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on besides the parameters: tensors and plain numbers."""
-        return {**super().state_dict(), "step_count": self._step_count}
+        options = {name: getattr(self, name) for name in _OPTIONS}
+        return {**super().state_dict(), "step_count": self._step_count, **options}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a state that :meth:`state_dict` returned.
+        """Go on from a state that :meth:`state_dict` returned; its options replace those of the constructor.
 
         Raises:
-            ProblemError: the state is another optimiser's.
+            ProblemError: the state is another optimiser's, or an option in it is wrong.
         """
         check_state(state_dict)
+        options = {name: state_dict.get(name, getattr(self, name)) for name in _OPTIONS}
+        check_refreshes(options["refresh_every"], options["reduction"])
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
@@ -204,7 +216,7 @@ class SNOpt(torch.optim.Optimizer):
             # torch has cast everything to the parameter's precision; moments of half-precision parameters are finer.
             for key, value in state_dict["state"].get(index, {}).items():
                 self.state[parameter][key] = value.to(parameter.device, copy=True)
-        self._step_count = state_dict["step_count"]
+        self.__dict__.update(options, _step_count=state_dict["step_count"])
         self._find_blocks()
 
     def _start(self) -> None:
@@ -222,19 +234,19 @@ class SNOpt(torch.optim.Optimizer):
         self._liveness = [*map(is_live, self._trained)]
         self._odes = [module for module in self._model.modules() if isinstance(module, NeuralODE)]
         timed = {module for ode in self._odes for module in ode.field.modules()}
-        if not self._everywhere:
+        if not self.everywhere:
             check_fields(self._odes)
-        self._blocks = [b for b in find_blocks(self._model, self._trained) if self._everywhere or b.layer in timed]
+        self._blocks = [b for b in find_blocks(self._model, self._trained) if self.everywhere or b.layer in timed]
         layers: dict[nn.Module, bool] = {block.layer: block.bias is not None for block in self._blocks}
-        self._collector = Collector(layers, timed & layers.keys(), mean=self._mean)
+        self._collector = Collector(layers, timed & layers.keys(), mean=self.reduction == "mean")
         self._odes = [ode for ode in self._odes if not layers.keys().isdisjoint(ode.field.modules())]
         self._watch(self._is_refresh())
 
     def _is_refresh(self) -> bool:
         """Whether the next iteration refreshes the factors."""
         count = self._step_count
-        return count % self._refresh_every == 0 or (
-            count < self._refresh_every and count % FIRST_GAP == 0 and math.log2(count // FIRST_GAP).is_integer()
+        return count % self.refresh_every == 0 or (
+            count < self.refresh_every and count % FIRST_GAP == 0 and math.log2(count // FIRST_GAP).is_integer()
         )
 
     def _watch(self, refreshes: bool) -> None:

@@ -210,19 +210,6 @@ def test_times_are_numbers(times):
         inspect.unwrap(NeuralODE._read_times)(NeuralODE(Tanh()), times)
 
 
-def test_torch_func_differentiates_where_the_graph_fits():
-    field, x = Tanh(), start(4, 3)
-    found = []
-    for adjoint in ("discrete", "backprop"):
-        ode = NeuralODE(field, adjoint=adjoint)
-        own = dict(ode.named_parameters())
-        found.append(torch.func.grad(lambda x: torch.sin(ode(x)).sum())(x))  # noqa: B023
-        by_parameter = torch.func.grad(lambda p: torch.func.functional_call(ode, p, (x,)).square().sum())  # noqa: B023
-        found.append(torch.cat([part.flatten() for part in by_parameter(own).values()]))
-    assert torch.equal(found[0], found[2])
-    assert torch.equal(found[1], found[3])
-
-
 def test_unknown_names_offer_the_nearest():
     with pytest.raises(ProblemError, match="method is 'dopry5'; expected 'euler' or .*did you mean 'dopri5'"):
         NeuralODE(Tanh(), method="dopry5")

@@ -86,6 +86,18 @@ def test_the_end_is_told_once(method, adjoint):
     assert not slope.requires_grad
 
 
+@pytest.mark.parametrize("adjoint", ["discrete", "continuous"])
+@pytest.mark.parametrize("times", [[0.3, 0.7], [0.5, 2.0], [1.5, 0.5]])
+def test_nothing_is_told_of_an_end_that_is_not_the_horizon_s(times, adjoint):
+    field, x = Tanh(), start(4, 3)
+    ode = NeuralODE(field, 1.5, adjoint=adjoint)
+    collector = Collector(field.inner)
+    ode.observe(collector)
+    loss(ode(x, times)).backward()
+    assert collector.seen
+    assert not collector.ends
+
+
 def test_samples_stay_along_the_leading_axis_of_a_tuple():
     field, x = Coupled(), (start(4, 2), start(4, 2, 3), start(4))
     ode = NeuralODE(field)

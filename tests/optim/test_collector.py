@@ -247,6 +247,27 @@ def test_uses_by_the_same_samples_add_up_and_other_sizes_count_apart():
     assert samples.inputs.shape == (1, 3, 3)
 
 
+def test_chunks_of_unequal_size_make_a_batch_where_losses_are_sums():
+    """Each chunk's loss is divided by the size of the batch: only "sum" does not undo it by the size of the chunk."""
+    layer, x = nn.Linear(3, 2), torch.randn(6, 3)
+
+    def run(*sizes):
+        for part in x.split(sizes):
+            (layer(part).square().sum() / 6).backward()
+
+    for mean in (False, True):
+        (whole,), (chunks,) = (gather(layer, lambda: run(*s), mean=mean).values() for s in ([6], [4, 2]))  # noqa: B023
+        assert torch.allclose(chunks.gradients, whole.gradients) is not mean
+
+
+def test_samples_of_no_weight_still_are_samples():
+    layer, x = nn.Linear(3, 2), torch.randn(4, 3)
+    weights = torch.tensor([1.0, 0.0, 1.0, 0.0])[:, None]
+    (samples,) = gather(layer, lambda: (weights * layer(x)).sum().backward()).values()
+    torch.testing.assert_close(samples.inputs[0, :, :3], x)
+    assert not samples.gradients[0, 1].any()
+
+
 def test_samples_with_nan_are_left_out():
     layer, x = nn.Linear(3, 2), torch.randn(4, 3)
     x[1, 2] = torch.nan

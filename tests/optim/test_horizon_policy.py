@@ -272,9 +272,64 @@ def test_wrong_modules():
 
 
 def test_its_options_come_back_with_its_state():
-    _, policy = make(lr=0.2, penalty=0.3, every=4, rule="adjoint")
+    options = {"lr": 0.2, "penalty": 0.3, "every": 4, "rule": "adjoint", "reduction": "sum", "max_change": 0.2}
+    _, policy = make(**options)
     _, other = make()
     other.load_state_dict(policy.state_dict())
-    assert (other.lr, other.penalty, other.every, other.rule) == (0.2, 0.3, 4, "adjoint")
+    assert {name: getattr(other, name) for name in options} == options
     other.load_state_dict({"count": 3})  # as version 0.1 saved it
-    assert other.every == 4
+    other.load_state_dict({"count": 3, "rule": "feedback", "lr": 0.2, "penalty": 0.3, "every": 4})
+    assert (other.rule, other.every, other.reduction) == ("feedback", 4, "sum")
+
+
+class Clock(nn.Module):
+    """dx/dt = w cos t: what x(t) gains from s to t is w (sin t - sin s)."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(1.3))
+
+    def forward(self, t, x):
+        return self.w * torch.cos(t) * torch.ones_like(x)
+
+
+def moved(run):
+    """The Q_T that a policy applies after ``run(ode)`` gave a loss."""
+    ode = NeuralODE(Clock(), FreeHorizon(1.0, 0.1, 3.0), method="rk4", steps=40)
+    policy = HorizonPolicy(ode, rule="adjoint", lr=1e-2)
+    run(ode).backward()
+    policy.step()
+    return (1.0 - float(ode.T)) / 1e-2
+
+
+def test_output_times_count_as_far_as_they_depend_on_T():
+    x, h = torch.randn(4, 2), 1e-5
+
+    def square(y):
+        return y.square().sum(-1).mean()
+
+    def at_end(T):
+        return square(x + 1.3 * math.sin(T))
+
+    slope = float(at_end(1 + h) - at_end(1 - h)) / (2 * h)
+    early = float(square(x + 1.3 * math.sin(0.5)))
+    assert moved(lambda ode: square(ode(x))) == pytest.approx(slope, rel=1e-6)
+    # an early output is held, and counts with its value
+    both = moved(lambda ode: square(ode(x, [0.5, 1.0])[0]) * square(ode(x, times=[0.5, 1.0])[-1]))
+    assert both == pytest.approx(early * slope, rel=1e-6)
+    for times in ([0.3, 0.6], [0.5, 1.7], [0.0, 0.6]):
+        beside = moved(lambda ode: square(ode(x)) + square(ode(x, times)[-1]))  # noqa: B023
+        assert beside == pytest.approx(slope, rel=1e-6)
+        with pytest.raises(
+            ProblemError, match=r"met no backward pass .* none that ended at T; .*end at float\(ode.T\)"
+        ):
+            moved(lambda ode: square(ode(x, times)[-1]))  # noqa: B023
+
+
+@pytest.mark.parametrize("times", [[1.0, 0.5, 0.2], [0.5, 0.2], [0.5, 1.0, 1.7]])
+def test_times_that_start_from_T_or_go_past_it_are_refused(times):
+    with pytest.raises(ProblemError, match="with T = 1 before the last; expected T as the last, or not at all"):
+        moved(lambda ode: ode(torch.ones(4, 2), times)[-1].sum())
+    ode, _ = make()
+    with torch.no_grad():
+        assert ode(torch.ones(4, 2), times).shape == (len(times), 4, 2)

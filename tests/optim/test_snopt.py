@@ -68,6 +68,40 @@ def test_resuming_gives_an_unbroken_run_bit_for_bit(stop):
         assert torch.equal(a, b)
 
 
+def test_options_come_back_with_the_state():
+    model = Net()
+    ours = SNOpt(model, 0.01, refresh_every=6, reduction="sum", everywhere=False)
+    resumed = quiet(model)
+    resumed.load_state_dict(ours.state_dict())
+    assert (resumed.refresh_every, resumed.reduction, resumed.everywhere) == (6, "sum", False)
+    assert [block.name for block in resumed._blocks] == ["ode.field.conv"]
+    older = {key: ours.state_dict()[key] for key in ("state", "param_groups", "step_count")}
+    resumed.load_state_dict(older)  # of a version that saved none
+    assert resumed.refresh_every == 6
+    with pytest.raises(ProblemError, match="refresh_every is 0; expected a whole number of at least 1"):
+        resumed.load_state_dict({**ours.state_dict(), "refresh_every": 0})
+
+
+def test_a_resumed_run_refreshes_when_the_first_would_have():
+    batches = list(zip(*data(9), strict=True))
+
+    def make(**options):
+        torch.manual_seed(3)
+        model = Net()
+        return model, quiet(model, **options)
+
+    model, optimizer = make(refresh_every=3)
+    train(model, optimizer, batches)
+    first, first_optimizer = make(refresh_every=3)
+    train(first, first_optimizer, batches[:4])
+    resumed, other = make()
+    resumed.load_state_dict(first.state_dict())
+    other.load_state_dict(first_optimizer.state_dict())
+    train(resumed, other, batches[4:])
+    for a, b in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_a_loaded_state_is_a_copy_and_keeps_its_precision():
     model = nn.Sequential(nn.Linear(3, 2)).to(torch.bfloat16)
     optimizer = SNOpt(model, 0.01)

@@ -110,6 +110,22 @@ class TestStages:
         theirs = scipy.optimize.minimize(cost, start, jac=True, options={"gtol": 1e-9})
         assert_close(solution.cost, theirs.fun, rtol=1e-9)
 
+    @pytest.mark.parametrize("starts", [[0.5], [[0.5], [-0.3]]])
+    def test_a_rollout_goes_by_step(self, starts):
+        box = (-0.2, 0.2)
+        problem = StagedOCP(self.stages(), lambda x: ((x - 1) ** 2).sum(-1), initial_state=starts, control_bounds=box)
+        solution = solve(problem)
+        again = solution.rollout(problem.initial_state)
+        for ours, theirs in zip((*again.states, *again.controls), (*solution.states, *solution.controls), strict=True):
+            assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+        assert_close(again.cost, solution.cost, rtol=1e-12)
+        moved = solution.rollout(problem.initial_state + 0.1, disturbance=lambda t, x: 0.01 * torch.ones_like(x))
+        for k in range(5):
+            deviation = moved.states[k] - solution.states[k]
+            u = solution.controls[k] + (solution.gains.K[k] @ deviation[..., None])[..., 0]
+            assert_close(moved.controls[k], u.clamp(*box), rtol=1e-12, atol=1e-12)
+        assert [x.shape[-1] for x in moved.states] == [1, 2, 2, 2, 1, 2]
+
     def test_a_batch_of_them(self):
         starts = torch.tensor([[0.5], [-0.3], [1.0]]).double()
         together = solve(StagedOCP(self.stages(), lambda x: ((x - 1) ** 2).sum(-1), initial_state=starts))
