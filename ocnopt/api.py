@@ -1,5 +1,6 @@
 """What `import ocnopt as oc` offers; :mod:`ocnopt` reads it from here at the first use of a name."""
 
+import ocnopt.optim as optim  # noqa: F401
 import ocnopt.problems as problems  # noqa: F401
 import ocnopt.solvers as solvers  # noqa: F401
 from ocnopt.differential.differentiate import Expansion as Expansion

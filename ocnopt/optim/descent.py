@@ -1,0 +1,147 @@
+"""What the optimisers of structured descent share: options, saved states and gradients, checked."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ocnopt.checks import check_choice, check_number, listed
+from ocnopt.errors import NonFiniteError, ProblemError
+
+
+@dataclass(frozen=True)
+class Number:
+    """An option that is a number in ``[above, below)``."""
+
+    expected: str
+    below: float = math.inf
+    above: float = 0.0
+
+
+NOT_NEGATIVE = Number("a number >= 0")
+POSITIVE = Number("a number > 0", above=math.ulp(0.0))
+FRACTION = Number("a number in [0, 1]", below=math.nextafter(1.0, 2.0))
+
+
+class Descent(torch.optim.Optimizer):
+    """Base of the optimisers: everything that a step depends on lies in the groups and the state.
+
+    ``expected`` says for each option of a group what it may be: a :class:`Number`, a type, or a tuple of words.
+    """
+
+    expected: ClassVar[Mapping[str, Number | type | tuple[str, ...]]]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Train further parameters, with options of their own.
+
+        Raises:
+            ProblemError: an option is out of range, or a parameter cannot be trained by this optimiser.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups.pop()
+        for name, expected in self.expected.items():
+            _check_option(f"{name} of {type(self).__name__}", group[name], expected)
+        names = names_of(group)
+        for parameter, name in zip(group["params"], names, strict=True):
+            if not parameter.is_floating_point():
+                raise ProblemError(
+                    f"{name} is of {parameter.dtype}; expected real floating-point numbers: use torch.view_as_real "
+                    "for complex parameters"
+                )
+        self._admit(group, names)
+        self.param_groups.append(group)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a state that ``state_dict`` of the same kind of optimiser returned.
+
+        Raises:
+            ProblemError: the state is another optimiser's.
+        """
+        for group in state_dict["param_groups"]:
+            missing = [name for name in self.expected if name not in group]
+            if missing:
+                raise ProblemError(
+                    f"a group of the state lacks {listed(missing)}; expected the options of {type(self).__name__}: "
+                    "load the state of another optimiser into that one"
+                )
+        super().load_state_dict({**state_dict})
+
+    def _admit(self, group: dict[str, Any], names: list[str]) -> None:
+        """Refuse a new group's parameters, or prepare them."""
+
+
+class Moved(NamedTuple):
+    """A group with those of its parameters that have gradients."""
+
+    group: dict[str, Any]
+    parameters: list[Tensor]
+    gradients: list[Tensor]
+    names: list[str]
+
+
+def evaluated(closure: Callable[[], Any] | None) -> Any:
+    """The value of a closure, with gradients on."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
+def found_gradients(optimizer: Descent) -> list[Moved]:
+    """The gradients of each group, looked at before anything moves.
+
+    Raises:
+        ProblemError: one is sparse.
+        NonFiniteError: one holds NaN or infinity.
+    """
+    found = []
+    for group in optimizer.param_groups:
+        items = zip(group["params"], names_of(group), strict=True)
+        live = [(parameter, name) for parameter, name in items if parameter.grad is not None]
+        if live:
+            parameters = [parameter for parameter, _ in live]
+            found.append(Moved(group, parameters, [p.grad for p in parameters], [name for _, name in live]))
+    _check_gradients([item for moved in found for item in zip(moved.names, moved.gradients, strict=True)])
+    return found
+
+
+def state_of(optimizer: Descent, key: str, parameters: list[Tensor]) -> list[Tensor]:
+    """An entry of the state of each parameter, zero at first; it follows where the parameter went (``model.to``)."""
+    for parameter in parameters:
+        state = optimizer.state[parameter]
+        state[key] = state[key].to(parameter) if key in state else torch.zeros_like(parameter)
+    return [optimizer.state[parameter][key] for parameter in parameters]
+
+
+def names_of(group: Mapping[str, Any]) -> list[str]:
+    """What messages call the parameters of a group."""
+    given = group.get("param_names")
+    return given or [f"parameter {i} of its group" for i in range(len(group["params"]))]
+
+
+def _check_option(what: str, value: object, expected: Number | type | tuple[str, ...]) -> None:
+    if isinstance(expected, Number):
+        check_number(what, value, expected.expected, expected.below, expected.above)
+    elif isinstance(expected, tuple):
+        check_choice(what, value, expected)
+    elif not isinstance(value, expected):
+        raise ProblemError(f"{what} is {value!r}; expected a {expected.__name__}: leave it out for the default")
+
+
+def _check_gradients(named: list[tuple[str, Tensor]]) -> None:
+    sparse = [name for name, gradient in named if gradient.layout is not torch.strided]
+    if sparse:
+        raise ProblemError(
+            f"the gradients of {listed(sparse)} are sparse; expected dense ones: build the layer with sparse=False"
+        )
+    if named:
+        sizes = torch._foreach_norm([gradient for _, gradient in named], math.inf)
+        if not bool(torch.stack([size.to(sizes[0]) for size in sizes]).isfinite().all()):
+            names = [name for (name, _), size in zip(named, sizes, strict=True) if not bool(size.isfinite())]
+            raise NonFiniteError(
+                f"the gradients of {listed(names)} hold NaN or infinity; expected finite numbers. Parameters and state "
+                "are as before this step: catch this error to skip the batch; if it comes again, lower lr"
+            )

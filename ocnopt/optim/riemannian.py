@@ -1,0 +1,110 @@
+"""Gradient descent with momentum on matrices with orthonormal columns (:mod:`ocnopt.optim.manifolds`).
+
+With the tangent projection P_U and a retraction R_U, a step with the gradient G of the loss at U is
+
+    v <- mu P_U(v) - lr P_U(G);      U <- R_U(v)
+
+where v is carried from one tangent space to the next by projection.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ocnopt.optim.descent import FRACTION, NOT_NEGATIVE, Descent, evaluated, found_gradients, state_of
+from ocnopt.optim.manifolds import (
+    MANIFOLDS,
+    RETRACTIONS,
+    check_on_manifold,
+    orthonormal,
+    put_onto,
+    retract,
+    tangent,
+)
+
+
+class Riemannian(Descent):
+    """Descent on Stiefel and Grassmann manifolds, for orthogonal layers and subspaces.
+
+    Weights are put onto the manifold when the optimiser gets them: each matrix is replaced by the nearest one with
+    orthonormal columns, or orthonormal rows where it is wider than high.
+
+    Args:
+        params: matrices ``(..., n, p)``, leading axes are a batch: the weight of a Linear layer as it is, that of a
+            convolution as many small matrices. Biases go into a group of their own with ``manifold="euclidean"``.
+        lr: learning rate.
+        momentum: mu.
+        manifold: "stiefel", "grassmann" (the loss depends on the span of the columns alone) or "euclidean".
+        retraction: "qr", "polar" or "cayley".
+
+    Raises:
+        ProblemError: an option is out of range, or a parameter is no matrix of full rank.
+
+    >>> u = torch.tensor([[1.0], [1.0]], requires_grad=True)  # minimise x^T A x on the circle
+    >>> optimizer = Riemannian([u], lr=0.2)
+    >>> for _ in range(50):
+    ...     optimizer.zero_grad()
+    ...     (u.mT @ torch.diag(torch.tensor([1.0, 3.0])) @ u).sum().backward()
+    ...     optimizer.step()
+    >>> print(u.detach().mT.round(decimals=4).abs())
+    tensor([[1., 0.]])
+    """
+
+    expected: ClassVar = {
+        "lr": NOT_NEGATIVE,
+        "momentum": FRACTION,
+        "manifold": MANIFOLDS,
+        "retraction": RETRACTIONS,
+    }
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Any,
+        *,
+        momentum: float | Any = 0.0,
+        manifold: str = "stiefel",
+        retraction: str = "qr",
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "manifold": manifold, "retraction": retraction})
+
+    def _admit(self, group: dict[str, Any], names: list[str]) -> None:
+        if group["manifold"] != "euclidean":
+            put_onto(group["params"], names)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Move the parameters along their manifolds.
+
+        Args:
+            closure: computes the loss again and calls backward; its value is returned.
+
+        Raises:
+            NonFiniteError: a gradient is NaN or infinite; parameters and state are those before the step.
+            ProblemError: a gradient is sparse, or a matrix was moved off its manifold.
+        """
+        loss = evaluated(closure)
+        found = found_gradients(self)
+        for group, parameters, _, names in found:
+            if group["manifold"] != "euclidean":
+                check_on_manifold(parameters, names)
+        for group, parameters, gradients, _ in found:
+            velocities = state_of(self, "velocity", parameters) if group["momentum"] else [None] * len(parameters)
+            for parameter, gradient, velocity in zip(parameters, gradients, velocities, strict=True):
+                self._move(group, parameter, gradient, velocity)
+        return loss
+
+    @staticmethod
+    def _move(group: dict[str, Any], parameter: Tensor, gradient: Tensor, velocity: Tensor | None) -> None:
+        manifold = group["manifold"]
+        is_free = manifold == "euclidean"
+        U, G = (parameter, gradient) if is_free else (orthonormal(parameter), orthonormal(gradient))
+        xi = -group["lr"] * tangent(U, G, manifold)
+        if velocity is not None:
+            v = velocity if is_free else orthonormal(velocity)
+            xi += group["momentum"] * tangent(U, v, manifold)
+            v.copy_(xi)
+        U.copy_(U + xi if is_free else retract(U, xi, group["retraction"]))
