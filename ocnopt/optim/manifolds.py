@@ -12,6 +12,7 @@ constraints" (2013) for the Cayley transform.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,7 +94,7 @@ def put_onto(parameters: Sequence[Tensor], names: Sequence[str]) -> None:
                 "full rank: initialise it, as by torch.nn.init.orthogonal_"
             )
         # what is on the manifold already stays, bit for bit
-        nearest.append(A if bool(_drift(A) <= 100 * torch.finfo(A.dtype).eps) else polar(A))
+        nearest.append(A if bool(_drift(A).amax() <= 100 * torch.finfo(A.dtype).eps) else polar(A))
     for parameter, U in zip(parameters, nearest, strict=True):
         orthonormal(parameter.detach()).copy_(U)
 
@@ -104,14 +105,23 @@ def check_on_manifold(parameters: Sequence[Tensor], names: Sequence[str]) -> Non
     Raises:
         ProblemError: U^T U is not the identity.
     """
-    drifts = torch.stack([_drift(orthonormal(parameter.detach())).cpu() for parameter in parameters])
-    for name, drift in zip(names, drifts.tolist(), strict=True):
-        if not drift <= DRIFT:
-            raise ProblemError(
-                f"{name} is off its manifold: |U^T U - I| = {drift:.3g}; expected at most {DRIFT}: load or change "
-                "weights before the optimiser is made, which puts them onto it, and let nothing else move them"
-            )
+    for same in alike(parameters):
+        drifts = _drift(torch.stack([orthonormal(parameters[i].detach()) for i in same])).reshape(len(same), -1).amax(1)
+        for i, drift in zip(same, drifts.tolist(), strict=True):
+            if not drift <= DRIFT:
+                raise ProblemError(
+                    f"{names[i]} is off its manifold: |U^T U - I| = {drift:.3g}; expected at most {DRIFT}: load or "
+                    "change weights before the optimiser is made, which puts them onto it; nothing else may move them"
+                )
+
+
+def alike(parameters: Sequence[Tensor]) -> list[list[int]]:
+    """The indices of parameters that can be stacked, so that one operation works on all of them."""
+    found: dict[tuple[Any, ...], list[int]] = {}
+    for i, parameter in enumerate(parameters):
+        found.setdefault((parameter.shape, parameter.dtype, parameter.device), []).append(i)
+    return [*found.values()]
 
 
 def _drift(U: Tensor) -> Tensor:
-    return (U.mT @ U - torch.eye(U.shape[-1], dtype=U.dtype, device=U.device)).abs().amax()
+    return (U.mT @ U - torch.eye(U.shape[-1], dtype=U.dtype, device=U.device)).abs().amax((-2, -1))

@@ -33,7 +33,8 @@ class MSA(Descent):
             layer: ``nn.Sequential(nn.Linear(2, 8), nn.Tanh())`` as a child is one nonlinear layer, its two modules as
             children are two. Each layer with parameters is a group of the optimiser, so that rho and the other options
             may differ; parameters with ``requires_grad=False`` are left alone.
-        rho: weight of the augmentation; the larger, the shorter and safer the steps.
+        rho: weight of the augmentation; the larger, the shorter and safer the steps. Layers choose at once, so that rho
+            below the number of layers times the loss's curvature may diverge.
         iterations: of L-BFGS in each layer and step.
         weight_decay: gamma of the term (gamma/2) |theta|^2 added to the loss.
         reduction: "mean" or "sum": how the loss combines samples.
@@ -67,7 +68,7 @@ class MSA(Descent):
         self,
         chain: nn.Sequential | Any,
         *,
-        rho: float | Any = 1.0,
+        rho: float | Any = 5.0,
         iterations: int | Any = 20,
         weight_decay: float | Any = 0.0,
         reduction: str = "mean",
@@ -219,7 +220,7 @@ class _Hamiltonian:
         eps = torch.finfo(self._costate.dtype).eps
         for (name, parameter), slope in zip(trained.items(), slopes, strict=True):
             gradient = slope.new_zeros(()) if parameter.grad is None else parameter.grad
-            rounding = 1e3 * eps * float(self._costate.norm() * (1 + self._x.norm()) * (1 + parameter.norm()))
+            rounding = 1e3 * eps * float(self._costate.norm() * (1 + self._x.double().norm()) * (1 + parameter.norm()))
             difference = float((gradient - slope).norm())
             if not difference <= 10 * eps**0.5 * float(gradient.norm() + slope.norm()) + rounding:
                 raise ProblemError(
@@ -251,15 +252,15 @@ def _layers(chain: object) -> dict[str, nn.Module]:
 
 def _read(record: _Record, layer: str) -> tuple[Tensor, Tensor, Tensor]:
     """x_t, lambda_{t+1}, x_{t+1} of one forward and one backward pass."""
-    if record.calls != 1 or len(record.costates) != 1:
-        raise ProblemError(
-            f"the closure ran layer {layer!r} {record.calls} times forward and {len(record.costates)} times backward; "
-            "expected once each: run the chain on one batch, and call backward on the loss"
-        )
-    if record.x is None or record.following is None:
+    if record.calls and (record.x is None or record.following is None):
         raise ProblemError(
             f"layer {layer!r} of the chain takes or returns something else than one tensor; expected tensor to tensor: "
             "wrap it into a module that does"
+        )
+    if record.x is None or record.following is None or record.calls != 1 or len(record.costates) != 1:
+        raise ProblemError(
+            f"the closure ran layer {layer!r} {record.calls} times forward and {len(record.costates)} times backward; "
+            "expected once each: run the chain on one batch, and call backward on the loss"
         )
     for what, value in {"input": record.x, "output": record.following, "costate": record.costates[0]}.items():
         if not bool(value.isfinite().all()):

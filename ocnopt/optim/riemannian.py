@@ -18,6 +18,7 @@ from ocnopt.optim.descent import FRACTION, NOT_NEGATIVE, Descent, evaluated, fou
 from ocnopt.optim.manifolds import (
     MANIFOLDS,
     RETRACTIONS,
+    alike,
     check_on_manifold,
     orthonormal,
     put_onto,
@@ -92,19 +93,19 @@ class Riemannian(Descent):
             if group["manifold"] != "euclidean":
                 check_on_manifold(parameters, names)
         for group, parameters, gradients, _ in found:
-            velocities = state_of(self, "velocity", parameters) if group["momentum"] else [None] * len(parameters)
-            for parameter, gradient, velocity in zip(parameters, gradients, velocities, strict=True):
-                self._move(group, parameter, gradient, velocity)
+            velocities = state_of(self, "velocity", parameters)
+            for same in alike(parameters):
+                _move(group, *([tensors[i] for i in same] for tensors in (parameters, gradients, velocities)))
         return loss
 
-    @staticmethod
-    def _move(group: dict[str, Any], parameter: Tensor, gradient: Tensor, velocity: Tensor | None) -> None:
-        manifold = group["manifold"]
-        is_free = manifold == "euclidean"
-        U, G = (parameter, gradient) if is_free else (orthonormal(parameter), orthonormal(gradient))
-        xi = -group["lr"] * tangent(U, G, manifold)
-        if velocity is not None:
-            v = velocity if is_free else orthonormal(velocity)
-            xi += group["momentum"] * tangent(U, v, manifold)
-            v.copy_(xi)
-        U.copy_(U + xi if is_free else retract(U, xi, group["retraction"]))
+
+def _move(group: dict[str, Any], parameters: list[Tensor], gradients: list[Tensor], velocities: list[Tensor]) -> None:
+    """One step of parameters of one shape."""
+    manifold = group["manifold"]
+    if manifold != "euclidean":
+        parameters, gradients, velocities = ([*map(orthonormal, t)] for t in (parameters, gradients, velocities))
+    U, G, v = (torch.stack(tensors) for tensors in (parameters, gradients, velocities))
+    xi = group["momentum"] * tangent(U, v, manifold) - group["lr"] * tangent(U, G, manifold)
+    U = U + xi if manifold == "euclidean" else retract(U, xi, group["retraction"])
+    torch._foreach_copy_(velocities, [*xi])
+    torch._foreach_copy_(parameters, [*U])

@@ -51,7 +51,7 @@ class Equation(NamedTuple):
 
     def solves(self, point: Point) -> bool:
         """Whether V falls by s^2 / tau."""
-        return point.f < 0 and abs(point.phi) <= max(self.noise, self.tolerance * -point.f)
+        return -math.inf < point.f < 0 and abs(point.phi) <= max(self.noise, self.tolerance * -point.f)
 
 
 def solve(equation: Equation, h: float, scale: float, least: float) -> Point:
@@ -105,25 +105,32 @@ def _outward(equation: Equation, low: Point, guess: float) -> Point:
 
 
 def _between(equation: Equation, low: Point, high: Point) -> Point:
-    """The root between a point where phi is negative and one where it is not, by secants and halvings.
+    """The root between a point where phi is negative and one where it is not.
 
-    Where it cannot be resolved the point with negative phi is returned: V falls by more than s^2 / tau there.
+    By secants, the end that stays discounted as by Anderson and Björck, and a halving where three of them did not halve
+    the interval. Where the root cannot be resolved the point with negative phi is returned: V falls by more than
+    s^2 / tau there.
     """
     q_low, q_high = low.quotient, high.quotient
-    width, shrinks = math.inf, True
-    for _ in range(SECANTS):
-        if abs(high.s - low.s) <= 2 * math.ulp(high.s):
+    width, side = math.inf, 0.0
+    for count in range(SECANTS):
+        gap = high.s - low.s
+        if abs(gap) <= 2 * math.ulp(high.s):
             break
-        shrinks, width = abs(high.s - low.s) <= width / 2, abs(high.s - low.s)
-        s = low.s + (high.s - low.s) * (q_low / (q_low - q_high)) if shrinks and q_high < math.inf else math.nan
-        if not 0 < (s - low.s) / (high.s - low.s) < 1:
-            # far apart: halve the exponent
-            s = low.s * math.sqrt(high.s / low.s) if high.s / low.s > 4 else (low.s + high.s) / 2
+        is_slow = count % 4 == 3 and abs(gap) > width / 2
+        width = abs(gap) if count % 4 == 3 else width
+        s = math.nan if is_slow or q_high == math.inf else low.s + gap * (q_low / (q_low - q_high))
+        if not 0 < (s - low.s) / gap < 1:  # far apart: halve the exponent
+            s = low.s * math.sqrt(high.s / low.s) if high.s / low.s > 4 else low.s + gap / 2
         point = equation.at(s)
         if equation.solves(point):
             return point
-        if point.phi < 0:
-            low, q_low = point, point.quotient
+        q = point.quotient
+        replaced = q_low if q < 0 else q_high
+        weight = (1 - q / replaced if abs(q) < abs(replaced) else 0.5) if q * side > 0 else 1.0
+        if q < 0:
+            low, q_low, q_high = point, q, q_high * weight
         else:
-            high, q_high = point, point.quotient
+            high, q_high, q_low = point, q, q_low * weight
+        side = q
     return low

@@ -8,6 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
+# scripts with arguments and tables, too long for the README
+STUDIES = ("independent_components.py", "orthogonal_layers.py")
 
 
 def run(name, capsys):
@@ -19,6 +21,8 @@ def test_every_example_is_tested():
     assert [path.name for path in SCRIPTS] == [
         "drop_in_snopt.py",
         "first.py",
+        "independent_components.py",
+        "orthogonal_layers.py",
         "own_problem.py",
         "own_problem_against_casadi.py",
     ]
@@ -62,6 +66,32 @@ def test_drop_in_snopt(capsys):
     assert losses[-1] < 0.5 * losses[0]
 
 
+def test_independent_components(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", ["independent_components.py", str(tmp_path / "signals.png")])
+    output = run("independent_components.py", capsys)
+    distances = [float(number) for number in re.findall(r"Amari distance ([\d.]+)", output)]
+    assert len(distances) == 4
+    assert distances[0] > 0.3
+    assert max(distances[1:]) < 0.03
+    assert max(float(error) for error in re.findall(r"I\| (\S+)", output)) < 1e-14
+    assert (tmp_path / "signals.png").stat().st_size > 0
+
+
+def test_orthogonal_layers(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", ["orthogonal_layers.py", str(tmp_path / "gradients.png")])
+    output = run("orthogonal_layers.py", capsys)
+    rows = re.findall(r"(plain|starts orthogonal|stays orthogonal) +[\d.]+ +([\d.]+) % +(\S+)", output)
+    assert len(rows) == 6
+    for name, accuracy, ratio in rows:
+        if name == "stays orthogonal":
+            assert float(accuracy) > 60
+            assert 0.05 < float(ratio) < 20
+        if name == "plain":
+            assert float(accuracy) < 20
+            assert float(ratio) < 1e-4
+    assert (tmp_path / "gradients.png").stat().st_size > 0
+
+
 def test_the_demo_and_the_example_solve_the_same_problem():
     from ocnopt.cli import boat
     from ocnopt.solvers.solve import solve
@@ -71,7 +101,7 @@ def test_the_demo_and_the_example_solve_the_same_problem():
     assert costs[0] == costs[1]
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [path for path in SCRIPTS if path.name not in STUDIES], ids=lambda path: path.name)
 def test_the_readme_shows_the_example(path):
     body = path.read_text(encoding="utf-8").split('"""', 2)[2].strip()
     assert body in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -105,10 +105,6 @@ def test_on_grassmann_only_the_span_counts(seed, n, p):
         torch.testing.assert_close(one @ one.mT, two @ two.mT, rtol=1e-9, atol=1e-9)
 
 
-def rayleigh(A):
-    return lambda U: (U.mT @ A @ U).diagonal(dim1=-2, dim2=-1).sum()
-
-
 def run(optimizer, parameter, loss, count):
     for _ in range(count):
         optimizer.zero_grad()
@@ -119,23 +115,25 @@ def run(optimizer, parameter, loss, count):
 @pytest.mark.parametrize("manifold", ["stiefel", "grassmann"])
 @pytest.mark.parametrize("momentum", [0.0, 0.8])
 @pytest.mark.parametrize("retraction", RETRACTIONS)
-def test_descent_finds_the_lowest_eigenvectors_and_stays_orthogonal(retraction, momentum, manifold):
+def test_descent_finds_the_space_of_the_lowest_eigenvectors(retraction, momentum, manifold):
     A = torch.diag(torch.arange(1.0, 7.0))
     U = nn.Parameter(torch.randn(2, 6, 2))
-    optimizer = Riemannian([U], 0.02, momentum=momentum, manifold=manifold, retraction=retraction)
-    run(optimizer, U, rayleigh(A), 1000)
-    assert drift(U.detach()) < 1e-12
+    optimizer = Riemannian([U], 0.1, momentum=momentum, manifold=manifold, retraction=retraction)
+    run(optimizer, U, lambda U: (U.mT @ A @ U).diagonal(dim1=-2, dim2=-1).sum(), 150)
     P = U.detach() @ U.detach().mT
     torch.testing.assert_close(P, torch.diag(torch.tensor([1.0, 1, 0, 0, 0, 0])).expand_as(P), rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float64, 1e-13), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("shape", [(20, 5), (2, 6, 6)])
 @pytest.mark.parametrize("retraction", RETRACTIONS)
-def test_single_precision_does_not_drift(retraction):
-    U = nn.Parameter(torch.randn(20, 5, dtype=torch.float32))
+def test_a_thousand_steps_do_not_drift(retraction, shape, dtype, most):
+    U, gradients = nn.Parameter(torch.randn(shape, dtype=dtype)), torch.randn(7, *shape, dtype=dtype)
     optimizer = Riemannian([U], 0.05, momentum=0.9, retraction=retraction)
-    C = torch.randn(20, 5, dtype=torch.float32)
-    run(optimizer, U, lambda U: (U * C).sum(), 1000)
-    assert drift(U.detach()) < 2e-6
+    for k in range(1000):
+        U.grad = gradients[k % 7]
+        optimizer.step()
+    assert drift(U.detach()) < most
 
 
 def test_the_first_step_is_that_of_the_gradient():
