@@ -181,7 +181,7 @@ def _rotation(U: Tensor, i: int, j: int, group: dict[str, Any]) -> Curve:
 
 def _value(move: Callable[[float], None], closure: Callable[[], Any], s: float) -> float:
     move(s)
-    return float(closure())
+    return _number(closure())
 
 
 def _first(closure: Callable[[], Any]) -> tuple[Any, float, float]:
@@ -189,9 +189,9 @@ def _first(closure: Callable[[], Any]) -> tuple[Any, float, float]:
 
     It is computed twice: dropout or a new batch would make every difference of two losses meaningless.
     """
-    loss = _number(closure)
+    loss = _checked(closure)
     unit = torch.finfo(loss.dtype if isinstance(loss, Tensor) else torch.float64).eps
-    value, again = float(loss), float(closure())
+    value, again = _number(loss), _number(closure())
     if not math.isfinite(value):
         raise NonFiniteError(f"the loss before the step is {value}; expected a finite number: start elsewhere")
     if not abs(value - again) <= math.sqrt(unit) * abs(value):
@@ -202,7 +202,12 @@ def _first(closure: Callable[[], Any]) -> tuple[Any, float, float]:
     return loss, value, unit
 
 
-def _number(closure: Callable[[], Any]) -> Any:
+def _number(loss: Any) -> float:
+    return loss.item() if isinstance(loss, Tensor) else float(loss)
+
+
+def _checked(closure: Callable[[], Any]) -> Any:
+    """The loss, if it is one."""
     try:
         loss = closure()
     except RuntimeError as error:

@@ -134,7 +134,7 @@ class Relativistic(Descent):
             root, delta = group["momentum"] ** 0.5, group["delta"]
             v = state_of(self, "velocity", parameters)
             if group["alpha"] < 1.0:
-                back = [self.state[parameter].get("ahead", torch.zeros(()).to(parameter)) for parameter in parameters]
+                back = [torch.as_tensor(self.state[p].get("ahead", 0.0)).to(p) for p in parameters]
                 torch._foreach_addcmul_(parameters, v, back, value=group["alpha"] - 1.0)
             torch._foreach_mul_(v, root)
             torch._foreach_add_(v, gradients, alpha=-group["lr"])
@@ -149,5 +149,5 @@ class Relativistic(Descent):
 
 def _slowdown(v: list[Tensor], delta: float) -> Tensor:
     """1/sqrt(1 + delta |v|^2)."""
-    squares = torch.stack([norm.to(v[0]) for norm in torch._foreach_norm(v)]).square().sum()
-    return (1.0 + delta * squares).rsqrt()
+    size = delta**0.5 * torch.stack([norm.to(v[0]) for norm in torch._foreach_norm(v)]).norm()
+    return 1.0 / torch.hypot(size, torch.ones_like(size))

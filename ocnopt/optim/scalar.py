@@ -69,11 +69,12 @@ def solve(equation: Equation, h: float, scale: float, least: float) -> Point:
     while h > least:
         right, left = equation.at(h), equation.at(-h)
         slope, bend = (right.phi - left.phi) / (2 * h), (right.phi + left.phi) / (2 * h * h)
-        guess = -slope / bend if 0 < bend < math.inf else 0.0
+        is_parabola = 0 < bend < math.inf
+        guess = -slope / bend if is_parabola else 0.0
         low = min(right, left, key=lambda point: point.phi)
         if low.phi < 0:
             return low if equation.solves(low) else _outward(equation, low, guess)
-        if h <= scale and slope * slope <= 4 * bend * equation.noise:
+        if is_parabola and h <= scale and slope * slope <= 4 * bend * equation.noise:
             break  # the lowest point of the parabola is in the noise
         if guess:
             inner = equation.at(guess)

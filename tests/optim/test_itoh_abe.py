@@ -215,3 +215,23 @@ def test_errors_of_the_closure_leave_no_trial_step_behind():
     with pytest.raises(KeyError):
         ItohAbe([x], 1.0).step(loss)
     assert torch.equal(x, START)
+
+
+def test_an_infinite_neighbour_hides_no_descent():
+    """V is infinite on one side, and on the other it falls within less than the first trial step."""
+    x = torch.zeros(1, requires_grad=True)
+    loss = ItohAbe([x], 1.0).step(lambda: 1 + (torch.where(x > 0, torch.inf, x.abs() * (2e12 * x.abs() - 1e6))).sum())
+    assert loss == 1
+    assert -1e-6 < x.item() < 0
+
+
+def test_a_closure_with_gradients_of_its_own_is_read_without_a_warning():
+    x = start()
+
+    def loss():
+        with torch.enable_grad():
+            return x.square().sum()
+
+    before = loss().item()
+    ItohAbe([x], 0.1).step(loss)
+    assert loss().item() < before

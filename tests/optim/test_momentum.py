@@ -232,3 +232,11 @@ def test_parameters_without_gradients_stay_and_do_not_count():
         optimizer.step()
     assert torch.equal(x, alone)
     assert torch.equal(y, torch.ones(2))
+
+
+def test_a_huge_gradient_in_single_precision_still_moves_at_the_speed_of_light():
+    x = torch.zeros(1, dtype=torch.float32, requires_grad=True)
+    optimizer = Relativistic([x], 1.0, momentum=0.0, delta=4.0)
+    x.grad = torch.full((1,), 1e25, dtype=torch.float32)
+    optimizer.step()
+    assert x.item() == pytest.approx(-0.5, rel=1e-5)

@@ -133,9 +133,9 @@ def test_for_a_large_rho_the_slope_is_that_of_the_loss(reduction):
 def test_a_nonlinear_chain_learns():
     chain, (x, y) = net(), data()
     optimizer = MSA(chain, rho=3.0)
-    losses = [optimizer.step(closure(chain, x, y)).item() for _ in range(30)]
+    losses = [optimizer.step(closure(chain, x, y)).item() for _ in range(12)]
     assert losses == sorted(losses, reverse=True)
-    assert losses[-1] < 0.2 * losses[0]
+    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_options_belong_to_layers():
