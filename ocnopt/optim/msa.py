@@ -175,7 +175,9 @@ class _Hamiltonian:
         """The best parameters that L-BFGS visits; of unit slope at the start, because its thresholds are absolute."""
         if self._size == 0:
             return self._start
-        steps = [torch.zeros_like(p).requires_grad_() for p in self._start.values()]
+        steps = [
+            torch.zeros_like(p, memory_format=torch.contiguous_format).requires_grad_() for p in self._start.values()
+        ]
         lowest, best = 0.0, [z.detach().clone() for z in steps]
 
         def evaluate() -> Tensor:
@@ -183,7 +185,7 @@ class _Hamiltonian:
             value = self._value(self._moved(steps)) / self._size**2
             slopes = torch.autograd.grad(value, steps, allow_unused=True, materialize_grads=True)
             for z, slope in zip(steps, slopes, strict=True):
-                z.grad = slope
+                z.grad = slope.contiguous()
             if value.item() < lowest:
                 lowest, best = value.item(), [z.detach().clone() for z in steps]
             return value

@@ -291,3 +291,13 @@ def test_what_is_not_finite_changes_nothing():
     chain, (x, y) = net(), data()
     refused(chain, closure(chain, x * torch.nan, y), "the input of layer '0' holds NaN or infinity", NonFiniteError)
     refused(chain, closure(chain, x, y * torch.inf), "the costate of layer '0' holds NaN or inf", NonFiniteError)
+
+
+def test_convolutions_whose_gradients_lie_apart_in_memory():
+    chain = nn.Sequential(
+        nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(8, 2)
+    ).to(memory_format=torch.channels_last)
+    x, y = torch.randn(6, 1, 4, 4), torch.randn(6, 2)
+    optimizer = MSA(chain, rho=5.0)
+    losses = [optimizer.step(closure(chain, x, y)).item() for _ in range(5)]
+    assert losses == sorted(losses, reverse=True)
