@@ -1,6 +1,8 @@
 """Run the measurements and print them.
 
-python -m tests.benchmarks [iterations memory race engines control batch versions] [--quick] [--full] [--against PATH]
+python -m tests.benchmarks [PART ...] [--quick] [--full] [--against PATH], where PART is one of
+
+    iterations memory race engines layerwise control batch versions
 """
 
 import argparse
@@ -14,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tests.benchmarks import batch, cases, control, engines, iterations, memory, race, versions
+from tests.benchmarks import batch, cases, control, engines, iterations, layerwise, memory, race, versions
 
 console = Console(width=max(120, Console().width))  # or the tables break where the output is piped
 
@@ -110,6 +112,22 @@ def show_engines(options: Options) -> None:
             )
 
 
+def show_layerwise(options: Options) -> None:
+    """A step of OCNOpt against one of Adam."""
+    rows = []
+    for name, net in layerwise.nets().items():
+        for cost in layerwise.measure(name, net, 3 if options.quick else 11):
+            wanted = (layerwise.WANTED_TIME, layerwise.WANTED_MEMORY) if cost.way == "OCNOpt" else (None, None)
+            ratios = [f"{cost.time:.2f}", most(wanted[0]), f"{cost.memory:.2f}", most(wanted[1])]
+            rows.append([cost.net, cost.way, *ratios, f"{cost.milliseconds:.2f}"])
+    show(
+        "a training step over one of Adam",
+        ["net", "optimiser", "time", "wanted", "peak memory", "wanted", "ms"],
+        rows,
+        "medians of CPU time, stepped in turn; memory: live bytes of torch's CPU allocator",
+    )
+
+
 def show_control(options: Options) -> None:
     """DDP against CasADi with IPOPT, and its kernels against each other."""
     rows = []
@@ -175,6 +193,7 @@ PARTS: dict[str, Callable[[Options], None]] = {
     "memory": show_memory,
     "race": show_race,
     "engines": show_engines,
+    "layerwise": show_layerwise,
     "control": show_control,
     "batch": show_batch,
     "versions": show_versions,

@@ -20,10 +20,19 @@ def peak_bytes(make_optimizer: Callable[[nn.Module], torch.optim.Optimizer], ite
     """The peak over some iterations, model and optimiser included, data excluded."""
     problem = digits()
     batch = next(batches(problem, seed=0))
-    with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
+
+    def train() -> None:
         run = Run(problem, make_optimizer)
         for _ in range(iterations):
             run.step(*batch)
+
+    return live_peak(train)
+
+
+def live_peak(work: Callable[[], object]) -> int:
+    """The peak of what torch's CPU allocator holds since the work began."""
+    with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
+        work()
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
     live = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):

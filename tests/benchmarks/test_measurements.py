@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.benchmarks import batch, cases, control, engines, iterations, memory, race, versions
+from tests.benchmarks import batch, cases, control, engines, iterations, layerwise, memory, race, versions
 
 
 def test_iterations():
@@ -59,3 +59,10 @@ def test_versions():
 def test_versions_refuses_a_folder_without_the_package(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no package"), versions.version(tmp_path):
         pass
+
+
+def test_layerwise():
+    name, net = next(iter(layerwise.nets().items()))
+    found = {cost.way: cost for cost in layerwise.measure(name, net._replace(steps=1), repeats=1)}
+    assert found["Adam"].time == found["Adam"].memory == 1.0
+    assert found["OCNOpt"].memory > 1.0
