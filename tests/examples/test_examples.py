@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 # scripts with arguments and tables, too long for the README
-STUDIES = ("independent_components.py", "orthogonal_layers.py")
+STUDIES = ("independent_components.py", "orthogonal_layers.py", "runge_kutta_nets.py")
 
 
 def run(name, capsys):
@@ -25,6 +25,7 @@ def test_every_example_is_tested():
         "orthogonal_layers.py",
         "own_problem.py",
         "own_problem_against_casadi.py",
+        "runge_kutta_nets.py",
     ]
 
 
