@@ -61,7 +61,7 @@ def compare_methods(args: argparse.Namespace) -> None:
 
 def compare_steps(args: argparse.Namespace) -> None:
     print(f"fixed and learned steps: Euler, {args.iterations} iterations, {args.seeds} seed(s)")
-    for name in plane.SETS:
+    for name in args.sets:
         data = plane.build(name)
         nets = {net: train(data, args, f"{name}, {net}", **options).net for net, options in NETS.items()}
         if args.out:
@@ -98,6 +98,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=60, help="of gradient descent")
     parser.add_argument("--sweeps", type=int, default=10, help="of DDP")
     parser.add_argument("--seeds", type=int, default=1, help="how many first weights to train from")
+    parser.add_argument("--sets", nargs="+", default=[*plane.SETS], choices=[*plane.SETS], help="for learned steps")
     parser.add_argument("--out", type=Path, help="folder for pictures")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -20,7 +20,7 @@ from functools import partial
 from itertools import repeat
 from math import sqrt
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +35,7 @@ from ocnopt.integrate.runge_kutta import step as take_step
 from ocnopt.integrate.tableaus import HEUN, RK4, TABLEAUS, Tableau
 from ocnopt.neural.checks import search
 from ocnopt.neural.evaluation import Surroundings
-
-Activation = Callable[[Tensor], Tensor]
+from ocnopt.neural.stability import Activation, Stability, stability
 
 METHODS: Mapping[str, Tableau] = MappingProxyType({"improved_euler": HEUN, "kutta4": RK4, **TABLEAUS})
 STEPS = ("fixed", "free", "simplex")
@@ -57,19 +56,6 @@ def _hamiltonian(sigma: Activation, A: Tensor, b: Tensor, y: Tensor) -> Tensor:
 
 
 FIELDS = MappingProxyType({"standard": _standard, "gradient": _gradient, "hamiltonian": _hamiltonian})
-
-
-class Stability(NamedTuple):
-    """Constants of each layer's field, ``(layers,)``, for activations with slopes between 0 and 1.
-
-    nu is the least number with <f(y) - f(z), y - z> <= nu |y - z|^2, so that two solutions part at most like
-    exp(nu t); ``lower <= nu <= upper`` whatever the biases. ``step_bound`` is the longest step under which no two
-    outputs of a layer are farther apart than its inputs; None where the field promises no such step.
-    """
-
-    lower: Tensor
-    upper: Tensor
-    step_bound: Tensor | None
 
 
 def project_simplex(h: Tensor, total: float = 1.0) -> Tensor:
@@ -120,14 +106,14 @@ class RungeKuttaNet(nn.Module):
 
     def __init__(
         self,
-        width: int,
-        layers: int,
+        width: int | Any,
+        layers: int | Any,
         *,
         tableau: str = "euler",
         step: str = "fixed",
-        activation: Activation = torch.tanh,
+        activation: Activation | Any = torch.tanh,
         field: str = "standard",
-        horizon: float = 1.0,
+        horizon: float | Any = 1.0,
         skip: bool = True,
         adjoint: str = "backprop",
     ) -> None:
@@ -259,15 +245,8 @@ class RungeKuttaNet(nn.Module):
                 parameter.grad, parameter.data = None, parameter.data[kept].clone()
         return self
 
-    @torch.no_grad()
     def stability(self) -> Stability:
-        """One-sided Lipschitz constants of the layers' fields, and the longest steps that contract.
-
-        With |A| the largest singular value and D the diagonal matrix of the activation's slopes, the Jacobians are D A,
-        -A^T D A and J A^T D A. Standard: x^T D A x lies between the halves of x^T A x - |A| and x^T A x + |A|.
-        Gradient: nu lies between minus the square of the least singular value and 0: the flow contracts, and a step
-        does up to 2 r / |A|^2, r the method's radius of circle contractivity (sharp for Euler, r = 1; the bound that
-        was published is half of it). Hamiltonian: 0 <= nu <= |A|^2 / 2, as D is between 0 and the identity.
+        """One-sided Lipschitz constants of the layers' fields and, for gradient fields, steps that contract.
 
         Raises:
             ProblemError: the activation's slopes leave [0, 1].
@@ -276,16 +255,8 @@ class RungeKuttaNet(nn.Module):
         >>> round(float(net.stability().step_bound * torch.linalg.matrix_norm(net.weight.detach(), 2) ** 2), 5)
         2.0
         """
-        _check_slopes(self.activation, self.weight)
-        values = torch.linalg.svdvals(self.weight)
-        largest, zero = values[:, 0], torch.zeros_like(values[:, 0])
-        if self.field == "standard":
-            along = torch.linalg.eigvalsh((self.weight + self.weight.mT) / 2)[:, -1]
-            return Stability((along - largest) / 2, (along + largest) / 2, None)
-        if self.field == "hamiltonian":
-            return Stability(zero, largest**2 / 2, None)
-        bound = 2 * contractivity_radius(METHODS[self.tableau]) / largest**2
-        return Stability(-(values[:, -1] ** 2), zero, bound if self.skip else None)
+        constants = stability(self.field, self.weight.detach(), self.activation, METHODS[self.tableau])
+        return constants if self.skip else constants._replace(step_bound=None)
 
     def extra_repr(self) -> str:
         """What ``print(module)`` shows."""
@@ -343,27 +314,9 @@ class _Sweep(torch.autograd.Function):
         return None, None, start, *(torch.stack(found) for found in zip(*gradients, strict=True))
 
 
-def contractivity_radius(tableau: Tableau) -> float:
-    """The radius r of circle contractivity of a method (Dahlquist and Jeltsch 1979); 0 where some b_i <= 0.
-
-    -1/r is the least eigenvalue of B^(-1/2) (B A + A^T B - b b^T) B^(-1/2), B the diagonal matrix of b.
-
-    >>> contractivity_radius(TABLEAUS["euler"])
-    1.0
-    """
-    b = torch.tensor(shortened(tableau).b, dtype=torch.float64)
-    if bool((b <= 0).any()):
-        return 0.0
-    A = torch.zeros(len(b), len(b), dtype=torch.float64)
-    for i, row in enumerate(shortened(tableau).a):
-        A[i, : len(row)] = torch.tensor(row, dtype=torch.float64)
-    M = b[:, None] * A + (b[:, None] * A).mT - torch.outer(b, b)
-    return float(-1 / torch.linalg.eigvalsh(M / torch.sqrt(torch.outer(b, b)))[0])
-
-
 def _check(
-    width: int,
-    layers: int,
+    width: Any,
+    layers: Any,
     tableau: str,
     step: str,
     activation: Any,
@@ -405,17 +358,4 @@ def _check_replayable(advance: Callable[..., Tensor], x: Tensor, controls: Seque
         raise ProblemError(
             f"the activation uses a tensor of shape {shape(stray)} that requires gradients, which the discrete adjoint "
             'would lose; expected none: use adjoint="backprop", or detach it'
-        )
-
-
-def _check_slopes(activation: Activation, like: Tensor) -> None:
-    """Refuse an activation whose slopes, looked at from -20 to 20, leave [0, 1]."""
-    z = torch.linspace(-20, 20, 4001, dtype=like.dtype, device=like.device).requires_grad_()
-    with torch.enable_grad():
-        (slopes,) = torch.autograd.grad(activation(z).sum(), z)
-    low, high = float(slopes.min()), float(slopes.max())
-    if low < -1e-6 or high > 1 + 1e-6:
-        raise ProblemError(
-            f"the activation's slopes run from {low:.4g} to {high:.4g}; expected 0 to 1, on which the constants rest: "
-            "use tanh, relu, sigmoid or softplus"
         )

@@ -49,7 +49,7 @@ def descend(
         on_step: called after each step with its number, from 1, and the loss there.
 
     Raises:
-        ProblemError: iterations, step or scales out of range.
+        ProblemError: iterations, step or scales out of range, or nothing to change.
         NonFiniteError: the first loss is NaN or infinite.
 
     >>> x = torch.tensor([3.0, -1.0], requires_grad=True)
@@ -64,29 +64,33 @@ def descend(
     scales = [1.0] * len(given) if scales is None else scales
     if len(scales) != len(given) or not all(0 < s < inf for s in scales):
         raise ProblemError(f"scales are {scales}; expected {len(given)} positive numbers, one for each parameter")
+    if not any(p.requires_grad for p in given):
+        raise ProblemError("no parameter requires gradients; expected one at least: call requires_grad_(True) on them")
     moved, s = zip(*((p, s) for p, s in zip(given, scales, strict=True) if p.requires_grad), strict=True)
     L, (value, g) = 1.0 / step, _first(moved, loss)
     losses = [value]
     for iteration in range(1, iterations + 1):
         start = [p.detach().clone() for p in moved]
         while True:
-            with torch.no_grad():
-                for p, p0, gp, sp in zip(moved, start, g, s, strict=True):
-                    p.copy_(p0 - gp * (sp / L))
+            _put(moved, [p0 - gp * (sp / L) for p0, gp, sp in zip(start, g, s, strict=True)])
             trial = loss()
-            model = _model(value, L, g, s, [p.detach() - p0 for p, p0 in zip(moved, start, strict=True)])
-            if float(trial.detach()) <= min(model, value):
+            d = [p.detach() - p0 for p, p0 in zip(moved, start, strict=True)]
+            if L > STEEPEST or not any(bool(dp.any()) for dp in d):
+                _put(moved, start)
+                return Descent(losses, 1.0 / L)
+            if float(trial.detach()) <= min(value, _model(value, L, g, s, d)):
                 break
             L *= GROW
-            if L > STEEPEST:
-                with torch.no_grad():
-                    for p, p0 in zip(moved, start, strict=True):
-                        p.copy_(p0)
-                return Descent(losses, 1.0 / L)
         value, g, L = float(trial.detach()), torch.autograd.grad(trial, moved), SHRINK * L
         losses.append(value)
         on_step(iteration, value)
     return Descent(losses, 1.0 / L)
+
+
+@torch.no_grad()
+def _put(moved: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for p, v in zip(moved, values, strict=True):
+        p.copy_(v)
 
 
 def _first(moved: Sequence[Tensor], loss: Callable[[], Tensor]) -> tuple[float, tuple[Tensor, ...]]:

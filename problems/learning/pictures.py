@@ -44,13 +44,11 @@ def draw_prediction(
     reach = 1.15 * float(inputs.abs().max())
     line = torch.linspace(-reach, reach, CELLS, dtype=inputs.dtype)
     with torch.no_grad():
-        values = model(torch.cartesian_prod(line, line)).reshape(CELLS, CELLS).T
+        values = model(torch.cartesian_prod(line, line)).reshape(CELLS, CELLS).T.numpy()
     levels = torch.linspace(0, 1, 21).tolist()
-    shades = axis.contourf(line, line, values, levels=levels, cmap=SHADES, alpha=0.75)
-    axis.contour(line, line, values, levels=[0.5], colors="black", linewidths=1.0)
-    axis.scatter(
-        inputs[:, 0], inputs[:, 1], c=targets, cmap=POINTS, s=11, edgecolors="white", linewidths=0.4, vmin=0, vmax=1
-    )
+    shades = axis.contourf(line.numpy(), line.numpy(), values, levels=levels, cmap=SHADES, alpha=0.75)
+    axis.contour(line.numpy(), line.numpy(), values, levels=[0.5], colors="black", linewidths=1.0)
+    _scatter(axis, inputs, targets, s=11, edgecolors="white", linewidths=0.4)
     axis.set_aspect("equal")
     finish(axis, "x1", "x2")
     axis.grid(visible=False)
@@ -80,13 +78,17 @@ def draw_states(
     figure, axes = panels(len(states), columns=columns)
     figure.set_size_inches(2.2 * min(columns, len(states)), 0.5 + 2.2 * -(-len(states) // columns))
     for k, (axis, x) in enumerate(zip(axes, states, strict=True)):
-        axis.scatter(x[:, 0], x[:, 1], c=targets, cmap=POINTS, s=4, linewidths=0, vmin=0, vmax=1)
+        _scatter(axis, x, targets, s=4, linewidths=0)
         axis.set_title("input" if k == 0 else f"after layer {k}", fontsize=9)
         axis.tick_params(labelsize=7)
         axis.margins(0.08)
     _draw_line(axes[-1], model)
     figure.suptitle(title)
     return _written(figure, path)
+
+
+def _scatter(axis: Axes, x: Tensor, targets: Tensor, **style: Any) -> None:
+    axis.scatter(x[:, 0].numpy(), x[:, 1].numpy(), c=targets.numpy(), cmap=POINTS, vmin=0, vmax=1, **style)
 
 
 def _draw_line(axis: Axes, model: PlaneClassifier) -> None:
@@ -114,7 +116,7 @@ def draw_step_sizes(sizes: Mapping[str, Tensor], path: str | Path | None = None,
     width = 0.8 / len(sizes)
     for i, (name, h) in enumerate(sizes.items()):
         layers = torch.arange(1, len(h) + 1) + (i - (len(sizes) - 1) / 2) * width
-        axis.bar(layers, h, width, color=COLOURS[i % len(COLOURS)], label=name)
+        axis.bar(layers.numpy(), h.numpy(), width, color=COLOURS[i % len(COLOURS)], label=name)
     axis.axhline(0, color="black", lw=0.8)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     finish(axis, "layer", "step size h")
