@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ocnopt.problems.learning.plane import PlaneClassifier
 from ocnopt.solvers.files import write_file
-from ocnopt.solvers.plotting import COLOURS, finish, panels
+from ocnopt.solvers.plotting import COLOURS, finish, legend, panels
 
 # The classes in two of Okabe and Ito's colours, light where the background shows them.
 POINTS = ListedColormap(["#d55e00", "#0072b2"])
@@ -40,7 +40,8 @@ def draw_prediction(
         DataError: it cannot be written there.
     """
     figure, (axis,) = panels(1)
-    figure.set_size_inches(5.6, 4.6)
+    figure.set_size_inches(5.8, 4.6)
+    figure.set_layout_engine("compressed")
     reach = 1.15 * float(inputs.abs().max())
     line = torch.linspace(-reach, reach, CELLS, dtype=inputs.dtype)
     with torch.no_grad():
@@ -121,8 +122,7 @@ def draw_step_sizes(sizes: Mapping[str, Tensor], path: str | Path | None = None,
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     finish(axis, "layer", "step size h")
     axis.set_title(title)
-    if len(sizes) > 1:
-        axis.legend(frameon=False)
+    legend(figure, axis)
     return _written(figure, path)
 
 

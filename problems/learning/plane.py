@@ -179,7 +179,7 @@ RECORDS = tuple(
         source="generated; Benning et al., arXiv 1904.05657",
         batch_size=SAMPLES,
         epochs=2000,
-        learning_rates={"adam": 0.03},
+        learning_rates={"adam": 0.1},
     )
     for name in SETS
 )
