@@ -179,7 +179,7 @@ class RungeKuttaNet(nn.Module):
         x_next, _ = take_step(shortened(METHODS[self.tableau]), lambda t, y: field(y), 0.0, size, x)
         return x_next
 
-    def states(self, x: Tensor) -> list[Tensor]:
+    def states(self, x: Tensor | Any) -> list[Tensor]:
         """The states x_0..x_N that an input runs through, N + 1 tensors ``(*batch, n)``.
 
         Raises:
@@ -191,7 +191,7 @@ class RungeKuttaNet(nn.Module):
             states.append(self._advance(states[-1], *controls))
         return states
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Any) -> Tensor:
         """The last state.
 
         Args:
@@ -278,12 +278,16 @@ class RungeKuttaNet(nn.Module):
         self.project_()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _check_input(self, x: Tensor) -> None:
+    def _check_input(self, x: Any) -> None:
         weight = self.weight
-        if x.shape[-1:] != (self.width,) or (x.dtype, x.device) != (weight.dtype, weight.device):
+        is_like = isinstance(x, Tensor) and (
+            (x.dtype, x.device) == (weight.dtype, weight.device) or torch.is_autocast_enabled(x.device.type)
+        )
+        if not is_like or x.shape[-1:] != (self.width,):
+            came = f"shape {shape(x)}, {x.dtype} on {x.device}" if isinstance(x, Tensor) else f"type {type(x).__name__}"
             raise ProblemError(
-                f"x has shape {shape(x)}, dtype {x.dtype} and device {x.device}; expected (*batch, {self.width}), "
-                f"{weight.dtype} and {weight.device}, as the weights: use x.to(net.weight), or net.to(x)"
+                f"x has {came}; expected a tensor (*batch, {self.width}), {weight.dtype} on {weight.device} as the "
+                "weights: use x.to(net.weight), or net.to(x)"
             )
 
 

@@ -330,10 +330,11 @@ def test_modules_as_activations_and_functional_calls():
 @pytest.mark.parametrize("step", ["fixed", "free"])
 def test_autocast_reaches_the_layers_that_are_taken_again(step):
     net, x, found = made(step=step).float(), torch.randn(50, 4).float(), {}
+    first = nn.Linear(4, 4).float()
     for adjoint in ("backprop", "discrete"):
         net.adjoint = adjoint
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            out = net(x)
+            out = net(first(x))
         found[adjoint] = torch.autograd.grad(out.float().square().sum(), [*net.parameters()])
     for one, other in zip(*found.values(), strict=True):
         assert_close(one, other, rtol=0.05, atol=0.02 * float(other.abs().max()))
@@ -390,10 +391,12 @@ def test_wrong_arguments(options, message):
 
 def test_wrong_inputs():
     net = RungeKuttaNet(2, 3)
-    with pytest.raises(ProblemError, match=r"x has shape \(5, 3\).*expected \(\*batch, 2\), torch.float64"):
+    with pytest.raises(ProblemError, match=r"x has shape \(5, 3\).*expected a tensor \(\*batch, 2\), torch.float64"):
         net(torch.zeros(5, 3))
-    with pytest.raises(ProblemError, match=r"dtype torch.float32.*use x.to\(net.weight\)"):
+    with pytest.raises(ProblemError, match=r"torch.float32 on cpu; expected .*use x.to\(net.weight\)"):
         net(torch.zeros(5, 2).float())
+    with pytest.raises(ProblemError, match=r"x has type list; expected a tensor"):
+        net([[0.0, 0.0]])
     with pytest.raises(ProblemError, match=r"prune\(\) came to a network with skip=False.*expected skip=True"):
         RungeKuttaNet(2, 3, skip=False).prune()
 
