@@ -14,6 +14,7 @@ from ocnopt.errors import ProblemError as ProblemError
 from ocnopt.modules import from_module as from_module
 from ocnopt.modules import unflatten as unflatten
 from ocnopt.neural.neural_ode import NeuralODE as NeuralODE
+from ocnopt.neural.runge_kutta_net import RungeKuttaNet as RungeKuttaNet
 from ocnopt.ocp import OCP as OCP
 from ocnopt.ocp import FreeHorizon as FreeHorizon
 from ocnopt.ocp import Horizon as Horizon

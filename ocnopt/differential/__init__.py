@@ -6,6 +6,7 @@ is :func:`~ocnopt.differential.sweep.sweep`, and each cell names what carries a 
     model         control step                accepted Runge-Kutta step     stretch of continuous time
     -----------   -------------------------   ---------------------------   ---------------------------------------
     costate       sweep.bellman_step, row J   discrete.DiscreteStep         stretches.carry of columns.Columns, no axis
+                                              a layer: discrete.layer_step
     columns       -                           -                             stretches.carry of columns.Columns
     matrix        sweep.bellman_step          -                             stretches.carry of matrix.Matrix
     directional   -                           -                             stretches.carry of hvp.Directional

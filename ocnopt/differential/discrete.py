@@ -8,9 +8,12 @@ their graph (:class:`Trajectory`), through which autograd goes on by itself.
 Step sizes count as constants. As times move, all steps of an interval stretch with it: the step from t + shift of
 length stretch h is that from t of length h with the field stretch F(tau + shift + (stretch - 1)(tau - t), y), so
 dL/dshift and dL/dstretch at 0 and 1 are two more products of the same pull.
+
+A layer of a network is a step with controls of its own, its weights, which all samples share; its size may be one of
+them. It is pulled back by the same product, and what reaches its controls is the readout of the sweep.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import cache
@@ -242,6 +245,32 @@ def shortened(tableau: Tableau) -> Tableau:
     return replace(tableau, c=c, a=a, b=b, quadrature=quadrature, b_error=None, first_same_as_last=False)
 
 
+def pull(
+    advance: Callable[[Tensor], Tensor], start: Tensor, inputs: Sequence[Tensor], costate: Tensor
+) -> tuple[Tensor, Sequence[Tensor | None]]:
+    """Take a step again from ``start``: the costate there, and what reaches the inputs."""
+    with torch.enable_grad():
+        end = advance(start)
+    found: Sequence[Tensor | None] = torch.autograd.grad(end, (start, *inputs), costate, allow_unused=True)
+    return torch.zeros_like(start) if found[0] is None else found[0], found[1:]
+
+
+class Layer(NamedTuple):
+    """A step ``advance(x, *controls)`` with controls of its own, taken from ``start``."""
+
+    advance: Callable[..., Tensor]
+    controls: Sequence[Tensor]
+    start: Tensor
+
+
+def layer_step(layer: Layer, costate: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Carry the costate over a layer and read out the gradient of its controls."""
+    controls = [control.detach().requires_grad_() for control in layer.controls]
+    start = layer.start.detach().requires_grad_()
+    x, found = pull(lambda x: layer.advance(x, *controls), start, controls, costate)
+    return x, [torch.zeros_like(c) if g is None else g for c, g in zip(controls, found, strict=True)]
+
+
 class DiscreteStep:
     """The step of the sweep: one accepted Runge-Kutta step, taken again and pulled back.
 
@@ -275,13 +304,15 @@ class DiscreteStep:
         if self._times is not None:
             moves = [torch.tensor(v, dtype=torch.float64, device=start.device, requires_grad=True) for v in (1.0, 0.0)]
             field = _moved(field, taken.time, *moves)
-        with torch.enable_grad():
+        inputs = (*self._field.parameters, *moves)
+
+        def advance(start: Tensor) -> Tensor:
             end, _ = step(self._tableau, field, taken.time, taken.size, start)
-        inputs = (start, *self._field.parameters, *moves)
-        if replay.expected is not None:
-            self._field.require_same(end, replay.expected, inputs)
-        x, *pulled = torch.autograd.grad(end, inputs, costate, allow_unused=True)
-        found: Sequence[Tensor | None] = pulled
+            if replay.expected is not None:
+                self._field.require_same(end, replay.expected, (start, *inputs))
+            return end
+
+        x, found = pull(advance, start, inputs, costate)
         count = len(self._field.parameters)
         accumulate(value.parameters, found[:count])
         if self._times is not None:

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 # scripts with arguments and tables, too long for the README
-STUDIES = ("independent_components.py", "orthogonal_layers.py")
+STUDIES = ("independent_components.py", "orthogonal_layers.py", "runge_kutta_nets.py")
 
 
 def run(name, capsys):
@@ -25,6 +25,7 @@ def test_every_example_is_tested():
         "orthogonal_layers.py",
         "own_problem.py",
         "own_problem_against_casadi.py",
+        "runge_kutta_nets.py",
     ]
 
 
@@ -90,6 +91,18 @@ def test_orthogonal_layers(capsys, monkeypatch, tmp_path):
             assert float(accuracy) < 20
             assert float(ratio) < 1e-4
     assert (tmp_path / "gradients.png").stat().st_size > 0
+
+
+def test_runge_kutta_nets(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["", "--iterations", "12", "--sweeps", "3", "--sets", "spiral"])
+    output = run("runge_kutta_nets.py", capsys)
+    rows = re.findall(r"(\w+), ([\w+]+) +loss ([\d.]+) .*\|sum h - T\| (\S+)", output)
+    assert len(rows) == 4 + 4
+    assert max(float(error) for _, net, _, error in rows if net == "ODENet+simplex") < 1e-12
+    losses = dict(re.findall(r"(start|DDP|L-BFGS-B|trust-constr|gradient descent) +loss ([\d.]+)", output))
+    assert len(losses) == 5
+    assert all(float(loss) <= float(losses["start"]) for loss in losses.values())
+    assert float(losses["trust-constr"]) < 0.9 * float(losses["start"])
 
 
 def test_the_demo_and_the_example_solve_the_same_problem():

@@ -185,3 +185,19 @@ def test_stages_see_the_points_of_the_scheme():
     k2 = (2 + h / 2 * k1) ** 2
     k3 = (2 - h * k1 + 2 * h * k2) ** 2
     assert_close(torch.cat(seen.slopes), [k1, k2, k3], rtol=1e-14)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_size_may_be_a_tensor_with_a_gradient(name):
+    tableau, x = TABLEAUS[name], torch.randn(2, 3, dtype=torch.float64)
+
+    def moved(h, x):
+        return step(tableau, lambda t, x: torch.sin(x) * t, 0.5, h, x)[0]
+
+    h = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    assert_close(moved(h, x).detach(), moved(0.3, x), rtol=1e-14)
+    assert torch.autograd.gradcheck(moved, (h, x.requires_grad_()))
+    each = torch.tensor([[0.3], [-0.2]], dtype=torch.float64, requires_grad=True)
+    assert_close(moved(each, x)[1].detach(), moved(-0.2, x[1]).detach(), rtol=1e-14)
+    assert torch.autograd.gradcheck(moved, (each, x))
+    assert torch.equal(moved(torch.zeros_like(h), x), x)

@@ -26,8 +26,9 @@ def test_the_names_of_the_first_part():
         "car_parking_tassa",
         "brachistochrone",
     }
-    assert problems.names("learning") == ("digits",)
-    assert problems.names() == (*CONTROL, "digits")
+    learning = ("digits", "donut1d", "donut2d", "squares", "spiral")
+    assert problems.names("learning") == learning
+    assert problems.names() == (*CONTROL, *learning)
 
 
 def test_an_unknown_name_offers_the_nearest():

@@ -1,0 +1,98 @@
+r"""How far two states can part under the fields of a Runge-Kutta network, and which steps bring them together.
+
+nu is the least number with <f(y) - f(z), y - z> <= nu |y - z|^2: two solutions part at most like exp(nu t). The
+Jacobians are D A, -A^T D A and J A^T D A, D the diagonal matrix of the activation's slopes, between 0 and the identity;
+nu is the supremum of the largest eigenvalue of their symmetric parts. |A| is the largest singular value of A.
+
+    standard      (a - |A|) / 2 <= nu <= (a + |A|) / 2     a the largest eigenvalue of the symmetric part of A
+    gradient      -(least singular value of A)^2 <= nu <= 0
+    hamiltonian   0 <= nu <= |A|^2 / 2
+
+A gradient field is also monotone, <f(y) - f(z), y - z> <= -|f(y) - f(z)|^2 / |A|^2, whence steps up to 2 r / |A|^2
+contract, r the method's radius of circle contractivity. For Euler, r = 1, that is sharp; the bound that was published
+is half of it.
+
+Sources: Celledoni et al., "Structure preserving deep learning", arXiv 2006.03364; Dahlquist and Jeltsch, "Generalized
+disks of contractivity for explicit and implicit Runge-Kutta methods", 1979.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ocnopt.differential.discrete import shortened
+from ocnopt.errors import ProblemError
+from ocnopt.integrate.tableaus import Tableau
+
+Activation = Callable[[Tensor], Tensor]
+
+
+class Stability(NamedTuple):
+    """Constants of each layer's field, ``(layers,)``: ``lower <= nu <= upper`` whatever the biases.
+
+    ``step_bound`` is a step size up to which no two outputs of a layer are farther apart than its inputs; None where
+    the field promises no such step.
+    """
+
+    lower: Tensor
+    upper: Tensor
+    step_bound: Tensor | None
+
+
+def stability(field: str, weight: Tensor, activation: Activation, tableau: Tableau) -> Stability:
+    """The constants of layers with given weights.
+
+    Args:
+        field: "standard", "gradient" or "hamiltonian".
+        weight: A, ``(layers, n, n)``.
+        activation: with slopes between 0 and 1.
+        tableau: the method.
+
+    Raises:
+        ProblemError: the activation's slopes leave [0, 1].
+
+    >>> from ocnopt.integrate.tableaus import EULER
+    >>> stability("gradient", torch.eye(2)[None], torch.tanh, EULER)
+    Stability(lower=tensor([-1.]), upper=tensor([0.]), step_bound=tensor([2.]))
+    """
+    _check_slopes(activation, weight)
+    values = torch.linalg.svdvals(weight)
+    largest, zero = values[:, 0], torch.zeros_like(values[:, 0])
+    if field == "standard":
+        along = torch.linalg.eigvalsh((weight + weight.mT) / 2)[:, -1]
+        return Stability((along - largest) / 2, (along + largest) / 2, None)
+    if field == "hamiltonian":
+        return Stability(zero, largest**2 / 2, None)
+    return Stability(-(values[:, -1] ** 2), zero, 2 * contractivity_radius(tableau) / largest**2)
+
+
+def contractivity_radius(tableau: Tableau) -> float:
+    """The radius r of circle contractivity of a method (Dahlquist and Jeltsch 1979); 0 where some b_i <= 0.
+
+    -1/r is the least eigenvalue of B^(-1/2) (B A + A^T B - b b^T) B^(-1/2), B the diagonal matrix of b.
+
+    >>> from ocnopt.integrate.tableaus import EULER
+    >>> contractivity_radius(EULER)
+    1.0
+    """
+    b = torch.tensor(shortened(tableau).b, dtype=torch.float64)
+    if bool((b <= 0).any()):
+        return 0.0
+    A = torch.tensor([[*row, *[0.0] * (len(b) - len(row))] for row in shortened(tableau).a], dtype=torch.float64)
+    M = b[:, None] * A + (b[:, None] * A).mT - torch.outer(b, b)
+    return float(-1 / torch.linalg.eigvalsh(M / torch.sqrt(torch.outer(b, b)))[0])
+
+
+def _check_slopes(activation: Activation, like: Tensor) -> None:
+    """Refuse an activation whose slopes, looked at from -20 to 20, leave [0, 1]."""
+    z = torch.linspace(-20, 20, 4001, dtype=like.dtype, device=like.device).requires_grad_()
+    with torch.enable_grad():
+        (slopes,) = torch.autograd.grad(activation(z).sum(), z)
+    low, high = float(slopes.min()), float(slopes.max())
+    if low < -1e-6 or high > 1 + 1e-6:
+        raise ProblemError(
+            f"the activation's slopes run from {low:.4g} to {high:.4g}; expected 0 to 1, on which the constants rest: "
+            "use tanh, relu, sigmoid or softplus"
+        )

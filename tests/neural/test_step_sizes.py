@@ -1,0 +1,109 @@
+"""Learned step sizes: the projection on the simplex, optimisers that know nothing of it, and pruning."""
+
+import numpy as np
+import pytest
+import scipy.optimize
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ocnopt.neural.runge_kutta_net import RungeKuttaNet, project_simplex
+from tests.neural.nets import TABLEAUS, by_hand, loss
+from tests.oracles.compare import assert_close
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+@given(values=st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=20), total=st.floats(0.1, 10))
+def test_the_projection_on_the_simplex(values, total):
+    v = torch.tensor(values, dtype=torch.float64)
+    h = project_simplex(v, total)
+    assert float(h.min()) >= 0
+    assert float(h.sum()) == pytest.approx(total, abs=1e-11)
+    assert_close(project_simplex(h, total), h, atol=1e-11)
+
+    # the KKT conditions: h = max(v - theta, 0), theta from the sum alone
+    def left(theta):
+        return np.maximum(v.numpy() - theta, 0).sum() - total
+
+    theta = scipy.optimize.brentq(left, float(v.max()) - 2 * total, float(v.max()), xtol=1e-13)
+    assert_close(h, np.maximum(v.numpy() - theta, 0), atol=1e-9)
+
+
+OPTIMISERS = {
+    "sgd": lambda net: torch.optim.SGD(net.parameters(), lr=0.3, momentum=0.9),
+    "adam": lambda net: torch.optim.Adam(net.parameters(), lr=0.1),
+    "lbfgs": lambda net: torch.optim.LBFGS(net.parameters(), max_iter=3),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_a_plain_optimiser_cannot_leave_the_simplex(name):
+    net, x = RungeKuttaNet(2, 6, step="simplex", tableau="kutta3"), torch.randn(20, 2)
+    optimiser = OPTIMISERS[name](net)
+
+    def closure():
+        optimiser.zero_grad()
+        value = loss(net(x))
+        value.backward()
+        return value
+
+    for _ in range(10):
+        optimiser.step(closure)
+        saved = net.state_dict()["sizes"]
+        assert abs(float(saved.sum()) - 1) < 1e-12
+        assert float(saved.min()) >= 0
+        assert torch.equal(net.step_sizes, saved)
+        assert abs(float(net.step_sizes.sum()) - 1) < 1e-12
+        expected = by_hand("kutta3", "standard", net.weight, net.bias, net.step_sizes, x)
+        assert_close(net(x).detach(), expected.detach(), rtol=1e-11, atol=1e-13)
+
+
+def test_a_step_on_the_simplex_is_projected_gradient_descent():
+    net, x = RungeKuttaNet(2, 5, step="simplex", horizon=2.0), torch.randn(20, 2)
+    optimiser, h = torch.optim.SGD(net.parameters(), lr=0.5), net.step_sizes
+    loss(net(x)).backward()
+    expected = project_simplex(h - 0.5 * net.sizes.grad, 2.0)
+    optimiser.step()
+    net(x)
+    assert_close(net.sizes.detach(), expected, rtol=1e-14)
+    assert float(net.sizes.detach().sum()) == pytest.approx(2.0, abs=1e-12)
+
+
+def test_forward_passes_on_the_simplex_do_not_disturb_each_other():
+    net, x = RungeKuttaNet(2, 5, step="simplex"), torch.randn(20, 2)
+    with torch.no_grad():
+        net.sizes.add_(0.1 * torch.randn(5))
+    first = loss(net(x))
+    net(x), net.step_sizes, net.state_dict()
+    first.backward()
+    assert bool(net.sizes.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("step", ["free", "simplex"])
+@pytest.mark.parametrize("tableau", TABLEAUS)
+def test_pruning_keeps_the_function(step, tableau):
+    net, x = RungeKuttaNet(2, 5, step=step, tableau=tableau), torch.randn(20, 2)
+    with torch.no_grad():
+        net.sizes.copy_(torch.tensor([0.25, 0.0, 0.5, 0.0, 0.25]))
+    before, weight = net(x).detach(), net.weight
+    loss(net(x)).backward()
+    assert net.prune() is net
+    assert net.layers == 3
+    assert net.weight is weight
+    assert net.weight.grad is None
+    assert_close(net(x).detach(), before, rtol=1e-14)
+    assert_close(net.step_sizes, [0.25, 0.5, 0.25])
+    loss(net(x)).backward()
+    torch.optim.SGD(net.parameters(), lr=1e-4).step()
+    assert net.prune().layers == 3
+    copied = RungeKuttaNet(2, 3, step=step, tableau=tableau)
+    copied.load_state_dict(net.state_dict())
+    assert_close(copied(x).detach(), net(x).detach(), rtol=1e-14)
+
+
+def test_a_network_may_lose_all_its_layers():
+    net, x = RungeKuttaNet(2, 2, step="free", adjoint="discrete"), torch.randn(3, 2)
+    net.sizes.data.zero_()
+    assert torch.equal(net.prune()(x), x)
+    assert RungeKuttaNet(2, 4).prune().layers == 4
