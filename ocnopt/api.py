@@ -13,6 +13,8 @@ from ocnopt.errors import OcnoptError as OcnoptError
 from ocnopt.errors import ProblemError as ProblemError
 from ocnopt.modules import from_module as from_module
 from ocnopt.modules import unflatten as unflatten
+from ocnopt.neural.layer_graph import draw_layer_graph as draw_layer_graph
+from ocnopt.neural.layer_graph import layer_graph as layer_graph
 from ocnopt.neural.neural_ode import NeuralODE as NeuralODE
 from ocnopt.neural.runge_kutta_net import RungeKuttaNet as RungeKuttaNet
 from ocnopt.ocp import OCP as OCP

@@ -1,15 +1,18 @@
 r"""Backward passes: one fold over the links of a path, and one short function for each kind of link.
 
-Q is the cost from a place on. Its *model* there comes in four representations, a path in three kinds of link; the fold
+Q is the cost from a place on. Its *model* there comes in four representations, a path in four kinds of link; the fold
 is :func:`~ocnopt.differential.sweep.sweep`, and each cell names what carries a model over a link:
 
-    model         control step                accepted Runge-Kutta step     stretch of continuous time
-    -----------   -------------------------   ---------------------------   ---------------------------------------
-    costate       sweep.bellman_step, row J   discrete.DiscreteStep         stretches.carry of columns.Columns, no axis
-                                              a layer: discrete.layer_step
-    columns       -                           -                             stretches.carry of columns.Columns
-    matrix        sweep.bellman_step          -                             stretches.carry of matrix.Matrix
-    directional   -                           -                             stretches.carry of hvp.Directional
+    model         control step           Runge-Kutta step         layer of a network    stretch of continuous time
+    -----------   --------------------   ----------------------   -------------------   --------------------------
+    costate       sweep.bellman_step     discrete.DiscreteStep,   autograd              stretches.carry of
+                  (its row J)            discrete.layer_step                            columns.Columns, no axis
+    columns       -                      -                        layers.cooperative,   stretches.carry of
+                                                                  layers.feedback, ..   columns.Columns
+    matrix        sweep.bellman_step     -                        -                     stretches.carry of
+                                                                                        matrix.Matrix
+    directional   -                      -                        -                     stretches.carry of
+                                                                                        hvp.Directional
 
 The row J is the gradient of the cost under the feedback law, the costate where the path is optimal. In homogeneous
 coordinates (1, dX) the matrix is the symmetric V, and the others follow: columns are V = sum s_i y_i y_i^T, the costate
