@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Answers = Mapping[str, tuple[Tensor, Tensor]]
 
 
-def layer_graph(model: nn.Module, *inputs: Any, answers: Answers | None = None) -> "nx.DiGraph":
+def layer_graph(model: nn.Module | Any, *inputs: Any, answers: Answers | None = None) -> "nx.DiGraph":
     """Run the model once and read its graph.
 
     Args:

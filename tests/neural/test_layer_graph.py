@@ -59,8 +59,10 @@ def test_gains_come_from_the_answers_of_a_step_and_are_drawn(tmp_path):
     assert oc.draw_layer_graph(graph, tmp_path / "graph.png").stat().st_size > 5000
 
 
-def test_a_model_without_trained_parameters_is_refused():
-    with pytest.raises(oc.ProblemError, match=r"no operation of Tanh leads .* expected a model with parameters"):
+def test_a_model_without_a_path_from_its_parameters_is_refused():
+    with pytest.raises(oc.ProblemError, match="no trainable parameter; expected one or more"):
         oc.layer_graph(nn.Tanh(), torch.ones(2, 3))
-    with pytest.raises(oc.ProblemError, match="model"):
+    with pytest.raises(oc.ProblemError, match=r"no operation of Unused leads .* expected a model with parameters"):
+        oc.layer_graph(type("Unused", (nn.Linear,), {"forward": lambda self, x: x})(2, 2), torch.ones(2, 2))
+    with pytest.raises(oc.ProblemError, match="model is str"):
         oc.layer_graph("model")
