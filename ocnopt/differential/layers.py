@@ -163,12 +163,15 @@ class Gradients:
             return sum(rows.numel() for rows in self.of)
         return self.g.shape[0] * self.g.shape[1] * (self.z.shape[1] + 1)
 
-    def weighted(self, w: Tensor) -> list[Tensor]:
-        """sum_i w_i times the gradient of sample i, for each trained parameter."""
+    def add_weighted(self, w: Tensor, totals: Sequence[Tensor]) -> list[Tensor]:
+        """Each total, one for each trained parameter, plus sum_i w_i times the gradient of sample i."""
         if self.z is None or self.g is None:
-            return [(w.to(rows) @ rows.flatten(1)).reshape(rows.shape[1:]) for rows in self.of]
-        g = self.g * w[:, None].to(self.g.dtype)
-        return [*([g.mT @ self.z] if self.weight else []), *([g.sum(0)] if self.bias else [])]
+            sums = [(w.to(rows) @ rows.flatten(1)).view_as(total) for rows, total in zip(self.of, totals, strict=True)]
+            return [total + part.to(total) for total, part in zip(totals, sums, strict=True)]
+        found, w, g = [], w.to(self.g), self.g.mT
+        if self.weight:
+            found.append(torch.addmm(totals[0].to(g), g * w, self.z).to(totals[0]))
+        return [*found, torch.addmv(totals[-1].to(g), g, w).to(totals[-1])] if self.bias else found
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

@@ -127,16 +127,16 @@ def seen(tape: Tape, player: Player) -> Tensor:
     return tape.value(z.index) if isinstance(z, Slot) else z.detach()
 
 
-def pushed(tape: Tape, player: Player, replay: Replay) -> list[Tensor]:
-    """sum_i f_u^T f_x dx_i of a linear player, dx the change of its input; zero for any other, and at the start."""
+def pushed(tape: Tape, player: Player, replay: Replay, weight: float, totals: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Totals plus ``weight`` sum_i f_u^T f_x dx_i of a linear player, dx the change of its input."""
     call = tape.calls[player.call]
     given = arguments(call)
     z = given["input"]
     if not isinstance(z, Slot) or ("groups" not in given and call.function is not functional.linear):
-        return [torch.zeros_like(parameter) for parameter in player.parameters.values()]
+        return totals
     moved = replay.value(z.index) - tape.value(z.index)
     h = call.function(**{**given, "input": moved, "bias": None})
-    return gradients(tape, player, h).weighted(h.new_ones(tape.rows))
+    return gradients(tape, player, h).add_weighted(h.new_full((tape.rows,), weight), totals)
 
 
 def arguments(call: Call) -> dict[str, Any]:

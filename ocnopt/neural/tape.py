@@ -272,7 +272,8 @@ class Replay:
         for slot in cut:
             felt = self._tape.felt(slot, self._is_executed)
             if felt is not None:
-                change = (self._new[slot] - self._tape.value(slot)).mul_(felt).flatten(1).sum(1)
+                change = (self._new[slot] - self._tape.value(slot)).flatten(1)
+                change = torch.linalg.vecdot(change, felt.flatten(1))
                 total = change if total is None else total + change
         like = next(iter(self._tape.gradients.values()))
         return like.new_zeros(self._tape.rows) if total is None else total

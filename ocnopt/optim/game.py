@@ -113,11 +113,11 @@ def play(game: Game, rules: Rules, base: Base) -> dict[str, tuple[Tensor, Tensor
 
 def _move(turn: Turn, tapes: Sequence[Tape], replays: Sequence[Replay], w: Tensor, tikhonov: float, base: Base) -> None:
     """Move a player by the gradient of samples that weigh w."""
-    found = turn.gradients.weighted(w - 1.0)
-    for tape, replay in zip(tapes, replays, strict=False):
-        for total, part in zip(found, pushed(tape, turn.player, replay) if tikhonov else (), strict=False):
-            total.add_(part, alpha=tikhonov)
-    base.move(turn.block, [g + part.to(g) for g, part in zip(turn.block.gradients, found, strict=True)])
+    found: Sequence[Tensor] = turn.gradients.add_weighted(w - 1.0, turn.block.gradients)
+    if tikhonov:
+        for tape, replay in zip(tapes, replays, strict=False):
+            found = pushed(tape, turn.player, replay, tikhonov, found)
+    base.move(turn.block, found)
 
 
 def _swept(group: Sequence[Turn], value: CostToGo, rules: Rules, base: Base) -> tuple[CostToGo, Readouts]:

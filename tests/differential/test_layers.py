@@ -193,8 +193,12 @@ def test_products_of_factored_gradients_are_those_of_the_gradients_spelt_out(bia
         assert_close(metric.gram(factored), metric.gram(spelt), 1e-12)
         assert_close(metric.squares(factored), metric.gram(factored).diagonal(), 1e-12)
         assert_close(metric.squares(spelt), metric.gram(factored).diagonal(), 1e-12)
-    for one, other in zip(factored.weighted(w), spelt.weighted(w), strict=True):
-        assert_close(one, other, 1e-12)
+    totals = [torch.rand_like(rows[0]) for rows in factored.rows]
+    for one, other, rows, total in zip(
+        factored.add_weighted(w, totals), spelt.add_weighted(w, totals), factored.rows, totals, strict=True
+    ):
+        assert_close(one, total + torch.einsum("i,i...->...", w, rows), 1e-12)
+        assert_close(other, one, 1e-12)
 
 
 def test_the_samples_of_two_passes_are_one_batch() -> None:
