@@ -4,7 +4,7 @@ import pytest
 import torch
 from beartype.roar import BeartypeCallHintParamViolation, BeartypeCallHintReturnViolation
 
-from ocnopt.cli.runs import RunFolder
+from ocnopt.runs import RunFolder
 from ocnopt.integrate.runge_kutta import combine
 from ocnopt.ocp import Horizon
 from tests.annotations import checked

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
-from ocnopt.cli.plots import save
+from ocnopt.training.curves import save
 from ocnopt.cli.report import Image, Section, write_report
-from ocnopt.cli.runs import CHECKPOINT, RunFolder, replace_file
+from ocnopt.runs import CHECKPOINT, RunFolder, replace_file
 from ocnopt.cli.tables import BREAK, Table, as_options
 from ocnopt.integrate.tableaus import get_tableau
 from ocnopt.ocp import OCP

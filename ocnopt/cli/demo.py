@@ -16,11 +16,11 @@ from rich.console import Console
 from ocnopt.cli import boat
 from ocnopt.cli.control import comparison_table, draw
 from ocnopt.cli.learning import draw_training, fields, label, last_loss, progress_bar, reaches
-from ocnopt.cli.plots import Metrics
+from ocnopt.training.curves import Metrics
 from ocnopt.cli.report import Section, write_report
-from ocnopt.cli.runs import CONFIG, RunFolder
+from ocnopt.runs import CONFIG, RunFolder
 from ocnopt.cli.tables import Table, show
-from ocnopt.cli.training import TrainConfig, Trainer, advance, open_trainer
+from ocnopt.training.trainer import TrainConfig, Trainer, advance, open_trainer
 from ocnopt.problems import control, learning_task
 from ocnopt.solvers.compare import compare
 

@@ -11,12 +11,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ocnopt.cli import plots
-from ocnopt.cli.plots import Metrics, smooth
+from ocnopt.training import curves
+from ocnopt.training.curves import Metrics, smooth
 from ocnopt.cli.report import Image, Section, write_report
-from ocnopt.cli.runs import RunFolder
+from ocnopt.runs import RunFolder
 from ocnopt.cli.tables import Table, show
-from ocnopt.cli.training import TrainConfig, open_trainer, train
+from ocnopt.training.trainer import TrainConfig, open_trainer, train
 from ocnopt.errors import ProblemError
 from ocnopt.problems import learning_task
 

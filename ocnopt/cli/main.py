@@ -21,7 +21,7 @@ from ocnopt.errors import OcnoptError, ProblemError
 
 if TYPE_CHECKING:
     from ocnopt.cli.control import Answer
-    from ocnopt.cli.runs import RunFolder
+    from ocnopt.runs import RunFolder
 
 app = typer.Typer(
     name="ocnopt",
@@ -294,7 +294,7 @@ def _run(
     """
     import torch
 
-    from ocnopt.cli.runs import CHECKPOINT, RunFolder, default_folder
+    from ocnopt.runs import CHECKPOINT, RunFolder, default_folder
 
     if resume is not None:
         folder = RunFolder.open(resume)

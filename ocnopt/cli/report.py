@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
-from ocnopt.cli.runs import REPORT, write_atomically
+from ocnopt.runs import REPORT, write_atomically
 from ocnopt.cli.tables import Table, to_html
 
 _STYLE = """

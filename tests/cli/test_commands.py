@@ -14,7 +14,7 @@ from ocnopt.cli import demo as demo_module
 from ocnopt.cli import main
 from ocnopt.cli.control import compare_result
 from ocnopt.cli.main import app
-from ocnopt.cli.runs import RunFolder
+from ocnopt.runs import RunFolder
 from ocnopt.problems import control, names
 from ocnopt.solvers.compare import Comparison, Row, compare
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from ocnopt.cli import plots
+from ocnopt.training import curves
 from ocnopt.cli.control import draw
 from ocnopt.cli.learning import last_loss, reaches
-from ocnopt.cli.runs import RunFolder
+from ocnopt.runs import RunFolder
 from ocnopt.problems import control
 from ocnopt.solvers.solve import solve
 

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from ocnopt.cli import runs
 from ocnopt.cli.demo import run_demo
-from ocnopt.cli.runs import RunFolder, replace_file, write_atomically
-from ocnopt.cli.training import open_trainer
+from ocnopt.runs import RunFolder, replace_file, write_atomically
+from ocnopt.training.trainer import open_trainer
 from ocnopt.errors import DataError, ProblemError
 
 
@@ -145,7 +145,7 @@ def test_metrics_keep_every_digit(tmp_path):
 HOLD = """
 import sys, time
 from pathlib import Path
-from ocnopt.cli.runs import RunFolder
+from ocnopt.runs import RunFolder
 with RunFolder.open(Path(sys.argv[1])).locked():
     print("held", flush=True)
     time.sleep(600)

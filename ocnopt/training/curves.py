@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
-from ocnopt.cli.runs import write_atomically
+from ocnopt.runs import write_atomically
 from ocnopt.solvers.plotting import finish, legend, panels, styled
 
 Metrics = Sequence[Mapping[str, Any]]

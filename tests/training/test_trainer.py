@@ -5,8 +5,8 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from ocnopt.cli.runs import RunFolder
-from ocnopt.cli.training import TrainConfig, Trainer, advance, open_trainer, train
+from ocnopt.runs import RunFolder
+from ocnopt.training.trainer import TrainConfig, Trainer, advance, open_trainer, train
 from ocnopt.errors import DataError, NonFiniteError, ProblemError
 from ocnopt.problems import learning_task
 

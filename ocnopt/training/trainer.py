@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ocnopt.checks import nearest
-from ocnopt.cli.runs import RunFolder
+from ocnopt.runs import RunFolder
 from ocnopt.errors import DataError, NonFiniteError, ProblemError
 from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.ocp import FreeHorizon
