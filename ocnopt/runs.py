@@ -11,6 +11,7 @@ flushed to the disk and moved there in one step; the metrics are cut back to the
 system releases the lock of a process that ends, however it ends.
 """
 
+import io
 import json
 import os
 import platform
@@ -203,9 +204,29 @@ class RunFolder:
                 folder.rmdir()
 
     @property
+    def holds_results(self) -> bool:
+        """Whether a checkpoint was written, here or by a run inside."""
+        return any(next(self.path.glob(pattern), None) for pattern in (CHECKPOINT, f"*/{CHECKPOINT}"))
+
+    @property
     def plots(self) -> Path:
         """Where the plots go."""
         return self.path / PLOTS
+
+    def draw(self, name: str, figure: Any) -> str:
+        """Write a figure among the plots.
+
+        Args:
+            name: of the file, without its ending.
+            figure: of matplotlib.
+
+        Returns:
+            Its path relative to the folder.
+        """
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=130)
+        write_atomically(self.plots / f"{name}.png", buffer.getvalue())
+        return f"{PLOTS}/{name}.png"
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line of metrics.

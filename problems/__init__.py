@@ -6,6 +6,8 @@ if __name__ != "ocnopt.problems":
 from ocnopt.problems.record import ControlRecord as ControlRecord
 from ocnopt.problems.record import LearningProblem as LearningProblem
 from ocnopt.problems.record import LearningRecord as LearningRecord
+from ocnopt.problems.record import Picture as Picture
+from ocnopt.problems.record import Task as Task
 from ocnopt.problems.registry import control as control
 from ocnopt.problems.registry import get as get
 from ocnopt.problems.registry import learning_task as learning_task

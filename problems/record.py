@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from ocnopt.ocp import OCP
@@ -57,17 +58,49 @@ class ControlRecord:
         return self.build().initial_guess
 
 
+def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Whether each sample is classified right: 1 or 0.
+
+    Args:
+        outputs: ``(B, C)``, the largest entry names the class.
+        targets: ``(B,)`` classes.
+
+    Example:
+        >>> accuracy(torch.tensor([[0.0, 1.0], [2.0, 1.0]]), torch.tensor([1, 1])).tolist()
+        [1.0, 0.0]
+    """
+    return (outputs.argmax(dim=1) == targets).double()
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What can be drawn of a trained model.
+
+    Args:
+        name: of the file.
+        caption: what to see in it.
+        draw: ``draw(model, task)`` makes a matplotlib figure.
+    """
+
+    name: str
+    caption: str
+    draw: Callable[[nn.Module, "Task"], Any]
+
+
 @dataclass(frozen=True, eq=False)
-class LearningProblem:
-    """Data, model and loss, ready for an ordinary training loop.
+class Task:
+    """Data, model, loss and measures: all that a training loop needs to know of a learning problem.
 
     Args:
         name: the name in the registry.
-        train_inputs: ``(N, ...)``, with ``train_targets`` ``(N,)``.
+        train_inputs: ``(N, ...)``, with ``train_targets`` ``(N, ...)``.
         test_inputs: likewise, never used in training.
-        make_model: ``make_model(horizon) -> Module``, freshly initialised from torch's global random state.
+        make_model: ``make_model(**options) -> Module``, freshly initialised from torch's global random state. A model
+            around a Neural ODE takes its horizon as the first option.
         loss: ``loss(outputs, targets) -> ()``, a mean over samples.
         split: how training and test part were chosen, in words.
+        metrics: name -> ``metric(outputs, targets) -> (B,)``; a name that ends with "accuracy" is a share of one.
+        pictures: of a trained model.
     """
 
     name: str
@@ -78,6 +111,48 @@ class LearningProblem:
     make_model: Callable[..., nn.Module]
     loss: Callable[[Tensor, Tensor], Tensor]
     split: str
+    metrics: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = field(default_factory=lambda: {"accuracy": accuracy})
+    pictures: tuple[Picture, ...] = ()
+
+    def batches(self, size: int) -> int:
+        """The number of whole batches in an epoch.
+
+        Args:
+            size: of a batch.
+        """
+        return len(self.train_targets) // size
+
+    def batch(self, iteration: int, *, size: int, seed: int) -> tuple[Tensor, Tensor]:
+        """The samples of an iteration, from a new random order in each epoch.
+
+        Args:
+            iteration: counted from zero over all epochs.
+            size: of the batch; samples at the end of an epoch that fill none are left out.
+            seed: of the orders.
+        """
+        epoch, position = divmod(iteration, self.batches(size))
+        generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+        chosen = torch.randperm(len(self.train_targets), generator=generator)[position * size :][:size]
+        return self.train_inputs[chosen], self.train_targets[chosen]
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Every metric on the test part, as ``test_<name>``; the model is left in training mode.
+
+        Args:
+            model: of this task.
+        """
+        model.eval()
+        parts = zip(self.test_inputs.split(512), self.test_targets.split(512), strict=True)
+        answers = [(model(inputs), targets) for inputs, targets in parts]
+        model.train()
+        return {
+            f"test_{name}": float(torch.cat([metric(*answer) for answer in answers]).double().mean())
+            for name, metric in self.metrics.items()
+        }
+
+
+LearningProblem = Task  # the name in version 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +162,7 @@ class LearningRecord:
     Args:
         name: the name in the registry.
         summary: one line for a table.
-        build: loads the data and returns a :class:`LearningProblem`; its keyword arguments vary it.
+        build: loads the data and returns a :class:`Task`; its keyword arguments vary it.
         source: origin and licence of the data, origin of the model.
         batch_size: recommended.
         epochs: recommended.
@@ -96,7 +171,7 @@ class LearningRecord:
 
     name: str
     summary: str
-    build: Callable[..., LearningProblem]
+    build: Callable[..., Task]
     source: str
     batch_size: int
     epochs: int

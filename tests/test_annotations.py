@@ -4,9 +4,9 @@ import pytest
 import torch
 from beartype.roar import BeartypeCallHintParamViolation, BeartypeCallHintReturnViolation
 
-from ocnopt.runs import RunFolder
 from ocnopt.integrate.runge_kutta import combine
 from ocnopt.ocp import Horizon
+from ocnopt.runs import RunFolder
 from tests.annotations import checked
 
 

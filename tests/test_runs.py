@@ -10,11 +10,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from ocnopt.cli import runs
+from ocnopt import runs
 from ocnopt.cli.demo import run_demo
+from ocnopt.errors import DataError, ProblemError
 from ocnopt.runs import RunFolder, replace_file, write_atomically
 from ocnopt.training.trainer import open_trainer
-from ocnopt.errors import DataError, ProblemError
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):

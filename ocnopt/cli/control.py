@@ -4,13 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
-from ocnopt.training.curves import save
 from ocnopt.cli.report import Image, Section, write_report
-from ocnopt.runs import CHECKPOINT, RunFolder, replace_file
 from ocnopt.cli.tables import BREAK, Table, as_options
 from ocnopt.integrate.tableaus import get_tableau
 from ocnopt.ocp import OCP
 from ocnopt.problems import ControlRecord, control
+from ocnopt.runs import CHECKPOINT, RunFolder, replace_file
 from ocnopt.solvers.compare import HEAD, Comparison, compare
 from ocnopt.solvers.plotting import plot_solutions
 from ocnopt.solvers.solution import Solution, load_solution
@@ -123,12 +122,12 @@ def draw(
         time: label of the time axis.
         name: of the file.
     """
-    path = save(plot_solutions(solutions, states=states, controls=controls, time=time), folder.plots / f"{name}.png")
+    path = folder.draw(name, plot_solutions(solutions, states=states, controls=controls, time=time))
     caption = (
         "States; controls, constant on each step, dotted lines are bounds; feedback gains K, what a control does about "
         "a deviation of each state; distance of each iteration's cost from the final one, divided by it if above 1."
     )
-    return Image(f"{path.parent.name}/{path.name}", caption)
+    return Image(path, caption)
 
 
 def solution_table(record: ControlRecord, solution: Solution, solver: str, steps: int) -> Table:

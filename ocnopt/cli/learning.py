@@ -1,28 +1,25 @@
-"""Training by name on the terminal: a progress bar, a table, plots and a page in the run folder.
+"""Training by name on the terminal: a progress bar, a table, plots and a page in the run folder."""
 
-The loss of a single batch is noisy, so every figure uses its mean over the last W iterations: one epoch, where the run
-is that long.
-"""
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
+from statistics import mean
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ocnopt.training import curves
-from ocnopt.training.curves import Metrics, smooth
 from ocnopt.cli.report import Image, Section, write_report
-from ocnopt.runs import RunFolder
 from ocnopt.cli.tables import Table, show
-from ocnopt.training.trainer import TrainConfig, open_trainer, train
 from ocnopt.errors import ProblemError
+from ocnopt.optim.registry import optimizer as optimizer_record
 from ocnopt.problems import learning_task
+from ocnopt.runs import RunFolder
+from ocnopt.training import Method, TrainConfig, curves, open_trainer, train
+from ocnopt.training.curves import Metrics, Runs, last_loss, metric_scale, metric_title, tested
 
 
 def progress_bar(console: Console) -> Progress:
-    """A bar with loss, T, field evaluations and the time left.
+    """A bar with a text and the time left.
 
     Args:
         console: where to draw.
@@ -31,25 +28,17 @@ def progress_bar(console: Console) -> Progress:
         TextColumn("{task.description}"),
         BarColumn(bar_width=10),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]}"),
-        TextColumn("T {task.fields[T]}"),
-        TextColumn("{task.fields[evaluations]} evals"),
+        TextColumn("{task.fields[text]}"),
         TimeRemainingColumn(compact=True),
         TextColumn("left"),
         console=console,
     )
 
 
-def fields(record: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What the bar shows of a line of metrics.
-
-    Args:
-        record: the last line, or None before the first.
-    """
-    if record is None:
-        return {"loss": "-", "T": "-", "evaluations": "-"}
-    evaluations = record["forward"] + record["backward"]
-    return {"loss": f"{record['loss']:.4f}", "T": f"{record['T']:.3f}", "evaluations": str(evaluations)}
+def _text(record: Mapping[str, Any]) -> str:
+    """What the bar shows of a line of metrics."""
+    solver = f" T {record['T']:.3f} {record['forward'] + record['backward']} evals" if "T" in record else ""
+    return f"loss {record['loss']:.4f}{solver}"
 
 
 def train_request(
@@ -66,7 +55,7 @@ def train_request(
 
     Args:
         name: of a learning problem.
-        optimizer: "adam", "sgd" or "snopt"; "snopt" if None.
+        optimizer: its name; "snopt" if None.
         lr: the tuned one if None.
         epochs: the recommended number if this and ``iterations`` are None.
         iterations: instead of ``epochs``.
@@ -90,14 +79,14 @@ def train_request(
                     f"--horizon adjoint beside it: add one, or leave {option} out"
                 )
     record = learning_task(name)
-    optimizer = optimizer or "snopt"
+    chosen = optimizer_record(optimizer or "snopt")
     batch = batch_size or record.batch_size
     epochs = None if iterations else epochs or record.epochs
     samples = len(record.build().train_targets)
     config = TrainConfig(
         problem=name,
-        optimizer=optimizer,
-        lr=lr if lr is not None else record.learning_rates.get(optimizer, 0.01),
+        optimizer=chosen.name,
+        lr=lr if lr is not None else record.learning_rates.get(chosen.name, chosen.lr),
         iterations=iterations or (epochs or 0) * max(1, samples // batch),
         batch_size=batch,
         **{key: value for key, value in others.items() if value is not None},
@@ -113,111 +102,73 @@ def run_train(folder: RunFolder, console: Console) -> None:
         console: shows the bar and the table.
     """
     trainer, metrics = open_trainer(folder)
+    config, record = trainer.config, learning_task(trainer.config.problem)
+    label = Method(config.optimizer, config.horizon).label
     if metrics:
-        console.print(f"resumed after iteration {trainer.iteration} of {trainer.config.iterations}")
+        console.print(f"resumed after iteration {trainer.iteration} of {config.iterations}")
     with progress_bar(console) as bar:
-        last = metrics[-1] if metrics else None
-        task = bar.add_task(
-            label(trainer.config), total=trainer.config.iterations, completed=trainer.iteration, **fields(last)
-        )
+        text = _text(metrics[-1]) if metrics else ""
+        task = bar.add_task(label, total=config.iterations, completed=trainer.iteration, text=text)
 
-        def on_step(record: dict[str, Any]) -> None:
+        def on_step(run: int, record: dict[str, Any]) -> None:
             metrics.append(record)
-            bar.update(task, completed=record["iteration"], **fields(record))
+            bar.update(task, completed=record["iteration"], text=_text(record))
 
-        train(trainer, folder, on_step)
+        train([(trainer, folder)], on_step)
     window = trainer.batches_per_epoch
-    table = _train_table(trainer.config, metrics, window)
+    table = _train_table(config, label, metrics, window)
     show(console, table)
-    images = draw_training({label(trainer.config): [metrics]}, folder, window)
-    record = learning_task(trainer.config.problem)
-    about = Section("The data", f"{record.source}. {trainer.problem.split}.")
-    title = f"{trainer.config.problem} with {label(trainer.config)}"
+    images = draw_training({label: [metrics]}, folder, window)
+    for picture in trainer.task.pictures:
+        images.append(Image(folder.draw(picture.name, picture.draw(trainer.model, trainer.task)), picture.caption))
+    about = Section("The data", f"{record.source}. {trainer.task.split}.")
+    title = f"{config.problem} with {label}"
     write_report(folder.path, title, record.summary, [Section("Result", tables=[table], images=images), about])
 
 
-def label(config: TrainConfig) -> str:
-    """The name of a run in tables and legends.
-
-    Args:
-        config: of the run.
-
-    Example:
-        >>> label(TrainConfig("digits", "snopt", lr=0.01, horizon="feedback"))
-        'SNOpt + feedback T'
-    """
-    name = {"adam": "Adam", "sgd": "SGD", "snopt": "SNOpt"}[config.optimizer]
-    return name if config.horizon == "fixed" else f"{name} + {config.horizon} T"
-
-
-def _train_table(config: TrainConfig, metrics: Metrics, window: int) -> Table:
+def _train_table(config: TrainConfig, label: str, metrics: Metrics, window: int) -> Table:
     end = metrics[-1]
-    evaluations = sum(record["forward"] + record["backward"] for record in metrics) / len(metrics)
     rows = [
-        ("optimiser", f"{label(config)}, learning rate {config.lr:g}, seed {config.seed}"),
+        ("optimiser", f"{label}, learning rate {config.lr:g}, seed {config.seed}"),
         ("iterations", f"{len(metrics)} of batches of {config.batch_size}"),
         (f"loss, mean of the last {min(window, len(metrics))}", f"{last_loss(metrics, window):.4f}"),
-        ("test accuracy", f"{100 * end['test_accuracy']:.1f} %"),
-        ("integration time T", f"{end['T']:.4f}"),
-        ("field evaluations an iteration", f"{evaluations:.1f}"),
-        ("training time", f"{end['seconds']:.1f} s, {1000 * end['seconds'] / len(metrics):.0f} ms an iteration"),
+        *((metric_title(key), f"{metric_scale(key) * end[key]:.4g}") for key in tested(metrics)),
+        ("training time", f"{end['seconds']:.1f} s, {1000 * end['seconds'] / len(metrics):.1f} ms an iteration"),
     ]
+    if "T" in end:
+        rows[-1:-1] = [
+            ("integration time T", f"{end['T']:.4f}"),
+            ("field evaluations an iteration", f"{mean(r['forward'] + r['backward'] for r in metrics):.1f}"),
+        ]
     return Table(config.problem, ("", ""), rows, text=True)
 
 
-def last_loss(metrics: Metrics, window: int) -> float:
-    """The mean loss over the last W iterations.
-
-    Args:
-        metrics: of one run.
-        window: W; all lines where there are fewer.
-    """
-    losses = [record["loss"] for record in metrics]
-    return float(smooth(losses, min(window, len(losses)))[-1])
-
-
-def reaches(metrics: Metrics, target: float, window: int) -> tuple[int, float] | None:
-    """Iteration and training time at which the mean over W iterations first meets a target; None if it never does.
-
-    Args:
-        metrics: of one run.
-        target: a loss.
-        window: W.
-
-    Example:
-        >>> lines = [{"loss": loss, "iteration": i + 1, "seconds": i + 1.0} for i, loss in enumerate([4.0, 2.0, 0.0])]
-        >>> reaches(lines, 3.0, 2)
-        (2, 2.0)
-    """
-    for record, loss in zip(metrics, smooth([record["loss"] for record in metrics], window), strict=True):
-        if loss <= target:
-            return record["iteration"], record["seconds"]
-    return None
-
-
-def draw_training(runs: Mapping[str, Sequence[Metrics]], folder: RunFolder, window: int) -> list[Image]:
+def draw_training(runs: Runs, folder: RunFolder, window: int, prefix: str = "") -> list[Image]:
     """The pictures of one or more training runs.
 
     Args:
         runs: label -> the metrics of each seed.
         folder: takes the PNGs.
-        window: W.
+        window: W, iterations that a point averages over.
+        prefix: of the names of the files.
     """
-    shortest = min(len(metrics) for seeds in runs.values() for metrics in seeds)
-    window = min(window, shortest)
-    several = " One line a seed." if any(len(seeds) > 1 for seeds in runs.values()) else ""
-    made = [
+    every = [metrics for seeds in runs.values() for metrics in seeds if metrics]
+    window = max(1, min(window, min(map(len, every)) // 4))  # a shorter mean shows the course of a short run
+    most = max(map(len, runs.values()))
+    band = "Means over the seeds, in a band from the least to the greatest."
+    several = "" if most == 1 else " One line a seed." if most <= curves.MOST_LINES else f" {band}"
+    evaluates = "T" in every[0][-1]
+    drawn = [
+        ("loss-time", curves.draw_loss_against_time(runs, window), f"Training loss against time.{several}"),
         (
-            plots.plot_loss_against_time(folder.plots / "loss-time.png", runs, window),
-            f"Training loss against time.{several}",
+            "loss-iteration",
+            curves.draw_loss_against_iteration(runs, window),
+            f"Training loss{' and field evaluations' if evaluates else ''} of an iteration, means as above.",
         ),
-        (
-            plots.plot_loss_against_iteration(folder.plots / "loss-iteration.png", runs, window),
-            "Training loss and field evaluations of an iteration, means as above.",
-        ),
-        (plots.plot_accuracy(folder.plots / "accuracy.png", runs), "Test accuracy after each epoch."),
     ]
-    if len({record["T"] for seeds in runs.values() for metrics in seeds for record in metrics}) > 1:
-        path = plots.plot_horizon(folder.plots / "horizon.png", runs)
-        made.append((path, "Integration time T against the iteration."))
-    return [Image(f"{path.parent.name}/{path.name}", caption) for path, caption in made]
+    for name in tested(every[0]):
+        caption = f"{metric_title(name).capitalize()} after each epoch."
+        drawn.append((name.removeprefix("test_"), curves.draw_metric(runs, name), caption))
+    if len({record.get("T") for metrics in every for record in metrics}) > 1:
+        drawn.append(("horizon", curves.draw_horizon(runs), "Integration time T against the iteration."))
+    return [Image(folder.draw(prefix + name, figure), caption) for name, figure, caption in drawn]

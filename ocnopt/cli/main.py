@@ -197,7 +197,8 @@ def compare(
 def train(
     name: Name = None,
     optimizer: Annotated[
-        str | None, typer.Option(help="adam, sgd or snopt; snopt if not given.", show_default=False)
+        str | None,
+        typer.Option(help="Its name, see [bold]ocnopt study[/bold]; snopt if not given.", show_default=False),
     ] = None,
     horizon: Annotated[
         str | None,
@@ -232,7 +233,7 @@ def train(
     out: Out = None,
     resume: Resume = None,
 ) -> None:
-    """Train a network around a Neural ODE."""
+    """Train a network."""
     from ocnopt.cli.learning import run_train, train_request
 
     given: dict[str, Any] = {"optimizer": optimizer, "horizon": horizon, "lr": lr, "horizon_lr": horizon_lr}
@@ -241,6 +242,49 @@ def train(
     begin = functools.partial(train_request, **given)
     with _run("train", name, out, resume, {**given, "threads": threads}, begin) as folder:
         run_train(folder, console)
+
+
+@app.command(
+    epilog=_examples(
+        "ocnopt study",
+        "ocnopt study digits-feedback --quick",
+        "ocnopt study tables-feedback --optimizer adam --optimizer snopt --jobs 2 --out runs/tables",
+        "ocnopt study --resume runs/tables",
+    )
+)
+@explain_errors
+def study(
+    name: Annotated[
+        str | None, typer.Argument(help="Name of a study; all are listed if not given.", show_default=False)
+    ] = None,
+    optimizer: Annotated[
+        list[str] | None, typer.Option(help="Repeat for each; those of the study if not given.", show_default=False)
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="The study's own if not given.", show_default=False)] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="The problems' own if not given.", show_default=False)
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Two seeds, two learning rates and one epoch, unless said otherwise.")
+    ] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes; each takes a task and a seed at a time.")] = 1,
+    out: Out = None,
+    resume: Resume = None,
+    as_json: Json = False,
+) -> None:
+    """Compare methods over seeds and learning rates; without a name, list studies and optimisers."""
+    from ocnopt.cli.study import run_by_folder, study_request, study_tables
+
+    if name is None and resume is None:
+        for table in study_tables():
+            show(console, table)
+        return
+    given: dict[str, Any] = {"optimizers": optimizer or None, "quick": quick or None, "seeds": seeds, "epochs": epochs}
+    begin = functools.partial(study_request, **given)
+    with _run("study", name, out, resume, given, begin, quiet=as_json) as folder:
+        record = run_by_folder(folder, Console(stderr=True, quiet=True) if as_json else console, jobs)
+    if as_json:
+        _print_json(record)
 
 
 @app.command(epilog=_examples("ocnopt demo", "ocnopt demo --seeds 1 --out runs/demo"))
@@ -294,7 +338,7 @@ def _run(
     """
     import torch
 
-    from ocnopt.runs import CHECKPOINT, RunFolder, default_folder
+    from ocnopt.runs import RunFolder, default_folder
 
     if resume is not None:
         folder = RunFolder.open(resume)
@@ -313,7 +357,7 @@ def _run(
         try:
             yield folder
         except OcnoptError:
-            if resume is None and not (folder.path / CHECKPOINT).exists():
+            if resume is None and not folder.holds_results:
                 folder.discard()
             raise
         except KeyboardInterrupt as interrupt:
@@ -332,7 +376,7 @@ def _agree(folder: "RunFolder", command: str, given: Mapping[str, Any]) -> None:
             f"{folder.path} was made by 'ocnopt {began}'; expected a folder of '{command}': use 'ocnopt {began}'"
         )
     stored = {**folder.config.get("train", {}), **folder.config, "out": folder.path}
-    spelled = {"problem": "NAME", "solvers": "--solver"}
+    spelled = {"problem": "NAME", "solvers": "--solver", "optimizers": "--optimizer"}
     differ = [
         f"{spelled.get(key, '--' + key.replace('_', '-'))} {value} "
         f"(began {'without' if stored.get(key) is None else f'with {stored[key]}'})"

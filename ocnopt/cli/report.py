@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
-from ocnopt.runs import REPORT, write_atomically
 from ocnopt.cli.tables import Table, to_html
+from ocnopt.runs import REPORT, write_atomically
 
 _STYLE = """
 :root { --ink: #1b1f24; --soft: #5a6470; --line: #d9dee4; --wash: #f5f7f9; --link: #0072b2; }

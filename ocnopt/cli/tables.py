@@ -112,8 +112,12 @@ def to_html(table: Table) -> str:
     Args:
         table: what.
     """
+
+    def cell(text: str, tag: str) -> str:
+        return f"<{tag}>{escape(text).replace(BREAK, '<br>')}</{tag}>"
+
     kind = ' class="text"' if table.text else ""
-    head = "".join(f"<th>{escape(name).replace(BREAK, '<br>')}</th>" for name in table.head) if any(table.head) else ""
-    rows = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
+    head = "".join(cell(name, "th") for name in table.head) if any(table.head) else ""
+    rows = "\n".join("<tr>" + "".join(cell(entry, "td") for entry in row) + "</tr>" for row in table.rows)
     note = f'<p class="note">{escape(table.note).replace(BREAK, "<br>")}</p>' if table.note else ""
     return f"<div class=scroll><table{kind}>\n{f'<tr>{head}</tr>' if head else ''}\n{rows}\n</table></div>{note}"

@@ -1,8 +1,10 @@
-"""The pictures of training runs: loss, evaluations, T and accuracy. Every function writes one PNG, returns its path."""
+"""The curves of training runs: loss, evaluations, T and metrics, and the figures that are read off them.
 
-import io
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+The loss of a single batch is noisy, so every figure uses its mean over the last W iterations: one epoch, where the run
+is that long. Every drawing function returns a matplotlib figure.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,10 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
-from ocnopt.runs import write_atomically
 from ocnopt.solvers.plotting import finish, legend, panels, styled
 
 Metrics = Sequence[Mapping[str, Any]]
+Runs = Mapping[str, Sequence[Metrics]]
+MOST_LINES = 3  # seeds with a line each; more are drawn as a mean in a band
 
 
 def smooth(losses: Sequence[int | float], window: int) -> np.ndarray:
@@ -33,95 +36,190 @@ def smooth(losses: Sequence[int | float], window: int) -> np.ndarray:
     return values
 
 
-def plot_loss_against_time(path: Path, runs: Mapping[str, Sequence[Metrics]], window: int) -> Path:
+def last_loss(metrics: Metrics, window: int) -> float:
+    """The mean loss over the last W iterations.
+
+    Args:
+        metrics: of one run.
+        window: W; all lines where there are fewer.
+    """
+    losses = [record["loss"] for record in metrics]
+    return float(smooth(losses, min(window, len(losses)))[-1])
+
+
+def reaches(metrics: Metrics, target: float, window: int) -> tuple[int, float] | None:
+    """Iteration and training time at which the mean over W iterations first meets a target; None if it never does.
+
+    Args:
+        metrics: of one run.
+        target: a loss.
+        window: W.
+
+    Example:
+        >>> lines = [{"loss": loss, "iteration": i + 1, "seconds": i + 1.0} for i, loss in enumerate([4.0, 2.0, 0.0])]
+        >>> reaches(lines, 3.0, 2)
+        (2, 2.0)
+    """
+    for record, loss in zip(metrics, smooth([record["loss"] for record in metrics], window), strict=True):
+        if loss <= target:
+            return record["iteration"], record["seconds"]
+    return None
+
+
+def tested(metrics: Metrics) -> list[str]:
+    """The names of the metrics of the test part.
+
+    Args:
+        metrics: of one run.
+    """
+    return list({key: None for record in metrics for key in record if key.startswith("test_")})
+
+
+def metric_title(name: str) -> str:
+    """A metric for readers, with its unit.
+
+    Args:
+        name: in a line of metrics.
+
+    Example:
+        >>> metric_title("test_accuracy"), metric_title("test_squared_error")
+        ('test accuracy %', 'test squared error')
+    """
+    return name.replace("_", " ") + (" %" if name.endswith("accuracy") else "")
+
+
+def metric_scale(name: str) -> int:
+    """What a metric is multiplied by for readers.
+
+    Args:
+        name: in a line of metrics.
+    """
+    return 100 if name.endswith("accuracy") else 1
+
+
+def draw_loss_against_time(runs: Runs, window: int) -> Figure:
     """Training loss against the seconds spent on training.
 
     Args:
-        path: of the PNG.
         runs: label -> the metrics of each seed.
-        window: iterations that a point averages over.
+        window: W.
     """
     figure, (axis,) = panels(1)
     _loss_curves(axis, runs, window, "seconds")
     finish(axis, "training time (s)", f"training loss, mean of {window} batches" if window > 1 else "training loss")
     legend(figure, axis)
-    return save(figure, path)
+    return figure
 
 
-def plot_loss_against_iteration(path: Path, runs: Mapping[str, Sequence[Metrics]], window: int) -> Path:
-    """Training loss against the iteration, above the field evaluations that each iteration took.
+def draw_loss_against_iteration(runs: Runs, window: int) -> Figure:
+    """Training loss against the iteration, above the field evaluations of each iteration where there are any.
 
     Args:
-        path: of the PNG.
         runs: label -> the metrics of each seed.
-        window: iterations that a point averages over.
+        window: W.
     """
-    figure, (top, bottom) = panels(2)
-    _loss_curves(top, runs, window, "iteration")
-    for _, seeds, look in styled(runs):
-        for metrics in seeds:
-            counts = smooth([record["forward"] + record["backward"] for record in metrics], window)
-            bottom.plot(_column(metrics, "iteration"), counts, **look, lw=1.1, alpha=_alpha(seeds))
-    bottom.set_ylim(bottom=0)
-    bottom.sharex(top)
-    top.tick_params(labelbottom=False)
-    finish(top, "", f"training loss,\nmean of {window} batches" if window > 1 else "training loss")
-    finish(bottom, "iteration", "field evaluations,\nforward + backward")
-    legend(figure, top)
-    return save(figure, path)
+    evaluates = "forward" in _any_line(runs)
+    figure, axes = panels(2 if evaluates else 1)
+    _loss_curves(axes[0], runs, window, "iteration")
+    finish(axes[0], "iteration", f"training loss,\nmean of {window} batches" if window > 1 else "training loss")
+    if evaluates:
+        for _, seeds, look in styled(runs):
+            for metrics in seeds:
+                counts = smooth([record["forward"] + record["backward"] for record in metrics], window)
+                axes[1].plot(_column(metrics, "iteration"), counts, **look, lw=1.1, alpha=_alpha(seeds))
+        axes[1].set_ylim(bottom=0)
+        axes[1].sharex(axes[0])
+        axes[0].tick_params(labelbottom=False)
+        axes[0].set_xlabel("")
+        finish(axes[1], "iteration", "field evaluations,\nforward + backward")
+    legend(figure, axes[0])
+    return figure
 
 
-def plot_horizon(path: Path, runs: Mapping[str, Sequence[Metrics]]) -> Path:
+def draw_horizon(runs: Runs) -> Figure:
     """The integration time T against the iteration.
 
     Args:
-        path: of the PNG.
         runs: label -> the metrics of each seed.
     """
     figure, (axis,) = panels(1)
     for label, seeds, look in styled(runs):
         for i, metrics in enumerate(seeds):
-            name = label if i == 0 else None
-            axis.plot(
-                _column(metrics, "iteration"),
-                _column(metrics, "T"),
-                **look,
-                alpha=_alpha(seeds),
-                label=name,
-            )
+            points = (_column(metrics, "iteration"), _column(metrics, "T"))
+            axis.plot(*points, **look, alpha=_alpha(seeds), label=label if i == 0 else None)
     axis.set_ylim(bottom=0)
     finish(axis, "iteration", "integration time T")
     legend(figure, axis)
-    return save(figure, path)
+    return figure
 
 
-def plot_accuracy(path: Path, runs: Mapping[str, Sequence[Metrics]]) -> Path:
-    """Test accuracy after each epoch.
+def draw_metric(runs: Runs, name: str) -> Figure:
+    """A metric of the test part after each epoch.
 
     Args:
-        path: of the PNG.
         runs: label -> the metrics of each seed.
+        name: of the metric.
     """
     figure, (axis,) = panels(1)
     for label, seeds, look in styled(runs):
         for i, metrics in enumerate(seeds):
-            points = [(r["epoch"] + 1, 100 * r["test_accuracy"]) for r in metrics if "test_accuracy" in r]
+            points = [(r["epoch"] + 1, metric_scale(name) * r[name]) for r in metrics if name in r]
             x, y = zip(*points, strict=True) if points else ((), ())
             axis.plot(x, y, **look, marker="o", ms=3, alpha=_alpha(seeds), label=label if i == 0 else None)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    finish(axis, "epoch", "test accuracy (%)")
+    finish(axis, "epoch", metric_title(name))
     legend(figure, axis)
-    return save(figure, path)
+    return figure
 
 
-def _loss_curves(axis: Axes, runs: Mapping[str, Sequence[Metrics]], window: int, against: str) -> None:
+def draw_rates(losses: Mapping[str, Mapping[float, Sequence[float]]]) -> Figure:
+    """The final loss against the learning rate: means over the seeds, with bars from the least to the greatest.
+
+    A learning rate at which a seed diverged has a cross at the upper edge instead.
+
+    Args:
+        losses: label -> learning rate -> the final loss of each seed, infinite where it diverged.
+    """
+    figure, (axis,) = panels(1)
+    axis.set(xscale="log", yscale="log")
+    for label, rates, look in styled(losses):
+        whole = {rate: values for rate, values in rates.items() if np.isfinite(values).all()}
+        means = [np.mean(whole[rate]) if rate in whole else np.nan for rate in rates]
+        bars = [
+            [np.ptp([mean, end(whole.get(rate, [np.nan]))]) for rate, mean in zip(rates, means, strict=True)]
+            for end in (min, max)
+        ]
+        axis.errorbar([*rates], means, bars, **look, marker="o", ms=4, capsize=3, label=label)
+        lost = [rate for rate in rates if rate not in whole]
+        edge = axis.get_xaxis_transform()
+        axis.plot(lost, [1.0] * len(lost), "x", color=look["color"], transform=edge, clip_on=False)
+    _plain_numbers(axis)
+    finish(axis, "learning rate", "final training loss")
+    legend(figure, axis)
+    return figure
+
+
+def _loss_curves(axis: Axes, runs: Runs, window: int, against: str) -> None:
     for label, seeds, look in styled(runs):
-        for i, metrics in enumerate(seeds):
-            loss = smooth(_column(metrics, "loss"), window)
-            name = label if i == 0 else None
-            axis.semilogy(_column(metrics, against), loss, **look, alpha=_alpha(seeds), label=name)
+        curves = [(_column(metrics, against), smooth(_column(metrics, "loss"), window)) for metrics in seeds]
+        if len(seeds) <= MOST_LINES:
+            for i, curve in enumerate(curves):
+                axis.plot(*curve, **look, alpha=_alpha(seeds), label=label if i == 0 else None)
+        else:
+            length = min(len(x) for x, _ in curves)
+            x, losses = (np.array([part[:length] for part in parts]) for parts in zip(*curves, strict=True))
+            axis.plot(x.mean(axis=0), losses.mean(axis=0), **look, label=label)
+            axis.fill_between(
+                x.mean(axis=0), losses.min(axis=0), losses.max(axis=0), color=look["color"], alpha=0.15, lw=0
+            )
+    axis.set_yscale("log")
     _plain_numbers(axis)
     axis.set_xlim(left=0)
+
+
+def _any_line(runs: Runs) -> Mapping[str, Any]:
+    lines: Iterable[Mapping[str, Any]] = (metrics[-1] for seeds in runs.values() for metrics in seeds if metrics)
+    return next(iter(lines), {})
 
 
 def _plain_numbers(axis: Axes) -> None:
@@ -129,19 +227,6 @@ def _plain_numbers(axis: Axes) -> None:
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.yaxis.set_minor_formatter(NullFormatter())
-
-
-def save(figure: Figure, path: Path) -> Path:
-    """Write a figure as a whole.
-
-    Args:
-        figure: drawn.
-        path: of the PNG.
-    """
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    write_atomically(path, buffer.getvalue())
-    return path
 
 
 def _column(metrics: Metrics, name: str) -> list[int | float]:

@@ -3,14 +3,14 @@
 The order of the samples follows from the seed and the epoch, and a run keeps a random state of its own. So a run that
 was killed and resumed gives the numbers of an unbroken one, and several runs stepped in turn give those of each alone.
 
-Shapes: a batch is ``(B, ...)`` inputs and ``(B,)`` targets; samples at the end of an epoch that fill no batch are left
-out.
+Shapes: a batch is ``(B, ...)`` inputs and ``(B, ...)`` targets; samples at the end of an epoch that fill no batch are
+left out.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from time import perf_counter
 from typing import Any
 
@@ -18,18 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from ocnopt.checks import nearest
-from ocnopt.runs import RunFolder
 from ocnopt.errors import DataError, NonFiniteError, ProblemError
 from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.ocp import FreeHorizon
 from ocnopt.optim.horizon_policy import HorizonPolicy
-from ocnopt.optim.snopt import SNOpt
-from ocnopt.problems import LearningProblem, learning_task
+from ocnopt.optim.registry import optimizer
+from ocnopt.problems import Task, learning_task
+from ocnopt.runs import RunFolder
 
-OPTIMIZERS = ("adam", "sgd", "snopt")
 RULES = ("fixed", "feedback", "adjoint")
 HORIZON = FreeHorizon(initial=1.0, lower=0.1, upper=2.0)
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -38,15 +37,17 @@ class TrainConfig:
 
     Args:
         problem: name of a learning problem.
-        optimizer: "adam", "sgd" (momentum 0.9) or "snopt".
+        optimizer: name of an optimiser.
         lr: learning rate.
-        horizon: "fixed" leaves T = 1; "feedback" moves it by the second-order policy, "adjoint" by the first-order one.
+        horizon: "fixed" leaves T = 1; "feedback" moves it by the second-order policy, "adjoint" by the first-order one,
+            both for a model around one Neural ODE.
         horizon_lr: step of the policy.
         horizon_penalty: c of the cost (c/2) T^2 on the integration time.
         iterations: steps in all.
         batch_size: samples a step.
         checkpoint_every: iterations between checkpoints.
         seed: of the weights, the order of the samples and whatever the model draws.
+        model: options of the problem's model.
 
     Raises:
         ProblemError: an unknown name or a number out of range.
@@ -62,11 +63,13 @@ class TrainConfig:
     batch_size: int = 128
     checkpoint_every: int = 20
     seed: int = 0
+    model: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, value, known in (("optimizer", self.optimizer, OPTIMIZERS), ("horizon", self.horizon, RULES)):
-            if value not in known:
-                raise ProblemError(f"{name} is {value!r}; expected one of {', '.join(known)}{nearest(value, known)}")
+        optimizer(self.optimizer)
+        if self.horizon not in RULES:
+            near = nearest(self.horizon, RULES)
+            raise ProblemError(f"horizon is {self.horizon!r}; expected one of {', '.join(RULES)}{near}")
         for name in ("iterations", "batch_size", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ProblemError(f"{name} is {getattr(self, name)}; expected a whole number of at least 1")
@@ -82,94 +85,72 @@ class Trainer:
     """Model, optimiser and policy of one run, advanced one iteration at a time.
 
     Args:
-        problem: data, model and loss.
+        task: data, model and loss.
         config: what to do with them.
 
     Raises:
-        ProblemError: a batch larger than the training part.
+        ProblemError: a batch larger than the training part, or a rule for T where the model has no single Neural ODE.
     """
 
-    def __init__(self, problem: LearningProblem, config: TrainConfig) -> None:
-        samples = len(problem.train_targets)
+    def __init__(self, task: Task, config: TrainConfig) -> None:
+        samples = len(task.train_targets)
         if config.batch_size > samples:
             raise ProblemError(f"batch_size is {config.batch_size}; expected at most the {samples} training samples")
-        self.problem = problem
+        self.task = task
         self.config = config
-        self.batches_per_epoch = samples // config.batch_size
+        self.batches_per_epoch = task.batches(config.batch_size)
         self.iteration = 0
         self.seconds = 0.0
+        self.diverged = ""
+        moves = {} if config.horizon == "fixed" else {"horizon": HORIZON}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.model = problem.make_model(1.0 if config.horizon == "fixed" else HORIZON)
+            self.model = _make_model(task, {**config.model, **moves})
             self._random_state = torch.get_rng_state()
-        self.optimizer = _optimizer(self.model, config)
+        self.optimizer = optimizer(config.optimizer).build(self.model, config.lr)
         self.policy = _policy(self.model, config)
 
     @property
     def finished(self) -> bool:
-        """Whether all iterations are done."""
-        return self.iteration >= self.config.iterations
+        """Whether all iterations are done, or none can follow."""
+        return self.iteration >= self.config.iterations or bool(self.diverged)
 
     def step(self) -> dict[str, Any]:
         """Train on one batch.
 
         Returns:
-            The line of metrics: iteration, epoch, loss, T, forward and backward evaluations, seconds of training so
-            far, and at the end of an epoch the test accuracy.
+            The line of metrics: iteration, epoch, loss, seconds of training so far, for Neural ODEs T and the forward
+            and backward evaluations, and at the end of an epoch the metrics of the task.
 
         Raises:
             NonFiniteError: the loss is NaN or infinite; the weights are those before this step.
         """
         with self._own_random_state():
             began = perf_counter()
-            inputs, targets = self.batch(self.iteration)
-            self.optimizer.zero_grad()
-            loss = self.problem.loss(self.model(inputs), targets)
-            self._check(loss)
-            loss.backward()
-            self.optimizer.step()
+            inputs, targets = self.task.batch(self.iteration, size=self.config.batch_size, seed=self.config.seed)
+
+            def closure() -> Any:
+                self.optimizer.zero_grad()
+                loss = self.task.loss(self.model(inputs), targets)
+                self._check(loss)
+                loss.backward()
+                return loss
+
+            loss: Any = self.optimizer.step(closure)
             if self.policy is not None:
                 self.policy.step()
             self.seconds += perf_counter() - began
-        self.iteration += 1
-        record: dict[str, Any] = {
-            "iteration": self.iteration,
-            "epoch": (self.iteration - 1) // self.batches_per_epoch,
-            "loss": loss.item(),
-            **self._solver_metrics(),
-            "seconds": self.seconds,
-        }
-        if self.iteration % self.batches_per_epoch == 0 or self.finished:
-            record["test_accuracy"] = self.accuracy(self.problem.test_inputs, self.problem.test_targets)
+            self.iteration += 1
+            record = {
+                "iteration": self.iteration,
+                "epoch": (self.iteration - 1) // self.batches_per_epoch,
+                "loss": loss.item(),
+                **_solver_metrics(self.model),
+                "seconds": self.seconds,
+            }
+            if self.iteration % self.batches_per_epoch == 0 or self.finished:
+                record |= self.task.evaluate(self.model)
         return record
-
-    def batch(self, iteration: int) -> tuple[Tensor, Tensor]:
-        """The samples of an iteration, from a new random order in each epoch.
-
-        Args:
-            iteration: counted from zero over all epochs.
-        """
-        epoch, position = divmod(iteration, self.batches_per_epoch)
-        generator = torch.Generator().manual_seed(1_000_003 * self.config.seed + epoch)
-        order = torch.randperm(len(self.problem.train_targets), generator=generator)
-        chosen = order[position * self.config.batch_size :][: self.config.batch_size]
-        return self.problem.train_inputs[chosen], self.problem.train_targets[chosen]
-
-    def accuracy(self, inputs: Tensor, targets: Tensor) -> float:
-        """The share of samples that the model classifies right.
-
-        Args:
-            inputs: ``(N, ...)``.
-            targets: ``(N,)`` classes.
-        """
-        self.model.eval()
-        with torch.no_grad(), self._own_random_state():
-            right = sum(
-                int((self.model(x).argmax(dim=1) == y).sum())
-                for x, y in zip(inputs.split(512), targets.split(512), strict=True)
-            )
-        self.model.train()
-        return right / len(targets)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on."""
@@ -178,6 +159,7 @@ class Trainer:
             "config": asdict(self.config),
             "iteration": self.iteration,
             "seconds": self.seconds,
+            "diverged": self.diverged,
             "random_state": self._random_state,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -198,7 +180,7 @@ class Trainer:
                 f"the checkpoint has format {state.get('format')} and configuration {state.get('config')}; expected "
                 f"format {_FORMAT} and {asdict(self.config)}: resume with the configuration that the run began with"
             )
-        self.iteration, self.seconds = state["iteration"], state["seconds"]
+        self.iteration, self.seconds, self.diverged = state["iteration"], state["seconds"], state["diverged"]
         self._random_state = state["random_state"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -211,14 +193,6 @@ class Trainer:
                 f"the loss is {loss.item()} at iteration {self.iteration + 1}; expected a finite number: lower the "
                 f"learning rate (it is {self.config.lr}); the last checkpoint is kept"
             )
-
-    def _solver_metrics(self) -> dict[str, int | float]:
-        """T and the field evaluations of the step, over every Neural ODE of the model."""
-        odes = _neural_odes(self.model)
-        forward = sum(ode.statistics.forward for ode in odes)
-        backward = sum(ode.statistics.backward for ode in odes)
-        end = odes[0].T if isinstance(odes[0].horizon, FreeHorizon) else odes[0].horizon.t1
-        return {"T": float(end), "forward": forward, "backward": backward}
 
     @contextmanager
     def _own_random_state(self) -> Iterator[None]:
@@ -233,12 +207,27 @@ def _neural_odes(model: nn.Module) -> list[NeuralODE]:
     return [module for module in model.modules() if isinstance(module, NeuralODE)]
 
 
-def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    if config.optimizer == "adam":
-        return torch.optim.Adam(model.parameters(), lr=config.lr)
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(model.parameters(), lr=config.lr, momentum=0.9)
-    return SNOpt(model, lr=config.lr)
+def _solver_metrics(model: nn.Module) -> dict[str, int | float]:
+    """T and the field evaluations of a step, over every Neural ODE of the model; nothing where it has none."""
+    odes = _neural_odes(model)
+    if not odes:
+        return {}
+    forward = sum(ode.statistics.forward for ode in odes)
+    backward = sum(ode.statistics.backward for ode in odes)
+    end = odes[0].T if isinstance(odes[0].horizon, FreeHorizon) else odes[0].horizon.t1
+    return {"T": float(end), "forward": forward, "backward": backward}
+
+
+def _make_model(task: Task, options: dict[str, Any]) -> nn.Module:
+    if not options:
+        return task.make_model()
+    try:
+        return task.make_model(**options)
+    except TypeError as error:
+        raise ProblemError(
+            f"the model of {task.name} does not take the options {', '.join(options)} ({error}); expected options of "
+            "its constructor, and horizon only around one Neural ODE: leave out what it does not know"
+        ) from error
 
 
 def _policy(model: nn.Module, config: TrainConfig) -> HorizonPolicy | None:
@@ -249,11 +238,12 @@ def _policy(model: nn.Module, config: TrainConfig) -> HorizonPolicy | None:
     return HorizonPolicy(ode, rule=config.horizon, lr=config.horizon_lr, penalty=config.horizon_penalty)
 
 
-def open_trainer(folder: RunFolder) -> tuple[Trainer, list[dict[str, Any]]]:
+def open_trainer(folder: RunFolder, task: Task | None = None) -> tuple[Trainer, list[dict[str, Any]]]:
     """The trainer of a run folder, at its last checkpoint, and the metrics up to there.
 
     Args:
         folder: whose configuration holds a "train" part.
+        task: of the run, where it is loaded already.
 
     Raises:
         DataError: the folder is of another command or version.
@@ -263,23 +253,40 @@ def open_trainer(folder: RunFolder) -> tuple[Trainer, list[dict[str, Any]]]:
             f"{folder.path} was made by {folder.config.get('command')!r}; expected a folder of 'ocnopt train'"
         )
     config = folder.entry("train", lambda options: TrainConfig(**options))
-    trainer = Trainer(learning_task(config.problem).build(), config)
+    trainer = Trainer(task or learning_task(config.problem).build(), config)
     state = folder.load_checkpoint()
     if state is not None:
         trainer.load_state_dict(state)
     return trainer, folder.keep_metrics(trainer.iteration)
 
 
-def train(trainer: Trainer, folder: RunFolder, on_step: Callable[[dict[str, Any]], None] = lambda record: None) -> None:
-    """Train to the end, with metrics and checkpoints.
+def train(
+    runs: Sequence[tuple[Trainer, RunFolder]],
+    on_step: Callable[[int, dict[str, Any]], None] = lambda run, record: None,
+    *,
+    may_diverge: bool = False,
+) -> None:
+    """Train to the end, one iteration of each run in turn: a busy machine slows all alike, and times can be compared.
 
     Args:
-        trainer: where the run stands.
-        folder: takes metrics and checkpoints.
-        on_step: called with each line of metrics.
+        runs: each where it stands, with the folder that takes its metrics and checkpoints.
+        on_step: called with the position of a run and its line of metrics.
+        may_diverge: whether a loss that is no longer finite ends its own run only.
+
+    Raises:
+        NonFiniteError: a loss is no longer finite.
     """
-    while not trainer.finished:
-        on_step(advance(trainer, folder))
+    while not all(trainer.finished for trainer, _ in runs):
+        for i, (trainer, folder) in enumerate(runs):
+            if trainer.finished:
+                continue
+            try:
+                on_step(i, advance(trainer, folder))
+            except (NonFiniteError, torch.linalg.LinAlgError) as error:
+                if not may_diverge:
+                    raise
+                trainer.diverged = str(error)
+                folder.save_checkpoint(trainer.state_dict())
 
 
 def advance(trainer: Trainer, folder: RunFolder) -> dict[str, Any]:

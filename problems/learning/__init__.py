@@ -1,6 +1,6 @@
-"""Learning problems: data, model and loss, for Neural ODEs and Runge-Kutta networks."""
+"""Learning problems: data, model and loss."""
 
-from ocnopt.problems.learning import digits, plane
+from ocnopt.problems.learning import digits, plane, tables
 from ocnopt.problems.record import LearningRecord
 
-LEARNING_RECORDS: tuple[LearningRecord, ...] = (digits.RECORD, *plane.RECORDS)
+LEARNING_RECORDS: tuple[LearningRecord, ...] = (*digits.RECORDS, *tables.RECORDS, *plane.RECORDS)

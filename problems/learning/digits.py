@@ -1,4 +1,4 @@
-"""Handwritten digits that come with scikit-learn, and the image classifier that is trained on them.
+"""Handwritten digits that come with scikit-learn, and the models that are trained on them.
 
 1,797 grey images 8x8 with values 0..16, 10 classes: the test part of UCI's "Optical Recognition of Handwritten Digits"
 (E. Alpaydin, C. Kaynak, 1998, CC BY 4.0). No file is fetched. Split: 1,437 for training and 360 for testing,
@@ -8,6 +8,8 @@ mean and the standard deviation of the training part to three digits.
 Shapes: images ``(N, 1, 8, 8)`` float32, labels ``(N,)`` int64.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +18,8 @@ from torch import Tensor, nn
 from ocnopt.errors import DataError, ProblemError
 from ocnopt.ocp import FreeHorizon
 from ocnopt.problems.learning.images import ImageClassifier
-from ocnopt.problems.record import LearningProblem, LearningRecord
+from ocnopt.problems.learning.networks import inception_net, mlp, residual_net
+from ocnopt.problems.record import LearningRecord, Task
 
 SPLIT_SEED = 0
 TEST_SIZE = 360
@@ -78,31 +81,63 @@ def _read() -> tuple[Any, Any]:
     return images, labels
 
 
-def build(*, seed: int = SPLIT_SEED, test_size: int = TEST_SIZE) -> LearningProblem:
-    """Data, the image classifier and cross-entropy."""
-    data = load(seed=seed, test_size=test_size)
+def build(*, seed: int = SPLIT_SEED, test_size: int = TEST_SIZE) -> Task:
+    """Data, the image classifier around a Neural ODE, and cross-entropy."""
 
     def make_model(horizon: float | FreeHorizon = 1.0, **options: Any) -> nn.Module:
         return ImageClassifier(horizon, **options)
 
-    return LearningProblem(
-        name="digits",
+    return _task("digits", make_model, seed=seed, test_size=test_size)
+
+
+def _task(name: str, make_model: Callable[..., nn.Module], **options: Any) -> Task:
+    data = load(**options)
+    counts = f"{len(data.train_labels)} train, {len(data.test_labels)} test"
+    return Task(
+        name=name,
         train_inputs=data.train_images,
         train_targets=data.train_labels,
         test_inputs=data.test_images,
         test_targets=data.test_labels,
         make_model=make_model,
         loss=nn.functional.cross_entropy,
-        split=f"{len(data.train_labels)} train, {len(data.test_labels)} test, stratified, seed {seed}",
+        split=f"{counts}, stratified, seed {options.get('seed', SPLIT_SEED)}",
     )
 
 
-RECORD = LearningRecord(
-    name="digits",
-    summary="classify 8x8 digit images with a convolutional Neural ODE",
-    build=build,
-    source="scikit-learn digits (UCI Optical Recognition of Handwritten Digits, CC BY 4.0)",
-    batch_size=128,
-    epochs=13,
-    learning_rates={"adam": 0.01, "sgd": 0.05, "snopt": 0.01},
+def _record(
+    name: str, what: str, make_model: Callable[..., nn.Module], batch_size: int, epochs: int, **rates: float
+) -> LearningRecord:
+    return LearningRecord(
+        name=name,
+        summary=f"classify 8x8 digit images with {what}",
+        build=partial(_task, name, make_model),
+        source=SOURCE,
+        batch_size=batch_size,
+        epochs=epochs,
+        learning_rates=rates,
+    )
+
+
+SOURCE = "scikit-learn digits (UCI Optical Recognition of Handwritten Digits, CC BY 4.0)"
+RECORDS = (
+    LearningRecord(
+        name="digits",
+        summary="classify 8x8 digit images with a convolutional Neural ODE",
+        build=build,
+        source=SOURCE,
+        batch_size=128,
+        epochs=13,
+        learning_rates={"adam": 0.01, "sgd": 0.05, "snopt": 0.01},
+    ),
+    _record("digits_mlp", "five linear layers and tanh", partial(mlp, 64, 10), 32, 15),
+    _record(
+        "digits_sigmoid",
+        "15 linear layers and sigmoids, through which gradients vanish",
+        partial(mlp, 64, 10, layers=15, activation=nn.Sigmoid),
+        32,
+        15,
+    ),
+    _record("digits_residual", "two residual blocks", residual_net, 32, 5),
+    _record("digits_inception", "two inception blocks", inception_net, 32, 5),
 )

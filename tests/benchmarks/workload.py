@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ocnopt.optim.snopt import SNOpt
-from ocnopt.problems import LearningProblem, learning_task
+from ocnopt.problems import Task, learning_task
 
 BATCH = 128
 ITERATIONS = 143
@@ -30,12 +30,12 @@ def snopt(model: nn.Module, **options: Any) -> SNOpt:
     return SNOpt(model, lr=SNOPT_LR, **options)
 
 
-def digits() -> LearningProblem:
+def digits() -> Task:
     """Data, model and loss."""
     return learning_task("digits").build()
 
 
-def batches(problem: LearningProblem, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(problem: Task, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches without end, a new order in each epoch."""
     generator = torch.Generator().manual_seed(seed)
     while True:
@@ -48,7 +48,7 @@ def batches(problem: LearningProblem, seed: int) -> Iterator[tuple[Tensor, Tenso
 class Run:
     """One model with its optimiser, and what its training cost so far."""
 
-    problem: LearningProblem
+    problem: Task
     make_optimizer: Maker
     seed: int = 0
     model: nn.Module = field(init=False)

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from ocnopt.problems import learning_task
 from ocnopt.runs import RunFolder
 from ocnopt.training.trainer import TrainConfig, Trainer
-from ocnopt.problems import learning_task
 
 CONFIG = TrainConfig("digits", "snopt", lr=0.01, horizon="feedback", iterations=12, batch_size=8, checkpoint_every=2)
 ROOT = Path(__file__).parents[2]

@@ -15,6 +15,7 @@ FOREIGN = {
     "beartype",
     "casadi",
     "hypothesis",
+    "joblib",
     "matplotlib",
     "mlxtend",
     "networkx",

@@ -5,12 +5,12 @@ import pytest
 import torch
 from PIL import Image
 
-from ocnopt.training import curves
 from ocnopt.cli.control import draw
-from ocnopt.cli.learning import last_loss, reaches
-from ocnopt.runs import RunFolder
 from ocnopt.problems import control
+from ocnopt.runs import RunFolder
 from ocnopt.solvers.solve import solve
+from ocnopt.training import curves
+from ocnopt.training.curves import last_loss, reaches
 
 
 @pytest.fixture(scope="module")
@@ -55,21 +55,42 @@ def test_the_picture_of_a_control_problem(tmp_path, solution):
 
 def test_pictures_of_training(tmp_path):
     runs = {"Adam": [lines(12), lines(12)], "SNOpt": [lines(12, T=0.9)]}
-    for path in (
-        plots.plot_loss_against_time(tmp_path / "a.png", runs, 4),
-        plots.plot_loss_against_iteration(tmp_path / "b.png", runs, 1),
-        plots.plot_horizon(tmp_path / "c.png", runs),
-        plots.plot_accuracy(tmp_path / "d.png", runs),
+    many = {"Adam": [lines(12)] * 5}
+    folder = RunFolder(tmp_path, {})
+    (tmp_path / "plots").mkdir()
+    for i, figure in enumerate(
+        (
+            curves.draw_loss_against_time(runs, 4),
+            curves.draw_loss_against_iteration(runs, 1),
+            curves.draw_loss_against_iteration(many, 1),
+            curves.draw_horizon(runs),
+            curves.draw_metric(runs, "test_accuracy"),
+            curves.draw_rates({"Adam": {0.01: [1.0, 2.0], 0.1: [1.0, np.inf]}, "SGD": {0.1: [0.5, 0.6]}}),
+        )
     ):
-        assert_picture(path)
+        assert_picture(tmp_path / folder.draw(str(i), figure))
+
+
+def test_a_learning_rate_at_which_a_seed_diverged():
+    (axis,) = curves.draw_rates({"Adam": {0.01: [1.0, 3.0], 0.1: [1.0, np.inf]}}).axes
+    line, cross = [line for line in axis.lines if line.get_marker() in "ox"]
+    assert line.get_ydata()[0] == 2.0
+    assert np.isnan(line.get_ydata()[1])
+    assert cross.get_xdata().tolist() == [0.1]
+
+
+def test_the_mean_of_many_seeds():
+    runs = {"Adam": [[{**line, "loss": line["loss"] + i} for line in lines(6)] for i in range(5)]}
+    (axis,) = curves.draw_loss_against_time(runs, 1).axes
+    assert axis.lines[0].get_ydata() == pytest.approx([2.0 / (i + 1) + 2 for i in range(6)])
 
 
 def test_a_mean_over_a_window():
     values = torch.rand(20, dtype=torch.float64).tolist()
-    smoothed = plots.smooth(values, 5)
+    smoothed = curves.smooth(values, 5)
     assert np.isnan(smoothed[:4]).all()
     assert smoothed[4:] == pytest.approx([np.mean(values[i - 4 : i + 1]) for i in range(4, 20)])
-    assert plots.smooth([1.0], 3).tolist() == pytest.approx([np.nan], nan_ok=True)
+    assert curves.smooth([1.0], 3).tolist() == pytest.approx([np.nan], nan_ok=True)
 
 
 def test_when_a_loss_is_reached():

@@ -1,0 +1,119 @@
+"""The library's studies by name. A study names problems and optimisers; those that do not exist are left out of it."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ocnopt.checks import nearest
+from ocnopt.errors import ProblemError
+from ocnopt.optim.registry import OPTIMIZERS, optimizer
+from ocnopt.problems import names
+from ocnopt.training.study import SPAN, Method, Study
+
+FIRST_ORDER = ("sgd-plain", "sgd", "adam", "rmsprop")
+LAYERWISE = ("ocnopt", "ocnopt-adaptive", "ocnopt-kronecker", "gauss-newton")
+GAMES = ("sgd-plain", "adam", "snopt", "ocnopt", "ocnopt-feedback", "ocnopt-cooperative", "gauss-newton")
+TOY_SETS = ("donut1d", "donut2d", "squares", "spiral")
+TABLEAUS = ("euler", "improved_euler", "kutta3", "kutta4")
+STEPS = {"fixed": "fixed steps", "free": "learned steps", "simplex": "learned steps on the simplex"}
+
+
+def _methods(*optimizers: str) -> tuple[Method, ...]:
+    return tuple(Method(name) for name in optimizers)
+
+
+_ALL = (
+    Study(
+        "neural-ode",
+        "Adam, SNOpt, and SNOpt with feedback T on a convolutional Neural ODE",
+        ("digits",),
+        (Method("adam"), Method("snopt"), Method("snopt", "feedback")),
+        seeds=2,
+    ),
+    Study(
+        "digits-feedback",
+        "layer-wise feedback against its base methods on digits, over a factor 30 of learning rates",
+        ("digits_mlp",),
+        _methods(*FIRST_ORDER, "snopt", *LAYERWISE),
+        SPAN,
+    ),
+    Study(
+        "tables-feedback",
+        "the same on two tables of measurements",
+        ("breast_cancer", "wine"),
+        _methods(*FIRST_ORDER, "snopt", *LAYERWISE),
+        SPAN,
+    ),
+    Study(
+        "vanishing-gradients",
+        "the same on 15 sigmoid layers",
+        ("digits_sigmoid",),
+        _methods(*FIRST_ORDER, "snopt", *LAYERWISE),
+        SPAN,
+    ),
+    Study(
+        "players",
+        "residual and inception blocks whose branches answer in open loop, one by one, or jointly",
+        ("digits_residual", "digits_inception"),
+        _methods(*GAMES),
+        SPAN,
+    ),
+    Study(
+        "runge-kutta",
+        "Runge-Kutta networks on four sets of the plane, with fixed and with learned steps",
+        TOY_SETS,
+        tuple(
+            Method("adam", model={"tableau": tableau, "step": step}, title=f"{tableau.replace('_', ' ')}, {what}")
+            for tableau in TABLEAUS
+            for step, what in STEPS.items()
+        ),
+        SPAN,
+    ),
+)
+
+
+def _known(study: Study) -> Study:
+    problems = tuple(name for name in study.problems if name in names("learning"))
+    return replace(
+        study, problems=problems, methods=tuple(method for method in study.methods if method.optimizer in OPTIMIZERS)
+    )
+
+
+STUDIES = {study.name: study for study in map(_known, _ALL) if study.problems}
+
+
+def study(name: str) -> Study:
+    """A study by name.
+
+    Args:
+        name: of the registry.
+
+    Raises:
+        ProblemError: no study has this name; the message offers the nearest.
+
+    Example:
+        >>> study("vanishing-gradients").problems
+        ('digits_sigmoid',)
+    """
+    if name not in STUDIES:
+        known = ", ".join(STUDIES)
+        raise ProblemError(f"no study is called {name!r}{nearest(name, STUDIES)}; expected one of: {known}")
+    return STUDIES[name]
+
+
+def with_methods(study: Study, optimizers: Sequence[str]) -> Study:
+    """The study with some of its methods only, and with optimisers that it does not name.
+
+    Args:
+        study: of the registry.
+        optimizers: names.
+
+    Raises:
+        ProblemError: no such optimiser.
+    """
+    own = {name: [method for method in study.methods if method.optimizer == name] for name in optimizers}
+    return replace(study, methods=tuple(m for name in optimizers for m in own[name] or [_checked(name)]))
+
+
+def _checked(name: str) -> Method:
+    optimizer(name)
+    return Method(name)
