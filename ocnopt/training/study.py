@@ -354,7 +354,7 @@ def _in_worker(study: Study, folder: Path, problem: str, seed: int, threads: int
     torch.set_num_threads(threads)
 
     def follow(run: int, record: Mapping[str, Any]) -> None:
-        if os.getppid() != parent:
+        if parent not in (os.getppid(), os.getpid()):
             os._exit(1)
 
     with warnings.catch_warnings():
