@@ -15,7 +15,8 @@ from ocnopt.optim.registry import optimizer as optimizer_record
 from ocnopt.problems import learning_task
 from ocnopt.runs import RunFolder
 from ocnopt.training import Method, TrainConfig, curves, open_trainer, train
-from ocnopt.training.curves import Metrics, Runs, last_loss, metric_scale, metric_title, tested
+from ocnopt.training.curves import Runs
+from ocnopt.training.metrics import Metrics, last_loss, metric_scale, metric_title, tested
 
 
 def progress_bar(console: Console) -> Progress:

@@ -4,8 +4,6 @@ Torch and the solvers are imported inside the commands, so that ``--help`` answe
 """
 
 import functools
-import json
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -16,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 import typer
 from rich.console import Console
 
-from ocnopt.cli.tables import as_options, show
+from ocnopt.cli.tables import as_options, show, to_json
 from ocnopt.errors import OcnoptError, ProblemError
 
 if TYPE_CHECKING:
@@ -391,13 +389,4 @@ def _agree(folder: "RunFolder", command: str, given: Mapping[str, Any]) -> None:
 
 
 def _print_json(value: Any) -> None:
-    """JSON has no NaN and no infinity; null stands for them."""
-
-    def finite(item: Any) -> Any:
-        if isinstance(item, dict):
-            return {key: finite(entry) for key, entry in item.items()}
-        if isinstance(item, list | tuple):
-            return [finite(entry) for entry in item]
-        return None if isinstance(item, float) and not math.isfinite(item) else item
-
-    typer.echo(json.dumps(finite(value), indent=2, ensure_ascii=False))
+    typer.echo(to_json(value))

@@ -17,8 +17,8 @@ from ocnopt.optim.registry import OPTIMIZERS
 from ocnopt.problems import learning_task
 from ocnopt.runs import RunFolder
 from ocnopt.training import Outcome, Study, curves, open_trainer, run_study
-from ocnopt.training.curves import metric_scale, metric_title, reaches, tested
 from ocnopt.training.memory import peak_bytes
+from ocnopt.training.metrics import metric_scale, metric_title, reaches, tested
 from ocnopt.training.studies import STUDIES, study, with_methods
 from ocnopt.training.study import Progress, best, run_folder, spread
 

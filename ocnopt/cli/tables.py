@@ -1,9 +1,12 @@
-"""One table, shown on the terminal and in the report page alike, and messages in the words of the command line."""
+"""One table, shown on the terminal and in the report page alike, and messages and results as the command line says them."""
 
+import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
+from typing import Any
 
 from rich import box
 from rich.cells import cell_len
@@ -121,3 +124,24 @@ def to_html(table: Table) -> str:
     rows = "\n".join("<tr>" + "".join(cell(entry, "td") for entry in row) + "</tr>" for row in table.rows)
     note = f'<p class="note">{escape(table.note).replace(BREAK, "<br>")}</p>' if table.note else ""
     return f"<div class=scroll><table{kind}>\n{f'<tr>{head}</tr>' if head else ''}\n{rows}\n</table></div>{note}"
+
+
+def to_json(value: Any) -> str:
+    """Plain values as JSON, which has no NaN and no infinity; null stands for them.
+
+    Args:
+        value: numbers, texts, and lists and dicts of them.
+
+    Example:
+        >>> to_json([1.5, float("nan")]).split()
+        ['[', '1.5,', 'null', ']']
+    """
+
+    def finite(item: Any) -> Any:
+        if isinstance(item, dict):
+            return {key: finite(entry) for key, entry in item.items()}
+        if isinstance(item, list | tuple):
+            return [finite(entry) for entry in item]
+        return None if isinstance(item, float) and not math.isfinite(item) else item
+
+    return json.dumps(finite(value), indent=2, ensure_ascii=False)

@@ -1,7 +1,6 @@
-"""The curves of training runs: loss, evaluations, T and metrics, and the figures that are read off them.
+"""The curves of training runs: loss, evaluations, T and metrics. Every function returns a matplotlib figure.
 
-The loss of a single batch is noisy, so every figure uses its mean over the last W iterations: one epoch, where the run
-is that long. Every drawing function returns a matplotlib figure.
+W is the number of iterations that a point of a curve averages over.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,88 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from ocnopt.solvers.plotting import finish, legend, panels, styled
+from ocnopt.training.metrics import Metrics, metric_scale, metric_title, smooth
 
-Metrics = Sequence[Mapping[str, Any]]
 Runs = Mapping[str, Sequence[Metrics]]
 MOST_LINES = 3  # seeds with a line each; more are drawn as a mean in a band
-
-
-def smooth(losses: Sequence[int | float], window: int) -> np.ndarray:
-    """The mean over the last ``window`` entries; NaN before there are as many.
-
-    Args:
-        losses: one number an iteration.
-        window: at least 1.
-
-    Example:
-        >>> smooth([4.0, 2.0, 0.0], 2).tolist()
-        [nan, 3.0, 1.0]
-    """
-    values = np.full(len(losses), np.nan)
-    if len(losses) >= window:
-        values[window - 1 :] = np.convolve(losses, np.full(window, 1 / window), mode="valid")
-    return values
-
-
-def last_loss(metrics: Metrics, window: int) -> float:
-    """The mean loss over the last W iterations.
-
-    Args:
-        metrics: of one run.
-        window: W; all lines where there are fewer.
-    """
-    losses = [record["loss"] for record in metrics]
-    return float(smooth(losses, min(window, len(losses)))[-1])
-
-
-def reaches(metrics: Metrics, target: float, window: int) -> tuple[int, float] | None:
-    """Iteration and training time at which the mean over W iterations first meets a target; None if it never does.
-
-    Args:
-        metrics: of one run.
-        target: a loss.
-        window: W.
-
-    Example:
-        >>> lines = [{"loss": loss, "iteration": i + 1, "seconds": i + 1.0} for i, loss in enumerate([4.0, 2.0, 0.0])]
-        >>> reaches(lines, 3.0, 2)
-        (2, 2.0)
-    """
-    for record, loss in zip(metrics, smooth([record["loss"] for record in metrics], window), strict=True):
-        if loss <= target:
-            return record["iteration"], record["seconds"]
-    return None
-
-
-def tested(metrics: Metrics) -> list[str]:
-    """The names of the metrics of the test part.
-
-    Args:
-        metrics: of one run.
-    """
-    return list({key: None for record in metrics for key in record if key.startswith("test_")})
-
-
-def metric_title(name: str) -> str:
-    """A metric for readers, with its unit.
-
-    Args:
-        name: in a line of metrics.
-
-    Example:
-        >>> metric_title("test_accuracy"), metric_title("test_squared_error")
-        ('test accuracy %', 'test squared error')
-    """
-    return name.replace("_", " ") + (" %" if name.endswith("accuracy") else "")
-
-
-def metric_scale(name: str) -> int:
-    """What a metric is multiplied by for readers.
-
-    Args:
-        name: in a line of metrics.
-    """
-    return 100 if name.endswith("accuracy") else 1
 
 
 def draw_loss_against_time(runs: Runs, window: int) -> Figure:
@@ -183,14 +104,11 @@ def draw_rates(losses: Mapping[str, Mapping[float, Sequence[float]]]) -> Figure:
     figure, (axis,) = panels(1)
     axis.set(xscale="log", yscale="log")
     for label, rates, look in styled(losses):
-        whole = {rate: values for rate, values in rates.items() if np.isfinite(values).all()}
-        means = [np.mean(whole[rate]) if rate in whole else np.nan for rate in rates]
-        bars = [
-            [np.ptp([mean, end(whole.get(rate, [np.nan]))]) for rate, mean in zip(rates, means, strict=True)]
-            for end in (min, max)
-        ]
+        ends = [(np.mean(v), min(v), max(v)) if np.isfinite(v).all() else (np.nan,) * 3 for v in rates.values()]
+        means, least, greatest = np.array(ends).T
+        bars = (means - least, greatest - means)
         axis.errorbar([*rates], means, bars, **look, marker="o", ms=4, capsize=3, label=label)
-        lost = [rate for rate in rates if rate not in whole]
+        lost = [rate for rate, mean in zip(rates, means, strict=True) if np.isnan(mean)]
         edge = axis.get_xaxis_transform()
         axis.plot(lost, [1.0] * len(lost), "x", color=look["color"], transform=edge, clip_on=False)
     _plain_numbers(axis)

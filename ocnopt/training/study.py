@@ -24,7 +24,7 @@ from ocnopt.errors import DataError
 from ocnopt.optim.registry import optimizer
 from ocnopt.problems import LearningRecord, learning_task
 from ocnopt.runs import CONFIG, METRICS, RunFolder
-from ocnopt.training.curves import Metrics, last_loss
+from ocnopt.training.metrics import Metrics, last_loss
 from ocnopt.training.trainer import TrainConfig, open_trainer, train
 
 SPAN = (0.1, 0.3, 1.0, 3.0)  # a factor of 30

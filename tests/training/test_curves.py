@@ -10,7 +10,7 @@ from ocnopt.problems import control
 from ocnopt.runs import RunFolder
 from ocnopt.solvers.solve import solve
 from ocnopt.training import curves
-from ocnopt.training.curves import last_loss, reaches
+from ocnopt.training.metrics import last_loss, reaches, smooth
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +87,10 @@ def test_the_mean_of_many_seeds():
 
 def test_a_mean_over_a_window():
     values = torch.rand(20, dtype=torch.float64).tolist()
-    smoothed = curves.smooth(values, 5)
+    smoothed = smooth(values, 5)
     assert np.isnan(smoothed[:4]).all()
     assert smoothed[4:] == pytest.approx([np.mean(values[i - 4 : i + 1]) for i in range(4, 20)])
-    assert curves.smooth([1.0], 3).tolist() == pytest.approx([np.nan], nan_ok=True)
+    assert smooth([1.0], 3).tolist() == pytest.approx([np.nan], nan_ok=True)
 
 
 def test_when_a_loss_is_reached():
