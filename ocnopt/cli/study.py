@@ -98,6 +98,7 @@ def report(asked: Study, folder: RunFolder, console: Console, jobs: int = 1) -> 
             tables.append(_rates(asked, mine))
         for table in tables:
             show(console, table)
+            console.print()
         record, config = learning_task(problem), leaders[0].config
         what = f"{record.summary[0].upper()}{record.summary[1:]}"
         budget = f"{asked.seeds} seeds, {config.iterations} iterations of batches of {config.batch_size}"
@@ -208,7 +209,7 @@ def _rates(asked: Study, found: Sequence[Outcome]) -> Table:
         rows.setdefault(each.method.label, [middle]).append(cell)
     head = ("method", "lr", *(f"× {factor:g}" for factor in asked.factors))
     cells = [(label, *row) for label, row in rows.items()]
-    return Table(f"{found[0].problem}, loss by learning rate", head, cells, note="Columns: times lr.")
+    return Table(f"{found[0].problem}, loss by learning rate", head, cells, note="Each column: that many times lr.")
 
 
 def _images(asked: Study, folder: RunFolder, found: Sequence[Outcome], leaders: Sequence[Outcome]) -> list[Image]:

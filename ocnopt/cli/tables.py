@@ -1,4 +1,4 @@
-"""One table, shown on the terminal and in the report page alike, and messages and results as the command line says them."""
+"""One table, shown on the terminal and in the page alike; messages and results as the command line says them."""
 
 import json
 import math

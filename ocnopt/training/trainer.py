@@ -29,6 +29,7 @@ from ocnopt.runs import RunFolder
 RULES = ("fixed", "feedback", "adjoint")
 HORIZON = FreeHorizon(initial=1.0, lower=0.1, upper=2.0)
 _FORMAT = 2
+_EVALUATE_EVERY = 10  # iterations, at least
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class Trainer:
 
         Returns:
             The line of metrics: iteration, epoch, loss, seconds of training so far, for Neural ODEs T and the forward
-            and backward evaluations, and at the end of an epoch the metrics of the task.
+            and backward evaluations, and at the end of an epoch the metrics of the task, at most every tenth iteration.
 
         Raises:
             NonFiniteError: the loss is NaN or infinite; the weights are those before this step.
@@ -148,7 +149,8 @@ class Trainer:
                 **_solver_metrics(self.model),
                 "seconds": self.seconds,
             }
-            if self.iteration % self.batches_per_epoch == 0 or self.finished:
+            whole_epochs = self.batches_per_epoch * math.ceil(_EVALUATE_EVERY / self.batches_per_epoch)
+            if self.iteration % whole_epochs == 0 or self.finished:
                 record |= self.task.evaluate(self.model)
         return record
 

@@ -7,43 +7,17 @@ from importlib import metadata
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from ocnopt.cli import control as control_module
 from ocnopt.cli import demo as demo_module
 from ocnopt.cli import main
 from ocnopt.cli.control import compare_result
-from ocnopt.cli.main import app
 from ocnopt.problems import control, names
 from ocnopt.runs import RunFolder
 from ocnopt.solvers.compare import Comparison, Row, compare
 
 COMMANDS = ("problems", "solve", "compare", "train", "study", "demo")
 TRAIN = ["--optimizer=adam", "--iterations=3", "--batch-size=16", "--checkpoint-every=2"]
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    """Run a command in an empty folder, on a wide terminal; returns exit code and everything printed."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(main.console, "_width", 200)
-    monkeypatch.setattr(main.errors, "_width", 400)
-
-    def invoke(*arguments):
-        result = CliRunner().invoke(app, list(arguments))
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        invoke.stdout = result.stdout
-        return result.exit_code, result.output
-
-    return invoke
-
-
-@pytest.fixture
-def narrow(monkeypatch, run):
-    """The same in 60 columns."""
-    monkeypatch.setattr(main.console, "_width", 60)
-    return run
 
 
 @pytest.mark.parametrize("command", COMMANDS)

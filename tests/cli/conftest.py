@@ -1,0 +1,31 @@
+"""The command line, run inside the test's own process."""
+
+import pytest
+from typer.testing import CliRunner
+
+from ocnopt.cli import main
+from ocnopt.cli.main import app
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Run a command in an empty folder, on a wide terminal; returns exit code and everything printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(main.console, "_width", 200)
+    monkeypatch.setattr(main.errors, "_width", 400)
+
+    def invoke(*arguments):
+        result = CliRunner().invoke(app, list(arguments))
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        invoke.stdout = result.stdout
+        return result.exit_code, result.output
+
+    return invoke
+
+
+@pytest.fixture
+def narrow(monkeypatch, run):
+    """The same in 60 columns."""
+    monkeypatch.setattr(main.console, "_width", 60)
+    return run

@@ -1,0 +1,111 @@
+"""`ocnopt study` as a user meets it: lists, tables, folders, --resume, --json; and `ocnopt train` beyond the digits."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from matplotlib.figure import Figure
+
+from ocnopt.cli import main
+from ocnopt.errors import NonFiniteError
+from ocnopt.optim.registry import OPTIMIZERS
+from ocnopt.problems import Picture, Task, learning_task
+from ocnopt.runs import RunFolder
+from ocnopt.training.studies import STUDIES
+
+STUDY = ["study", "tables-feedback", "--quick", "--epochs=2", "--optimizer=adam", "--optimizer=sgd-plain"]
+
+
+def test_without_a_name_all_are_listed(narrow):
+    code, output = narrow("study")
+    assert code == 0
+    assert all(name in output for name in (*STUDIES, *OPTIMIZERS))
+    assert all(len(line) <= 60 for line in output.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["study", "digit"], "no study is called 'digit'; did you mean 'digits-feedback'"),
+        ([*STUDY, "--optimizer=adm"], "--optimizer is 'adm'; expected one of adam"),
+    ],
+)
+def test_a_mistake_leaves_no_folder(run, tmp_path, arguments, message):
+    code, output = run(*arguments)
+    assert code == main.MISTAKE
+    assert message in output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_study_and_its_folder(narrow, tmp_path):
+    code, output = narrow(*STUDY, "--out", "here")
+    assert code == 0
+    assert all(len(line) <= 60 or line.startswith("report:") for line in output.splitlines())
+    for part in ("breast_cancer, what it took", "wine, loss by learning rate", "test accuracy %", "Adam", "± "):
+        assert part in output
+    folder = tmp_path / "here"
+    page = (folder / "report.html").read_text()
+    drawn = {path.name for path in (folder / "plots").iterdir()}
+    curves = {"loss-time.png", "loss-iteration.png", "accuracy.png", "rates.png"}
+    assert drawn == {f"{name}-{curve}" for name in ("wine", "breast_cancer") for curve in curves}
+    assert all(f"plots/{name}" in page for name in drawn)
+    lines = RunFolder.open(folder).metrics()
+    assert len(lines) == 2 * 2 * 2 * 2
+    assert len(RunFolder.open(folder / "wine-adam-lr0.01-seed1").metrics()) == 8
+
+    before = (folder / "wine-adam-lr0.01-seed1" / "metrics.jsonl").read_bytes()
+    (folder / "report.html").unlink()
+    assert narrow("study", "--resume", "here", "--optimizer=adam", "--optimizer=sgd-plain", "--quick")[0] == 0
+    assert (folder / "report.html").exists()
+    assert (folder / "wine-adam-lr0.01-seed1" / "metrics.jsonl").read_bytes() == before
+
+    code, output = narrow("study", "--resume", "here", "--seeds=3")
+    assert code == main.MISTAKE
+    assert "--seeds 3 (began without)" in output
+
+
+def test_a_study_as_json(run):
+    assert run(*STUDY, "--seeds=1", "--epochs=1", "--json", "--out=here")[0] == 0
+    result = json.loads(run.stdout)
+    assert (result["study"], result["folder"]) == ("tables-feedback", "here")
+    assert len(result["runs"]) == 8
+    assert [(best["problem"], best["method"]) for best in result["best"]] == [
+        ("breast_cancer", "adam"),
+        ("breast_cancer", "sgd-plain"),
+        ("wine", "adam"),
+        ("wine", "sgd-plain"),
+    ]
+
+
+def test_an_error_keeps_what_was_computed(run, tmp_path, monkeypatch):
+    def fails(*_):
+        raise NonFiniteError("no figure; expected one: draw again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ocnopt.cli.study.peak_bytes", fails)
+        assert run(*STUDY, "--seeds=1", "--epochs=1", "--out=here")[0] == main.MISTAKE
+    assert run("study", "--resume", "here")[0] == 0
+
+
+def test_training_without_a_neural_ode(run, tmp_path, monkeypatch):
+    real = learning_task("wine")
+
+    def build() -> Task:
+        return replace(real.build(), pictures=(Picture("nothing", "an empty picture", lambda model, task: Figure()),))
+
+    monkeypatch.setattr("ocnopt.training.trainer.learning_task", lambda name: replace(real, build=build))
+    code, output = run("train", "wine", "--optimizer=rmsprop", "--epochs=2", "--out=here")
+    assert code == 0
+    assert "RMSprop, learning rate 0.003, seed 0" in output
+    assert "test accuracy %" in output
+    assert "field evaluations" not in output
+    drawn = {path.name for path in (tmp_path / "here" / "plots").iterdir()}
+    assert drawn == {"loss-time.png", "loss-iteration.png", "accuracy.png", "nothing.png"}
+    assert "an empty picture" in (tmp_path / "here" / "report.html").read_text()
+
+
+def test_a_rule_for_no_horizon(run, tmp_path):
+    code, output = run("train", "wine", "--horizon=feedback", "--out=here")
+    assert code == main.MISTAKE
+    assert "the model of wine does not take the options horizon" in output
+    assert not (tmp_path / "here").exists()
