@@ -62,14 +62,17 @@ def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
     """Whether each sample is classified right: 1 or 0.
 
     Args:
-        outputs: ``(B, C)``, the largest entry names the class.
+        outputs: ``(B, C)``, the largest entry names the class; or ``(B,)``, the probability of class 1.
         targets: ``(B,)`` classes.
 
     Example:
         >>> accuracy(torch.tensor([[0.0, 1.0], [2.0, 1.0]]), torch.tensor([1, 1])).tolist()
         [1.0, 0.0]
+        >>> accuracy(torch.tensor([0.9, 0.2]), torch.tensor([1.0, 1.0])).tolist()
+        [1.0, 0.0]
     """
-    return (outputs.argmax(dim=1) == targets).double()
+    classes = outputs.argmax(dim=1) if outputs.ndim == 2 else outputs > 0.5
+    return (classes == targets).double()
 
 
 @dataclass(frozen=True)

@@ -154,6 +154,8 @@ def draw_training(runs: Runs, folder: RunFolder, window: int, prefix: str = "") 
         prefix: of the names of the files.
     """
     every = [metrics for seeds in runs.values() for metrics in seeds if metrics]
+    if not every:
+        return []
     window = max(1, min(window, min(map(len, every)) // 4))  # a shorter mean shows the course of a short run
     most = max(map(len, runs.values()))
     band = "Means over the seeds, in a band from the least to the greatest."
@@ -167,7 +169,7 @@ def draw_training(runs: Runs, folder: RunFolder, window: int, prefix: str = "") 
             f"Training loss{' and field evaluations' if evaluates else ''} of an iteration, means as above.",
         ),
     ]
-    for name in tested(every[0]):
+    for name in tested(max(every, key=len)):
         caption = f"{metric_title(name).capitalize()} after each epoch."
         drawn.append((name.removeprefix("test_"), curves.draw_metric(runs, name), caption))
     if len({record.get("T") for metrics in every for record in metrics}) > 1:

@@ -138,7 +138,7 @@ def _bars(asked: Study, folder: RunFolder, console: Console) -> Iterator[None]:
 
 def _reached(asked: Study, leaders: Sequence[Outcome]) -> Table:
     """What each method came to with its best learning rate."""
-    metrics = tested(leaders[0].runs[0])
+    metrics = tested(max((run for each in leaders for run in each.runs), key=len))
     rows = [
         (
             each.method.label,
@@ -167,7 +167,7 @@ def _costs(leaders: Sequence[Outcome]) -> Table:
     first = leaders[0]
     task = learning_task(first.problem).build()
     goal = f"to {first.method.label}'s{BREAK}loss"
-    has_horizon = bool(first.ends("T"))
+    has_horizon = any(each.ends("T") for each in leaders)
     rows = []
     for each in leaders:
         pairs = zip(each.runs, first.losses, strict=True)

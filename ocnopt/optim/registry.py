@@ -60,6 +60,10 @@ def _torch(name: str, label: str, summary: str, lr: float, class_name: str, **op
     return OptimizerRecord(name, label, summary, lr, "torch.optim", class_name, options)
 
 
+def _momentum(name: str, label: str, summary: str, lr: float, class_name: str, **options: Any) -> OptimizerRecord:
+    return OptimizerRecord(name, label, summary, lr, "ocnopt.optim.momentum", class_name, options)
+
+
 def _layerwise(name: str, label: str, summary: str, lr: float, **options: Any) -> OptimizerRecord:
     return OptimizerRecord(name, label, summary, lr, "ocnopt.optim.ocnopt", "OCNOpt", options, takes_model=True)
 
@@ -78,6 +82,8 @@ _KNOWN = (
         "SNOpt",
         takes_model=True,
     ),
+    _momentum("nesterov", "Nesterov", "momentum with the gradient ahead", 0.1, "Conformal", nesterov=True),
+    _momentum("relativistic", "Relativistic", "momentum whose steps have a greatest length", 0.1, "Relativistic"),
     _layerwise("ocnopt", "OCNOpt", "layer-wise feedback around SGD", 1.0, curvature="identity"),
     _layerwise("ocnopt-adaptive", "OCNOpt adaptive", "layer-wise feedback around RMSprop", 0.003, curvature="adaptive"),
     _layerwise("ocnopt-kronecker", "OCNOpt Kronecker", "layer-wise feedback around KFAC", 0.01, curvature="kronecker"),

@@ -66,7 +66,7 @@ _ALL = (
             for tableau in TABLEAUS
             for step, what in STEPS.items()
         ),
-        SPAN,
+        seeds=3,
     ),
 )
 

@@ -11,6 +11,7 @@ from ocnopt.errors import NonFiniteError
 from ocnopt.optim.registry import OPTIMIZERS
 from ocnopt.problems import Picture, Task, learning_task
 from ocnopt.runs import RunFolder
+from ocnopt.training import Method
 from ocnopt.training.studies import STUDIES
 
 STUDY = ["study", "tables-feedback", "--quick", "--epochs=2", "--optimizer=adam", "--optimizer=sgd-plain"]
@@ -75,6 +76,14 @@ def test_a_study_as_json(run):
         ("wine", "adam"),
         ("wine", "sgd-plain"),
     ]
+
+
+def test_a_study_in_which_all_diverge(run, monkeypatch):
+    small = replace(STUDIES["vanishing-gradients"], methods=(Method("sgd-plain", lr=3e38),), factors=(1.0,))
+    monkeypatch.setitem(STUDIES, "vanishing-gradients", small)
+    code, output = run("study", "vanishing-gradients", "--quick", "--out=here")
+    assert code == 0
+    assert "2 of 2 diverged" in output
 
 
 def test_an_error_keeps_what_was_computed(run, tmp_path, monkeypatch):
