@@ -101,7 +101,8 @@ def legend(figure: Figure, axis: Axes) -> None:
     """
     handles, names = axis.get_legend_handles_labels()
     if len(names) > 1:
-        figure.legend(handles, names, loc="outside upper left", ncols=min(len(names), 4), frameon=False)
+        columns = max(1, min(len(names), 4, 100 // (max(map(len, names)) + 8)))
+        figure.legend(handles, names, loc="outside upper left", ncols=columns, frameon=False)
 
 
 def styled(items: Mapping[str, Item]) -> Iterator[tuple[str, Item, dict[str, Any]]]:

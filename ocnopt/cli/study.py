@@ -148,7 +148,8 @@ def _reached(asked: Study, leaders: Sequence[Outcome]) -> Table:
         )
         for each in leaders
     ]
-    note = f"Loss: mean of the last {leaders[0].window} iterations, one epoch."
+    window = leaders[0].window
+    note = f"Loss: {f'mean of the last {window} iterations' if window > 1 else 'of the last iteration'}, one epoch."
     note += f" Mean ± standard deviation over {asked.seeds} seeds." if asked.seeds > 1 else ""
     note += f" lr: the best of {len(asked.factors)}, by the loss." if len(asked.factors) > 1 else ""
     return Table(leaders[0].problem, ("method", "lr", "loss", *map(metric_title, metrics)), rows, note=note)
@@ -166,7 +167,6 @@ def _costs(leaders: Sequence[Outcome]) -> Table:
     """Time and memory of an iteration, and how soon each method met the loss that the first method ended with."""
     first = leaders[0]
     task = learning_task(first.problem).build()
-    goal = f"to {first.method.label}'s{BREAK}loss"
     has_horizon = any(each.ends("T") for each in leaders)
     rows = []
     for each in leaders:
@@ -183,11 +183,17 @@ def _costs(leaders: Sequence[Outcome]) -> Table:
             evaluations = [mean(r["forward"] + r["backward"] for r in run) for run in runs]
             row += [f"{mean(each.ends('T') or [inf]):.3f}", f"{mean(evaluations or [inf]):.1f}"]
         rows.append(row)
-    head = ["method", "ms", "MB", f"iterations{BREAK}{goal}", f"seconds{BREAK}{goal}", *(["T", "evals"] * has_horizon)]
+    head = [
+        "method",
+        "ms",
+        "MB",
+        f"iterations{BREAK}to goal",
+        f"seconds{BREAK}to goal",
+        *(["T", "evals"] * has_horizon),
+    ]
     note = (
-        "ms, MB: time, and the most bytes of tensors alive at once, of an iteration. Iterations and seconds: until the "
-        f"mean loss of an epoch first meets {first.method.label}'s final one, mean over the seeds; in brackets: the "
-        "seeds that do within the budget."
+        "ms, MB: time, and the most bytes of tensors alive at once, of an iteration. Goal: the mean loss of an epoch "
+        f"meets {first.method.label}'s final one; mean over the seeds, in brackets those that do within the budget."
     )
     note += " evals: field evaluations of an iteration." if has_horizon else ""
     return Table(f"{first.problem}, what it took", head, rows, note=note)

@@ -61,7 +61,7 @@ def as_options(message: str) -> str:
 def show(console: Console, table: Table) -> None:
     """Print a table; one of figures that is too wide for the terminal is turned, with a column for each row.
 
-    What is too wide even so runs over the edge, since a figure that is cut is another one.
+    What is too wide even so is shown the narrower way and runs over the edge: a figure that is cut is another one.
 
     Args:
         console: where to.
@@ -74,7 +74,7 @@ def show(console: Console, table: Table) -> None:
     rich = _rich(table)
     if not table.text and needed(rich) > console.width:
         head, *rows = zip(*([name.replace(BREAK, " ") for name in table.head], *table.rows), strict=True)
-        rich = _rich(replace(table, head=head, rows=rows))
+        rich = min(rich, _rich(replace(table, head=head, rows=rows)), key=needed)
     if needed(rich) > console.width:
         rich.width = needed(rich)
     console.print(rich, crop=False)

@@ -14,7 +14,7 @@ LAYERWISE = ("ocnopt", "ocnopt-adaptive", "ocnopt-kronecker", "gauss-newton")
 GAMES = ("sgd-plain", "adam", "snopt", "ocnopt", "ocnopt-feedback", "ocnopt-cooperative", "gauss-newton")
 TOY_SETS = ("donut1d", "donut2d", "squares", "spiral")
 TABLEAUS = ("euler", "improved_euler", "kutta3", "kutta4")
-STEPS = {"fixed": "fixed steps", "free": "learned steps", "simplex": "learned steps on the simplex"}
+STEPS = {"fixed": "fixed", "free": "learned", "simplex": "simplex"}
 
 
 def _methods(*optimizers: str) -> tuple[Method, ...]:
