@@ -9,9 +9,9 @@ from ocnopt.optim.registry import OPTIMIZERS, optimizer
 from ocnopt.problems import names
 from ocnopt.training.study import SPAN, Method, Study
 
-FIRST_ORDER = ("sgd-plain", "sgd", "adam", "rmsprop")
+FIRST_ORDER = ("adam", "sgd-plain", "sgd", "rmsprop")
 LAYERWISE = ("ocnopt", "ocnopt-adaptive", "ocnopt-kronecker", "gauss-newton")
-GAMES = ("sgd-plain", "adam", "snopt", "ocnopt", "ocnopt-feedback", "ocnopt-cooperative", "gauss-newton")
+GAMES = ("adam", "sgd-plain", "snopt", "ocnopt", "ocnopt-feedback", "ocnopt-cooperative", "gauss-newton")
 TOY_SETS = ("donut1d", "donut2d", "squares", "spiral")
 TABLEAUS = ("euler", "improved_euler", "kutta3", "kutta4")
 STEPS = {"fixed": "fixed", "free": "learned", "simplex": "simplex"}
