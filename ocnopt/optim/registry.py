@@ -84,12 +84,14 @@ _KNOWN = (
     ),
     _momentum("nesterov", "Nesterov", "momentum with the gradient ahead", 0.1, "Conformal", nesterov=True),
     _momentum("relativistic", "Relativistic", "momentum whose steps have a greatest length", 0.1, "Relativistic"),
-    _layerwise("ocnopt", "OCNOpt", "layer-wise feedback around SGD", 1.0, curvature="identity"),
-    _layerwise("ocnopt-adaptive", "OCNOpt adaptive", "layer-wise feedback around RMSprop", 0.003, curvature="adaptive"),
-    _layerwise("ocnopt-kronecker", "OCNOpt Kronecker", "layer-wise feedback around KFAC", 0.01, curvature="kronecker"),
-    _layerwise("gauss-newton", "Gauss-Newton", "the same sweep in open loop", 1.0, feedback="gauss_newton"),
-    _layerwise("ocnopt-feedback", "OCNOpt players", "parallel branches answer one by one", 1.0, game="feedback"),
-    _layerwise("ocnopt-cooperative", "OCNOpt joint", "parallel branches answer jointly", 1.0, game="cooperative"),
+    _layerwise("ocnopt", "OCNOpt", "layer-wise feedback around SGD, exact over the batch", 1.0),
+    _layerwise("ocnopt-adaptive", "OCNOpt Adam", "the same around Adam", 0.01, curvature="adaptive"),
+    _layerwise("ocnopt-kronecker", "OCNOpt KFAC", "the same around KFAC", 0.1, curvature="kronecker"),
+    _layerwise("ocnopt-published", "OCNOpt published", "as published: sample by sample", 1.0, form="sample"),
+    _layerwise("ocnopt-past", "OCNOpt past", "parallel branches answer to the past alone", 1.0, game="feedback"),
+    _layerwise("ocnopt-open-loop", "OCNOpt open loop", "nothing is fed back", 1.0, game="open_loop"),
+    _layerwise("gauss-newton", "Gauss-Newton", "the joint step of all layers in open loop", 1.0, form="gauss_newton"),
+    _layerwise("kfac", "KFAC", "Kronecker factors alone", 0.1, curvature="kronecker", feedback=False),
 )
 OPTIMIZERS: Mapping[str, OptimizerRecord] = MappingProxyType(
     {record.name: record for record in _KNOWN if find_spec(record.module) is not None}

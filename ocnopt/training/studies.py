@@ -10,8 +10,9 @@ from ocnopt.problems import names
 from ocnopt.training.study import SPAN, Method, Study
 
 FIRST_ORDER = ("adam", "sgd-plain", "sgd", "rmsprop")
-LAYERWISE = ("ocnopt", "ocnopt-adaptive", "ocnopt-kronecker", "gauss-newton")
-GAMES = ("adam", "sgd-plain", "snopt", "ocnopt", "ocnopt-feedback", "ocnopt-cooperative", "gauss-newton")
+SECOND_ORDER = ("snopt", "kfac")
+LAYERWISE = ("gauss-newton", "ocnopt", "ocnopt-adaptive", "ocnopt-kronecker")
+GAMES = ("adam", "sgd-plain", "gauss-newton", "ocnopt-open-loop", "ocnopt-past", "ocnopt")
 TOY_SETS = ("donut1d", "donut2d", "squares", "spiral")
 TABLEAUS = ("euler", "improved_euler", "kutta3", "kutta4")
 STEPS = {"fixed": "fixed", "free": "learned", "simplex": "simplex"}
@@ -33,26 +34,26 @@ _ALL = (
         "digits-feedback",
         "layer-wise feedback against its base methods on digits, over a factor 30 of learning rates",
         ("digits_mlp",),
-        _methods(*FIRST_ORDER, "snopt", *LAYERWISE),
+        _methods(*FIRST_ORDER, *SECOND_ORDER, *LAYERWISE),
         SPAN,
     ),
     Study(
         "tables-feedback",
         "the same on two tables of measurements",
         ("breast_cancer", "wine"),
-        _methods(*FIRST_ORDER, "snopt", *LAYERWISE),
+        _methods(*FIRST_ORDER, *SECOND_ORDER, *LAYERWISE),
         SPAN,
     ),
     Study(
         "vanishing-gradients",
         "the same on 15 sigmoid layers",
         ("digits_sigmoid",),
-        _methods(*FIRST_ORDER, "snopt", *LAYERWISE),
+        _methods(*FIRST_ORDER, *SECOND_ORDER, *LAYERWISE),
         SPAN,
     ),
     Study(
         "players",
-        "residual and inception blocks whose branches answer in open loop, one by one, or jointly",
+        "residual and inception blocks on images: open loop against feedback against joint answers",
         ("digits_residual", "digits_inception"),
         _methods(*GAMES),
         SPAN,
