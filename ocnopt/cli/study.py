@@ -149,7 +149,8 @@ def _reached(asked: Study, leaders: Sequence[Outcome]) -> Table:
         for each in leaders
     ]
     window = leaders[0].window
-    note = f"Loss: {f'mean of the last {window} iterations' if window > 1 else 'of the last iteration'}, one epoch."
+    note = f"Loss: {f'mean of the last {window} iterations' if window > 1 else 'of the last iteration'}"
+    note += "." if asked.iterations else ", one epoch."
     note += f" Mean ± standard deviation over {asked.seeds} seeds." if asked.seeds > 1 else ""
     note += f" lr: the best of {len(asked.factors)}, by the loss." if len(asked.factors) > 1 else ""
     return Table(leaders[0].problem, ("method", "lr", "loss", *map(metric_title, metrics)), rows, note=note)

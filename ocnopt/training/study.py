@@ -84,6 +84,7 @@ class Study:
         seeds: 0, 1, ... up to this number of them.
         epochs: of every run; the problem's own if None.
         batch_size: the problem's own if None.
+        iterations: of every run, instead of epochs.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Study:
     seeds: int = 5
     epochs: int | None = None
     batch_size: int | None = None
+    iterations: int | None = None
 
     @classmethod
     def read(cls, entry: Mapping[str, Any]) -> "Study":
@@ -120,7 +122,7 @@ class Study:
         record = learning_task(problem)
         size = self.batch_size or record.batch_size
         epoch = max(1, samples // size)
-        iterations = epoch * (self.epochs or record.epochs)
+        iterations = self.iterations or epoch * (self.epochs or record.epochs)
         return [
             (
                 method,
@@ -149,7 +151,7 @@ class Outcome:
         problem: name of the task.
         method: how it was trained.
         config: of the first seed.
-        window: iterations of an epoch.
+        window: iterations of an epoch, or all where there are fewer.
         runs: the metrics of each seed; one that diverged has fewer lines than iterations.
     """
 
@@ -251,7 +253,8 @@ def outcomes(study: Study, folder: RunFolder) -> list[Outcome]:
         for column in zip(*by_seed, strict=True):
             method, config = column[0]
             runs = [run_folder(folder, *pair).metrics() for pair in column]
-            found.append(Outcome(problem, method, config, max(1, samples // config.batch_size), runs))
+            window = max(1, min(samples // config.batch_size, config.iterations))
+            found.append(Outcome(problem, method, config, window, runs))
     return found
 
 

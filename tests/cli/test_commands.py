@@ -200,7 +200,7 @@ def test_a_run_resumes_with_its_threads(run, tmp_path):
 
 def test_the_demo(run, tmp_path, monkeypatch):
     monkeypatch.setattr(demo_module.boat, "STEPS", 15)
-    monkeypatch.setattr(demo_module, "STUDY", replace(demo_module.STUDY, batch_size=128, epochs=1))
+    monkeypatch.setattr(demo_module, "STUDY", replace(demo_module.STUDY, batch_size=16, iterations=12))
     code, output = run("demo", "--seeds", "1", "--out", "here")
     assert code == 0, output
     for part in ("pendulum_swing_up", "own problem: a boat crosses a river", "Adam", "SNOpt + feedback T"):
