@@ -3,8 +3,14 @@
 Shapes: vectors ``(N, d)`` or images ``(N, 1, H, W)``, logits ``(N, C)``.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+from ocnopt.neural.runge_kutta_net import RungeKuttaNet
+
+LAYERS = 15  # of a Runge-Kutta network
 
 
 def mlp(
@@ -91,3 +97,21 @@ def inception_net(branch: int = 4, classes: int = 10) -> nn.Module:
 def _image_net(blocks: list[nn.Module], channels: int, classes: int) -> nn.Module:
     stack = [layer for block in blocks for layer in (block, nn.MaxPool2d(2))]
     return nn.Sequential(*stack, nn.Flatten(), nn.Linear(4 * channels, classes))
+
+
+class PlaneClassifier(nn.Module):
+    """A Runge-Kutta network in the plane and a logistic function of its last state.
+
+    Args:
+        layers: of the network.
+        options: of :class:`ocnopt.neural.runge_kutta_net.RungeKuttaNet`.
+    """
+
+    def __init__(self, layers: int = LAYERS, **options: Any) -> None:
+        super().__init__()
+        self.net = RungeKuttaNet(2, layers, **options)
+        self.head = nn.Linear(2, 1)
+
+    def forward(self, points: Tensor) -> Tensor:
+        """The probability of class 1, ``(N, 2) -> (N,)``."""
+        return torch.sigmoid(self.head(self.net(points)))[..., 0]

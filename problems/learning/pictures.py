@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from ocnopt.problems.learning.plane import PlaneClassifier
+from ocnopt.problems.learning.networks import PlaneClassifier
 from ocnopt.solvers.files import write_file
 from ocnopt.solvers.plotting import COLOURS, finish, legend, panels
 

@@ -22,11 +22,12 @@ from torch import Generator, Tensor, nn
 
 from ocnopt.checks import check_choice, check_count
 from ocnopt.errors import ProblemError
-from ocnopt.neural.runge_kutta_net import RungeKuttaNet
 from ocnopt.ocp import FreeHorizon
-from ocnopt.problems.record import LearningProblem, LearningRecord
+from ocnopt.problems.learning.networks import LAYERS as LAYERS
+from ocnopt.problems.learning.networks import PlaneClassifier
+from ocnopt.problems.record import LearningRecord, Picture, Task
 
-LAYERS, SAMPLES, WIDTH_OF_RING = 15, 500, 0.1
+SAMPLES, WIDTH_OF_RING = 500, 0.1
 
 
 def _donut(grid: Tensor, count: int, share: float, random: Generator) -> tuple[Tensor, Tensor]:
@@ -94,24 +95,6 @@ def points(name: str, count: int, random: Generator) -> tuple[Tensor, Tensor]:
     return noisy[order], classes[order]
 
 
-class PlaneClassifier(nn.Module):
-    """A Runge-Kutta network in the plane and a logistic function of its last state.
-
-    Args:
-        layers: of the network.
-        options: of :class:`ocnopt.neural.runge_kutta_net.RungeKuttaNet`.
-    """
-
-    def __init__(self, layers: int = LAYERS, **options: Any) -> None:
-        super().__init__()
-        self.net = RungeKuttaNet(2, layers, **options)
-        self.head = nn.Linear(2, 1)
-
-    def forward(self, points: Tensor) -> Tensor:
-        """The probability of class 1, ``(N, 2) -> (N,)``."""
-        return torch.sigmoid(self.head(self.net(points)))[..., 0]
-
-
 def half_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
     """Half the mean squared error, ``()``."""
     return 0.5 * (outputs - targets).square().mean()
@@ -129,7 +112,7 @@ def accuracy(model: nn.Module, inputs: Tensor, targets: Tensor) -> float:
         return float(((model(inputs) > 0.5) == (targets > 0.5)).double().mean())
 
 
-def build(name: str, *, samples: int = SAMPLES, seed: int = 0) -> LearningProblem:
+def build(name: str, *, samples: int = SAMPLES, seed: int = 0) -> Task:
     """Points for training and for testing, the network and the loss.
 
     Args:
@@ -152,7 +135,7 @@ def build(name: str, *, samples: int = SAMPLES, seed: int = 0) -> LearningProble
             )
         return PlaneClassifier(horizon=horizon, **options).double()
 
-    return LearningProblem(
+    return Task(
         name=name,
         train_inputs=inputs,
         train_targets=targets,
@@ -161,7 +144,30 @@ def build(name: str, *, samples: int = SAMPLES, seed: int = 0) -> LearningProble
         make_model=make_model,
         loss=half_squared_error,
         split=f"{samples} train, {samples} test, generated with seed {seed}",
+        pictures=(
+            Picture("prediction", "probability of class 1 over the plane, with the test points", _draw_prediction),
+            Picture("layers", "the test points layer by layer", _draw_layers),
+            Picture("steps", "step sizes over the layers", _draw_steps),
+        ),
     )
+
+
+def _draw_prediction(model: Any, task: Task) -> Any:
+    from ocnopt.problems.learning.pictures import draw_prediction
+
+    return draw_prediction(model, task.test_inputs, task.test_targets)
+
+
+def _draw_layers(model: Any, task: Task) -> Any:
+    from ocnopt.problems.learning.pictures import draw_states
+
+    return draw_states(model, task.test_inputs, task.test_targets)
+
+
+def _draw_steps(model: Any, task: Task) -> Any:
+    from ocnopt.problems.learning.pictures import draw_step_sizes
+
+    return draw_step_sizes({task.name: model.net.step_sizes.detach()})
 
 
 SUMMARIES = {
