@@ -1,1 +1,1 @@
-"""The command line: run folders, a training loop, tables, plots and a report page."""
+"""The command line: what each command was asked, tables, and a report page."""

@@ -86,6 +86,17 @@ def test_a_study_in_which_all_diverge(run, monkeypatch):
     assert "2 of 2 diverged" in output
 
 
+def test_a_study_draws_the_pictures_of_its_task(run, tmp_path, monkeypatch):
+    whole = STUDIES["runge-kutta"]
+    small = replace(whole, problems=("spiral",), methods=whole.methods[1:2], seeds=1, epochs=2)
+    monkeypatch.setitem(STUDIES, "runge-kutta", small)
+    code, output = run("study", "runge-kutta", "--out=here")
+    assert code == 0
+    assert "euler, learned" in output
+    drawn = {path.stem for path in (tmp_path / "here" / "plots").iterdir()}
+    assert {f"adam-euler-free-{name}" for name in ("prediction", "layers", "steps")} < drawn
+
+
 def test_an_error_keeps_what_was_computed(run, tmp_path, monkeypatch):
     def fails(*_):
         raise NonFiniteError("no figure; expected one: draw again")
