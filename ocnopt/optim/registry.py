@@ -91,7 +91,7 @@ _KNOWN = (
     _layerwise("ocnopt-past", "OCNOpt past", "parallel branches answer to the past alone", 1.0, game="feedback"),
     _layerwise("ocnopt-open-loop", "OCNOpt open loop", "nothing is fed back", 1.0, game="open_loop"),
     _layerwise("gauss-newton", "Gauss-Newton", "the joint step of all layers in open loop", 1.0, form="gauss_newton"),
-    _layerwise("kfac", "KFAC", "Kronecker factors alone", 0.03, curvature="kronecker", feedback=False),
+    _layerwise("kfac", "KFAC", "Kronecker factors alone", 0.1, curvature="kronecker", feedback=False),
 )
 OPTIMIZERS: Mapping[str, OptimizerRecord] = MappingProxyType(
     {record.name: record for record in _KNOWN if find_spec(record.module) is not None}
