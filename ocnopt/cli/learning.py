@@ -157,9 +157,9 @@ def draw_training(runs: Runs, folder: RunFolder, window: int, prefix: str = "") 
     if not every:
         return []
     window = max(1, min(window, min(map(len, every)) // 4))  # a shorter mean shows the course of a short run
-    most = max(map(len, runs.values()))
-    band = "Means over the seeds, in a band from the least to the greatest."
-    several = "" if most == 1 else " One line a seed." if most <= curves.MOST_LINES else f" {band}"
+    several = " One line a seed." if len(every) > len(runs) else ""
+    if curves.in_bands(runs):
+        several = " Means over the seeds, in a band from the least to the greatest."
     evaluates = "T" in every[0][-1]
     drawn = [
         ("loss-time", curves.draw_loss_against_time(runs, window), f"Training loss against time.{several}"),

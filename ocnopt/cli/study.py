@@ -13,6 +13,7 @@ from rich.console import Console
 from ocnopt.cli.learning import draw_training, progress_bar
 from ocnopt.cli.report import Image, Section, write_report
 from ocnopt.cli.tables import BREAK, Table, show
+from ocnopt.errors import DataError
 from ocnopt.optim.registry import OPTIMIZERS
 from ocnopt.problems import learning_task
 from ocnopt.runs import RunFolder
@@ -42,7 +43,7 @@ def study_request(
     asked = asked.quick() if quick else asked
     asked = replace(asked, seeds=seeds or asked.seeds, epochs=epochs or asked.epochs)
     given = {"optimizers": optimizers, "quick": quick, "seeds": seeds, "epochs": epochs}
-    return {"problem": name, **given, "study": asdict(asked)}
+    return {"problem": name, **given, "study": asdict(asked), "rates": asked.rates}
 
 
 def study_tables() -> list[Table]:
@@ -70,6 +71,11 @@ def run_by_folder(folder: RunFolder, console: Console, jobs: int) -> dict[str, A
         DataError: the folder was made by another version.
     """
     asked = folder.entry("study", Study.read)
+    if folder.config.get("rates") != asked.rates:
+        raise DataError(
+            f"{folder.path} was begun with the learning rates {folder.config.get('rates')}; expected {asked.rates}, "
+            "those of this version: start a new study, or continue with the version of ocnopt that began this one"
+        )
     sections, found = report(asked, folder, console, jobs)
     write_report(folder.path, f"Study {asked.name}", asked.summary, sections)
     leaders = [leader for problem in asked.problems for leader in best(found, problem)]

@@ -15,7 +15,17 @@ from ocnopt.solvers.plotting import finish, legend, panels, styled
 from ocnopt.training.metrics import Metrics, metric_scale, metric_title, smooth
 
 Runs = Mapping[str, Sequence[Metrics]]
-MOST_LINES = 3  # seeds with a line each; more are drawn as a mean in a band
+_MOST_SEEDS, _MOST_LINES = 3, 9  # with a line each
+
+
+def in_bands(runs: Runs) -> bool:
+    """Whether the losses are drawn as a mean over the seeds in a band, because lines would be too many.
+
+    Args:
+        runs: label -> the metrics of each seed.
+    """
+    counts = [len(seeds) for seeds in runs.values()]
+    return max(counts) > _MOST_SEEDS or sum(counts) > _MOST_LINES
 
 
 def draw_loss_against_time(runs: Runs, window: int) -> Figure:
@@ -120,7 +130,7 @@ def draw_rates(losses: Mapping[str, Mapping[float, Sequence[float]]]) -> Figure:
 def _loss_curves(axis: Axes, runs: Runs, window: int, against: str) -> None:
     for label, seeds, look in styled(runs):
         curves = [(_column(metrics, against), smooth(_column(metrics, "loss"), window)) for metrics in seeds]
-        if len(seeds) <= MOST_LINES:
+        if len(seeds) == 1 or not in_bands(runs):
             for i, curve in enumerate(curves):
                 axis.plot(*curve, **look, alpha=_alpha(seeds), label=label if i == 0 else None)
         else:

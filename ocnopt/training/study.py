@@ -107,6 +107,12 @@ class Study:
         tuples = {key: tuple(entry[key]) for key in ("problems", "factors")}
         return cls(**{**entry, **tuples, "methods": tuple(Method(**method) for method in entry["methods"])})
 
+    @property
+    def rates(self) -> dict[str, dict[str, float]]:
+        """The learning rate that the factors multiply, by problem and method."""
+        known = {problem: learning_task(problem) for problem in self.problems}
+        return {p: {method.name: _rate(record, method) for method in self.methods} for p, record in known.items()}
+
     def quick(self) -> "Study":
         """The same on two seeds, two learning rates and one epoch."""
         return replace(self, seeds=min(self.seeds, 2), factors=self.factors[1:3] or self.factors, epochs=1)

@@ -97,6 +97,16 @@ def test_a_study_draws_the_pictures_of_its_task(run, tmp_path, monkeypatch):
     assert {f"adam-euler-free-{name}" for name in ("prediction", "layers", "steps")} < drawn
 
 
+def test_a_study_of_other_learning_rates(run, tmp_path):
+    assert run(*STUDY, "--seeds=1", "--epochs=1", "--out=here")[0] == 0
+    config = json.loads((tmp_path / "here" / "config.json").read_text())
+    config["rates"]["wine"]["adam"] = 0.5
+    (tmp_path / "here" / "config.json").write_text(json.dumps(config))
+    code, output = run("study", "--resume", "here")
+    assert code == main.MISTAKE
+    assert "was begun with the learning rates" in output
+
+
 def test_an_error_keeps_what_was_computed(run, tmp_path, monkeypatch):
     def fails(*_):
         raise NonFiniteError("no figure; expected one: draw again")

@@ -77,7 +77,7 @@ def test_an_interrupted_study_ends_like_an_unbroken_one(tmp_path, monkeypatch, u
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL does not exist there")
 def test_a_killed_study_over_processes_ends_like_an_unbroken_one(tmp_path):
-    folder = RunFolder.create(tmp_path, {"command": "study", "study": asdict(SMALL)})
+    folder = RunFolder.create(tmp_path, {"command": "study", "study": asdict(SMALL), "rates": SMALL.rates})
     import fcntl
 
     code = "from ocnopt.cli.main import app; app()"
