@@ -121,8 +121,7 @@ class Surroundings:
 
     def moved(self, noise: Noise) -> bool:
         """Whether random numbers were drawn since ``noise``."""
-        now = self.noise()
-        pairs = zip(now, noise, strict=True)
+        pairs = zip(self.noise(), noise, strict=True)
         return any(new is not None and old is not None and not torch.equal(new, old) for new, old in pairs)
 
     @contextmanager
@@ -134,7 +133,7 @@ class Surroundings:
             for module, flag in flags:
                 module.training = flag
             self.set_buffers()
-            with self._autocasting():
+            with self.autocasting():
                 yield
         finally:
             for module, flag in flags:
@@ -144,10 +143,11 @@ class Surroundings:
                 if not torch.equal(buffer, now):
                     buffer.data.copy_(now)
 
-    def _autocasting(self) -> ExitStack:
+    def autocasting(self) -> ExitStack:
+        """The autocast of the forward pass."""
         stack = ExitStack()
-        for kind, (enabled, dtype, cached) in self.autocast.items():
-            stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=dtype, cache_enabled=cached))
+        for kind, (on, dtype, cached) in self.autocast.items():
+            stack.enter_context(torch.autocast(kind, enabled=on, dtype=dtype, cache_enabled=cached))
         return stack
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ocnopt.differential.layers import Gradients
-from ocnopt.neural.tape import Call, Replay, Slot, Tape
+from ocnopt.neural.replay import Replay
+from ocnopt.neural.tape import Call, Slot, Tape, working
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _ARGUMENTS: dict[Callable[..., Any], Sequence[str]] = {
@@ -60,10 +61,14 @@ class Plan(NamedTuple):
     players: list[Player]
     cuts: list[list[int]]
 
+    def needed(self, tape: Tape) -> set[int]:
+        """The slots whose values a second pass needs."""
+        return {*tape.returned}.union(*self.cuts)
+
     def kept(self, tape: Tape) -> set[int]:
         """The slots whose values or gradients a second pass needs."""
         outputs = {slot for player in self.players for slot in tape.calls[player.call].outputs if slot is not None}
-        return outputs.union(tape.returned, *self.cuts)
+        return outputs | self.needed(tape)
 
 
 def plan(tape: Tape) -> Plan:
@@ -89,7 +94,7 @@ def plan(tape: Tape) -> Plan:
 def signature(tape: Tape) -> tuple[Any, ...]:
     """Equal for tapes of equal plans."""
     calls = ((call.function, *call.inputs, *map(id, call.parameters)) for call in tape.calls)
-    return (*calls, *(shape[1:] for shape in tape.shapes), *tape.returned, tape.rows)
+    return (*calls, *tape.shapes, *tape.returned, tape.rows)
 
 
 def _cut(tape: Tape, places: list[int], now: int) -> list[int]:
@@ -97,7 +102,7 @@ def _cut(tape: Tape, places: list[int], now: int) -> list[int]:
     return [
         slot
         for slot, uses in enumerate(tape.uses)
-        if places[tape.maker[slot]] < now and any(places[use.call] >= now for use in uses) and tape.is_batched(slot)
+        if places[tape.maker[slot]] < now and any(places[use] >= now for use in uses) and tape.is_batched(slot)
     ]
 
 
@@ -105,7 +110,7 @@ def gradients(tape: Tape, player: Player, g: Tensor) -> Gradients:
     """The single samples' gradients of a player's parameters, for the costate g at its output."""
     call = tape.calls[player.call]
     given = arguments(call)
-    z, g = seen(tape, player).to(_working(g)), g.detach().to(_working(g))
+    z, g = seen(tape, player).to(working(g)), g.detach().to(working(g))
     has_weight, has_bias = "weight" in player.parameters, "bias" in player.parameters
     if call.function is functional.linear:
         if z.ndim == 2:
@@ -132,10 +137,12 @@ def pushed(tape: Tape, player: Player, replay: Replay, weight: float, totals: Se
     call = tape.calls[player.call]
     given = arguments(call)
     z = given["input"]
-    if not isinstance(z, Slot) or ("groups" not in given and call.function is not functional.linear):
+    is_linear = "groups" in given or call.function is functional.linear
+    if not is_linear or not isinstance(z, Slot) or isinstance(given["weight"], Slot):
         return totals
     moved = replay.value(z.index) - tape.value(z.index)
-    h = call.function(**{**given, "input": moved, "bias": None})
+    moved = moved.to(working(moved))
+    h = call.function(**{**given, "input": moved, "weight": given["weight"].to(moved), "bias": None})
     return gradients(tape, player, h).add_weighted(h.new_full((tape.rows,), weight), totals)
 
 
@@ -152,7 +159,7 @@ def _own(tape: Tape, call: Call) -> dict[str, Tensor] | None:
     own = {name: given[name] for name in ("weight", "bias") if any(given.get(name) is p for p in call.parameters)}
     z = given["input"]
     shape = tape.shapes[z.index] if isinstance(z, Slot) else z.shape
-    if len(own) != len(call.parameters) or len(shape) < 2 or shape[0] != tape.rows:
+    if len(own) != len(call.parameters) or len(shape) < 2 or shape[0] != tape.rows or not call.has_samples:
         return None
     if "groups" in given or "normalized_shape" in given:
         full = len(shape) == given["weight"].ndim if "groups" in given else True
@@ -192,6 +199,9 @@ def _normalised(call: Call, given: dict[str, Any], z: Tensor) -> Tensor:
     plain = {**given, "input": z, "weight": None, "bias": None}
     if plain.get("training") or plain.get("use_input_stats"):
         plain |= {"running_mean": None, "running_var": None}
+    for name in ("running_mean", "running_var"):
+        if plain.get(name) is not None:
+            plain[name] = plain[name].to(z)
     return call.function(**plain)
 
 
@@ -200,7 +210,3 @@ def _over(values: Tensor, call: Call, shape: torch.Size) -> Tensor:
     if call.function is functional.layer_norm:
         return values.reshape(values.shape[0], -1, *shape).sum(1)
     return values.flatten(2).sum(2) if values.ndim > 2 else values
-
-
-def _working(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)

@@ -7,24 +7,36 @@ slot is used more than once each further use goes through a view of its own, who
 So what the loss feels along every edge is known, and with it what it feels on any *cut*, the edges that lead from what
 has been computed to what has not.
 
-A :class:`Replay` takes the calls again, after some parameters have moved, and tells how far the cut has moved by then.
+A replay (:mod:`ocnopt.neural.replay`) takes the calls again, after some parameters have moved.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from ocnopt.errors import ProblemError
 from ocnopt.neural.evaluation import Noise, Surroundings
 
 # Attributes of a tensor that are tensors on its path; all others are only looked at.
 _VIEWS = frozenset({"T", "mT", "H", "mH", "real", "imag"})
-_RANDOM = ("dropout", "rand", "bernoulli", "multinomial", "normal", "rrelu", "gumbel", "poisson", "attention")
+_RANDOM = (
+    *("dropout", "rand", "bernoulli", "multinomial", "normal", "rrelu", "gumbel", "poisson", "attention", "fractional"),
+    *("lstm", "gru", "rnn"),
+)
+# Methods that speak of the tensor itself, or of its shape: a view in its place would not hear them.
+_INPLACE = frozenset(f"__i{name}__" for name in ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow"))
+_LOOKS = frozenset(
+    (
+        *("__set__", "__len__", "__repr__", "__format__", "__hash__", "register_hook", "retain_grad", "requires_grad_"),
+        *("size", "dim", "numel", "stride", "is_floating_point", "is_complex", "is_contiguous", "item", "tolist"),
+    )
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +44,6 @@ class Slot:
     """Stands for a recorded tensor among the arguments of a call."""
 
     index: int
-
-
-@dataclass
-class Use:
-    """One edge: the call that reads a slot; its own gradient where it is not the first of several."""
-
-    call: int
-    gradient: Tensor | None = None
 
 
 @dataclass
@@ -54,6 +58,7 @@ class Call:
     is_inplace: bool = False
     parameters: list[Tensor] = field(default_factory=list)
     inputs: list[int] = field(default_factory=list)
+    has_samples: bool = False
 
     @property
     def name(self) -> str:
@@ -66,27 +71,31 @@ class Tape:
 
     Attributes:
         calls: in the order in which they ran.
-        uses: of each slot, in order.
+        uses: the calls that read each slot, in order; one edge each.
         maker: the call that made each slot.
         returned: slots of what the module returned.
         rows: samples, the leading axis of the first of them.
         shapes: of each slot.
         old: value and version of the slots that are kept.
         gradients: dL/d(slot) of those, as far as it has arrived.
+        given: tensors that the module was given, with their versions.
         surroundings: flags, buffers and autocast of the pass.
     """
 
     def __init__(self, surroundings: Surroundings) -> None:
         self.surroundings = surroundings
         self.calls: list[Call] = []
-        self.uses: list[list[Use]] = []
+        self.uses: list[list[int]] = []
         self.maker: list[int] = []
         self.shapes: list[torch.Size] = []
         self.returned: list[int] = []
         self.rows = 0
-        self.has_gradients = False
         self.old: dict[int, tuple[Tensor, int]] = {}
         self.gradients: dict[int, Tensor] = {}
+        self.given: list[tuple[Tensor, int]] = []
+        self._edges: dict[tuple[int, int], Tensor] = {}
+        self._pass = -1
+        self._arriving: list[tuple[int | tuple[int, int], Tensor]] = []
 
     def value(self, slot: int) -> Tensor:
         """The slot as the forward pass saw it.
@@ -96,18 +105,34 @@ class Tape:
         """
         tensor, version = self.old[slot]
         if tensor._version != version:
-            made, changed = self.calls[self.maker[slot]].name, [self.calls[use.call].name for use in self.uses[slot]]
+            made = self.calls[self.maker[slot]].name
+            used = ["the model's caller" if use == len(self.calls) else self.calls[use].name for use in self.uses[slot]]
             raise ProblemError(
                 f"the output of {made!r}, of shape {tuple(tensor.shape)}, was modified in place after it was used by "
-                f"{', '.join(changed)}; feedback expects states to stay as they were: write x = x + y for x += y, or "
-                "nn.ReLU(inplace=False)"
+                f"{', '.join(used)}; expected states that stay as they were until step() has returned: "
+                "write x = x + y for x += y, or nn.ReLU(inplace=False)"
             )
         return tensor
+
+    def check(self, slots: Iterable[int]) -> None:
+        """Refuse to go on where slots, or what the module was given, were modified since.
+
+        Raises:
+            ProblemError: one was.
+        """
+        for slot in slots:
+            self.value(slot)
+        for tensor, version in self.given:
+            if tensor._version != version:
+                raise ProblemError(
+                    f"a tensor of shape {tuple(tensor.shape)} that the model was given was modified in place before "
+                    "the step; expected inputs that stay until step() has returned: hand a copy to the model"
+                )
 
     def is_batched(self, slot: int) -> bool:
         """Whether a slot has one row for each sample."""
         shape = self.shapes[slot]
-        return len(shape) > 0 and shape[0] == self.rows
+        return len(shape) > 0 and shape[0] == self.rows and self.calls[self.maker[slot]].has_samples
 
     def keep(self, slots: set[int]) -> None:
         """Let go of all other values."""
@@ -116,14 +141,44 @@ class Tape:
     def felt(self, slot: int, executed: Callable[[int], bool]) -> Tensor | None:
         """The sum of the gradients along the edges of a slot to calls that are not ``executed``; None where none is."""
         first, *others = self.uses[slot]
+        of_first = not executed(first)
+        edges = [
+            self._edges[slot, place]
+            for place, use in enumerate(others, 1)
+            if executed(use) is of_first and (slot, place) in self._edges
+        ]
+        if not of_first:
+            return sum(edges[1:], edges[0]) if edges else None
         total = self.gradients.get(slot)
-        if not executed(first.call):
-            for use in others:
-                if executed(use.call) and use.gradient is not None and total is not None:
-                    total = total - use.gradient
-            return total
-        left = [use.gradient for use in others if not executed(use.call) and use.gradient is not None]
-        return sum(left[1:], left[0]) if left else None
+        return total if total is None or not edges else total - sum(edges[1:], edges[0])
+
+    def arrive(self, where: int | tuple[int, int], gradient: Tensor | None, begun: Callable[["Tape"], None]) -> None:
+        """Note the gradient of a slot, or of one of its edges, in the present backward pass."""
+        if gradient is None:
+            return
+        present = torch._C._current_graph_task_id()
+        if present != self._pass:
+            self._pass, self._arriving = present, []
+            begun(self)
+        self._arriving.append((where, gradient.detach()))
+
+    def settle(self, *, counts: bool) -> None:
+        """A backward pass is over: add what it has found, or leave it out."""
+        arrived, self._arriving, self._pass = self._arriving, [], -1
+        for where, gradient in arrived if counts else ():
+            if isinstance(where, tuple):
+                self._edges[where] = self._edges[where] + gradient if where in self._edges else gradient
+            elif where in self.old:
+                self.gradients[where] = self.gradients[where] + gradient if where in self.gradients else gradient
+
+    def forget(self) -> None:
+        """Forget all gradients."""
+        self.gradients, self._edges = {}, {}
+
+    def scale(self, factor: Tensor) -> None:
+        """Multiply all gradients."""
+        self.gradients = {slot: gradient * factor for slot, gradient in self.gradients.items()}
+        self._edges = {edge: gradient * factor for edge, gradient in self._edges.items()}
 
 
 class Recorder(TorchFunctionMode):
@@ -132,33 +187,42 @@ class Recorder(TorchFunctionMode):
     Args:
         tape: what to write to.
         parameters: the trained ones, by their id.
-        arrived: called when the first gradient reaches the tape.
+        begun: called when the first gradient of a backward pass reaches the tape.
     """
 
-    def __init__(self, tape: Tape, parameters: Mapping[int, Tensor], arrived: Callable[[Tape], None]) -> None:
+    def __init__(self, tape: Tape, parameters: Mapping[int, Tensor], begun: Callable[[Tape], None]) -> None:
         super().__init__()
-        self._tape, self._parameters, self._arrived = tape, parameters, arrived
+        self._tape, self._parameters, self._begun = tape, parameters, begun
+        # Buffers, and constants made without samples; alive, so that no id comes twice.
+        self._fixed = {id(buffer): buffer for buffer, _ in tape.surroundings.buffers}
         self._slots: dict[int, tuple[Tensor, int]] = {}
         self._foreign: dict[int, Tensor] = {}
 
     def begin(self, inputs: object) -> None:
         """Note what the module was given: it may come from a graph of its own."""
-        self._foreign = {id(tensor): tensor for tensor in _tensors(inputs)}
+        self._foreign = {id(tensor): tensor for tensor in tensors(inputs)}
+        self._tape.given = [(tensor, tensor._version) for tensor in self._foreign.values()]
 
     def __torch_function__(self, function: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if function.__name__ == "__get__" and function.__self__.__name__ not in _VIEWS:
+        name = function.__name__
+        if name in _LOOKS or (name == "__get__" and getattr(function.__self__, "__name__", "") not in _VIEWS):
             return function(*args, **kwargs)
         tape, place = self._tape, len(self._tape.calls)
         call = Call(function, (), {})
         given = [self._read(value, call, place) for value in args]
         named = {name: self._read(value, call, place) for name, value in kwargs.items()}
+        is_random = _is_random(function)
+        call.has_samples |= is_random
         if not call.inputs and not call.parameters:
-            return function(*args, **kwargs)
-        if _is_random(function):
+            return self._pass_by(function(*args, **kwargs), call)
+        if is_random:
             call.noise = tape.surroundings.noise()
+        call.is_inplace = _writes(function, args, kwargs)
+        if call.is_inplace and given:
+            given[0] = self._saved(given[0][0]), given[0][1]
         out = function(*(value for _, value in given), **{name: value for name, (_, value) in named.items()})
-        made = [*_tensors(out)]
+        made = [*tensors(out)]
         if not any(tensor.requires_grad for tensor in made):
             self._forget(call, place)
             if call.name == "__setitem__":
@@ -166,24 +230,30 @@ class Recorder(TorchFunctionMode):
                     "the model writes into a tensor by x[...] = y, which feedback cannot follow; expected operations "
                     "that return new tensors: torch.cat, torch.where or torch.scatter"
                 )
-            return out
+            return self._pass_by(out, call)
         call.args, call.kwargs = tuple(slot for slot, _ in given), {name: slot for name, (slot, _) in named.items()}
         tape.calls.append(call)
         for tensor in made:
-            call.is_inplace |= id(tensor) in self._slots
             call.outputs.append(self._write(tensor, place) if tensor.requires_grad else None)
         return out
+
+    def leave(self) -> None:
+        """Stop to record, whatever modes have been entered since."""
+        above = []
+        while (mode := _pop_mode()) is not self:
+            above.append(mode)
+        for mode in reversed(above):
+            _push_mode(mode)
 
     def end(self, output: object) -> Any:
         """What the module is to return: its outputs, each an edge of its own."""
         tape = self._tape
-        tape.returned = [self._slots[id(tensor)][1] for tensor in _tensors(output) if id(tensor) in self._slots]
-        shape = tape.shapes[tape.returned[0]] if tape.returned else torch.Size()
-        tape.rows = shape[0] if len(shape) else 0
+        tape.returned = [self._slots[id(tensor)][1] for tensor in tensors(output) if id(tensor) in self._slots]
+        tape.rows = next((shape[0] for shape in map(tape.shapes.__getitem__, tape.returned) if shape), 0)
         call = Call(self.end, (), {})
         result = _mapped(output, lambda tensor: self._read_tensor(tensor, call, len(tape.calls))[1])
-        self._slots.clear()
-        self._foreign.clear()
+        for kept in (self._slots, self._foreign, self._fixed):
+            kept.clear()
         return result
 
     def _read(self, value: Any, call: Call, place: int) -> tuple[Any, Any]:
@@ -192,7 +262,7 @@ class Recorder(TorchFunctionMode):
             return self._read_tensor(value, call, place)
         if isinstance(value, (list, tuple)):
             pairs = [self._read(item, call, place) for item in value]
-            return _like(value, [slot for slot, _ in pairs]), _like(value, [item for _, item in pairs])
+            return like(value, [slot for slot, _ in pairs]), like(value, [item for _, item in pairs])
         return value, value
 
     def _read_tensor(self, tensor: Tensor, call: Call, place: int) -> tuple[Any, Tensor]:
@@ -204,97 +274,59 @@ class Recorder(TorchFunctionMode):
                 raise ProblemError(
                     f"the operation {call.name!r} reads a tensor of shape {tuple(tensor.shape)} made by "
                     f"{tensor.grad_fn.name()}, which was not seen at work; expected torch operations: custom autograd "
-                    "functions and compiled parts cannot be followed; leave them out of the model, or use "
-                    "feedback=False"
+                    "functions, compiled or checkpointed parts and the adjoint of a NeuralODE cannot be followed; "
+                    'leave them out of the model, give the NeuralODE adjoint="backprop", or use feedback=False'
                 )
+            call.has_samples |= id(tensor) not in self._parameters and id(tensor) not in self._fixed
             return tensor, tensor
-        slot = known[1]
+        tape, slot = self._tape, known[1]
+        if tensor._version != tape.old[slot][1]:
+            raise ProblemError(
+                f"the operation {call.name!r} reads the output of {tape.calls[tape.maker[slot]].name!r}, of shape "
+                f"{tuple(tensor.shape)}, which was modified in place through another tensor; expected tensors that "
+                "change under their own name alone: write x = f(x) for f_(x), and torch.cat for x[...].f_()"
+            )
         call.inputs.append(slot)
-        uses = self._tape.uses[slot]
-        use = Use(place)
-        if uses and torch.is_grad_enabled():
+        call.has_samples |= tape.calls[tape.maker[slot]].has_samples
+        edge, begun = (slot, len(tape.uses[slot])), self._begun
+        if edge[1] and torch.is_grad_enabled():
             tensor = tensor.view_as(tensor)
-            tensor.register_hook(lambda gradient: _keep(use, gradient))
-        uses.append(use)
+            tensor.register_hook(lambda gradient: tape.arrive(edge, gradient, begun))
+        tape.uses[slot].append(place)
         return Slot(slot), tensor
+
+    def _saved(self, written: Any) -> Any:
+        """What is about to be written to, as it was."""
+        if isinstance(written, Slot):
+            value = self._tape.old[written.index][0].clone()
+            self._tape.old[written.index] = value, value._version
+        elif isinstance(written, Tensor) and id(written) not in self._parameters:
+            return written.detach().clone()
+        return written
+
+    def _pass_by(self, out: Any, call: Call) -> Any:
+        """Remember what a call that is not recorded has made."""
+        for tensor in tensors(out):
+            if tensor.grad_fn is not None:
+                self._foreign[id(tensor)] = tensor
+            if not call.has_samples:
+                self._fixed[id(tensor)] = tensor
+        return out
 
     def _forget(self, call: Call, place: int) -> None:
         """Take back the edges of a call that nothing flows through."""
         for slot in call.inputs:
-            self._tape.uses[slot] = [use for use in self._tape.uses[slot] if use.call != place]
+            self._tape.uses[slot] = [use for use in self._tape.uses[slot] if use != place]
 
     def _write(self, tensor: Tensor, place: int) -> int:
-        tape, slot, arrived = self._tape, len(self._tape.uses), self._arrived
+        tape, slot, begun = self._tape, len(self._tape.uses), self._begun
         tape.uses.append([])
         tape.maker.append(place)
         tape.shapes.append(tensor.shape)
         tape.old[slot] = tensor.detach(), tensor._version
         self._slots[id(tensor)] = tensor, slot
-
-        def arrive(gradient: Tensor) -> None:
-            if not tape.has_gradients:
-                tape.has_gradients = True
-                arrived(tape)
-            if slot in tape.old:
-                before = tape.gradients.get(slot)
-                tape.gradients[slot] = gradient if before is None else before + gradient
-
-        tensor.register_hook(arrive)
+        tensor.register_hook(lambda gradient: tape.arrive(slot, gradient, begun))
         return slot
-
-
-class Replay:
-    """The calls of a tape once more, with parameters as they are by now.
-
-    Args:
-        tape: the recording.
-        order: the calls in the order to take them.
-        places: the place of each call in that order.
-    """
-
-    def __init__(self, tape: Tape, order: Sequence[int], places: Sequence[int]) -> None:
-        self._tape, self._order, self._places, self._next = tape, order, places, 0
-        self._new: dict[int, Tensor] = {}
-
-    def advance(self, call: int) -> None:
-        """Take the calls before ``call``."""
-        while self._next < self._places[call]:
-            self._take(self._tape.calls[self._order[self._next]])
-            self._next += 1
-
-    def value(self, slot: int) -> Tensor:
-        """A slot of the cut as it is by now."""
-        return self._new[slot]
-
-    def moved(self, cut: Sequence[int]) -> Tensor:
-        """The change of the loss, for each sample ``(rows)``, that the change of the cut brings to first order."""
-        total: Tensor | None = None
-        for slot in cut:
-            felt = self._tape.felt(slot, self._is_executed)
-            if felt is not None:
-                change = (self._new[slot] - self._tape.value(slot)).flatten(1)
-                change = torch.linalg.vecdot(change, felt.flatten(1))
-                total = change if total is None else total + change
-        like = next(iter(self._tape.gradients.values()))
-        return like.new_zeros(self._tape.rows) if total is None else total
-
-    def _is_executed(self, call: int) -> bool:
-        return self._places[call] < self._next
-
-    def _take(self, call: Call) -> None:
-        if call.noise is not None:
-            self._tape.surroundings.set_noise(call.noise)
-
-        def fill(value: Any) -> Any:
-            return _filled(value, self._new, copies=call.is_inplace)
-
-        out = call.function(*map(fill, call.args), **{name: fill(value) for name, value in call.kwargs.items()})
-        for slot, tensor in zip(call.outputs, _tensors(out), strict=True):
-            if slot is not None:
-                self._new[slot] = tensor
-        for slot in call.inputs:
-            if all(self._places[use.call] <= self._next for use in self._tape.uses[slot]):
-                self._new.pop(slot, None)
 
 
 @cache
@@ -303,19 +335,29 @@ def _is_random(function: Callable[..., Any]) -> bool:
     return any(word in name for word in _RANDOM)
 
 
-def _keep(use: Use, gradient: Tensor) -> None:
-    use.gradient = gradient if use.gradient is None else use.gradient + gradient
+def _writes(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether an operation works in place."""
+    name = function.__name__
+    if name in _INPLACE or (name.endswith("_") and not name.endswith("__")):
+        return True
+    place = _inplace_argument(function)
+    return place is not None and bool(kwargs.get("inplace", place < len(args) and args[place]))
 
 
-def _filled(value: Any, new: dict[int, Tensor], *, copies: bool) -> Any:
-    if isinstance(value, Slot):
-        return new[value.index].clone() if copies else new[value.index]
-    if isinstance(value, (list, tuple)):
-        return _like(value, [_filled(item, new, copies=copies) for item in value])
-    return value
+@cache
+def _inplace_argument(function: Callable[..., Any]) -> int | None:
+    """The place of the argument ``inplace`` of torch.nn.functional."""
+    code = getattr(function, "__code__", None)
+    names = () if code is None else code.co_varnames[: code.co_argcount]
+    return names.index("inplace") if "inplace" in names else None
 
 
-def _like(value: Any, items: list[Any]) -> Any:
+def working(tensor: Tensor) -> torch.dtype:
+    """The precision to add up in: that of the tensor, at least float32."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def like(value: Any, items: list[Any]) -> Any:
     """The items as a list or (named) tuple of the kind that ``value`` is."""
     return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
 
@@ -324,18 +366,20 @@ def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, dict):
-        return {key: _mapped(item, change) for key, item in value.items()}
+        mapped = copy.copy(value)
+        mapped.update({key: _mapped(item, change) for key, item in value.items()})
+        return mapped
     if isinstance(value, (list, tuple)):
-        return _like(value, [_mapped(item, change) for item in value])
+        return like(value, [_mapped(item, change) for item in value])
     return value
 
 
-def _tensors(value: object) -> list[Tensor]:
+def tensors(value: object) -> list[Tensor]:
     """All tensors in nested lists, tuples and dicts."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, dict):
-        return [tensor for item in value.values() for tensor in _tensors(item)]
+        return [tensor for item in value.values() for tensor in tensors(item)]
     if isinstance(value, (list, tuple)):
-        return [tensor for item in value for tensor in _tensors(item)]
+        return [tensor for item in value for tensor in tensors(item)]
     return []

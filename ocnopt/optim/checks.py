@@ -80,7 +80,7 @@ def check_one_process() -> None:
         )
 
 
-def check_gradients(named: Iterable[tuple[str, Tensor]], step: int) -> None:
+def check_gradients(named: Iterable[tuple[str, Tensor]], step: int | None = None) -> None:
     """Refuse sparse gradients, and NaN or infinity."""
     found = [(name, parameter.grad) for name, parameter in named if parameter.grad is not None]
     sparse = [name for name, gradient in found if gradient.is_sparse]
@@ -92,9 +92,9 @@ def check_gradients(named: Iterable[tuple[str, Tensor]], step: int) -> None:
     if found and not bool(torch.stack([size.to(sizes[0]) for size in sizes]).isfinite().all()):
         names = [name for (name, _), size in zip(found, sizes, strict=True) if not bool(size.isfinite())]
         raise NonFiniteError(
-            f"the gradients of {listed(names)} hold NaN or infinity at step {step}; expected finite "
-            "numbers. Parameters and state are as before this step: catch this error to skip the batch; if it "
-            "comes again, lower lr or raise damping"
+            f"the gradients of {listed(names)} hold NaN or infinity{'' if step is None else f' at step {step}'}; "
+            "expected finite numbers. Parameters and state are as before this step: catch this error to skip it; "
+            "if it comes again, lower lr or raise damping"
         )
 
 
@@ -104,7 +104,7 @@ def check_known(parameters: Iterable[Tensor], names: Mapping[Tensor, str]) -> No
         if parameter not in names:
             raise ProblemError(
                 f"param_groups holds a tensor of shape {tuple(parameter.shape)} that is no parameter of the model; "
-                "expected parameters of the model that SNOpt was given: give it the module that contains them all"
+                "expected parameters of the model that the optimiser was given: give it the module that holds them"
             )
 
 
@@ -132,20 +132,45 @@ def check_groups(groups: Iterable[Mapping[str, Any]]) -> None:
         )
 
 
-def check_game(model: nn.Module, feedback: bool, form: str, tikhonov: float) -> None:
+def check_game(model: nn.Module, feedback: object, form: str, tikhonov: float) -> None:
     """Refuse a compiled model, and options that would say nothing."""
-    if isinstance(model, torch._dynamo.OptimizedModule):
-        raise ProblemError(
-            "the model is compiled, so that its layers cannot be seen at work; expected the module itself: "
-            "OCNOpt(model, lr), without torch.compile"
-        )
     if tikhonov and form != "sample":
         raise ProblemError(
             f'tikhonov={tikhonov} met form={form!r}; expected form="sample", the published one that it belongs to, '
             "or tikhonov=0"
         )
     if not isinstance(feedback, bool):
-        raise ProblemError(f"feedback is {feedback!r}; expected True or False")
+        raise ProblemError(
+            f"feedback is {feedback!r}; expected True or False: False leaves the first-order method alone"
+        )
+    for name, module in model.named_modules() if feedback else ():
+        if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
+            raise ProblemError(
+                f"the {f'part {name!r} of the ' if name else ''}model is compiled, so that its layers cannot be seen "
+                "at work; expected the module itself: OCNOpt(model, lr), without torch.compile"
+            )
+
+
+def check_outputs(tapes: Sequence[Any]) -> None:
+    """Refuse models that do not return samples."""
+    for tape in tapes:
+        shapes = [tuple(tape.shapes[slot]) for slot in tape.returned if slot in tape.gradients]
+        if not tape.returned or any(shape[:1] != (tape.rows,) for shape in shapes):
+            came = f"tensors of shapes {shapes}" if shapes else "no tensor that depends on what is trained"
+            raise ProblemError(
+                f"the model returned {came}; expected outputs, or tuples, lists and dicts of them, with one row a "
+                "sample: compute the loss outside of the model, or use feedback=False"
+            )
+
+
+def check_scale(tapes: Sequence[Any], scale: Tensor | None) -> None:
+    """Refuse costates of a loss that was scaled by nobody knows what."""
+    if tapes and scale is None:
+        raise ProblemError(
+            "GradScaler.unscale_ met OCNOpt before its step, which needs the scale for more than the gradients; "
+            "expected scaler.step(optimizer) to unscale: leave unscale_ out, train in bfloat16, which needs no scaler, "
+            "or use feedback=False"
+        )
 
 
 def check_tapes(tapes: Sequence[Any]) -> None:
@@ -166,7 +191,16 @@ def warn_alone(names: Sequence[str]) -> None:
     warnings.warn(
         "OCNOpt feeds back through linear layers, convolutions and normalisations that are used once in a forward "
         f"pass; these parameters are used otherwise and take the plain step of the first-order method: {listed(names)}",
-        stacklevel=6,
+        stacklevel=7,
+    )
+
+
+def warn_unrecorded() -> None:
+    """Say that a step was none of OCNOpt's own."""
+    warnings.warn(
+        "OCNOpt met gradients that no forward and backward pass of its model since the last step has made: this step "
+        "is that of the first-order method; expected model(x) to be called as a whole, with gradients enabled",
+        stacklevel=7,
     )
 
 
@@ -190,6 +224,18 @@ def check_state(state: Mapping[str, Any]) -> None:
     if "step_count" not in state:
         raise ProblemError(
             f"the state holds {sorted(state)}; expected the state of an SNOpt, with its 'step_count': "
+            "load the state of another optimiser into that one"
+        )
+
+
+def check_options_of(state: Mapping[str, Any], options: Iterable[str]) -> None:
+    """Refuse the state of another optimiser than OCNOpt."""
+    groups = state.get("param_groups", ())
+    missing = sorted({name for name in options for group in groups if name not in group})
+    if missing or not groups or "state" not in state:
+        came = f"groups without {listed(missing)}" if missing else f"{sorted(state)}"
+        raise ProblemError(
+            f"the state holds {came}; expected the state of an OCNOpt: "
             "load the state of another optimiser into that one"
         )
 

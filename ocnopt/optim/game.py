@@ -4,7 +4,7 @@ A *turn* is a player with its block of parameters and the single samples' gradie
 passes before one step count as one batch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import NamedTuple
@@ -16,7 +16,8 @@ from ocnopt.differential import layers
 from ocnopt.differential.layers import CostToGo, Gradients, Readouts, joined, together
 from ocnopt.differential.sweep import sweep
 from ocnopt.neural.players import Plan, Player, gradients, pushed, seen
-from ocnopt.neural.tape import Replay, Tape
+from ocnopt.neural.replay import Replay
+from ocnopt.neural.tape import Tape, working
 from ocnopt.optim.metrics import Base, Block
 
 FORMS = ("batch", "sample", "gauss_newton")
@@ -80,6 +81,17 @@ def ends(player: Player, tapes: Sequence[Tape], *, mean: bool) -> tuple[Tensor, 
     return torch.cat([seen(tape, player) for tape in tapes]), torch.cat(g)
 
 
+def unscale(tapes: Sequence[Tape], parameters: Iterable[Tensor], scale: Tensor | None) -> None:
+    """Divide what a backward pass has found by the scale of its loss."""
+    if scale is None:
+        return
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.mul_(1 / scale)
+    for tape in tapes:
+        tape.scale(1 / scale)
+
+
 def _kappa(tape: Tape, mean: bool) -> float:
     """How many samples the loss of a pass is the mean of."""
     return float(tape.rows) if mean else 1.0
@@ -92,8 +104,9 @@ def play(game: Game, rules: Rules, base: Base) -> dict[str, tuple[Tensor, Tensor
     weights: dict[str, tuple[Tensor, Tensor]] = {}
     cuts = {player.call: cut for player, cut in zip(game.plan.players, game.plan.cuts, strict=True)}
     replays = [Replay(tape, game.plan.order, game.plan.places) for tape in game.tapes]
-    others, s = _Others(game, base), None
-    with game.tapes[0].surroundings.restored():
+    others, s, surroundings = _Others(game, base), None, game.tapes[0].surroundings
+    surroundings.close()  # casts of weights that are about to move
+    with surroundings.restored(), torch.autocast(surroundings.device.type, enabled=False):
         for group, answers in zip(groups, readouts, strict=True):
             for place, (turn, answer) in enumerate(zip(group, answers, strict=True)):
                 call = turn.player.call
@@ -102,11 +115,12 @@ def play(game: Game, rules: Rules, base: Base) -> dict[str, tuple[Tensor, Tensor
                 if looks and (others.moved or weights):
                     for replay in replays:
                         replay.advance(call)
-                    s = joined([replay.moved(cuts[call]) for replay in replays])
+                    s = joined([replay.moved(cuts[call]) for replay in replays]).to(answer.v)
                 w = value.v if rules.form == "gauss_newton" else answer.weights(s)
                 w = w.nan_to_num(nan=0.0, neginf=0.0).clamp_(0.0, rules.limit)
                 weights[turn.block.name] = (answer.v, w)
                 _move(turn, game.tapes, replays if s is not None else (), w, rules.tikhonov, base)
+    surroundings.close()
     others.rest()
     return weights
 
@@ -158,15 +172,14 @@ def _end(tapes: Sequence[Tape], rules: Rules) -> CostToGo:
     for tape in tapes:
         kappa = _kappa(tape, rules.mean)
         bend, scale = None, rules.scale
-        reached = [slot for slot in tape.returned if slot in tape.gradients]
+        reached = [slot for slot in dict.fromkeys(tape.returned) if slot in tape.gradients]
         if len(reached) == 1:
             x, p = tape.value(reached[0]), tape.gradients[reached[0]] * kappa
-            working = torch.promote_types(x.dtype, torch.float32)
-            bend = _bend(x.to(working), p.to(working), rules.terminal)
+            bend = _bend(x.to(working(x)), p.to(working(x)), rules.terminal)
         if scale is None:
             scale = 1.0 if bend is None else SHARE
         like = next(iter(tape.gradients.values()))
-        like = like.new_zeros(tape.rows, dtype=torch.promote_types(like.dtype, torch.float32))
+        like = like.new_zeros(tape.rows, dtype=working(like))
         factors.append((kappa * (like + scale if bend is None else bend + scale)).sqrt())
     R = torch.cat(factors)
     v = torch.ones_like(R)
@@ -184,8 +197,8 @@ def _bend(x: Tensor, p: Tensor, terminal: str | Terminal) -> Tensor | None:
         Hp = LOSSES[terminal](x, p) if isinstance(terminal, str) else terminal(x, p)
     if Hp is None:
         return None
-    flat = p.flatten(1)
-    bend = (Hp.flatten(1) * flat).sum(1) / flat.square().sum(1).square()
+    flat = p.reshape(len(p), -1)
+    bend = (Hp.reshape(flat.shape) * flat).sum(1) / flat.square().sum(1).square()
     # where nothing pulls, nothing bends; a loss that bends down counts as straight
     return bend.nan_to_num_(nan=0.0, posinf=0.0).clamp_(min=0.0)
 

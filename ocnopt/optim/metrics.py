@@ -6,7 +6,7 @@ in the reduce form of :mod:`ocnopt.differential.kronecker`, for linear layers an
 inputs and B of output gradients, step lr B^-1 G A^-1; every other parameter moves as under ``identity``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -83,7 +83,8 @@ class Adaptive:
     def metric(self, block: Block) -> Metric:
         """M = diag(sqrt(E[g^2])) / lr."""
         lr = float(block.options["lr"])
-        return Diagonal([lr / self._size(state, block.options) for state in block.states])
+        sizes = [self._size(state, block.options) for state in block.states]
+        return Diagonal([lr / size.to(working_dtype(size)) for size in sizes])
 
     def move(self, block: Block, gradients: Sequence[Tensor]) -> None:
         """x <- x - lr E[g] / sqrt(E[g^2])."""
@@ -144,6 +145,16 @@ class Kronecker:
 
 
 BASES: dict[str, type[Base]] = {"identity": Identity, "adaptive": Adaptive, "kronecker": Kronecker}
+
+
+def restore(states: Any, groups: Sequence[Options], saved: Mapping[str, Any]) -> None:
+    """Put back what torch, loading a state, has cast to its parameter's precision: Kronecker factors are finer."""
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    indices = [index for group in saved["param_groups"] for index in group["params"]]
+    for index, parameter in zip(indices, parameters, strict=True):
+        for key, value in saved["state"].get(index, {}).items():
+            if isinstance(value, Tensor):
+                states[parameter][key] = value.to(parameter.device, copy=True)
 
 
 def _decayed(parameter: Tensor, gradient: Tensor, options: Options) -> Tensor:

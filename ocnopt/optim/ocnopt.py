@@ -9,8 +9,10 @@ last (:mod:`ocnopt.optim.game`): each meets the states that the layers before it
 where w = 1 is the step of the first-order method whose metric is M (:mod:`ocnopt.optim.metrics`).
 """
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from types import FrameType
 from typing import Any
 
 import torch
@@ -29,13 +31,17 @@ from ocnopt.optim.checks import (
     check_known,
     check_not_parallel,
     check_one_process,
+    check_options_of,
+    check_outputs,
+    check_scale,
     check_tapes,
     not_a_group,
     read_groups,
     warn_alone,
+    warn_unrecorded,
 )
-from ocnopt.optim.game import FORMS, GAMES, LOSSES, Game, Rules, Terminal, Turn, ends, gathered, play
-from ocnopt.optim.metrics import BASES, Block
+from ocnopt.optim.game import FORMS, GAMES, LOSSES, Game, Rules, Terminal, Turn, ends, gathered, play, unscale
+from ocnopt.optim.metrics import BASES, Block, restore
 
 _PLANS = 64
 
@@ -96,14 +102,14 @@ class OCNOpt(torch.optim.Optimizer):
 
     def __init__(
         self,
-        model: nn.Module,
-        lr: float,
+        model: nn.Module | Any,
+        lr: float | Any,
         *,
         curvature: str = "identity",
-        feedback: bool = True,
+        feedback: bool | Any = True,
         game: str = "cooperative",
         form: str = "batch",
-        terminal: str | Terminal = "auto",
+        terminal: str | Terminal | Any = "auto",
         scale: float | None = None,
         limit: float = 2.0,
         tikhonov: float = 0.0,
@@ -113,7 +119,7 @@ class OCNOpt(torch.optim.Optimizer):
         eps: float = 1e-8,
         damping: float = 1e-2,
         reduction: str = "mean",
-        param_groups: Iterable[dict[str, Any]] | None = None,
+        param_groups: Iterable[dict[str, Any]] | Any | None = None,
     ) -> None:
         check_model(model)
         check_not_parallel(model)
@@ -149,7 +155,8 @@ class OCNOpt(torch.optim.Optimizer):
         if self._feedback or self._curvature == "kronecker":
             watch = Watch(self)
             self._handles.append(self._model.register_forward_pre_hook(watch.begin, with_kwargs=True))
-            self._handles.append(self._model.register_forward_hook(watch.end, always_call=True))
+            # recordings are nested: the last to begin is the first to end
+            self._handles.append(self._model.register_forward_hook(watch.end, always_call=True, prepend=True))
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("_model", "_curvature", "_feedback", "_rules")
@@ -175,6 +182,16 @@ class OCNOpt(torch.optim.Optimizer):
         check_known(group["params"], {p: name for name, p in self._model.named_parameters()})
         self.param_groups.append(group)
 
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a state that :meth:`state_dict` returned.
+
+        Raises:
+            ProblemError: the state is another optimiser's.
+        """
+        check_options_of(state_dict, self.defaults)
+        super().load_state_dict({**state_dict})
+        restore(self.state, self.param_groups, state_dict)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move the parameters.
@@ -196,17 +213,41 @@ class OCNOpt(torch.optim.Optimizer):
         groups = {p: group for group in self.param_groups for p in group["params"] if p.grad is not None}
         if any(id(p) not in self._names for p in groups):
             self._names = {id(p): name for name, p in self._model.named_parameters()}
-        check_gradients(((self._names.get(id(p), "no longer in the model"), p) for p in groups), len(self.answers))
+        if not self._unscale(tapes, groups):
+            return loss
+        check_gradients((self._names.get(id(p), "no longer in the model"), p) for p in groups)
         device = next((p.device.type for p in groups), "cpu")
         with torch.autocast(device, enabled=False):
-            self._move([tape for tape in tapes if tape.has_gradients], groups)
+            self._move(tapes, groups)
         return loss
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Says to torch's GradScaler that gradients are unscaled here, as costates must be with them."""
+        return bool(self._handles)
+
+    def _unscale(self, tapes: list[Tape], groups: Iterable[Tensor]) -> bool:
+        """Undo what a GradScaler has done to the loss; whether there is a step to take."""
+        found, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found is None:
+            return True
+        if bool(found):
+            return False
+        check_scale(tapes, scale)
+        unscale(tapes, groups, scale)
+        return True
 
     def _move(self, tapes: list[Tape], groups: Mapping[Tensor, dict[str, Any]]) -> None:
         game, blocks = None, []
+        check_outputs(tapes)
+        if self._handles and groups and not tapes:
+            self._warn_unrecorded()
+        tapes = [tape for tape in tapes if tape.rows]
         if tapes:
             read = self._plan(tapes[0])
             check_tapes(tapes)
+            for tape in tapes:
+                tape.check(read.needed(tape))
             found = (self._turn(player, tapes, groups) for player in read.players)
             game = Game(read, tapes, [turn for turn in found if turn is not None])
             blocks = [turn.block for turn in game.turns]
@@ -258,12 +299,12 @@ class OCNOpt(torch.optim.Optimizer):
         """A recorder for one forward pass, which does not keep this optimiser alive."""
         weak = weakref.ref(self)
 
-        def arrived(tape: Tape) -> None:
+        def begun(tape: Tape) -> None:
             optimizer = weak()
             if optimizer is not None:
                 optimizer._arrive(tape)
 
-        return Recorder(tape, {id(p): p for group in self.param_groups for p in group["params"]}, arrived)
+        return Recorder(tape, {id(p): p for group in self.param_groups for p in group["params"]}, begun)
 
     def _end(self, tape: Tape) -> None:
         """A recording is complete: keep what a step needs."""
@@ -271,11 +312,27 @@ class OCNOpt(torch.optim.Optimizer):
             tape.keep(self._plan(tape).kept(tape))
 
     def _arrive(self, tape: Tape) -> None:
-        """The first gradient has reached a tape."""
-        if self._tapes and all(is_gone(p.grad) for group in self.param_groups for p in group["params"]):
+        """A backward pass has reached a tape, which counts if gradients reach parameters."""
+        trained = [p for group in self.param_groups for p in group["params"]]
+        if self._tapes and all(is_gone(p.grad) for p in trained):
+            for gone in self._tapes:
+                gone.forget()
             self._tapes = []
-        if tape.rows:
-            self._tapes.append(tape)
+        before = [(p, p.grad, 0 if p.grad is None else p.grad._version) for p in trained]
+
+        def over() -> None:
+            counts = any(p.grad is not g or (g is not None and g._version != version) for p, g, version in before)
+            tape.settle(counts=counts)
+            if counts and tape not in self._tapes:
+                self._tapes.append(tape)
+
+        torch.autograd.Variable._execution_engine.queue_callback(over)
+
+    def _warn_unrecorded(self) -> None:
+        """Say once that gradients came from elsewhere."""
+        if "" not in self._named:
+            self._named.add("")
+            warn_unrecorded()
 
     def _warn(self, alone: list[Block], used: Mapping[int, int]) -> None:
         """Name once the parameters that were used outside of the game."""
@@ -298,7 +355,9 @@ class Watch:
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The forward pass begins: record it if gradients are wanted."""
         optimizer = None if self._optimizer is None else self._optimizer()
-        if optimizer is None or not torch.is_grad_enabled() or any(self._running):
+        self._abandon(model)
+        is_transformed = torch._C._functorch.peek_interpreter_stack() is not None
+        if optimizer is None or is_transformed or not torch.is_grad_enabled() or any(self._running):
             self._running.append(None)
             return
         given = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), torch.empty(0))
@@ -310,13 +369,27 @@ class Watch:
         self._running.append((recorder, tape))
         recorder.__enter__()
 
+    def _abandon(self, model: nn.Module) -> None:
+        """Leave recordings that an interrupt (Ctrl-C runs no hook) has left open."""
+        if not self._running:
+            return
+        depth = -1
+        frame: FrameType | None = sys._getframe()
+        while frame is not None:
+            depth += frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is model
+            frame = frame.f_back
+        while len(self._running) > depth:
+            running = self._running.pop()
+            if running is not None:
+                running[0].leave()
+
     def end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """The forward pass is over, or has failed."""
         running = self._running.pop() if self._running else None
         if running is None:
             return None
         recorder, tape = running
-        recorder.__exit__(None, None, None)
+        recorder.leave()
         result = recorder.end(output)
         optimizer = None if self._optimizer is None else self._optimizer()
         if optimizer is not None:
