@@ -160,7 +160,8 @@ class Tape:
         if present != self._pass:
             self._pass, self._arriving = present, []
             begun(self)
-        self._arriving.append((where, gradient.detach()))
+        if isinstance(where, tuple) or where in self.old:
+            self._arriving.append((where, gradient.detach()))
 
     def settle(self, *, counts: bool) -> None:
         """A backward pass is over: add what it has found, or leave it out."""
@@ -168,7 +169,7 @@ class Tape:
         for where, gradient in arrived if counts else ():
             if isinstance(where, tuple):
                 self._edges[where] = self._edges[where] + gradient if where in self._edges else gradient
-            elif where in self.old:
+            else:
                 self.gradients[where] = self.gradients[where] + gradient if where in self.gradients else gradient
 
     def forget(self) -> None:
