@@ -338,17 +338,16 @@ def _is_random(function: Callable[..., Any]) -> bool:
 
 def _writes(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether an operation works in place."""
-    name = function.__name__
-    if name in _INPLACE or (name.endswith("_") and not name.endswith("__")):
-        return True
     place = _inplace_argument(function)
-    return place is not None and bool(kwargs.get("inplace", place < len(args) and args[place]))
+    return place is not None and (place < 0 or bool(kwargs.get("inplace", place < len(args) and args[place])))
 
 
 @cache
 def _inplace_argument(function: Callable[..., Any]) -> int | None:
-    """The place of the argument ``inplace`` of torch.nn.functional."""
-    code = getattr(function, "__code__", None)
+    """The place of the argument ``inplace``; -1 of what always works in place, None of what never does."""
+    name, code = function.__name__, getattr(function, "__code__", None)
+    if name in _INPLACE or (name.endswith("_") and not name.endswith("__")):
+        return -1
     names = () if code is None else code.co_varnames[: code.co_argcount]
     return names.index("inplace") if "inplace" in names else None
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from ocnopt.differential import layers
 from ocnopt.differential.layers import CostToGo, Gradients, Readouts, joined, together
 from ocnopt.differential.sweep import sweep
+from ocnopt.errors import NonFiniteError
 from ocnopt.neural.players import Plan, Player, gradients, pushed, seen
 from ocnopt.neural.replay import Replay
 from ocnopt.neural.tape import Tape, working
@@ -100,7 +101,13 @@ def _kappa(tape: Tape, mean: bool) -> float:
 def play(game: Game, rules: Rules, base: Base) -> dict[str, tuple[Tensor, Tensor]]:
     """Move all blocks; for each turn what the samples weigh, without and with feedback."""
     groups = game.groups()
-    value, readouts = sweep(lambda group, value: _swept(group, value, rules, base), groups, _end(game.tapes, rules))
+    try:
+        value, readouts = sweep(lambda group, value: _swept(group, value, rules, base), groups, _end(game.tapes, rules))
+    except torch.linalg.LinAlgError as error:
+        raise NonFiniteError(
+            "the cost-to-go holds NaN or infinity; expected finite numbers. Parameters are as before this step: catch "
+            "this error to skip the batch; if it comes again, lower lr"
+        ) from error
     weights: dict[str, tuple[Tensor, Tensor]] = {}
     cuts = {player.call: cut for player, cut in zip(game.plan.players, game.plan.cuts, strict=True)}
     replays = [Replay(tape, game.plan.order, game.plan.places) for tape in game.tapes]

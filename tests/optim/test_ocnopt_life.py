@@ -32,9 +32,16 @@ def net():
     return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
 
 
-def tapes():
+def alive():
     gc.collect()
-    return sum(type(thing) is Tape for thing in gc.get_objects())
+    return {id(thing) for thing in gc.get_objects() if type(thing) is Tape}
+
+
+@pytest.fixture
+def tapes():
+    """How many recordings there are more than before the test."""
+    before = alive()
+    return lambda: len(alive() - before)
 
 
 OPTIONS = pytest.mark.parametrize(
@@ -87,7 +94,7 @@ def test_a_copy_of_model_and_optimiser_goes_on_bit_for_bit(options, duplicate):
     assert [*copied.answers] == [*optimizer.answers]
 
 
-def test_a_model_copied_alone_is_no_longer_watched():
+def test_a_model_copied_alone_is_no_longer_watched(tapes):
     model = net()
     optimizer = OCNOpt(model, 0.1)
     other = copy.deepcopy(model)
@@ -121,7 +128,7 @@ def test_a_model_that_is_dropped_is_freed():
     assert dead() is None
 
 
-def test_recordings_die():
+def test_recordings_die(tapes):
     """After a step, without a backward pass, and where the next pass comes first."""
     model = new()
     optimizer = OCNOpt(model, 0.1)
@@ -323,3 +330,22 @@ def test_a_neural_ode_in_the_model():
         optimizer.step()
     assert [*optimizer.answers] == ["0.weight", "2.weight"]
     assert all(not torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
+
+
+def test_a_cost_to_go_that_overflows_changes_nothing():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(3, 4)
+
+        def forward(self, x):
+            return self.a(x) + self.b(x)
+
+    model = Pair().float()
+    optimizer, before = OCNOpt(model, 0.1, game="feedback", terminal="gradient"), copy.deepcopy(model.state_dict())
+    model(1e15 * torch.ones(5, 3, dtype=torch.float32)).square().sum(1).mean().backward()
+    with pytest.raises(
+        NonFiniteError, match="the cost-to-go holds NaN or infinity; expected finite numbers.* lower lr"
+    ):
+        optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
