@@ -101,13 +101,7 @@ def _kappa(tape: Tape, mean: bool) -> float:
 def play(game: Game, rules: Rules, base: Base) -> dict[str, tuple[Tensor, Tensor]]:
     """Move all blocks; for each turn what the samples weigh, without and with feedback."""
     groups = game.groups()
-    try:
-        value, readouts = sweep(lambda group, value: _swept(group, value, rules, base), groups, _end(game.tapes, rules))
-    except torch.linalg.LinAlgError as error:
-        raise NonFiniteError(
-            "the cost-to-go holds NaN or infinity; expected finite numbers. Parameters are as before this step: catch "
-            "this error to skip the batch; if it comes again, lower lr"
-        ) from error
+    value, readouts = _sweep(groups, _end(game.tapes, rules), rules, base)
     weights: dict[str, tuple[Tensor, Tensor]] = {}
     cuts = {player.call: cut for player, cut in zip(game.plan.players, game.plan.cuts, strict=True)}
     replays = [Replay(tape, game.plan.order, game.plan.places) for tape in game.tapes]
@@ -139,6 +133,27 @@ def _move(turn: Turn, tapes: Sequence[Tape], replays: Sequence[Replay], w: Tenso
         for tape, replay in zip(tapes, replays, strict=False):
             found = pushed(tape, turn.player, replay, tikhonov, found)
     base.move(turn.block, found)
+
+
+def _sweep(
+    groups: Sequence[Sequence[Turn]], end: CostToGo, rules: Rules, base: Base
+) -> tuple[CostToGo, list[Readouts]]:
+    """The sweep over all generations.
+
+    Raises:
+        NonFiniteError: it has left the finite numbers.
+    """
+    cause = None
+    try:
+        value, readouts = sweep(lambda group, value: _swept(group, value, rules, base), groups, end)
+        if bool(value.v.isfinite().all()):
+            return value, readouts
+    except torch.linalg.LinAlgError as error:
+        cause = error
+    raise NonFiniteError(
+        "the cost-to-go holds NaN or infinity; expected finite numbers. Parameters are as before this step: catch this "
+        "error to skip the batch; if it comes again, lower lr or scale the inputs"
+    ) from cause
 
 
 def _swept(group: Sequence[Turn], value: CostToGo, rules: Rules, base: Base) -> tuple[CostToGo, Readouts]:

@@ -332,7 +332,8 @@ def test_a_neural_ode_in_the_model():
     assert all(not torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
 
 
-def test_a_cost_to_go_that_overflows_changes_nothing():
+@pytest.mark.parametrize("game", ["feedback", "cooperative"])
+def test_a_cost_to_go_that_overflows_changes_nothing(game):
     class Pair(nn.Module):
         def __init__(self):
             super().__init__()
@@ -342,7 +343,7 @@ def test_a_cost_to_go_that_overflows_changes_nothing():
             return self.a(x) + self.b(x)
 
     model = Pair().float()
-    optimizer, before = OCNOpt(model, 0.1, game="feedback", terminal="gradient"), copy.deepcopy(model.state_dict())
+    optimizer, before = OCNOpt(model, 0.1, game=game, terminal="gradient"), copy.deepcopy(model.state_dict())
     model(1e15 * torch.ones(5, 3, dtype=torch.float32)).square().sum(1).mean().backward()
     with pytest.raises(
         NonFiniteError, match="the cost-to-go holds NaN or infinity; expected finite numbers.* lower lr"
