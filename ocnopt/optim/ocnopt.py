@@ -250,6 +250,8 @@ class OCNOpt(torch.optim.Optimizer):
                 tape.check(read.needed(tape))
             found = (self._turn(player, tapes, groups) for player in read.players)
             game = Game(read, tapes, [turn for turn in found if turn is not None])
+            for tape in tapes:  # the costates at the players' outputs live on in their gradients, often far smaller
+                tape.gradients = {slot: tape.gradients[slot] for slot in read.needed(tape) if slot in tape.gradients}
             blocks = [turn.block for turn in game.turns]
         taken = {id(parameter) for block in blocks for parameter in block.parameters}
         alone = [self._block([p], groups) for p in groups if id(p) not in taken]
