@@ -11,7 +11,7 @@ from ocnopt.checks import check_model
 from ocnopt.errors import ProblemError
 from ocnopt.neural.evaluation import Surroundings
 from ocnopt.neural.players import plan
-from ocnopt.neural.tape import Recorder, Tape
+from ocnopt.neural.tape import Recorder, Tape, tensors
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -51,6 +51,7 @@ def layer_graph(model: nn.Module | Any, *inputs: Any, answers: Answers | None = 
         )
     read = plan(tape)
     players = {player.call: player for player in read.players}
+    own_tensors = {id(x) for x in (*model.parameters(), *model.buffers())}
     graph = nx.DiGraph()
     graph.add_node(-1, label="input", generation=0, is_player=False)
     for place, call in enumerate(tape.calls):
@@ -64,7 +65,7 @@ def layer_graph(model: nn.Module | Any, *inputs: Any, answers: Answers | None = 
             graph.nodes[place]["gain"] = float((w - v).square().mean().sqrt())
         for slot in call.inputs:
             graph.add_edge(tape.maker[slot], place, shape=tuple(tape.shapes[slot]))
-        if not call.inputs:
+        if call.has_samples and any(id(x) not in own_tensors for x in tensors((call.args, call.kwargs))):
             graph.add_edge(-1, place)
     return graph
 

@@ -18,11 +18,10 @@ from ocnopt.neural.replay import Replay
 from ocnopt.neural.tape import Call, Slot, Tape, working
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_CONVOLUTIONS = (functional.conv1d, functional.conv2d, functional.conv3d)
 _ARGUMENTS: dict[Callable[..., Any], Sequence[str]] = {
     functional.linear: ("input", "weight", "bias"),
-    functional.conv1d: _CONV,
-    functional.conv2d: _CONV,
-    functional.conv3d: _CONV,
+    **dict.fromkeys(_CONVOLUTIONS, _CONV),
     functional.layer_norm: ("input", "normalized_shape", "weight", "bias", "eps"),
     functional.group_norm: ("input", "num_groups", "weight", "bias", "eps"),
     functional.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
@@ -118,7 +117,7 @@ def gradients(tape: Tape, player: Player, g: Tensor) -> Gradients:
         z, g = z.flatten(1, -2), g.flatten(1, -2)
         of = [*([g.mT @ z] if has_weight else []), *([g.sum(1)] if has_bias else [])]
         return Gradients(of=of)
-    if "groups" in given:
+    if call.function in _CONVOLUTIONS:
         weight = [_convolved(given, z, g)] if has_weight else []
         return Gradients(of=[*weight, *([g.flatten(2).sum(2)] if has_bias else [])])
     shape = next(iter(player.parameters.values())).shape
@@ -137,8 +136,11 @@ def pushed(tape: Tape, player: Player, replay: Replay, weight: float, totals: Se
     call = tape.calls[player.call]
     given = arguments(call)
     z = given["input"]
-    is_linear = "groups" in given or call.function is functional.linear
-    if not is_linear or not isinstance(z, Slot) or isinstance(given["weight"], Slot):
+    if (
+        call.function not in (functional.linear, *_CONVOLUTIONS)
+        or not isinstance(z, Slot)
+        or isinstance(given["weight"], Slot)
+    ):
         return totals
     moved = replay.value(z.index) - tape.value(z.index)
     moved = moved.to(working(moved))
@@ -161,9 +163,9 @@ def _own(tape: Tape, call: Call) -> dict[str, Tensor] | None:
     shape = tape.shapes[z.index] if isinstance(z, Slot) else z.shape
     if len(own) != len(call.parameters) or len(shape) < 2 or shape[0] != tape.rows or not call.has_samples:
         return None
-    if "groups" in given or "normalized_shape" in given:
-        full = len(shape) == given["weight"].ndim if "groups" in given else True
-        if not full:
+    if call.function in _CONVOLUTIONS:
+        weight = given["weight"]
+        if len(shape) != len(tape.shapes[weight.index] if isinstance(weight, Slot) else weight.shape):
             return None
     spelt = call.function is not functional.linear or len(shape) > 2
     return None if spelt and tape.rows * sum(p.numel() for p in own.values()) > LARGEST else own

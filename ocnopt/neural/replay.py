@@ -44,8 +44,9 @@ class Replay:
                 change = (self._new[slot].to(working(felt)) - self._tape.value(slot)).reshape(self._tape.rows, -1)
                 change = torch.linalg.vecdot(change, felt.to(change).reshape(change.shape))
                 total = change if total is None else total + change
-        like = next(iter(self._tape.gradients.values()))
-        return like.new_zeros(self._tape.rows) if total is None else total
+        if total is None:
+            return next(iter(self._tape.gradients.values())).new_zeros(self._tape.rows)
+        return total
 
     def _is_executed(self, call: int) -> bool:
         return self._places[call] < self._next

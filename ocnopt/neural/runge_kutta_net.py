@@ -249,7 +249,7 @@ class RungeKuttaNet(nn.Module):
         """One-sided Lipschitz constants of the layers' fields and, for gradient fields, steps that contract.
 
         Raises:
-            ProblemError: the activation's slopes leave [0, 1].
+            ProblemError: the activation is not elementwise, or its slopes leave [0, 1].
 
         >>> net = RungeKuttaNet(2, 1, field="gradient")
         >>> round(float(net.stability().step_bound * torch.linalg.matrix_norm(net.weight.detach(), 2) ** 2), 5)

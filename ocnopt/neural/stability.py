@@ -51,7 +51,7 @@ def stability(field: str, weight: Tensor, activation: Activation, tableau: Table
         tableau: the method.
 
     Raises:
-        ProblemError: the activation's slopes leave [0, 1].
+        ProblemError: the activation is not elementwise, or its slopes leave [0, 1].
 
     >>> from ocnopt.integrate.tableaus import EULER
     >>> stability("gradient", torch.eye(2)[None], torch.tanh, EULER)
@@ -65,7 +65,7 @@ def stability(field: str, weight: Tensor, activation: Activation, tableau: Table
         return Stability((along - largest) / 2, (along + largest) / 2, None)
     if field == "hamiltonian":
         return Stability(zero, largest**2 / 2, None)
-    return Stability(-(values[:, -1] ** 2), zero, 2 * contractivity_radius(tableau) / largest**2)
+    return Stability(-(values[:, -1] ** 2), zero, _step_bound(contractivity_radius(tableau), largest))
 
 
 def contractivity_radius(tableau: Tableau) -> float:
@@ -85,11 +85,22 @@ def contractivity_radius(tableau: Tableau) -> float:
     return float(-1 / torch.linalg.eigvalsh(M / torch.sqrt(torch.outer(b, b)))[0])
 
 
+def _step_bound(radius: float, largest: Tensor) -> Tensor:
+    """2 r / |A|^2; without weights the field is the same everywhere, and any step will do."""
+    return torch.where(largest > 0, 2 * radius / largest**2, torch.inf)
+
+
 def _check_slopes(activation: Activation, like: Tensor) -> None:
-    """Refuse an activation whose slopes, looked at from -20 to 20, leave [0, 1]."""
+    """Refuse an activation that mixes entries, or whose slopes, looked at from -20 to 20, leave [0, 1]."""
     z = torch.linspace(-20, 20, 4001, dtype=like.dtype, device=like.device).requires_grad_()
     with torch.enable_grad():
-        (slopes,) = torch.autograd.grad(activation(z).sum(), z)
+        values = activation(z.clone())  # it may work in place
+        (slopes,) = torch.autograd.grad(values.sum(), z)
+    if not torch.allclose(values[::2], activation(z.detach()[::2].clone())):
+        raise ProblemError(
+            "the activation takes an entry to another value beside other entries; expected an elementwise function, "
+            "the same at every call, on which the constants rest: use tanh, relu, sigmoid or softplus"
+        )
     low, high = float(slopes.min()), float(slopes.max())
     if low < -1e-6 or high > 1 + 1e-6:
         raise ProblemError(

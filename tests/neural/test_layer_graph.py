@@ -66,3 +66,22 @@ def test_a_model_without_a_path_from_its_parameters_is_refused():
         oc.layer_graph(type("Unused", (nn.Linear,), {"forward": lambda self, x: x})(2, 2), torch.ones(2, 2))
     with pytest.raises(oc.ProblemError, match="model is str"):
         oc.layer_graph("model")
+
+
+class Skip(nn.Module):
+    """A layer of a weight that is made, and its own input beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
+
+    def forward(self, x):
+        return torch.tanh(self.layer(x)) + x
+
+
+def test_edges_from_the_input_go_to_all_that_reads_it():
+    graph = oc.layer_graph(Skip(), torch.ones(4, 3))
+    labels = dict(graph.nodes(data="label"))
+    assert {labels[node] for node in graph.successors(-1)} == {"layer", "add"}
+    (made,) = (node for node in graph if node >= 0 and not graph.in_degree(node))
+    assert labels[made].startswith("layer.parametrizations")

@@ -160,6 +160,32 @@ def test_gradients_do_not_move_statistics():
     assert all(torch.equal(now, was) for now, was in zip(layer.buffers(), before, strict=True))
 
 
+@pytest.mark.parametrize("options", [{}, {"padding": 1}, {"stride": 2, "groups": 2}], ids=str)
+def test_convolutions_by_function_with_few_arguments(options):
+    layer, x = nn.Conv2d(4, 6, 3, **options).double(), image(5, 5)
+
+    class ByFunction(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return torch.tanh(nn.functional.conv2d(x, self.layer.weight, self.layer.bias, **options))
+
+    gathered, c = found(ByFunction(), layer, x)
+    agree(gathered.rows, one_by_one(nn.Sequential(layer, nn.Tanh()), layer, x, c))
+
+
+def test_of_a_convolution_with_a_made_weight_the_bias_plays():
+    layer, x = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 6, 3)), image(5, 5)
+    tape, output = record(layer, x)
+    c = torch.randn_like(output)
+    (c * output).sum().backward()
+    (player,) = plan(tape).players
+    assert [*player.parameters] == ["bias"]
+    agree(gradients(tape, player, player.costate(tape)).rows, [c.sum((2, 3))])
+
+
 class Branches(nn.Module):
     """Three branches on one state, one of them of two layers, then a head."""
 

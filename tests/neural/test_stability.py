@@ -1,14 +1,15 @@
 """Constants of the fields: bounds that hold at every vertex of slopes, and steps that contract, and no longer ones."""
 
 import itertools
+import math
 
 import pytest
 import torch
 
 from ocnopt.errors import ProblemError
-from ocnopt.integrate.tableaus import TABLEAUS
+from ocnopt.integrate.tableaus import EULER, TABLEAUS
 from ocnopt.neural.runge_kutta_net import RungeKuttaNet
-from ocnopt.neural.stability import contractivity_radius
+from ocnopt.neural.stability import contractivity_radius, stability
 from tests.oracles.compare import assert_close
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -83,6 +84,21 @@ def test_the_bound_of_euler_is_sharp():
 def test_fields_without_a_step_that_contracts(kind):
     assert RungeKuttaNet(2, 3, field=kind).stability().step_bound is None
     assert RungeKuttaNet(2, 3, field="gradient", skip=False).stability().step_bound is None
+
+
+def test_an_activation_that_mixes_entries():
+    with pytest.raises(ProblemError, match="takes an entry to another value beside other entries; expected an element"):
+        stability("standard", torch.eye(2)[None], torch.nn.Softmax(-1), EULER)
+
+
+def test_an_activation_that_works_in_place():
+    weight = torch.randn(3, 2, 2)
+    found = [stability("gradient", weight, torch.nn.ReLU(inplace=inplace), EULER) for inplace in (True, False)]
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
+def test_without_weights_any_step_contracts():
+    assert stability("gradient", torch.zeros(1, 2, 2), torch.tanh, TABLEAUS["dopri5"]).step_bound.item() == math.inf
 
 
 def test_an_activation_that_is_too_steep():
