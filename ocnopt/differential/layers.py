@@ -27,8 +27,7 @@ Layers that act on the same states at the same time are players of a game:
 Shapes: v ``(B,)``, S = R R^T with R ``(B, B)``, for ``sample`` a diagonal ``(B,)``.
 
 Sources: Liu, Chen, Theodorou, DDPNOpt (arXiv 2002.08809); Chen, Liu, Theodorou, DGNOpt (2105.03788); OCNOpt
-(2510.14168). The form over the batch is Woodbury's
-identity applied to the Bellman step of the stacked samples.
+(2510.14168). The form over the batch is Woodbury's identity applied to the Bellman step of the stacked samples.
 """
 
 from collections.abc import Iterable, Sequence
@@ -40,8 +39,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# How many numbers of per-sample gradients are kept or weighed at once.
-_MANY = 2**24
+# More numbers of single samples' gradients than these are not spelt out for the products of a diagonal metric.
+_MANY = 2**18
 
 
 class CostToGo(NamedTuple):
@@ -223,7 +222,7 @@ class Diagonal:
     def gram(self, gradients: Gradients) -> Tensor:
         """N ``(B, B)``."""
         factored = gradients.factored
-        if factored is None or gradients.size <= _MANY // 64:
+        if factored is None or gradients.size <= _MANY:
             pairs = zip(gradients.rows, self.scales, strict=True)
             return _sum((rows * scale).flatten(1) @ rows.flatten(1).mT for rows, scale in pairs)
         z, g = factored

@@ -132,8 +132,13 @@ def check_groups(groups: Iterable[Mapping[str, Any]]) -> None:
         )
 
 
-def check_game(model: nn.Module, feedback: object, form: str, tikhonov: float) -> None:
+def check_game(model: nn.Module, feedback: object, form: str, game: str, tikhonov: float) -> None:
     """Refuse a compiled model, and options that would say nothing."""
+    if form == "gauss_newton" and game != "cooperative":
+        raise ProblemError(
+            f'game={game!r} met form="gauss_newton", the joint step of all layers; expected game="cooperative", or '
+            'form="batch"'
+        )
     if tikhonov and form != "sample":
         raise ProblemError(
             f'tikhonov={tikhonov} met form={form!r}; expected form="sample", the published one that it belongs to, '

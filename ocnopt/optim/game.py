@@ -7,15 +7,16 @@ passes before one step count as one batch.
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ocnopt.checks import shape
 from ocnopt.differential import layers
 from ocnopt.differential.layers import CostToGo, Gradients, Readouts, joined, together
 from ocnopt.differential.sweep import sweep
-from ocnopt.errors import NonFiniteError
+from ocnopt.errors import NonFiniteError, ProblemError
 from ocnopt.neural.players import Plan, Player, gradients, pushed, seen
 from ocnopt.neural.replay import Replay
 from ocnopt.neural.tape import Tape, working
@@ -160,6 +161,8 @@ def _swept(group: Sequence[Turn], value: CostToGo, rules: Rules, base: Base) -> 
     """The step of the sweep over the players of one generation."""
     metrics = [(base.metric(turn.block), turn.gradients) for turn in group]
     if rules.form == "sample":
+        if rules.game == "open_loop":  # M stands for Q_uu, so a player alone takes the first-order step
+            return value, [CostToGo(value.v, torch.zeros_like(value.R))] * len(group)
         return layers.sample([metric.squares(own) for metric, own in metrics], value)
     return GAMES[rules.game]([metric.gram(own) for metric, own in metrics], value)
 
@@ -196,8 +199,13 @@ def _end(tapes: Sequence[Tape], rules: Rules) -> CostToGo:
         bend, scale = None, rules.scale
         reached = [slot for slot in dict.fromkeys(tape.returned) if slot in tape.gradients]
         if len(reached) == 1:
-            x, p = tape.value(reached[0]), tape.gradients[reached[0]] * kappa
-            bend = _bend(x.to(working(x)), p.to(working(x)), rules.terminal)
+            x, p = tape.value(reached[0]), tape.gradients[reached[0]]
+            bend = _bend(x, p.to(working(x)) * kappa, rules)
+        elif rules.terminal not in ("auto", "gradient"):
+            raise ProblemError(
+                f"terminal={rules.terminal!r} met a loss of {len(reached)} outputs of the model; expected one, whose "
+                'curvature it is: return what the loss uses as one tensor, or use terminal="gradient"'
+            )
         if scale is None:
             scale = 1.0 if bend is None else SHARE
         like = next(iter(tape.gradients.values()))
@@ -208,48 +216,85 @@ def _end(tapes: Sequence[Tape], rules: Rules) -> CostToGo:
     return CostToGo(v, R if rules.form == "sample" else torch.diag(R))
 
 
-def _bend(x: Tensor, p: Tensor, terminal: str | Terminal) -> Tensor | None:
+def _bend(x: Tensor, p: Tensor, rules: Rules) -> Tensor | None:
     """p . H p / |p|^4 of each sample, H the Hessian of its loss; None where that is not known."""
-    if terminal == "auto":
-        Hp = _cross_entropy(x, p)
-        Hp = _binary_cross_entropy(x, p) if Hp is None else Hp
-    elif terminal == "gradient":
-        Hp = None
-    else:
-        Hp = LOSSES[terminal](x, p) if isinstance(terminal, str) else terminal(x, p)
-    if Hp is None:
+    slack = max(1e-3, 4 * torch.finfo(x.dtype).eps)  # p is as coarse as the outputs were
+    x = x.to(working(x))
+    terminal = _recognised(x, p, rules.mean, slack) if rules.terminal == "auto" else rules.terminal
+    if terminal == "gradient":
         return None
+    if isinstance(terminal, str):
+        if terminal in _IS_OF and not _IS_OF[terminal](x, p, rules.mean, slack):
+            raise ProblemError(
+                f"terminal={terminal!r} met gradients at the outputs, of shape {shape(x)}, that are not those of this "
+                "loss; expected it alone, its mean or sum as reduction says, classes along axis 1, no weights, "
+                'nothing ignored: use terminal="gradient", or a function that returns Hessian times p'
+            )
+        Hp: Any = LOSSES[terminal](x, p, rules.mean)
+    else:
+        Hp = terminal(x, p)
+        if not isinstance(Hp, Tensor) or Hp.shape != p.shape:
+            came = f"a tensor of shape {shape(Hp)}" if isinstance(Hp, Tensor) else type(Hp).__name__
+            raise ProblemError(
+                f"terminal returned {came}; expected the Hessian of each sample's loss times p, of shape {shape(p)}"
+            )
     flat = p.reshape(len(p), -1)
     bend = (Hp.reshape(flat.shape) * flat).sum(1) / flat.square().sum(1).square()
     # where nothing pulls, nothing bends; a loss that bends down counts as straight
     return bend.nan_to_num_(nan=0.0, posinf=0.0).clamp_(min=0.0)
 
 
-def _cross_entropy(x: Tensor, p: Tensor) -> Tensor | None:
-    """H p of ``nn.CrossEntropyLoss`` if p = shares - target is its gradient, for any target that sums to one."""
+def _recognised(x: Tensor, p: Tensor, mean: bool, slack: float) -> str:
+    """The loss whose gradient p is; a probability as the target of a single logit is not told from other losses."""
+    if _is_cross_entropy(x, p, mean, slack):
+        return "cross_entropy"
+    target = x.sigmoid() - p * _share(x[0], mean)
+    is_hard = torch.minimum(target.abs(), (target - 1).abs()).amax() < slack
+    return "binary_cross_entropy" if bool(is_hard) else "gradient"
+
+
+def _is_cross_entropy(x: Tensor, p: Tensor, mean: bool, slack: float) -> bool:
+    """Whether p = softmax - target, for any target that sums to one."""
     if x.ndim < 2 or x.shape[1] < 2:
-        return None
+        return False
+    target = x.softmax(1) - p * _share(x[0, 0], mean)
+    return bool(((target.sum(1) - 1).abs().amax() < slack) & (target.amin() > -slack))
+
+
+def _is_binary_cross_entropy(x: Tensor, p: Tensor, mean: bool, slack: float) -> bool:
+    """Whether p = sigmoid - target, for any target between 0 and 1."""
+    low, high = (x.sigmoid() - p * _share(x[0], mean)).aminmax()
+    return bool((low > -slack) & (high < 1 + slack))
+
+
+def _share(entries: Tensor, mean: bool) -> int:
+    """How many losses the loss of one sample is the mean of."""
+    return entries.numel() if mean else 1
+
+
+def _cross_entropy(x: Tensor, p: Tensor, mean: bool) -> Tensor:
+    """H p of ``nn.CrossEntropyLoss``."""
     shares = x.softmax(1)
-    target = shares - p
-    if not bool(((target.sum(1) - 1).abs().amax() < 1e-3) & (target.amin() > -1e-3)):
-        return None
-    return shares * (p - (shares * p).sum(1, keepdim=True))
+    return shares * (p - (shares * p).sum(1, keepdim=True)) / _share(x[0, 0], mean)
 
 
-def _binary_cross_entropy(x: Tensor, p: Tensor) -> Tensor | None:
-    """H p of ``nn.BCEWithLogitsLoss``, likewise."""
-    shares, size = torch.sigmoid(x), x[0].numel()
-    low, high = (shares - p * size).aminmax()
-    return shares * (1 - shares) * p / size if bool((low > -1e-3) & (high < 1 + 1e-3)) else None
+def _binary_cross_entropy(x: Tensor, p: Tensor, mean: bool) -> Tensor:
+    """H p of ``nn.BCEWithLogitsLoss``."""
+    shares = torch.sigmoid(x)
+    return shares * (1 - shares) * p / _share(x[0], mean)
 
 
-def _squares(x: Tensor, p: Tensor) -> Tensor:
+def _squares(x: Tensor, p: Tensor, mean: bool) -> Tensor:
     """H p of ``nn.MSELoss``."""
-    return 2 * p / x[0].numel()
+    return 2 * p / _share(x[0], mean)
 
 
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor | None]] = {
+LOSSES: dict[str, Callable[[Tensor, Tensor, bool], Tensor]] = {
     "cross_entropy": _cross_entropy,
     "binary_cross_entropy": _binary_cross_entropy,
     "squares": _squares,
+}
+_IS_OF: dict[str, Callable[[Tensor, Tensor, bool, float], bool]] = {
+    "cross_entropy": _is_cross_entropy,
+    "binary_cross_entropy": _is_binary_cross_entropy,
 }

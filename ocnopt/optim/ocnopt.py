@@ -60,12 +60,14 @@ class OCNOpt(torch.optim.Optimizer):
             block): "cooperative" they minimise jointly, "feedback" each answers to the past alone, "open_loop" none
             reckons with the others and nothing is fed back, anywhere.
         form: "batch": exact over the batch, in the span of the samples' costates; "sample": as published, sample by
-            sample with M in place of Q_uu; "gauss_newton": the joint step of all layers without a second pass.
+            sample with M in place of Q_uu; "gauss_newton": the joint step of all layers, of cooperative ones alone,
+            without a second pass.
         terminal: the loss's curvature along its gradient, which the backward pass does not tell: "cross_entropy",
             "binary_cross_entropy" (from logits), "squares" (``nn.MSELoss``), a function of the outputs x and the
             samples' gradients p, both of the outputs' shape, that returns the Hessian of each sample's loss times p, or
-            "gradient", the published factor p p^T alone. "auto" recognises the first two by their gradients, and else
-            takes the last.
+            "gradient", the published factor p p^T alone. "auto" recognises the first two by their gradients (the second
+            by targets 0 and 1), and else takes the last. A cross entropy times c < 1 passes for one of softer targets,
+            1/c times as curved: for such a loss give a function.
         scale: the share of p p^T beside that curvature; 0.03 if left out, 1 where there is no other.
         limit: the largest weight w of a sample; the smallest is 0.
         tikhonov: eps of the published V_xx + eps I, for form="sample".
@@ -129,7 +131,7 @@ class OCNOpt(torch.optim.Optimizer):
         check_choice("reduction", reduction, ("mean", "sum"))
         if not callable(terminal):
             check_choice("terminal", terminal, ("auto", "gradient", *LOSSES))
-        check_game(model, feedback, form, tikhonov)
+        check_game(model, feedback, form, game, tikhonov)
         if scale is not None:
             check_number("scale", scale, "a number >= 0")
         check_number("limit", limit, "a number >= 1", above=1.0)
@@ -200,9 +202,10 @@ class OCNOpt(torch.optim.Optimizer):
             closure: computes the loss again and calls backward; its value is returned.
 
         Raises:
-            NonFiniteError: a gradient is NaN or infinite; parameters and state are those before the step.
-            ProblemError: a gradient is sparse, other processes run beside this one, or the passes before this step
-                took different ways through the model.
+            NonFiniteError: a gradient is NaN or infinite; parameters and state are those before the step. Or the
+                cost-to-go is; then parameters are, but running means have taken the batch in.
+            ProblemError: a gradient is sparse, other processes run beside this one, the loss is not that of
+                ``terminal``, or the passes before this step took different ways through the model.
         """
         check_one_process()
         loss = None

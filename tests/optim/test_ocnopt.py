@@ -12,6 +12,7 @@ from torch.nn import functional
 import ocnopt as oc
 from ocnopt.differential.sweep import BellmanStep, CostToGo, bellman_step, sweep, sweep_path
 from ocnopt.linearise import expand_path, expand_terminal
+from ocnopt.optim.game import GAMES
 from ocnopt.paths import walk
 from ocnopt.staged import Widened
 from tests.oracles.compare import assert_close
@@ -236,8 +237,9 @@ def test_without_skips_the_graph_is_the_chain() -> None:
 
 
 @pytest.mark.parametrize("curvature", ["identity", "adaptive", "kronecker"])
-@pytest.mark.parametrize("form", ["batch", "sample", "gauss_newton"])
-@pytest.mark.parametrize("game", ["open_loop", "feedback", "cooperative"])
+@pytest.mark.parametrize(
+    ("form", "game"), [*itertools.product(("batch", "sample"), GAMES), ("gauss_newton", "cooperative")]
+)
 def test_every_form_learns(curvature: str, form: str, game: str) -> None:
     torch.manual_seed(6)
     model, x, y = Skips("inception"), torch.randn(16, 3), torch.randn(16, 2)

@@ -32,6 +32,10 @@ def net():
         ({"limit": 0.5}, r"limit is 0.5; expected a number >= 1"),
         ({"tikhonov": -1.0, "form": "sample"}, r"tikhonov is -1.0; expected a number >= 0"),
         ({"tikhonov": 0.1}, r"tikhonov=0.1 met form='batch'; expected form=\"sample\", .*, or tikhonov=0"),
+        (
+            {"form": "gauss_newton", "game": "feedback"},
+            r"game='feedback' met form=\"gauss_newton\", .*; expected game=",
+        ),
         ({"feedback": 1}, r"feedback is 1; expected True or False: False leaves the first-order method alone"),
         ({"curvature": "adam"}, r"curvature is 'adam'; expected 'identity' or 'adaptive' or 'kronecker'; did you"),
         ({"game": "cooperation"}, r"game is 'cooperation'; expected .*; did you mean 'cooperative'"),
@@ -213,6 +217,44 @@ def unseen_model(model, x):
 def by_hand(model, x):
     for p in model.parameters():
         p.grad = torch.ones_like(p)
+
+
+@pytest.mark.parametrize(
+    ("terminal", "message"),
+    [
+        ("cross_entropy", r"terminal='cross_entropy' met gradients at the outputs, of shape \(4, 2\), that are not"),
+        ("binary_cross_entropy", r"terminal='binary_cross_entropy' met gradients .* are not those of this loss; expe"),
+        (
+            lambda x, p: p[:, 0],
+            r"terminal returned a tensor of shape \(4,\); expected the Hessian .*, of shape \(4, 2\)",
+        ),
+        (lambda x, p: None, r"terminal returned NoneType; expected the Hessian of each sample's loss times p"),
+    ],
+)
+def test_a_terminal_that_is_not_that_of_the_loss(terminal, message):
+    model = net()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = OCNOpt(model, 0.1, terminal=terminal)
+    (10 * model(torch.randn(4, 3)).square().sum()).backward()
+    with pytest.raises(ProblemError, match=message):
+        optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_terminal_for_one_of_two_outputs():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(3, 2), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.one(x), self.two(x)
+
+    model = Two()
+    optimizer = OCNOpt(model, 0.1, terminal="squares")
+    sum(out.square().mean() for out in model(torch.randn(4, 3))).backward()
+    with pytest.raises(ProblemError, match=r"terminal='squares' met a loss of 2 outputs of the model; expected one"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("way", [unseen_model, by_hand])

@@ -1,12 +1,14 @@
 """OCNOpt in a user's hands: against torch's own methods, accumulated, scaled, resumed, copied, dropped."""
 
 import copy
+from itertools import product
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from ocnopt.optim.game import GAMES
 from ocnopt.optim.ocnopt import OCNOpt
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -113,8 +115,7 @@ def test_so_it_is_with_groups_and_schedulers(curvature, options, base, theirs):
     assert same(one, two)
 
 
-@pytest.mark.parametrize("game", ["open_loop", "feedback", "cooperative"])
-@pytest.mark.parametrize("form", ["batch", "sample", "gauss_newton"])
+@pytest.mark.parametrize(("form", "game"), [*product(("batch", "sample"), GAMES), ("gauss_newton", "cooperative")])
 @pytest.mark.parametrize(("curvature", "lr"), [("identity", 0.5), ("adaptive", 0.02), ("kronecker", 0.1)])
 def test_every_form_lowers_the_loss(curvature, lr, form, game):
     model = new(inplace=True)
@@ -125,6 +126,13 @@ def test_every_form_lowers_the_loss(curvature, lr, form, game):
     for v, w in optimizer.answers.values():
         assert v.shape == w.shape == (8,)
         assert ((w >= 0) & (w <= 2)).all()
+
+
+def test_published_layers_without_feedback_take_the_plain_step():
+    one, two = new(), new()
+    train(one, OCNOpt(one, 0.1, form="sample", game="open_loop"), 5)
+    train(two, OCNOpt(two, 0.1, feedback=False), 5)
+    assert differ(one, two) < 1e-12
 
 
 def test_in_place_operations_change_nothing():
