@@ -163,6 +163,8 @@ def _own(tape: Tape, call: Call) -> dict[str, Tensor] | None:
     shape = tape.shapes[z.index] if isinstance(z, Slot) else z.shape
     if len(own) != len(call.parameters) or len(shape) < 2 or shape[0] != tape.rows or not call.has_samples:
         return None
+    if call.function is functional.layer_norm and len(given["normalized_shape"]) >= len(shape):
+        return None  # over the samples too
     if call.function in _CONVOLUTIONS:
         weight = given["weight"]
         if len(shape) != len(tape.shapes[weight.index] if isinstance(weight, Slot) else weight.shape):

@@ -275,8 +275,8 @@ class Recorder(TorchFunctionMode):
                 raise ProblemError(
                     f"the operation {call.name!r} reads a tensor of shape {tuple(tensor.shape)} made by "
                     f"{tensor.grad_fn.name()}, which was not seen at work; expected torch operations: custom autograd "
-                    "functions, compiled or checkpointed parts and the adjoint of a NeuralODE cannot be followed; "
-                    'leave them out of the model, give the NeuralODE adjoint="backprop", or use feedback=False'
+                    "functions, compiled or checkpointed parts and the adjoints of a NeuralODE or RungeKuttaNet cannot "
+                    'be followed; leave them out of the model, give these adjoint="backprop", or use feedback=False'
                 )
             call.has_samples |= id(tensor) not in self._parameters and id(tensor) not in self._fixed
             return tensor, tensor

@@ -82,7 +82,7 @@ def check_one_process() -> None:
 
 def check_gradients(named: Iterable[tuple[str, Tensor]], step: int | None = None) -> None:
     """Refuse sparse gradients, and NaN or infinity."""
-    found = [(name, parameter.grad) for name, parameter in named if parameter.grad is not None]
+    found = [(name, parameter.grad) for name, parameter in named if parameter.grad is not None and parameter.numel()]
     sparse = [name for name, gradient in found if gradient.is_sparse]
     if sparse:
         raise ProblemError(

@@ -238,6 +238,11 @@ def _bend(x: Tensor, p: Tensor, rules: Rules) -> Tensor | None:
             raise ProblemError(
                 f"terminal returned {came}; expected the Hessian of each sample's loss times p, of shape {shape(p)}"
             )
+        if not bool(Hp.isfinite().all()):
+            raise NonFiniteError(
+                "terminal returned NaN or infinity; expected finite numbers, the Hessian of each sample's loss times "
+                "p, also where p is zero. Parameters are as before this step: catch this error to skip the batch"
+            )
     flat = p.reshape(len(p), -1)
     bend = (Hp.reshape(flat.shape) * flat).sum(1) / flat.square().sum(1).square()
     # where nothing pulls, nothing bends; a loss that bends down counts as straight

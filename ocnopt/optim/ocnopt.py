@@ -203,7 +203,7 @@ class OCNOpt(torch.optim.Optimizer):
 
         Raises:
             NonFiniteError: a gradient is NaN or infinite; parameters and state are those before the step. Or the
-                cost-to-go is; then parameters are, but running means have taken the batch in.
+                cost-to-go is, or what ``terminal`` returned; then parameters are, but running means know the batch.
             ProblemError: a gradient is sparse, other processes run beside this one, the loss is not that of
                 ``terminal``, or the passes before this step took different ways through the model.
         """

@@ -245,6 +245,11 @@ def test_a_layer_of_too_many_single_gradients_stands_aside(monkeypatch):
     assert [next(iter(player.parameters.values())) is model[2].weight for player in plan(tape).players] == [True]
 
 
+def test_a_norm_over_the_samples_is_no_player():
+    tape, _ = record(nn.LayerNorm((B, 4)), image())
+    assert not plan(tape).players
+
+
 def test_images_without_a_batch_have_no_players():
     tape, _ = record(nn.Conv2d(4, 2, 3), torch.randn(4, 5, 5))
     assert not plan(tape).players

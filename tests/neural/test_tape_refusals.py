@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ocnopt.errors import ProblemError
 from ocnopt.neural.neural_ode import NeuralODE
+from ocnopt.neural.runge_kutta_net import RungeKuttaNet
 from tests.neural.cases import Tanh
 from tests.neural.tapes import Model, N, inputs, record
 
@@ -111,9 +112,12 @@ def test_what_cannot_be_followed_is_refused(forward, message):
         record(model, inputs())
 
 
-def test_the_adjoint_of_a_neural_ode_is_refused():
-    model = nn.Sequential(nn.Linear(N, N), NeuralODE(Tanh(N), adjoint="continuous"), nn.Linear(N, 2))
+@pytest.mark.parametrize(
+    "inner", [NeuralODE(Tanh(N), adjoint="continuous"), RungeKuttaNet(N, 2, adjoint="discrete")], ids=["ode", "net"]
+)
+def test_an_adjoint_inside_is_refused(inner):
+    model = nn.Sequential(nn.Linear(N, N), inner, nn.Linear(N, 2)).double()
     with pytest.raises(
-        ProblemError, match='the adjoint of a NeuralODE cannot .* give the NeuralODE adjoint="backprop"'
+        ProblemError, match='the adjoints of a NeuralODE or RungeKuttaNet .* give these adjoint="backprop"'
     ):
         record(model, inputs())

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ocnopt.errors import ProblemError
+from ocnopt.errors import NonFiniteError, ProblemError
 from ocnopt.optim.ocnopt import OCNOpt
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -239,6 +239,24 @@ def test_a_terminal_that_is_not_that_of_the_loss(terminal, message):
     with pytest.raises(ProblemError, match=message):
         optimizer.step()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_terminal_that_is_not_finite():
+    model = net()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = OCNOpt(model, 0.1, terminal=lambda x, p: p * math.nan)
+    model(torch.randn(4, 3)).square().mean().backward()
+    with pytest.raises(NonFiniteError, match="terminal returned NaN or infinity; expected finite numbers"):
+        optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_parameters_without_entries():
+    model = nn.Sequential(net(), nn.Linear(2, 0))
+    optimizer = OCNOpt(model, 0.1, feedback=False)
+    model(torch.randn(4, 3)).sum().backward()
+    optimizer.step()
 
 
 def test_a_terminal_for_one_of_two_outputs():
