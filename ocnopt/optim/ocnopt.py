@@ -60,14 +60,12 @@ class OCNOpt(torch.optim.Optimizer):
             block): "cooperative" they minimise jointly, "feedback" each answers to the past alone, "open_loop" none
             reckons with the others and nothing is fed back, anywhere.
         form: "batch": exact over the batch, in the span of the samples' costates; "sample": as published, sample by
-            sample with M in place of Q_uu; "gauss_newton": the joint step of all layers, of cooperative ones alone,
-            without a second pass.
+            sample with M in place of Q_uu; "gauss_newton": the joint step of all (cooperative) layers in one pass.
         terminal: the loss's curvature along its gradient, which the backward pass does not tell: "cross_entropy",
             "binary_cross_entropy" (from logits), "squares" (``nn.MSELoss``), a function of the outputs x and the
             samples' gradients p, both of the outputs' shape, that returns the Hessian of each sample's loss times p, or
             "gradient", the published factor p p^T alone. "auto" recognises the first two by their gradients (the second
-            by targets 0 and 1), and else takes the last. A cross entropy times c < 1 passes for one of softer targets,
-            1/c times as curved: for such a loss give a function.
+            by targets 0 and 1), else takes the last; to a cross entropy times c < 1 it gives 1/c times its curvature.
         scale: the share of p p^T beside that curvature; 0.03 if left out, 1 where there is no other.
         limit: the largest weight w of a sample; the smallest is 0.
         tikhonov: eps of the published V_xx + eps I, for form="sample".
