@@ -224,6 +224,9 @@ class Recorder(TorchFunctionMode):
             given[0] = self._saved(given[0][0]), given[0][1]
         out = function(*(value for _, value in given), **{name: value for name, (_, value) in named.items()})
         made = [*tensors(out)]
+        if any(id(tensor) in self._parameters for tensor in made):
+            self._forget(call, place)
+            return out  # the parameter itself (p.float(), p.contiguous()): a hook on it would outlive the pass
         if not any(tensor.requires_grad for tensor in made):
             self._forget(call, place)
             if call.name == "__setitem__":

@@ -350,3 +350,22 @@ def test_a_cost_to_go_that_overflows_changes_nothing(game):
     ):
         optimizer.step()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Returned(nn.Module):
+    """A layer by function, whose weight passes an operation that returns it as it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(torch.tanh(nn.functional.linear(x, self.layer.weight.contiguous(), self.layer.bias)))
+
+
+def test_an_operation_that_returns_a_parameter_itself_leaves_no_pass_behind():
+    model = Returned()
+    optimizer, x = OCNOpt(model, 0.1), torch.randn(5, 3)
+    for _ in range(3):
+        step(optimizer, model, x)
+        assert [len(v) for v, _ in optimizer.answers.values()] == [5, 5]
