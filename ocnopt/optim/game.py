@@ -147,7 +147,9 @@ def _sweep(
     cause = None
     try:
         value, readouts = sweep(lambda group, value: _swept(group, value, rules, base), groups, end)
-        if bool(value.v.isfinite().all()):
+        # of players in open loop nothing reaches the value
+        alone = [answer.v for group in readouts for answer in group] if rules.game == "open_loop" else []
+        if all(bool(v.isfinite().all()) for v in (value.v, *alone)):
             return value, readouts
     except torch.linalg.LinAlgError as error:
         cause = error

@@ -9,10 +9,8 @@ last (:mod:`ocnopt.optim.game`): each meets the states that the layers before it
 where w = 1 is the step of the first-order method whose metric is M (:mod:`ocnopt.optim.metrics`).
 """
 
-import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from types import FrameType
 from typing import Any
 
 import torch
@@ -21,7 +19,6 @@ from torch.utils.hooks import RemovableHandle
 
 from ocnopt.checks import check_choice, check_model, check_number, check_options
 from ocnopt.differential.kronecker import is_gone, is_layer, release
-from ocnopt.neural.evaluation import Surroundings
 from ocnopt.neural.players import Plan, Player, plan, signature
 from ocnopt.neural.tape import Recorder, Tape
 from ocnopt.optim.checks import (
@@ -42,6 +39,7 @@ from ocnopt.optim.checks import (
 )
 from ocnopt.optim.game import FORMS, GAMES, LOSSES, Game, Rules, Terminal, Turn, ends, gathered, play, unscale
 from ocnopt.optim.metrics import BASES, Block, restore
+from ocnopt.optim.watch import Watch
 
 _PLANS = 64
 
@@ -220,6 +218,8 @@ class OCNOpt(torch.optim.Optimizer):
         device = next((p.device.type for p in groups), "cpu")
         with torch.autocast(device, enabled=False):
             self._move(tapes, groups)
+        for tape in tapes:  # whose graph may live on
+            tape.forget()
         return loss
 
     @property
@@ -298,7 +298,7 @@ class OCNOpt(torch.optim.Optimizer):
             self._plans[key] = plan(tape)
         return self._plans[key]
 
-    def _begin(self, tape: Tape) -> Recorder:
+    def begin(self, tape: Tape) -> Recorder:
         """A recorder for one forward pass, which does not keep this optimiser alive."""
         weak = weakref.ref(self)
 
@@ -309,7 +309,7 @@ class OCNOpt(torch.optim.Optimizer):
 
         return Recorder(tape, {id(p): p for group in self.param_groups for p in group["params"]}, begun)
 
-    def _end(self, tape: Tape) -> None:
+    def end(self, tape: Tape) -> None:
         """A recording is complete: keep what a step needs."""
         if tape.rows:
             tape.keep(self._plan(tape).kept(tape))
@@ -343,58 +343,3 @@ class OCNOpt(torch.optim.Optimizer):
         if found:
             self._named.update(found)
             warn_alone(found)
-
-
-class Watch:
-    """Hooks of a model that do not keep its optimiser alive; a copy of the model leaves them behind."""
-
-    def __init__(self, optimizer: OCNOpt | None = None) -> None:
-        self._optimizer = None if optimizer is None else weakref.ref(optimizer)
-        self._running: list[tuple[Recorder, Tape] | None] = []
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Watch, ()
-
-    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The forward pass begins: record it if gradients are wanted."""
-        optimizer = None if self._optimizer is None else self._optimizer()
-        self._abandon(model)
-        is_transformed = torch._C._functorch.peek_interpreter_stack() is not None
-        if optimizer is None or is_transformed or not torch.is_grad_enabled() or any(self._running):
-            self._running.append(None)
-            return
-        given = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), torch.empty(0))
-        surroundings = Surroundings(model, given.device)
-        surroundings.note_buffers()
-        tape = Tape(surroundings)
-        recorder = optimizer._begin(tape)
-        recorder.begin((args, kwargs))
-        self._running.append((recorder, tape))
-        recorder.__enter__()
-
-    def _abandon(self, model: nn.Module) -> None:
-        """Leave recordings that an interrupt (Ctrl-C runs no hook) has left open."""
-        if not self._running:
-            return
-        depth = -1
-        frame: FrameType | None = sys._getframe()
-        while frame is not None:
-            depth += frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is model
-            frame = frame.f_back
-        while len(self._running) > depth:
-            running = self._running.pop()
-            if running is not None:
-                running[0].leave()
-
-    def end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """The forward pass is over, or has failed."""
-        running = self._running.pop() if self._running else None
-        if running is None:
-            return None
-        recorder, tape = running
-        recorder.leave()
-        result = recorder.end(output)
-        optimizer = None if self._optimizer is None else self._optimizer()
-        if optimizer is not None:
-            optimizer._end(tape)
-        return result

@@ -332,7 +332,7 @@ def test_a_neural_ode_in_the_model():
     assert all(not torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("game", ["feedback", "cooperative"])
+@pytest.mark.parametrize("game", ["feedback", "cooperative", "open_loop"])
 def test_a_cost_to_go_that_overflows_changes_nothing(game):
     class Pair(nn.Module):
         def __init__(self):
@@ -369,3 +369,16 @@ def test_an_operation_that_returns_a_parameter_itself_leaves_no_pass_behind():
     for _ in range(3):
         step(optimizer, model, x)
         assert [len(v) for v, _ in optimizer.answers.values()] == [5, 5]
+
+
+def test_a_step_takes_a_pass_once():
+    """A graph that lives on is no second batch in the next step."""
+    torch.manual_seed(0)
+    model = net()
+    optimizer, x = OCNOpt(model, 0.1), torch.randn(4, 3)
+    kept = model(x).square().mean()
+    kept.backward(retain_graph=True)
+    optimizer.step()
+    assert {len(w) for _, w in optimizer.answers.values()} == {4}
+    step(optimizer, model, torch.randn(5, 3))
+    assert {len(w) for _, w in optimizer.answers.values()} == {5}
