@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from ocnopt.checks import check_choice, check_count, check_number, listed
+from ocnopt.checks import check_choice, check_count, check_number, check_options, listed
 from ocnopt.differential.kronecker import LAYERS, Layer, as_matrix, is_layer
 from ocnopt.errors import NonFiniteError, ProblemError
 from ocnopt.neural.neural_ode import NeuralODE
@@ -83,7 +83,7 @@ def check_one_process() -> None:
 def check_gradients(named: Iterable[tuple[str, Tensor]], step: int | None = None) -> None:
     """Refuse sparse gradients, and NaN or infinity."""
     found = [(name, parameter.grad) for name, parameter in named if parameter.grad is not None and parameter.numel()]
-    sparse = [name for name, gradient in found if gradient.is_sparse]
+    sparse = [name for name, gradient in found if gradient.layout is not torch.strided]
     if sparse:
         raise ProblemError(
             f"the gradients of {listed(sparse)} are sparse; expected dense ones: build the layer with sparse=False"
@@ -94,7 +94,7 @@ def check_gradients(named: Iterable[tuple[str, Tensor]], step: int | None = None
         raise NonFiniteError(
             f"the gradients of {listed(names)} hold NaN or infinity{'' if step is None else f' at step {step}'}; "
             "expected finite numbers. Parameters and state are as before this step: catch this error to skip it; "
-            "if it comes again, lower lr or raise damping"
+            "if it comes again, lower lr, or raise the damping if there is one"
         )
 
 
@@ -121,6 +121,18 @@ def not_a_group(group: object, error: Exception) -> ProblemError:
         f"a group of param_groups is {came}, which torch refuses ({error}); expected parameters of the model with "
         'options of their own: {"params": model.head.parameters(), "lr": 0.001}'
     )
+
+
+def add_group(optimizer: torch.optim.Optimizer, group: Any, names: Mapping[Tensor, str]) -> None:
+    """Let torch read a group of parameters, and keep it if it is one of the model's, whose names are given."""
+    try:
+        torch.optim.Optimizer.add_param_group(optimizer, group)
+    except (KeyError, TypeError) as error:
+        raise not_a_group(group, error) from error
+    read = optimizer.param_groups.pop()
+    check_options(read)
+    check_known(read["params"], names)
+    optimizer.param_groups.append(read)
 
 
 def check_groups(groups: Iterable[Mapping[str, Any]]) -> None:

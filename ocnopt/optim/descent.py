@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ocnopt.checks import check_choice, check_number, listed
-from ocnopt.errors import NonFiniteError, ProblemError
+from ocnopt.errors import ProblemError
+from ocnopt.optim.checks import check_gradients
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def found_gradients(optimizer: Descent) -> list[Moved]:
         if live:
             parameters = [parameter for parameter, _ in live]
             found.append(Moved(group, parameters, [p.grad for p in parameters], [name for _, name in live]))
-    _check_gradients([item for moved in found for item in zip(moved.names, moved.gradients, strict=True)])
+    check_gradients(item for moved in found for item in zip(moved.names, moved.parameters, strict=True))
     return found
 
 
@@ -129,19 +130,3 @@ def _check_option(what: str, value: object, expected: Number | type | tuple[str,
         check_choice(what, value, expected)
     elif not isinstance(value, expected):
         raise ProblemError(f"{what} is {value!r}; expected a {expected.__name__}: leave it out for the default")
-
-
-def _check_gradients(named: list[tuple[str, Tensor]]) -> None:
-    sparse = [name for name, gradient in named if gradient.layout is not torch.strided]
-    if sparse:
-        raise ProblemError(
-            f"the gradients of {listed(sparse)} are sparse; expected dense ones: build the layer with sparse=False"
-        )
-    if named:
-        sizes = torch._foreach_norm([gradient for _, gradient in named], math.inf)
-        if not bool(torch.stack([size.to(sizes[0]) for size in sizes]).isfinite().all()):
-            names = [name for (name, _), size in zip(named, sizes, strict=True) if not bool(size.isfinite())]
-            raise NonFiniteError(
-                f"the gradients of {listed(names)} hold NaN or infinity; expected finite numbers. Parameters and state "
-                "are as before this step: catch this error to skip the batch; if it comes again, lower lr"
-            )

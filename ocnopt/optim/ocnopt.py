@@ -17,22 +17,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ocnopt.checks import check_choice, check_model, check_number, check_options
+from ocnopt.checks import check_choice, check_model, check_number
 from ocnopt.differential.kronecker import is_gone, is_layer, release
 from ocnopt.neural.players import Plan, Player, plan, signature
 from ocnopt.neural.tape import Recorder, Tape
 from ocnopt.optim.checks import (
+    add_group,
     check_game,
     check_gradients,
     check_groups,
-    check_known,
     check_not_parallel,
     check_one_process,
     check_options_of,
     check_outputs,
     check_scale,
     check_tapes,
-    not_a_group,
     read_groups,
     warn_alone,
     warn_unrecorded,
@@ -171,14 +170,7 @@ class OCNOpt(torch.optim.Optimizer):
         Raises:
             ProblemError: an option is out of range, or a parameter is not one of the model's.
         """
-        try:
-            super().add_param_group(param_group)
-        except (KeyError, TypeError) as error:
-            raise not_a_group(param_group, error) from error
-        group = self.param_groups.pop()
-        check_options(group)
-        check_known(group["params"], {p: name for name, p in self._model.named_parameters()})
-        self.param_groups.append(group)
+        add_group(self, param_group, {p: name for name, p in self._model.named_parameters()})
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a state that :meth:`state_dict` returned.

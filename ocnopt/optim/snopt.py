@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ocnopt.checks import check_choice, check_model, check_options
+from ocnopt.checks import check_choice, check_model
 from ocnopt.differential.kronecker import (
     Basis,
     Collector,
@@ -37,17 +37,16 @@ from ocnopt.differential.kronecker import (
 from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.optim.checks import (
     Block,
+    add_group,
     check_fields,
     check_gradients,
     check_groups,
-    check_known,
     check_not_parallel,
     check_one_process,
     check_refreshes,
     check_state,
     find_blocks,
     is_live,
-    not_a_group,
     read_groups,
     warn_first_order,
     warn_unseen,
@@ -156,14 +155,7 @@ class SNOpt(torch.optim.Optimizer):
         Raises:
             ProblemError: an option is out of range, or a parameter is not one of the model's.
         """
-        try:
-            super().add_param_group(param_group)
-        except (KeyError, TypeError) as error:
-            raise not_a_group(param_group, error) from error
-        group = self.param_groups.pop()
-        check_options(group)
-        check_known(group["params"], self._names())
-        self.param_groups.append(group)
+        add_group(self, param_group, self._names())
         if self._is_ready:
             self._find_blocks()
 

@@ -15,21 +15,9 @@ from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.neural.tape import Tape
 from ocnopt.optim.ocnopt import OCNOpt
 from tests.neural.cases import Tanh
-from tests.optim.test_ocnopt_use import data, new, same, train
+from tests.optim.test_ocnopt_use import data, net, new, same, step, train
 
 pytestmark = pytest.mark.usefixtures("float64")
-
-
-def step(optimizer, model, *args):
-    optimizer.zero_grad()
-    value = model(*args).square().sum(1).mean()
-    value.backward()
-    optimizer.step()
-    return value.item()
-
-
-def net():
-    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
 
 
 def alive():

@@ -11,21 +11,9 @@ from torch.nn.functional import cross_entropy
 from ocnopt.errors import ProblemError
 from ocnopt.neural.tape import Tape
 from ocnopt.optim.ocnopt import OCNOpt
-from tests.optim.test_ocnopt_use import data, differ, new
+from tests.optim.test_ocnopt_use import data, differ, net, new, step
 
 pytestmark = pytest.mark.usefixtures("float64")
-
-
-def step(optimizer, model, *args):
-    optimizer.zero_grad()
-    value = model(*args).square().sum(1).mean()
-    value.backward()
-    optimizer.step()
-    return value.item()
-
-
-def net():
-    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
 
 
 def tapes():

@@ -46,6 +46,18 @@ def new(**options):
     return Residual(**options)
 
 
+def step(optimizer, model, *args):
+    optimizer.zero_grad()
+    value = model(*args).square().sum(1).mean()
+    value.backward()
+    optimizer.step()
+    return value.item()
+
+
+def net():
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+
 def train(model, optimizer, count, scheduler=None, batch=data):
     losses = []
     for k in range(count):
@@ -170,14 +182,6 @@ def test_weight_and_bias_of_different_groups_both_move():
         step(optimizer, model, torch.randn(4, 3))
     assert not torch.equal(model.weight, before.weight)
     torch.testing.assert_close(model.bias, before.bias - 0.01 * model.bias.grad)
-
-
-def step(optimizer, model, *args):
-    optimizer.zero_grad()
-    value = model(*args).square().sum(1).mean()
-    value.backward()
-    optimizer.step()
-    return value
 
 
 @pytest.mark.parametrize("curvature", ["identity", "adaptive", "kronecker"])
