@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ocnopt.checks import check_choice, check_model, check_number
-from ocnopt.differential.kronecker import is_gone, is_layer, release
+from ocnopt.differential.kronecker import Layer, is_gone, is_layer, release
 from ocnopt.neural.players import Plan, Player, plan, signature
 from ocnopt.neural.tape import Recorder, Tape
 from ocnopt.optim.checks import (
@@ -145,6 +145,7 @@ class OCNOpt(torch.optim.Optimizer):
         self._tapes: list[Tape] = []
         self.answers: dict[str, tuple[Tensor, Tensor]] = {}
         self._names: dict[int, str] = {}
+        self._layers: dict[int, Layer] = {}
         self._plans: dict[object, Plan] = {}
         self._named: set[str] = set()
         self._handles: list[RemovableHandle] = []
@@ -204,6 +205,7 @@ class OCNOpt(torch.optim.Optimizer):
         groups = {p: group for group in self.param_groups for p in group["params"] if p.grad is not None}
         if any(id(p) not in self._names for p in groups):
             self._names = {id(p): name for name, p in self._model.named_parameters()}
+            self._layers = {id(m.weight): m for m in self._model.modules() if is_layer(m)}
         if not self._unscale(tapes, groups):
             return loss
         check_gradients((self._names.get(id(p), "no longer in the model"), p) for p in groups)
@@ -274,7 +276,7 @@ class OCNOpt(torch.optim.Optimizer):
             return None
         block = self._block([*own.values()], groups)
         if self._curvature == "kronecker" and "weight" in own:
-            layer = next((m for m in self._model.modules() if is_layer(m) and m.weight is own["weight"]), None)
+            layer = self._layers.get(id(own["weight"]))
             block.seen = None if layer is None else (layer, *ends(player, tapes, mean=self._rules.mean))
         return Turn(player, block, found)
 
