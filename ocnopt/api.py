@@ -24,10 +24,12 @@ from ocnopt.optim.horizon_policy import HorizonPolicy as HorizonPolicy
 from ocnopt.optim.ocnopt import OCNOpt as OCNOpt
 from ocnopt.optim.snopt import SNOpt as SNOpt
 from ocnopt.solvers import Comparison as Comparison
+from ocnopt.solvers import Prepared as Prepared
 from ocnopt.solvers import Solution as Solution
 from ocnopt.solvers import compare as compare
 from ocnopt.solvers import load_solution as load_solution
+from ocnopt.solvers import prepare as prepare
 from ocnopt.solvers import solve as solve
 from ocnopt.staged import Stage as Stage
 from ocnopt.staged import StagedOCP as StagedOCP
-from ocnopt.staged import transcribe as transcribe
+from ocnopt.transcription import transcribe as transcribe

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocnopt import checks, problem_checks
+from ocnopt import captured, checks, problem_checks
 from ocnopt.checks import Bounds
 from ocnopt.errors import ProblemError
 
@@ -105,6 +105,9 @@ class OCP:
         parameter_bounds: likewise, ``(q,)``.
         path_constraint: ``c(t, x, u[, p]) -> (..., c)``, <= 0 at every node.
         terminal_constraint: ``e(T, x[, p]) -> (..., e)``, == 0.
+        data: tensors that the functions capture and that may change in place between solves of a prepared problem (a
+            reference, a mass). Those whose leading axes are the batch's belong to one problem each. Any other captured
+            tensor counts as a constant.
         initial_guess: where solvers start unless told otherwise; a mapping with any of ``controls``, ``states``,
             ``parameters``, ``horizon``, or a function of the number of steps that returns one.
         dtype: of all tensors.
@@ -131,6 +134,7 @@ class OCP:
     parameter_bounds: Bounds | None
     path_constraint: Function | None
     terminal_constraint: Function | None
+    data: tuple[Tensor, ...]
     initial_guess: Any
     dtype: torch.dtype
     parameters_broadcast: bool = field(init=False)
@@ -150,6 +154,7 @@ class OCP:
         parameter_bounds: Any = None,
         path_constraint: Function | None = None,
         terminal_constraint: Function | None = None,
+        data: Any = (),
         initial_guess: Mapping[str, Any] | Function | None = None,
         dtype: torch.dtype = torch.float64,
     ) -> None:
@@ -167,11 +172,13 @@ class OCP:
         q = self.parameter_dim
         put(self, "control_bounds", checks.bounds("control_bounds", control_bounds, control_dim, dtype, x0.device))
         put(self, "parameter_bounds", checks.bounds("parameter_bounds", parameter_bounds, q, dtype, x0.device))
+        put(self, "data", captured.check_data(data, dtype, x0.device))
         put(self, "initial_guess", checks.start_guess(initial_guess))
         put(self, "dtype", dtype)
         end = self.horizon.initial if isinstance(self.horizon, FreeHorizon) else self.horizon.t1
         problem_checks.check_order(self, end)
-        put(self, "parameters_broadcast", problem_checks.check_functions(self, end))
+        with captured.must_be_read(self.data):
+            put(self, "parameters_broadcast", problem_checks.check_functions(self, end))
 
     @property
     def state_dim(self) -> int:

@@ -15,19 +15,22 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ocnopt import checks, problem_checks
+from ocnopt.captured import of_problems, substituted
 from ocnopt.staged import Series, StagedOCP, Widened, step_number, step_numbers
 
 
 class Path(NamedTuple):
     """A path with time in front: states ``(N + 1, *lead, n)``, controls ``(N, *lead, m)``, cost ``(*lead)``.
 
-    Gaps f(x_k, u_k) - x_{k+1} are ``(N, *lead, n)``, or None where the path obeys the dynamics.
+    Gaps f(x_k, u_k) - x_{k+1} are ``(N, *lead, n)``, or None where the path obeys the dynamics. ``rows`` says which
+    problems of the batch these are, ``(*lead)``; None where they are all.
     """
 
     states: Tensor
     controls: Tensor
     cost: Tensor
     gaps: Tensor | None = None
+    rows: Tensor | None = None
 
 
 class Rollout(NamedTuple):
@@ -133,20 +136,26 @@ def rows_stand_alone(wide: Widened) -> bool:
     """
     if not wide.problem.batch_shape:
         return True
-    first = wide.join([wide.problem.initial_state], wide.problem.start_parameters())[0].flatten(0, -2)
-    z = problem_checks.nearby(first)
-    order = torch.arange(-1, len(z), device=z.device) % len(z)
+    problem, batch, axes = wide.problem, wide.problem.batch_shape, len(wide.problem.batch_shape)
+    first = wide.join([problem.initial_state], problem.start_parameters())[0].flatten(0, -2)
+    z, u = problem_checks.nearby(first), first.new_zeros(len(first), wide.m)
+    near = [problem_checks.nearby(v.detach()) for v in problem.data]
+    alone, moved = torch.arange(len(z), device=z.device), torch.arange(-1, len(z), device=z.device) % len(z)
+
+    def values(rows: Tensor) -> list[Tensor]:
+        data = of_problems(near, batch, lambda v: v.flatten(0, axes - 1)[rows])
+        table = None if problem.step_data is None else problem.step_data.flatten(1, axes)[:, rows]
+        own = Widened(problem.altered(step_data=table))
+        with substituted(problem.data, data):
+            found = [own.terminal(z[rows]), own.end_error(z[rows])]
+            for group in own.groups:
+                k = step_number(group, group.start, z)
+                found += [*own.advance(group, k, z[rows], u[rows]), own.path_excess(group, k, z[rows], u[rows])]
+            return found
+
     try:
-        for group in wide.groups:
-            u = z.new_zeros(len(z), wide.m)
-            k = step_number(group, group.start, z)
-            alone, moved = (
-                torch.cat([v if v.ndim > 1 else v[:, None] for v in wide.advance(group, k, zs, us)], -1)
-                for zs, us in ((z, u), (z[order], u[order]))
-            )
-            if not torch.allclose(alone[order], moved, equal_nan=True):
-                return False
-        return torch.allclose(wide.terminal(z)[order], wide.terminal(z[order]), equal_nan=True)
+        pairs = zip(values(alone), values(moved), strict=True)
+        return all(torch.allclose(value[moved], other, equal_nan=True) for value, other in pairs)
     except Exception:
         # whatever a function of the user's makes of rows that it did not expect
         return False

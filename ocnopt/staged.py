@@ -1,4 +1,4 @@
-r"""Problems in discrete time, and the way from continuous time to them.
+r"""Problems in discrete time.
 
 Minimise   Phi(x_N, p) + sum_k l_k(x_k, u_k, p)   subject to   x_{k+1} = f_k(x_k, u_k, p),   x_0 given,   k = 0..N-1.
 
@@ -10,6 +10,7 @@ A static control is a state whose first value is free: :class:`Widened` appends 
 and staged controls needs nothing else.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,22 +19,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ocnopt import checks, staged_checks
+from ocnopt import captured, checks, staged_checks
 from ocnopt.errors import ProblemError
-from ocnopt.integrate.runge_kutta import combine, stages
-from ocnopt.integrate.tableaus import get_tableau
-from ocnopt.ocp import OCP, Function, Lifted, lift
+from ocnopt.ocp import Function, Lifted
 
 Index = int | Tensor
 Series = Tensor | Sequence[Tensor]  # stacked over time, or step by step where sizes vary
-Advance = Callable[[Index, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Advance = Callable[..., tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class Stage:
     """One stage: ``dynamics(k, x, u[, p]) -> x_next`` and ``cost(k, x, u[, p])``, none means zero; m = ``control_dim``.
 
-    ``joint(k, x, u, p) -> (x_next, cost)`` replaces both where they share work.
+    ``joint(k, x, u, p) -> (x_next, cost)`` replaces both where they share work; with ``step_data`` it takes the step's
+    row of it as one argument more.
     """
 
     dynamics: Function | None
@@ -70,6 +70,7 @@ class StagedOCP:
         parameter_bounds: likewise, ``(q,)``.
         path_constraint: ``c(k, x, u[, p]) -> (..., c)``, <= 0 at the nodes 0..N-1, and at N with the last control.
         terminal_constraint: ``e(x[, p]) -> (..., e)``, == 0.
+        data: captured tensors that may change in place between solves, as in :class:`ocnopt.OCP`.
         initial_guess: as in :class:`ocnopt.OCP`.
         dtype: of all tensors.
         origin: the continuous problem this one was transcribed from.
@@ -91,9 +92,12 @@ class StagedOCP:
     parameter_bounds: checks.Bounds | None
     path_constraint: Function | None
     terminal_constraint: Function | None
+    data: tuple[Tensor, ...]
     initial_guess: Any
     dtype: torch.dtype
     origin: Lifted | None
+    step_data: Tensor | None = field(init=False, default=None)
+    """What each step and the end are given besides, ``(N + 1, *batch, s)``: see :meth:`altered`."""
     state_sizes: tuple[int, ...] = field(init=False)
     """n at each of the N + 1 nodes."""
 
@@ -109,6 +113,7 @@ class StagedOCP:
         parameter_bounds: Any = None,
         path_constraint: Function | None = None,
         terminal_constraint: Function | None = None,
+        data: Any = (),
         initial_guess: Mapping[str, Any] | Function | None = None,
         dtype: torch.dtype = torch.float64,
         origin: Lifted | None = None,
@@ -127,10 +132,26 @@ class StagedOCP:
         put(self, "parameter_bounds", checks.bounds("parameter_bounds", parameter_bounds, q, dtype, x0.device))
         put(self, "path_constraint", path_constraint)
         put(self, "terminal_constraint", terminal_constraint)
+        put(self, "data", captured.check_data(data, dtype, x0.device))
         put(self, "initial_guess", checks.start_guess(initial_guess))
         put(self, "dtype", dtype)
         put(self, "origin", origin)
-        put(self, "state_sizes", staged_checks.check_stages(self) if origin is None else (n,) * (self.steps + 1))
+        put(self, "step_data", None)
+        put(self, "state_sizes", (n,) * (self.steps + 1))
+        if origin is None:
+            with captured.must_be_read(self.data):
+                put(self, "state_sizes", staged_checks.check_stages(self))
+
+    def altered(self, **changes: Any) -> "StagedOCP":
+        """The same problem with some attributes replaced, unchecked: another initial state, other ``step_data``.
+
+        With ``step_data (N + 1, *batch, s)`` every stage is a joint one that takes its row ``(*batch, s)`` as last
+        argument, and so does the terminal cost, which gets the last row.
+        """
+        other = copy.copy(self)
+        for name, value in changes.items():
+            object.__setattr__(other, name, value)
+        return other
 
     @property
     def steps(self) -> int:
@@ -167,21 +188,33 @@ class StagedOCP:
         numbers = torch.arange(self.steps + 1, dtype=p.dtype, device=p.device)
         return numbers if self.origin is None else self.origin.times(self.steps, p)
 
-    def advance(self, stage: Stage, k: Index, x: Tensor, u: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-        """One step: the next state and the stage's cost, shaped like ``x[..., 0]``."""
+    def advance(
+        self, stage: Stage, k: Index, x: Tensor, u: Tensor, p: Tensor, row: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """One step: the next state and the stage's cost, shaped like ``x[..., 0]``.
+
+        A ``row`` stands in for the step's own of ``step_data``.
+        """
         if stage.joint is not None:
-            return stage.joint(k, x, u, p)
+            return stage.joint(k, x, u, p, *self._given(k, row))
         extra = () if self.parameters is None else (p,)
         cost = x.new_zeros(()) if stage.cost is None else stage.cost(k, x, u, *extra)
         # a Stage without joint always has dynamics: check_stages refuses any other.
         x_next: Tensor = stage.dynamics(k, x, u, *extra)  # type: ignore[misc]
         return x_next, torch.as_tensor(cost, dtype=x.dtype, device=x.device).expand(x.shape[:-1])
 
-    def terminal(self, x: Tensor, p: Tensor) -> Tensor:
-        """Phi(x_N, p), shaped like ``x[..., 0]``."""
+    def _given(self, k: Index, row: Tensor | None) -> tuple[Tensor, ...]:
+        """The row of step_data for one step, or the rows for several along the axis in front of the batch."""
+        if self.step_data is None:
+            return ()
+        return (self.step_data[k if isinstance(k, int) or k.ndim == 0 else k.reshape(-1)] if row is None else row,)
+
+    def terminal(self, x: Tensor, p: Tensor, row: Tensor | None = None) -> Tensor:
+        """Phi(x_N, p), shaped like ``x[..., 0]``; ``row`` of step_data if not its own."""
         if self.terminal_cost is None:
             return x.new_zeros(x.shape[:-1])
-        value = self.terminal_cost(x) if self.parameters is None else self.terminal_cost(x, p)
+        extra = () if self.parameters is None else (p,)
+        value = self.terminal_cost(x, *extra, *self._given(-1, row))
         return torch.as_tensor(value, dtype=x.dtype, device=x.device).expand(x.shape[:-1])
 
     def path_excess(self, k: Index, x: Tensor, u: Tensor, p: Tensor) -> Tensor:
@@ -215,65 +248,6 @@ def _groups(stages: Any, steps: Any) -> tuple[Group, ...]:
     if steps is not None and steps != len(stages):
         raise ProblemError(f"{len(stages)} stages came with steps={steps}; expected no steps= beside a sequence")
     return tuple(Group(stage, k, k + 1, single=True) for k, stage in enumerate(stages))
-
-
-def transcribe(problem: OCP, steps: int, integrator: str = "rk4") -> StagedOCP:
-    """Cut a continuous problem into N equal steps, each with one constant control.
-
-    The integrator's stages integrate the running cost along with the state.
-
-    Args:
-        problem: the continuous problem; a free T becomes the last static control.
-        steps: N.
-        integrator: "euler", "midpoint", "rk4", or any tableau of :mod:`ocnopt.integrate.tableaus`.
-
-    Returns:
-        The discrete problem; its ``origin`` is the lifted continuous one.
-
-    Raises:
-        ProblemError: steps < 1, or an unknown integrator.
-    """
-    steps = checks.whole("steps", steps, 1)
-    tableau = get_tableau(integrator)
-    lifted = lift(problem)
-    h = (lifted.t1 - lifted.t0) / steps
-
-    def time(k: Index, x: Tensor) -> float | Tensor:
-        # an integer tensor times a float would be float32
-        return lifted.t0 + h * (k if isinstance(k, int) else k.to(x.dtype))
-
-    def joint(k: Index, x: Tensor, u: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-        seen = stages(tableau, lifted.field(u, p), time(k, x), h, x)
-        if problem.running_cost is None:
-            return combine(x, h, tableau.b, seen.slopes), x.new_zeros(x.shape[:-1])
-        used = [i for i, b in enumerate(tableau.b) if b != 0.0]
-        costs = [lifted.running_cost(seen.times[i], seen.points[i], u, p) for i in used]
-        zero = x.new_zeros(x.shape[:-1])
-        return combine(x, h, tableau.b, seen.slopes), combine(zero, h, [tableau.b[i] for i in used], costs)
-
-    has_parameters = lifted.parameter_dim > 0
-    along = problem.path_constraint and (lambda k, x, u, p: lifted.path_constraint(time(k, x), x, u, p))
-    return StagedOCP(
-        Stage(None, None, problem.control_dim, joint),
-        problem.terminal_cost and _arity(lifted.terminal_cost, has_parameters),
-        initial_state=problem.initial_state,
-        steps=steps,
-        parameters=lifted.parameters if has_parameters else None,
-        control_bounds=problem.control_bounds,
-        parameter_bounds=lifted.parameter_bounds,
-        path_constraint=along and _arity(along, has_parameters),
-        terminal_constraint=problem.terminal_constraint and _arity(lifted.terminal_constraint, has_parameters),
-        initial_guess=problem.initial_guess,
-        dtype=problem.dtype,
-        origin=lifted,
-    )
-
-
-def _arity(function: Function, has_parameters: bool) -> Function:
-    """A lifted function as a StagedOCP has it: p is an argument only where the problem has one."""
-    if has_parameters:
-        return function
-    return lambda *arguments: function(*arguments, arguments[-1].new_zeros(0))
 
 
 class Widened:

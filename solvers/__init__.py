@@ -11,5 +11,7 @@ from ocnopt.solvers.direct.casadi_solver import CasADi as CasADi
 from ocnopt.solvers.solution import Gains as Gains
 from ocnopt.solvers.solution import Solution as Solution
 from ocnopt.solvers.solution import load_solution as load_solution
+from ocnopt.solvers.solve import Prepared as Prepared
 from ocnopt.solvers.solve import Solver as Solver
+from ocnopt.solvers.solve import prepare as prepare
 from ocnopt.solvers.solve import solve as solve

@@ -8,8 +8,9 @@ import torch
 
 from ocnopt.errors import OcnoptError, ProblemError
 from ocnopt.ocp import OCP
+from ocnopt.solvers.guess import read_guess
 from ocnopt.solvers.solution import Solution, nodes_of
-from ocnopt.solvers.solve import Solver, make_solution, make_solver, read_guess, read_problem
+from ocnopt.solvers.solve import Solver, make_solution, make_solver, read_problem
 from ocnopt.staged import StagedOCP
 
 HEAD = ("solver", "cost", "T", "iterations", "time [s]", "build [s]", "max |dx|", "converged")

@@ -107,10 +107,11 @@ class Start:
             first, controls = first[rows], controls[:, rows]
             states = None if states is None else states[:, rows]
         self.next = self.count if not self.split else self.next + len(rows)
+        own = rows.to(first.device) if self.split else None
         if states is None:
-            path = roll_controls(self.kernel, first, controls, self.q)
+            path = roll_controls(self.kernel, first, controls, self.q, own)
         else:
-            path = self.kernel.evaluate(states, controls)
+            path = self.kernel.evaluate(states, controls, own)
         zero, count = torch.zeros_like(path.cost), torch.zeros_like(path.cost, dtype=torch.int64)
         finite = torch.isfinite(path.cost) & torch.isfinite(path.states).all(-1).all(0)
         if path.gaps is not None:
@@ -123,15 +124,15 @@ class Start:
         return Iterate(*path, zero), progress
 
 
-def roll_controls(kernel: Kernel, first: Tensor, controls: Tensor, q: int) -> Path:
-    """The path of given controls."""
+def roll_controls(kernel: Kernel, first: Tensor, controls: Tensor, q: int, rows: Tensor | None) -> Path:
+    """The path of given controls, for those rows of the batch."""
     lead = first.shape[:-1]
     k, nothing = torch.zeros_like(controls), first.new_zeros(lead)
     K = controls.new_zeros((*controls.shape, first.shape[-1]))
     states = first.expand(len(controls) + 1, *first.shape)
     still = Direction(k, K, states, first.new_zeros((*lead, q)), nothing, nothing, nothing == 0)
-    trial = kernel.roll_out(Path(states, controls, nothing, None), still, first.new_zeros(1))
-    return Path(trial.states[:, 0], trial.controls[:, 0], trial.cost[0], None)
+    trial = kernel.roll_out(Path(states, controls, nothing, None, rows), still, first.new_zeros(1))
+    return Path(trial.states[:, 0], trial.controls[:, 0], trial.cost[0], None, rows)
 
 
 @dataclass(frozen=True)
@@ -173,18 +174,24 @@ class DDP:
                 torch.inference_mode() is on.
             NonFiniteError: the first path of a single problem is not finite.
         """
+        prepared = self.prepare(problem, guess)
+        return prepared.search(problem, guess, progress=progress)._replace(build_time=prepared.build_time)
+
+    def prepare(self, problem: StagedOCP, guess: Guess) -> "PreparedDDP":
+        """Choose and build the kernel; the guess says near which controls lowered functions are compared with torch.
+
+        Raises:
+            ProblemError: as for :meth:`solve`.
+        """
         can_differentiate()
         no_constraints(problem, "ddp")
         began = time.perf_counter()
         with torch.no_grad():
-            wide = Widened(problem)
-            kernel = self._kernel(wide, guess)
-            built = time.perf_counter()
-            start, history = Start(wide, kernel, guess), History(progress)
-            ended = self._search(kernel, start, history)
-        return _result(wide, ended, kernel, history, (built - began, time.perf_counter() - built))
+            kernel = self.make_kernel(Widened(problem), guess)
+        return PreparedDDP(self, kernel, time.perf_counter() - began)
 
-    def _kernel(self, wide: Widened, guess: Guess) -> Kernel:
+    def make_kernel(self, wide: Widened, guess: Guess) -> Kernel:
+        """What the iterations run on."""
         if self.kernel == "lowered" or (self.kernel == "auto" and fits(wide.problem) is None):
             from ocnopt.solvers.lowered.kernel import LoweredKernel
 
@@ -195,7 +202,7 @@ class DDP:
                     raise
         return TorchKernel(wide)
 
-    def _search(self, kernel: Kernel, start: Start, history: History) -> list[tuple[Iterate, Progress, Direction]]:
+    def search(self, kernel: Kernel, start: Start, history: History) -> list[tuple[Iterate, Progress, Direction]]:
         """Work on a window of problems until all have ended."""
         ended: list[tuple[Iterate, Progress, Direction]] = []
         iterate, progress = start.admit(self.regularisation, kernel.window)
@@ -230,12 +237,39 @@ class DDP:
                 iterate = iterate._replace(gaps=None)
 
 
+@dataclass(frozen=True)
+class PreparedDDP:
+    """A solver for one problem, whose initial state, data and ``step_data`` may change."""
+
+    solver: DDP
+    kernel: Kernel
+    build_time: float
+
+    def solve(self, problem: StagedOCP, guess: Guess, *, progress: bool = False) -> Result:
+        """Solve the problem as it is now.
+
+        Raises:
+            ProblemError: something else of it has changed.
+            NonFiniteError: as for :meth:`DDP.solve`.
+        """
+        self.kernel.refresh(problem)
+        return self.search(problem, guess, progress=progress)
+
+    def search(self, problem: StagedOCP, guess: Guess, *, progress: bool = False) -> Result:
+        """Solve the problem that the kernel was built or refreshed for."""
+        began = time.perf_counter()
+        with torch.no_grad():
+            wide, history = Widened(problem), History(progress)
+            ended = self.solver.search(self.kernel, Start(wide, self.kernel, guess), history)
+        return _result(wide, ended, self.kernel, history, time.perf_counter() - began)
+
+
 def _result(
     wide: Widened,
     ended: list[tuple[Iterate, Progress, Direction]],
     kernel: Kernel,
     history: History,
-    times: tuple[float, float],
+    wall_time: float,
 ) -> Result:
     shape = wide.problem.batch_shape
     iterate, progress, direction = ended[0]
@@ -253,8 +287,8 @@ def _result(
         iterations=progress.iterations,
         status=_status(progress, iterate, kernel.name),
         constraint_violation=iterate.gap_size(),
-        build_time=times[0],
-        wall_time=times[1],
+        build_time=0.0,
+        wall_time=wall_time,
         history=history.tables(iterate.cost.shape),
         costates=wide.split(direction.costates)[0],
         gains=(wide.cut(direction.k, wide.control_sizes), _cut_gains(wide, direction.K)),

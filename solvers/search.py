@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkabl
 import torch
 from torch import Tensor
 
+from ocnopt.captured import belongs_to_each
 from ocnopt.differential.sweep import Direction, sweep_path
 from ocnopt.linearise import expand_path, expand_terminal
 from ocnopt.paths import FeedbackLaw, Path, evaluate, rows_stand_alone, walk
@@ -48,8 +49,12 @@ class Kernel(Protocol):
     apart: bool
     window: int
 
-    def evaluate(self, states: Tensor, controls: Tensor) -> Path:
-        """A given path with its cost and its gaps."""
+    def refresh(self, problem: Any) -> None:
+        """Take up what may have changed of the problem: its data and ``step_data``."""
+        ...
+
+    def evaluate(self, states: Tensor, controls: Tensor, rows: Tensor | None = None) -> Path:
+        """A given path of all problems, or of those rows of the batch, with its cost and its gaps."""
         ...
 
     def direction(self, path: Path, mu: Tensor, *, exact: bool) -> Direction:
@@ -72,18 +77,24 @@ class TorchKernel:
 
     def __init__(self, wide: Widened) -> None:
         self.wide = wide
-        self.apart = rows_stand_alone(wide)
+        own = any(belongs_to_each(tensor, wide.problem.batch_shape) for tensor in wide.problem.data)
+        self.apart = not own and rows_stand_alone(wide)
         self._expanded: tuple[Any, ...] = (None, None, False)
 
-    def evaluate(self, states: Tensor, controls: Tensor) -> Path:
+    def refresh(self, problem: Any) -> None:
         """See :class:`Kernel`."""
-        return evaluate(self.wide, states, controls)
+        self.wide, self._expanded = Widened(problem), (None, None, False)
+
+    def evaluate(self, states: Tensor, controls: Tensor, rows: Tensor | None = None) -> Path:
+        """See :class:`Kernel`."""
+        return evaluate(self._of(rows), states, controls)._replace(rows=rows)
 
     def direction(self, path: Path, mu: Tensor, *, exact: bool) -> Direction:
         """See :class:`Kernel`; a path swept again, with another mu, is not expanded again."""
         states, controls, was_exact, *models = self._expanded
         if states is not path.states or controls is not path.controls or (exact and not was_exact):
-            models = [expand_path(self.wide, path, exact=exact), expand_terminal(self.wide, path.states[-1])]
+            wide = self._of(path.rows)
+            models = [expand_path(wide, path, exact=exact), expand_terminal(wide, path.states[-1])]
             self._expanded = path.states, path.controls, exact, *models
         steps, terminal = models
         return sweep_path(self.wide, path, steps if exact else steps._replace(curvature=None), terminal, mu)
@@ -95,11 +106,20 @@ class TorchKernel:
         if self.wide.q:
             start = torch.cat([start[..., : -self.wide.q], start[..., -self.wide.q :] + a * direction.dp], dim=-1)
         law = FeedbackLaw(path.states, path.controls, direction.k, direction.K, a, self.wide.control_bounds)
-        return walk(self.wide, law, start, None if path.gaps is None else (1 - a) * path.gaps[:, None])
+        gaps = None if path.gaps is None else (1 - a) * path.gaps[:, None]
+        return walk(self._of(path.rows), law, start, gaps)
 
     def ladder(self, lanes: int, alphas: Sequence[float]) -> Sequence[Sequence[float]]:
         """See :class:`Kernel`."""
         return (alphas,) if lanes <= _SMALL else (alphas[:1], alphas[1:])
+
+    def _of(self, rows: Tensor | None) -> Widened:
+        """The problem as it is for some rows of its batch."""
+        table = self.wide.problem.step_data
+        if rows is None or table is None:
+            return self.wide
+        flat = table.flatten(1, -2)[:, rows.to(table.device)]
+        return Widened(self.wide.problem.altered(step_data=flat))
 
 
 class Iterate(NamedTuple):
@@ -109,12 +129,13 @@ class Iterate(NamedTuple):
     controls: Tensor
     cost: Tensor
     gaps: Tensor | None
+    rows: Tensor | None
     weight: Tensor
 
     @property
     def path(self) -> Path:
         """The path alone."""
-        return Path(*self[:4])
+        return Path(*self[:5])
 
     def gap_sum(self) -> Tensor:
         """Sum of |g_k| over the path."""
@@ -260,7 +281,8 @@ def search_some(
     chosen, found = accepted.to(torch.int8).argmax(0), accepted.any(0)
     if not bool(found.any()):
         return iterate, torch.zeros_like(iterate.cost)
-    tried = Iterate(*trial[:3], trial.gaps, weight.expand_as(trial.cost))
+    rows = None if iterate.rows is None else iterate.rows.expand(trial.cost.shape)
+    tried = Iterate(*trial[:4], rows, weight.expand_as(trial.cost))
     if len(alphas) == 1 and bool(found.all()):
         return each(lambda axis, candidates: candidates.select(axis, 0), tried), alphas[0].expand(iterate.cost.shape)
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from ocnopt.errors import ProblemError
 from ocnopt.ocp import OCP, FreeHorizon, Horizon, lift
-from ocnopt.staged import Stage, StagedOCP, Widened, step_numbers, transcribe
+from ocnopt.staged import Stage, StagedOCP, Widened, step_numbers
+from ocnopt.transcription import transcribe
 from tests.oracles.compare import assert_close
 
 T0, T = 0.5, 2.0

@@ -5,7 +5,8 @@ import torch
 
 from ocnopt.ocp import OCP
 from ocnopt.paths import evaluate, rollout, rows_stand_alone, walk
-from ocnopt.staged import Stage, StagedOCP, Widened, transcribe
+from ocnopt.staged import Stage, StagedOCP, Widened
+from ocnopt.transcription import transcribe
 from tests.oracles.compare import assert_close
 from tests.test_staged import price, slope
 

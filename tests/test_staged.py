@@ -15,7 +15,8 @@ from ocnopt import checks
 from ocnopt.errors import ProblemError
 from ocnopt.ocp import OCP, FreeHorizon, Horizon
 from ocnopt.paths import rollout, walk
-from ocnopt.staged import Stage, StagedOCP, Widened, transcribe
+from ocnopt.staged import Stage, StagedOCP, Widened
+from ocnopt.transcription import transcribe
 from tests.oracles.compare import assert_close
 
 

@@ -4,6 +4,7 @@ IPOPT may end in a point that is no solution ("infeasible", a failed restoration
 from seeded perturbations of the start, small ones first; the first success is kept, else the most nearly feasible end.
 """
 
+import functools
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -14,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ocnopt.solvers.direct.nlp import Answer, Vector, evaluate, make_solver, run_solver
-from ocnopt.solvers.direct.path_program import PathProgram, Run, assemble, roll_out
+from ocnopt.captured import given_rows
+from ocnopt.solvers.direct.nlp import Answer, Vector, evaluate, make_solver, make_values, run_solver
+from ocnopt.solvers.direct.path_program import PathProgram, assemble, make_walks, roll_out
 from ocnopt.solvers.direct.transcription import Lowered
 from ocnopt.solvers.solution import Guess, perturbed
 from ocnopt.staged import StagedOCP
@@ -55,75 +57,103 @@ class Attempt(NamedTuple):
     status: str
     violation: float
     wall_time: float
-    build_time: float
     history: Mapping[str, list[float]]
     not_finite: bool
 
 
-def solve_one(
-    problem: StagedOCP,
-    lowered: Lowered,
-    guess: Guess,
-    states: Sequence[Tensor],
-    row: int | None,
-    *,
-    ipopt: Mapping[str, Any],
-    restarts: int,
-    progress: bool,
-) -> Attempt:
-    """Build and solve one problem of the batch, with restarts; ``row`` is None without a batch."""
-    began = time.perf_counter()
-    initial_state = row_of(problem.initial_state, row)
-    runs, end = lowered.rows(row)
-    path = assemble(runs, end, initial_state, problem.step_bounds, problem.parameter_bounds)
-    solver = make_solver(path.program, ipopt, progress=progress)
-    built = time.perf_counter()
-    start = _start(path, guess, runs, [row_of(x, row) for x in states], row)
-    answers = [run_solver(solver, path.program, start)]
-    for i in range(restarts):
-        if answers[-1].succeeded or answers[-1].statistics["return_status"] in _FINAL:
-            break
-        answers.append(run_solver(solver, path.program, _perturbed(path, start, i)))
-    ended = time.perf_counter()
-    best = min(answers, key=lambda answer: _rank(path, answer))
-    broken = "" if best.succeeded else _broken(path, start)
-    return Attempt(
-        states=[best.unknowns[place] for place in path.states],
-        controls=[best.unknowns[place] for place in path.controls],
-        costates=path.costates(best.multipliers),
-        parameters=best.unknowns[path.parameters],
-        # where no path is finite, nothing has a cost
-        cost=math.nan if broken else best.cost,
-        converged=best.succeeded,
-        iterations=sum(int(answer.statistics["iter_count"]) for answer in answers),
-        status=_status(path, best, answers, broken),
-        violation=path.violation(best.constraints)[0],
-        wall_time=ended - built,
-        build_time=built - began,
-        history=_history(best),
-        not_finite=bool(broken),
-    )
+class Instance:
+    """One problem of the batch, ready for IPOPT from any x_0 and with any data, or any problem if all are alike."""
+
+    def __init__(
+        self, problem: StagedOCP, lowered: Lowered, row: int | None, ipopt: Mapping[str, Any], *, progress: bool
+    ) -> None:
+        began = time.perf_counter()
+        self.runs, end = lowered.rows(row)
+        self.path = assemble(self.runs, end, problem.step_bounds, problem.parameter_bounds)
+        self.solver = make_solver(self.path.program, ipopt, progress=progress)
+        self.build_time = time.perf_counter() - began
+
+    @functools.cached_property
+    def values(self) -> casadi.Function:
+        """The cost and the constraints."""
+        return make_values(self.path.program)
+
+    @functools.cached_property
+    def walks(self) -> list[casadi.Function]:
+        """The steps, one after the other."""
+        return make_walks(self.runs)
+
+    def attempt(
+        self, problem: StagedOCP, guess: Guess, states: Sequence[Tensor], row: int | None, restarts: int
+    ) -> Attempt:
+        """Solve one row of the batch from a guess, with restarts; ``row`` is None without a batch."""
+        began = time.perf_counter()
+        given = given_rows(problem)
+        data = given[:, (row or 0) if given.shape[1] > 1 else 0].double().cpu().numpy().T
+        path = self.path.started_at(row_of(problem.initial_state, row))
+        start = self._start(path, guess, states, row, data)
+        answers = [self._run(path, start, data)]
+        for i in range(restarts):
+            if answers[-1].succeeded or answers[-1].statistics["return_status"] in _FINAL:
+                break
+            answers.append(self._run(path, _perturbed(path, start, i), data))
+        best = min(answers, key=lambda answer: _rank(path, answer))
+        broken = "" if best.succeeded else self._broken(path, start, data)
+        return Attempt(
+            states=[best.unknowns[place] for place in path.states],
+            controls=[best.unknowns[place] for place in path.controls],
+            costates=path.costates(best.multipliers),
+            parameters=best.unknowns[path.parameters],
+            # where no path is finite, nothing has a cost
+            cost=math.nan if broken else best.cost,
+            converged=best.succeeded,
+            iterations=sum(int(answer.statistics["iter_count"]) for answer in answers),
+            status=_status(path, best, answers, broken),
+            violation=path.violation(best.constraints)[0],
+            wall_time=time.perf_counter() - began,
+            history=_history(best),
+            not_finite=bool(broken),
+        )
+
+    def _run(self, path: PathProgram, start: Vector, data: Vector) -> Answer:
+        """Solve from one start; where IPOPT failed, cost and constraints are those of the point it left."""
+        answer = run_solver(self.solver, path.program, start, data)
+        if answer.succeeded:
+            return answer
+        # what IPOPT reports after a failed evaluation are zeros
+        cost, g = evaluate(self.values, answer.unknowns, data)
+        return answer._replace(cost=cost, constraints=g)
+
+    def _start(self, path: PathProgram, guess: Guess, nodes: Sequence[Tensor], row: int | None, data: Vector) -> Vector:
+        """The guess as a point: its states, or its controls rolled out where that is possible."""
+        controls, p = [row_of(u, row) for u in guess.controls], row_of(guess.parameters, row)
+        if guess.states is not None:
+            return _point(path, [row_of(x, row) for x in guess.states], controls, p)
+        plain = not any(place.size for place in path.inner) and len({x.size for x in path.states}) == 1
+        states = [row_of(x, row) for x in nodes]
+        rolled = roll_out(self.runs, self.walks, states[0], controls, p, data) if plain else states
+        start = _point(path, rolled, controls, p)
+        if self._broken(path, start, data):
+            # The controls lead out of the functions' domain, but nothing asks for a start on a path: stay at x_0.
+            still = [
+                states[0] if x.shape == states[0].shape else np.nan_to_num(x, posinf=0.0, neginf=0.0) for x in rolled
+            ]
+            start = _point(path, still, controls, p)
+        return start
+
+    def _broken(self, path: PathProgram, point: Vector, data: Vector) -> str:
+        """The first function without a finite value at the point; empty if there is none."""
+        cost, constraints = evaluate(self.values, point, data)
+        rows = np.flatnonzero(~np.isfinite(constraints))
+        if rows.size:
+            return path.place(int(rows[0]))
+        return "" if np.isfinite(cost) else "the cost"
 
 
 def row_of(values: Tensor, row: int | None) -> Vector:
     """One problem's numbers ``(size,)`` out of ``(*batch, size)``."""
     values = values if row is None else values.reshape(values.shape[:-1].numel(), values.shape[-1])[row]
     return values.detach().to("cpu", torch.float64).numpy().copy()
-
-
-def _start(path: PathProgram, guess: Guess, runs: Sequence[Run], states: Sequence[Vector], row: int | None) -> Vector:
-    """The guess as a point: its states, or its controls rolled out where that is possible."""
-    controls, p = [row_of(u, row) for u in guess.controls], row_of(guess.parameters, row)
-    if guess.states is not None:
-        return _point(path, [row_of(x, row) for x in guess.states], controls, p)
-    plain = not any(place.size for place in path.inner) and len({x.size for x in path.states}) == 1
-    nodes = roll_out(runs, states[0], controls, p) if plain else states
-    start = _point(path, nodes, controls, p)
-    if _broken(path, start):
-        # The controls lead out of the functions' domain, but nothing asks for a start on a path: stay at x_0.
-        still = [states[0] if x.shape == states[0].shape else np.nan_to_num(x, posinf=0.0, neginf=0.0) for x in nodes]
-        start = _point(path, still, controls, p)
-    return start
 
 
 def _point(path: PathProgram, nodes: Sequence[Vector], controls: Sequence[Vector], p: Vector) -> Vector:
@@ -137,15 +167,6 @@ def _point(path: PathProgram, nodes: Sequence[Vector], controls: Sequence[Vector
             tau = np.array(casadi.collocation_points(place.size // nodes[k].size, "legendre"))[:, None]
             point[place] = ((1 - tau) * nodes[k] + tau * nodes[k + 1]).reshape(-1)
     return point
-
-
-def _broken(path: PathProgram, point: Vector) -> str:
-    """The first function without a finite value at the point; empty if there is none."""
-    cost, constraints = evaluate(path.program, point)
-    rows = np.flatnonzero(~np.isfinite(constraints))
-    if rows.size:
-        return path.place(int(rows[0]))
-    return "" if np.isfinite(cost) else "the cost"
 
 
 def _perturbed(path: PathProgram, start: Vector, attempt: int) -> Vector:

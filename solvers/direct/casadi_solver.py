@@ -7,7 +7,7 @@ Source: Andersson et al., CasADi, Math. Prog. Comp. 11 (2019); Waechter and Bieg
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +16,13 @@ from torch import Tensor
 
 from ocnopt.checks import nearest, solver_options
 from ocnopt.errors import NonFiniteError, ProblemError
-from ocnopt.paths import rollout
+from ocnopt.paths import rollout, rows_stand_alone
 from ocnopt.solvers.solution import Guess, Result
-from ocnopt.staged import StagedOCP
+from ocnopt.staged import StagedOCP, Widened
 
 if TYPE_CHECKING:
-    from ocnopt.solvers.direct.attempts import Attempt
+    from ocnopt.solvers.direct.attempts import Attempt, Instance
+    from ocnopt.solvers.direct.transcription import Lowered
 
 _CHOICES = {"method": ("multiple_shooting", "collocation"), "hessian": ("exact", "limited-memory")}
 
@@ -69,30 +70,39 @@ class CasADi:
             ProblemError: a function cannot be translated to CasADi, or collocation of a discrete problem.
             NonFiniteError: a single problem has no finite path to start from.
         """
-        from ocnopt.solvers.direct.attempts import solve_one
+        prepared = self._prepare(problem, guess, progress=progress)
+        result = prepared.run(problem, guess)
+        return result._replace(build_time=prepared.lowering_time + result.build_time)
+
+    def prepare(self, problem: StagedOCP, guess: Guess) -> "PreparedCasADi":
+        """Lower the problem and build its programs; the guess says near which controls functions are compared.
+
+        Raises:
+            ProblemError: as for :meth:`solve`.
+        """
+        prepared = self._prepare(problem, guess, progress=False)
+        for row in _rows(problem):
+            prepared.instance(row)
+        return prepared
+
+    def _prepare(self, problem: StagedOCP, guess: Guess, *, progress: bool) -> "PreparedCasADi":
         from ocnopt.solvers.direct.transcription import lower_collocation, lower_shooting
 
         began = time.perf_counter()
-        if self.method == "collocation":
-            states = start_states(problem, guess)
-            lowered = lower_collocation(problem, guess, states, self.degree)
-        else:
-            # Where all sizes agree, the lowered steps roll the controls out, much faster than torch.
-            alike = not any(group.single for group in problem.groups)
-            states = [problem.initial_state] * (problem.steps + 1) if alike else start_states(problem, guess)
-            lowered = lower_shooting(problem, guess, states)
-        lowering_time = time.perf_counter() - began
-        count = torch.Size(problem.batch_shape).numel()
-        rows = range(count) if problem.batch_shape else [None]
-        attempts = [
-            solve_one(
-                problem, lowered, guess, states, row, ipopt=self.options(), restarts=self.restarts, progress=progress
-            )
-            for row in rows
-        ]
-        if not problem.batch_shape and attempts[0].not_finite:
-            raise NonFiniteError(attempts[0].status)
-        return _result(problem, attempts, lowering_time)
+        states = self.start_states(problem, guess)
+        lowered = (
+            lower_collocation(problem, guess, states, self.degree)
+            if self.method == "collocation"
+            else lower_shooting(problem, guess, states)
+        )
+        alike = rows_stand_alone(Widened(problem))
+        return PreparedCasADi(self, problem, lowered, alike, progress, time.perf_counter() - began)
+
+    def start_states(self, problem: StagedOCP, guess: Guess) -> list[Tensor]:
+        """Nodes of the right sizes, and where the lowered steps cannot roll the controls out, of the right values."""
+        # Where all sizes agree, the lowered steps roll out, much faster than torch.
+        alike = self.method != "collocation" and not any(group.single for group in problem.groups)
+        return [problem.initial_state] * (problem.steps + 1) if alike else start_states(problem, guess)
 
     def options(self) -> dict[str, Any]:
         """What IPOPT is told."""
@@ -108,6 +118,71 @@ class CasADi:
         return {**own, **self.ipopt}
 
 
+@dataclass(frozen=True)
+class PreparedCasADi:
+    """A solver for one problem, whose initial state, data and ``step_data`` may change.
+
+    Where the problems of a batch are ``alike``, one program serves them all.
+    """
+
+    solver: CasADi
+    problem: StagedOCP
+    lowered: "Lowered"
+    alike: bool
+    progress: bool
+    lowering_time: float
+    instances: "dict[int | None, Instance]" = field(default_factory=dict)
+
+    def solve(self, problem: StagedOCP, guess: Guess, *, progress: bool = False) -> Result:
+        """Solve the problem as it is now; ``progress`` is for :meth:`CasADi.solve` alone.
+
+        Raises:
+            ProblemError: something else of it has changed.
+            NonFiniteError: as for :meth:`CasADi.solve`.
+        """
+        self.lowered.require_same()
+        return self.run(problem, guess)._replace(build_time=0.0)
+
+    def run(self, problem: StagedOCP, guess: Guess) -> Result:
+        """Solve the problem that this was built for.
+
+        Raises:
+            NonFiniteError: as for :meth:`CasADi.solve`.
+        """
+        states = self.solver.start_states(problem, guess)
+        attempts: list[Attempt] = []
+        build_time = 0.0
+        for row in _rows(problem):
+            kept = self._key(row) in self.instances
+            one = self.instance(row)
+            build_time += 0.0 if kept else one.build_time
+            attempts.append(one.attempt(problem, guess, states, row, self.solver.restarts))
+            if not kept and not self.alike:
+                # thousands of programs would fill the memory
+                del self.instances[row]
+        if not problem.batch_shape and attempts[0].not_finite:
+            raise NonFiniteError(attempts[0].status)
+        return _result(problem, attempts)._replace(build_time=build_time)
+
+    def instance(self, row: int | None) -> "Instance":
+        """The program of one problem."""
+        from ocnopt.solvers.direct.attempts import Instance
+
+        key = self._key(row)
+        if key not in self.instances:
+            options = self.solver.options()
+            self.instances[key] = Instance(self.problem, self.lowered, key, options, progress=self.progress)
+        return self.instances[key]
+
+    def _key(self, row: int | None) -> int | None:
+        return 0 if self.alike and row is not None else row
+
+
+def _rows(problem: StagedOCP) -> Sequence[int | None]:
+    """The problems of a batch by number; None without a batch."""
+    return range(torch.Size(problem.batch_shape).numel()) if problem.batch_shape else [None]
+
+
 def start_states(problem: StagedOCP, guess: Guess) -> list[Tensor]:
     """The guess's states, else its controls rolled out; a node that is not finite repeats the one before."""
     if guess.states is not None:
@@ -121,7 +196,7 @@ def start_states(problem: StagedOCP, guess: Guess) -> list[Tensor]:
     return nodes
 
 
-def _result(problem: StagedOCP, attempts: "list[Attempt]", lowering_time: float) -> Result:
+def _result(problem: StagedOCP, attempts: "list[Attempt]") -> Result:
     batch, dtype, device = problem.batch_shape, problem.dtype, problem.device
 
     def gather(values: list[Any], kind: torch.dtype = dtype) -> Tensor:
@@ -146,7 +221,7 @@ def _result(problem: StagedOCP, attempts: "list[Attempt]", lowering_time: float)
         status=[a.status for a in attempts] if batch else attempts[0].status,
         constraint_violation=gather([a.violation for a in attempts]),
         wall_time=sum(a.wall_time for a in attempts),
-        build_time=lowering_time + sum(a.build_time for a in attempts),
+        build_time=0.0,
         history={key: value.movedim(-1, 0) for key, value in history.items()},
         costates=path("costates"),
     )

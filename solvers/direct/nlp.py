@@ -1,10 +1,11 @@
 r"""A nonlinear program made of many small functions, with exact sparse derivatives, and IPOPT.
 
-Minimise over w   sum_j sum_i f_j(k_i, w[C_i])   subject to   lower <= A w + sum_j sum_i P_i g_j(k_i, w[C_i]) <= upper
+Minimise over w   sum_j sum_i f_j(k_i, w[C_i], D_i)   subject to   lower <= A w + sum_j sum_i P_i g_j(..) <= upper
 
-A piece j is one function (k, y) -> (f, g) applied to many small selections y = w[C_i] of the unknowns; P_i writes its
-g into the rows R_i. The small functions are differentiated once, mapped over i, and their derivatives summed into place
-by one product with a constant sparse matrix: half the time per iteration of differentiating the program as a whole.
+A piece j is one function (k, y, d) -> (f, g) applied to many small selections y = w[C_i] of the unknowns; D_i is a
+column of data, the program's parameters; P_i writes its g into the rows R_i. The small functions are differentiated
+once, mapped over i, and their derivatives summed into place by one product with a constant sparse matrix: half the time
+per iteration of differentiating the program as a whole.
 """
 
 import contextlib
@@ -25,27 +26,33 @@ Positions = NDArray[np.int64]
 
 
 class Piece(NamedTuple):
-    """A function (k, y) -> (f, g), its numbers k (L,), its unknowns ``columns (L, |y|)`` and its ``rows (L, |g|)``."""
+    """A function (k, y, d) -> (f, g), its numbers k (L,), unknowns ``columns (L, |y|)`` and ``rows (L, |g|)``.
+
+    Its data are the columns of D from ``first`` on.
+    """
 
     function: casadi.Function
     numbers: Vector
     columns: Positions
     rows: Positions
+    first: int
 
-    def arguments(self, w: Any) -> tuple[Any, Any]:
-        """k (1, L) and y (|y|, L)."""
+    def arguments(self, w: Any, D: Any) -> tuple[Any, Any, Any]:
+        """k (1, L), y (|y|, L) and d (|d|, L)."""
         length, size = self.columns.shape
-        return casadi.DM(self.numbers).T, casadi.reshape(w[self.columns.reshape(-1).tolist()], size, length)
+        y = casadi.reshape(w[self.columns.reshape(-1).tolist()], size, length)
+        return casadi.DM(self.numbers).T, y, D[:, self.first : self.first + length]
 
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """Pieces, the linear part A as (rows, columns, values), and the bounds of unknowns and constraints."""
+    """Pieces, A as (rows, columns, values), the bounds of unknowns and constraints, and the shape of the data D."""
 
     pieces: Sequence[Piece]
     linear: tuple[Positions, Positions, Vector]
     box: tuple[Vector, Vector]
     limits: tuple[Vector, Vector]
+    data: tuple[int, int]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -68,11 +75,11 @@ class Answer(NamedTuple):
         return bool(self.statistics["success"])
 
 
-def _pair(piece: Piece) -> tuple[Any, Any, Any, Any]:
-    """Symbols k, y and the small function's f, g; scalar expressions where it is made of them."""
+def _symbols(piece: Piece) -> tuple[list[Any], Any, Any]:
+    """Symbols k, y, d and the small function's f, g; scalar expressions where it is made of them."""
     kind: Any = casadi.SX if piece.function.is_a("SXFunction") else casadi.MX
-    k, y = kind.sym("k"), kind.sym("y", piece.columns.shape[1])
-    return k, y, *piece.function(k, y)
+    inputs = [kind.sym(name, piece.function.numel_in(i)) for i, name in enumerate("kyd")]
+    return inputs, *piece.function(*inputs)
 
 
 def _mapped(piece: Piece, inputs: list[Any], outputs: list[Any], *arguments: Any) -> list[Any]:
@@ -113,39 +120,40 @@ def _constraints(program: Program, w: Any, values: Sequence[Any]) -> Any:
     return linear + _sum_into([(g, p.rows) for g, p in zip(values, program.pieces, strict=True)], program.shape[0])
 
 
-def _gradient(program: Program, w: Any) -> Any:
+def _gradient(program: Program, w: Any, D: Any) -> Any:
     parts = []
     for piece in program.pieces:
-        k, y, f, _ = _pair(piece)
-        (slope,) = _mapped(piece, [k, y], [casadi.gradient(f, y)], *piece.arguments(w))
+        inputs, f, _ = _symbols(piece)
+        (slope,) = _mapped(piece, inputs, [casadi.gradient(f, inputs[1])], *piece.arguments(w, D))
         parts.append((slope, piece.columns))
     return _sum_into(parts, program.shape[1])
 
 
-def _jacobian(program: Program, w: Any) -> Any:
+def _jacobian(program: Program, w: Any, D: Any) -> Any:
     rows, columns, entries = program.linear
     parts = [(casadi.DM(entries), rows, columns)]
     for piece in program.pieces:
-        k, y, _, g = _pair(piece)
-        slope = casadi.jacobian(g, y)
+        inputs, _, g = _symbols(piece)
+        slope = casadi.jacobian(g, inputs[1])
         row, column = _pattern(slope)
-        (values,) = _mapped(piece, [k, y], [slope.nz[:]], *piece.arguments(w))
+        (values,) = _mapped(piece, inputs, [slope.nz[:]], *piece.arguments(w, D))
         parts.append((values, piece.rows[:, row], piece.columns[:, column]))
     return _sparse(parts, program.shape)
 
 
-def _hessian(program: Program, w: Any, scale: Any, multipliers: Any) -> Any:
+def _hessian(program: Program, w: Any, D: Any, scale: Any, multipliers: Any) -> Any:
     """The upper triangle of the Lagrangian's second derivative."""
     parts = []
     for piece in program.pieces:
-        k, y, f, g = _pair(piece)
+        given, f, g = _symbols(piece)
+        y = given[1]
         s, m = type(y).sym("s"), type(y).sym("m", g.shape[0])
         curvature: Any = casadi.triu(casadi.hessian(s * f + casadi.dot(m, g), y)[0])
         row, column = _pattern(curvature)
         own = casadi.reshape(multipliers[piece.rows.reshape(-1).tolist()], *piece.rows.shape[::-1])
         length = piece.columns.shape[0]
-        inputs = (*piece.arguments(w), casadi.repmat(scale, 1, length), own)
-        (values,) = _mapped(piece, [k, y, s, m], [curvature.nz[:]], *inputs)
+        inputs = (*piece.arguments(w, D), casadi.repmat(scale, 1, length), own)
+        (values,) = _mapped(piece, [*given, s, m], [curvature.nz[:]], *inputs)
         pair = piece.columns[:, row], piece.columns[:, column]
         parts.append((values, np.minimum(*pair), np.maximum(*pair)))
     return _sparse(parts, (program.shape[1], program.shape[1]))
@@ -162,16 +170,17 @@ def make_solver(program: Program, ipopt: Mapping[str, Any], *, progress: bool = 
     Raises:
         ProblemError: an option that IPOPT does not know.
     """
-    w, none = casadi.MX.sym("w", program.shape[1]), casadi.MX.sym("none", 0)
+    w, given = casadi.MX.sym("w", program.shape[1]), casadi.MX.sym("given", program.data[0] * program.data[1])
+    D = casadi.reshape(given, *program.data)
     scale, multipliers = casadi.MX.sym("scale"), casadi.MX.sym("multipliers", program.shape[0])
-    f, g = _values(program, w)
+    f, g = _values(program, w, D)
     derivatives = {
-        "grad_f": casadi.Function("nlp_grad_f", [w, none], [f, _gradient(program, w)]),
-        "jac_g": casadi.Function("nlp_jac_g", [w, none], [g, _jacobian(program, w)]),
+        "grad_f": casadi.Function("nlp_grad_f", [w, given], [f, _gradient(program, w, D)]),
+        "jac_g": casadi.Function("nlp_jac_g", [w, given], [g, _jacobian(program, w, D)]),
     }
     if ipopt.get("hessian_approximation", "exact") == "exact":
-        second = _hessian(program, w, scale, multipliers)
-        derivatives["hess_lag"] = casadi.Function("nlp_hess_l", [w, none, scale, multipliers], [second])
+        second = _hessian(program, w, D, scale, multipliers)
+        derivatives["hess_lag"] = casadi.Function("nlp_hess_l", [w, given, scale, multipliers], [second])
     quiet = {} if progress else {"print_level": 0, "sb": "yes"}
     options: dict[str, Any] = {
         **derivatives,
@@ -181,7 +190,7 @@ def make_solver(program: Program, ipopt: Mapping[str, Any], *, progress: bool = 
         "show_eval_warnings": False,
     }
     try:
-        functions: dict[str, Any] = {"x": w, "f": f, "g": g}
+        functions: dict[str, Any] = {"x": w, "p": given, "f": f, "g": g}
         return casadi.nlpsol("program", "ipopt", functions, options)
     except Exception as error:
         reason = str(error).strip().splitlines()[-1]
@@ -190,39 +199,39 @@ def make_solver(program: Program, ipopt: Mapping[str, Any], *, progress: bool = 
         ) from error
 
 
-def _values(program: Program, w: Any) -> tuple[Any, Any]:
+def _values(program: Program, w: Any, D: Any) -> tuple[Any, Any]:
     """The cost and the constraints at w."""
     pairs = []
     for piece in program.pieces:
-        k, y, f, g = _pair(piece)
-        pairs.append(_mapped(piece, [k, y], [f, g], *piece.arguments(w)))
+        inputs, f, g = _symbols(piece)
+        pairs.append(_mapped(piece, inputs, [f, g], *piece.arguments(w, D)))
     cost = sum((casadi.sum2(f) for f, _ in pairs), casadi.MX(0.0))
     return cost, _constraints(program, w, [g for _, g in pairs])
 
 
-def evaluate(program: Program, point: Vector) -> tuple[float, Vector]:
-    """The cost and the constraints at a point."""
-    w = casadi.MX.sym("w", program.shape[1])
-    f, g = casadi.Function("values", [w], list(_values(program, w)))(point)
+def make_values(program: Program) -> casadi.Function:
+    """(w, D) -> cost and constraints, as a function."""
+    w, D = casadi.MX.sym("w", program.shape[1]), casadi.MX.sym("D", *program.data)
+    return casadi.Function("values", [w, D], list(_values(program, w, D)))
+
+
+def evaluate(values: casadi.Function, point: Vector, data: Vector) -> tuple[float, Vector]:
+    """The cost and the constraints at a point, for data ``(|d|, N + 1)``."""
+    f, g = values(point, casadi.DM(data))
     return float(f), np.array(g.full()).reshape(-1)
 
 
-def run_solver(solver: Any, program: Program, start: Vector) -> Answer:
-    """Solve from one start; where IPOPT failed, cost and constraints are those of the point it left.
+def run_solver(solver: Any, program: Program, start: Vector, data: Vector) -> Answer:
+    """Solve from one start, for data ``(|d|, N + 1)``.
 
     Raises:
         KeyboardInterrupt: Ctrl-C, which CasADi itself turns into a failed solve.
     """
     (lbx, ubx), (lbg, ubg) = program.box, program.limits
     with _interruptible():
-        result = solver(x0=start, lbx=lbx, ubx=ubx, lbg=lbg, ubg=ubg)
+        result = solver(x0=start, p=data.reshape(-1, order="F"), lbx=lbx, ubx=ubx, lbg=lbg, ubg=ubg)
     w, g, multipliers = (np.array(result[key].full()).reshape(-1) for key in ("x", "g", "lam_g"))
-    answer = Answer(w, float(result["f"]), g, multipliers, solver.stats())
-    if answer.succeeded:
-        return answer
-    # what IPOPT reports after a failed evaluation are zeros
-    cost, g = evaluate(program, w)
-    return answer._replace(cost=cost, constraints=g)
+    return Answer(w, float(result["f"]), g, multipliers, solver.stats())
 
 
 @contextlib.contextmanager

@@ -4,12 +4,13 @@ Unknowns, stage by stage: x_k, s_k (the inner points of a step, in collocation),
 
     sum_k l_k + Phi     subject to     x_0 given,   f_k - x_{k+1} = 0,   r_k = 0,   c_k <= 0,   e = 0,   c_N <= 0.
 
-A step's function is (k, x, s, u, p) -> (f, r, l, c), the end's (x, u, p) -> (Phi, e, c), both lowered from torch. The
-multiplier of f_k - x_{k+1} = 0 is the costate dJ/dx_{k+1}, that of x_0 its negative.
+A step's function is (k, x, s, u, p, d) -> (f, r, l, c), the end's (x, u, p, d) -> (Phi, e, c), both lowered from
+torch; d is what a step is given besides (:mod:`ocnopt.captured`), a column of the program's data. The multiplier of
+f_k - x_{k+1} = 0 is the costate dJ/dx_{k+1}, that of x_0 its negative.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import casadi
@@ -20,7 +21,7 @@ from ocnopt.solvers.direct.nlp import Piece, Positions, Program, Vector
 
 
 class Run(NamedTuple):
-    """Consecutive steps start..stop-1 that one function (k, x, s, u, p) -> (f, r, l, c) serves."""
+    """Consecutive steps start..stop-1 that one function (k, x, s, u, p, d) -> (f, r, l, c) serves."""
 
     function: casadi.Function
     start: int
@@ -47,6 +48,11 @@ class PathProgram:
     parameters: Positions
     rows: list[Rows]
 
+    def started_at(self, initial_state: Vector) -> "PathProgram":
+        """The same program for another x_0."""
+        lower, upper = (np.concatenate([initial_state, side[initial_state.size :]]) for side in self.program.limits)
+        return replace(self, program=replace(self.program, limits=(lower, upper)))
+
     def costates(self, multipliers: Vector) -> list[Vector]:
         """dJ/dx_k for k = 0..N."""
         steps = [row for rows in self.rows if rows.name == "dynamics" for row in rows.place]
@@ -72,22 +78,20 @@ class PathProgram:
 def assemble(
     runs: Sequence[Run],
     end: casadi.Function,
-    initial_state: Vector,
     control_bounds: Sequence[Bounds | None],
     parameter_bounds: Bounds | None,
 ) -> PathProgram:
-    """Write the program down.
+    """Write the program down, for x_0 = 0.
 
     Args:
         runs: cover the steps 0..N-1 in order.
-        end: (x, u, p) -> (Phi, e, c).
-        initial_state: x_0.
+        end: (x, u, p, d) -> (Phi, e, c).
         control_bounds: of each step.
         parameter_bounds: of p.
     """
     sizes = [tuple(int(r.function.numel_in(i)) for i in (1, 2, 3)) for r in runs for _ in range(r.start, r.stop)]
     states, inner, controls, p = _positions(sizes, int(end.numel_in(0)), int(end.numel_in(2)))
-    n = initial_state.size
+    n = sizes[0][0]
     rows = [Rows("initial_state", np.arange(n)[None], -1, equality=True)]
     linear = [(np.arange(n), states[0], np.ones(n))]
     pieces, height = [], n
@@ -99,25 +103,37 @@ def assemble(
         pieces.append(piece)
         rows += kinds
         height += piece.rows.size
-    piece, kinds = _end_piece(end, np.concatenate([states[-1], controls[-1], p])[None], height)
+    piece, kinds = _end_piece(end, np.concatenate([states[-1], controls[-1], p])[None], height, len(controls))
     pieces.append(piece)
     rows += kinds
     size = int(states[-1][-1]) + 1 + p.size
     box = _box(size, [*zip(controls, control_bounds, strict=True), (p, parameter_bounds)])
     matrix = tuple(np.concatenate(part) for part in zip(*linear, strict=True))
-    program = Program(pieces, matrix, box, _limits(rows, initial_state))  # type: ignore[arg-type]
+    program = Program(pieces, matrix, box, _limits(rows), (int(end.numel_in(3)), len(states)))  # type: ignore[arg-type]
     return PathProgram(program, states, inner, controls, p, [kind for kind in rows if kind.place.size])
 
 
-def roll_out(runs: Sequence[Run], initial_state: Vector, controls: Sequence[Vector], p: Vector) -> list[Vector]:
-    """The states x_0..x_N under given controls, for steps without inner points."""
-    nodes = [initial_state]
-    for run in runs:
+def make_walks(runs: Sequence[Run]) -> list[casadi.Function]:
+    """Each run as one function over its steps, for steps without inner points."""
+    return [run.function.mapaccum("walk", run.stop - run.start, [1], [0]) for run in runs]
+
+
+def roll_out(
+    runs: Sequence[Run],
+    walks: Sequence[casadi.Function],
+    x0: Vector,
+    controls: Sequence[Vector],
+    p: Vector,
+    data: Vector,
+) -> list[Vector]:
+    """The states x_0..x_N under given controls."""
+    nodes = [x0]
+    for run, walk in zip(runs, walks, strict=True):
         length = run.stop - run.start
-        walk = run.function.mapaccum("walk", length, [1], [0])
         k = casadi.DM(np.arange(run.start, run.stop, dtype=float)).T
         u = casadi.DM(np.stack(controls[run.start : run.stop], axis=1))
-        path = walk(k, nodes[-1], casadi.DM.zeros(0, length), u, casadi.repmat(casadi.DM(p), 1, length))[0]
+        fixed = casadi.repmat(casadi.DM(p), 1, length)
+        path = walk(k, nodes[-1], casadi.DM.zeros(0, length), u, fixed, casadi.DM(data[:, run.start : run.stop]))[0]
         nodes += list(path.full().T)
     return nodes
 
@@ -137,26 +153,27 @@ def _positions(
 
 
 def _step_piece(run: Run, columns: Positions, sizes: tuple[int, ...], height: int) -> tuple[Piece, list[Rows]]:
-    k, y = _symbols(run.function, columns.shape[1])
+    k, y, d = _symbols(run.function, columns.shape[1], run.function.numel_in(5))
     n, inner, m = sizes
-    f, r, cost, c = run.function(k, y[:n], y[n : n + inner], y[n + inner : n + inner + m], y[n + inner + m :])
+    f, r, cost, c = run.function(k, y[:n], y[n : n + inner], y[n + inner : n + inner + m], y[n + inner + m :], d)
     names = (("dynamics", f, True), ("collocation", r, True), ("path_constraint", c, False))
     rows, kinds = _rows(names, columns.shape[0], height, run.start)
-    function = casadi.Function("step", [k, y], [cost, casadi.vertcat(f, r, c)])
-    return Piece(function, np.arange(run.start, run.stop, dtype=float), columns, rows), kinds
+    function = casadi.Function("step", [k, y, d], [cost, casadi.vertcat(f, r, c)])
+    return Piece(function, np.arange(run.start, run.stop, dtype=float), columns, rows, run.start), kinds
 
 
-def _end_piece(end: casadi.Function, columns: Positions, height: int) -> tuple[Piece, list[Rows]]:
-    k, y = _symbols(end, columns.shape[1])
+def _end_piece(end: casadi.Function, columns: Positions, height: int, node: int) -> tuple[Piece, list[Rows]]:
+    k, y, d = _symbols(end, columns.shape[1], end.numel_in(3))
     n, m = int(end.numel_in(0)), int(end.numel_in(1))
-    cost, e, c = end(y[:n], y[n : n + m], y[n + m :])
+    cost, e, c = end(y[:n], y[n : n + m], y[n + m :], d)
     rows, kinds = _rows((("terminal_constraint", e, True), ("path_constraint at the end", c, False)), 1, height, -1)
-    return Piece(casadi.Function("end", [k, y], [cost, casadi.vertcat(e, c)]), np.zeros(1), columns, rows), kinds
+    function = casadi.Function("end", [k, y, d], [cost, casadi.vertcat(e, c)])
+    return Piece(function, np.zeros(1), columns, rows, node), kinds
 
 
-def _symbols(function: casadi.Function, size: int) -> tuple[Any, Any]:
+def _symbols(function: casadi.Function, size: int, given: int) -> tuple[Any, Any, Any]:
     kind = casadi.SX if function.is_a("SXFunction") else casadi.MX
-    return kind.sym("k"), kind.sym("y", size)
+    return kind.sym("k"), kind.sym("y", size), kind.sym("d", given)
 
 
 def _rows(names: Sequence[tuple[str, Any, bool]], length: int, height: int, first: int) -> tuple[Positions, list[Rows]]:
@@ -177,12 +194,11 @@ def _box(size: int, pairs: Sequence[tuple[Positions, Bounds | None]]) -> tuple[V
     return box
 
 
-def _limits(rows: Sequence[Rows], initial_state: Vector) -> tuple[Vector, Vector]:
-    """Bounds of the constraints."""
+def _limits(rows: Sequence[Rows]) -> tuple[Vector, Vector]:
+    """Bounds of the constraints, for x_0 = 0."""
     size = sum(kind.place.size for kind in rows)
     lower, upper = np.zeros(size), np.zeros(size)
     for kind in rows:
         if not kind.equality:
             lower[kind.place] = -np.inf
-    lower[: initial_state.size] = upper[: initial_state.size] = initial_state
     return lower, upper

@@ -5,6 +5,7 @@ problem. Collocation takes the continuous problem behind it: on each step the st
 differential equation at Legendre points, the control is constant, and the same points integrate the running cost.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import casadi
 import torch
 from torch import Tensor
 
+from ocnopt.captured import substituted
 from ocnopt.checks import clipped
 from ocnopt.errors import ProblemError
 from ocnopt.ocp import Function, Lifted
@@ -39,7 +41,17 @@ class Lowered(NamedTuple):
     def rows(self, row: int | None) -> tuple[list[Run], casadi.Function]:
         """Return the steps and the end of one problem."""
         runs = [Run(self.inner(part.lowering.function(row)), part.start, part.stop) for part in self.parts]
-        return runs, self.end.function(row)
+        return runs, _one_given(self.end.function(row), 3)
+
+    def require_same(self) -> None:
+        """Compare all functions with what they were.
+
+        Raises:
+            ProblemError: something that they capture has changed, and is not among the data.
+        """
+        for part in self.parts:
+            part.lowering.require_same()
+        self.end.require_same()
 
 
 def lower_shooting(problem: StagedOCP, guess: Guess, states: Sequence[Tensor]) -> Lowered:
@@ -57,7 +69,7 @@ def lower_shooting(problem: StagedOCP, guess: Guess, states: Sequence[Tensor]) -
     for start, stop, group in _stretches(problem, states):
         arguments = (states[start], guess.controls[start], guess.parameters)
         parts += _lower_stretch(problem, group, start, stop, arguments)
-    return Lowered(parts, _lower_end(problem, guess, states), _without_inner)
+    return Lowered(parts, _lower_end(problem, guess, states), lambda function: _without_inner(_one_given(function, 4)))
 
 
 def lower_collocation(problem: StagedOCP, guess: Guess, states: Sequence[Tensor], degree: int) -> Lowered:
@@ -67,24 +79,25 @@ def lower_collocation(problem: StagedOCP, guess: Guess, states: Sequence[Tensor]
         ProblemError: the problem was discrete from the start, or a function cannot be lowered.
     """
     lifted = problem.origin
-    if lifted is None:
+    if lifted is None or problem.step_data is not None:
         raise ProblemError(
             "method='collocation' got a problem that is discrete from the start; expected an oc.OCP, or "
             "use method='multiple_shooting'"
         )
 
-    components = {
-        "dynamics": lambda k, t, x, u, p: lifted.dynamics(t, x, u, p),
-        "running_cost": lambda k, t, x, u, p: lifted.running_cost(t, x, u, p),
-        "path_constraint": lambda k, t, x, u, p: problem.path_excess(k, x, u, p),
+    components: dict[str, Function] = {
+        "dynamics": lambda k, t, x, u, p, *given: lifted.dynamics(t, x, u, p),
+        "running_cost": lambda k, t, x, u, p, *given: lifted.running_cost(t, x, u, p),
+        "path_constraint": lambda k, t, x, u, p, *given: problem.path_excess(k, x, u, p),
     }
     k = states[0].new_tensor(1.0)
     span = (lifted.t1 - lifted.t0) / problem.steps
     points = _points(problem, (k, k * span, states[0], guess.controls[0], guess.parameters))
-    lowering = lower(_tuple_of(components), points, "the problem", problem.batch_shape, components=components)
+    whole = _tuple_of(problem, components)
+    lowering = lower(whole, points, "the problem", problem.batch_shape, components=components)
 
     def step(function: casadi.Function) -> casadi.Function:
-        return _collocation_step(function, lifted, problem.steps, degree)
+        return _collocation_step(_one_given(function, 5), lifted, problem.steps, degree)
 
     return Lowered([Part(lowering, 0, problem.steps)], _lower_end(problem, guess, states), step)
 
@@ -100,9 +113,25 @@ def _stretches(problem: StagedOCP, states: Sequence[Tensor]) -> Iterator[tuple[i
             start = group.stop
 
 
-def _tuple_of(functions: Mapping[str, Function]) -> Function:
-    """One function that returns what all of them return, so that shared work is traced once."""
-    return lambda *arguments: tuple(function(*arguments) for function in functions.values())
+def _tuple_of(problem: StagedOCP, functions: Mapping[str, Function]) -> Function:
+    """One function of (.., u, p, data) that returns what all of them return, so that shared work is traced once."""
+
+    def together(*arguments: Tensor) -> tuple[Any, ...]:
+        with _seen(problem, arguments):
+            return tuple(function(*arguments) for function in functions.values())
+
+    return together
+
+
+def _seen(problem: StagedOCP, arguments: Sequence[Tensor]) -> Any:
+    """Within it, the functions see the last arguments as the problem's data."""
+    return substituted(problem.data, arguments[len(arguments) - len(problem.data) :])
+
+
+def _given(problem: StagedOCP) -> list[Tensor]:
+    """What a step is given besides: a row of ``step_data``, the data."""
+    table = [] if problem.step_data is None else [problem.step_data[0]]
+    return [tensor.detach().clone() for tensor in (*table, *problem.data)]
 
 
 def _lower_stretch(
@@ -112,16 +141,17 @@ def _lower_stretch(
     stage, batch = group.stage, problem.batch_shape
     name = f"stage {start}" if group.single else "the stage"
 
-    def at(k: Any, x: Tensor, u: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x_next, cost = problem.advance(stage, k, x, u, p)
-        return x_next, cost, problem.path_excess(k, x, u, p)
+    def at(k: Any, x: Tensor, u: Tensor, p: Tensor, *given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with _seen(problem, given):
+            x_next, cost = problem.advance(stage, k, x, u, p, None if problem.step_data is None else given[0])
+            return x_next, cost, problem.path_excess(k, x, u, p)
 
-    def ahead(k: Tensor, x: Tensor, u: Tensor, p: Tensor) -> tuple[Tensor, ...]:
+    def ahead(k: Tensor, x: Tensor, u: Tensor, p: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
         # A leading axis turns a table lookup table[k] into an indexing that can be traced.
-        return tuple(v[0] for v in at(k.reshape((1,) * (1 + len(batch))), x[None], u[None], p[None]))
+        return tuple(v[0] for v in at(k.reshape((1,) * (1 + len(batch))), x[None], u[None], p[None], *given))
 
-    def counted(k: Tensor, x: Tensor, u: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return at(int(k), x, u, p)
+    def counted(k: Tensor, x: Tensor, u: Tensor, p: Tensor, *given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return at(int(k), x, u, p, *given)
 
     if stage.joint is not None:
         # A transcribed step computes its time from k.
@@ -142,7 +172,7 @@ def _lower_stretch(
             # The stage does more with its number than a tensor can.
             return [p for k in range(start, stop) for p in _lower_stretch(problem, group, k, k + 1, arguments)]
     points = _points(problem, (torch.tensor(start), *arguments), [float(start)])
-    fixed = lambda k, x, u, p: at(start, x, u, p)  # noqa: E731
+    fixed = lambda k, *rest: at(start, *rest)  # noqa: E731
     return [Part(lower(fixed, points, name, batch, components=_components(problem, stage, start)), start, stop)]
 
 
@@ -158,15 +188,15 @@ def _components(problem: StagedOCP, stage: Stage, step: int | None = None) -> di
     if lifted is not None:
         h = (lifted.t1 - lifted.t0) / problem.steps
         return {
-            "dynamics": lambda k, x, u, p: lifted.dynamics(lifted.t0 + h * k, x, u, p),
-            "running_cost": lambda k, x, u, p: lifted.running_cost(lifted.t0 + h * k, x, u, p),
-            "path_constraint": lambda k, x, u, p: problem.path_excess(k, x, u, p),
+            "dynamics": lambda k, x, u, p, *given: lifted.dynamics(lifted.t0 + h * k, x, u, p),
+            "running_cost": lambda k, x, u, p, *given: lifted.running_cost(lifted.t0 + h * k, x, u, p),
+            "path_constraint": lambda k, x, u, p, *given: problem.path_excess(k, x, u, p),
         }
     extra = problem.parameters is not None
     place = "the stage's" if step is None else f"stage {step}'s"
 
     def own(function: Function) -> Function:
-        return lambda k, x, u, p: function(k if step is None else step, x, u, *((p,) if extra else ()))
+        return lambda k, x, u, p, *given: function(k if step is None else step, x, u, *((p,) if extra else ()))
 
     named = {"dynamics": stage.dynamics, "cost": stage.cost, "path_constraint": problem.path_constraint}
     return {f"{place} {name}": own(function) for name, function in named.items() if function is not None}
@@ -177,33 +207,44 @@ def _lower_end(problem: StagedOCP, guess: Guess, states: Sequence[Tensor]) -> Lo
     if not problem.groups[-1].single and problem.origin is None:
         steps = torch.full((1,) * len(problem.batch_shape), steps, device=problem.device)
 
+    tabled = problem.step_data is not None
     components: dict[str, Function] = {
-        "terminal_cost": lambda x, u, p: problem.terminal(x, p),
-        "terminal_constraint": lambda x, u, p: problem.end_error(x, p),
-        "path_constraint": lambda x, u, p: problem.path_excess(steps, x, u, p),
+        "terminal_cost": lambda x, u, p, *given: problem.terminal(x, p, given[0] if tabled else None),
+        "terminal_constraint": lambda x, u, p, *given: problem.end_error(x, p),
+        "path_constraint": lambda x, u, p, *given: problem.path_excess(steps, x, u, p),
     }
     points = _points(problem, (states[-1], guess.controls[-1], guess.parameters))
-    return lower(_tuple_of(components), points, "the end", problem.batch_shape, components=components)
+    return lower(_tuple_of(problem, components), points, "the end", problem.batch_shape, components=components)
 
 
 def _points(problem: StagedOCP, arguments: tuple[Tensor, ...], steps: Sequence[float] = ()) -> list[Sequence[Tensor]]:
-    """Points around the arguments (.., u, p) within the bounds; ``steps`` are the values of a leading k."""
+    """Points around (.., u, p) within the bounds, and data; ``steps`` are the values of a leading k."""
     points: list[Sequence[Tensor]] = []
-    for i, point in enumerate(scattered(arguments, count=max(3, len(steps) - 1))):
-        *front, u, p = point
+    for i, point in enumerate(scattered([*arguments, *_given(problem)], count=max(3, len(steps) - 1))):
+        (*front, u, p), given = point[: len(arguments)], point[len(arguments) :]
         bounds = next((b for b in problem.control_bounds if b is not None and b[0].shape == u.shape[-1:]), None)
         if steps:
             front[0] = torch.full_like(arguments[0], steps[i % len(steps)])
-        points.append([*front, clipped(u, bounds), clipped(p, problem.parameter_bounds)])
+        points.append([*front, clipped(u, bounds), clipped(p, problem.parameter_bounds), *given])
     return points
 
 
 def _without_inner(function: casadi.Function) -> casadi.Function:
-    """(k, x, u, p) -> (f, l, c) as a step without inner points."""
+    """(k, x, u, p, d) -> (f, l, c) as a step without inner points."""
     kind = _kind(function)
-    k, x, u, p = (kind.sym(name, function.numel_in(i)) for i, name in enumerate("kxup"))
-    f, cost, c = function(k, x, u, p)
-    return casadi.Function("step", [k, x, kind.sym("s", 0), u, p], [f, kind(0, 1), cost, c])
+    k, x, u, p, d = (kind.sym(name, function.numel_in(i)) for i, name in enumerate("kxupd"))
+    f, cost, c = function(k, x, u, p, d)
+    return casadi.Function("step", [k, x, kind.sym("s", 0), u, p, d], [f, kind(0, 1), cost, c])
+
+
+def _one_given(function: casadi.Function, own: int) -> casadi.Function:
+    """The function with all arguments behind its ``own`` ones as one column."""
+    kind = _kind(function)
+    symbols = [kind.sym(f"a{i}", function.numel_in(i)) for i in range(own)]
+    sizes = [int(function.numel_in(i)) for i in range(own, function.n_in())]
+    d = kind.sym("d", sum(sizes))
+    parts = casadi.vertsplit(d, [0, *itertools.accumulate(sizes)]) if sizes else []
+    return casadi.Function("given", [*symbols, d], function.call([*symbols, *parts]))
 
 
 def _kind(function: casadi.Function) -> Any:
@@ -217,16 +258,16 @@ def _collocation_step(function: casadi.Function, lifted: Lifted, steps: int, deg
     """
     tau = casadi.collocation_points(degree, "legendre")
     slopes, ends, weights = casadi.collocation_coeff(tau)
-    n, m, q = (int(function.numel_in(i)) for i in (2, 3, 4))
+    n, m, q, s = (int(function.numel_in(i)) for i in (2, 3, 4, 5))
     h = (lifted.t1 - lifted.t0) / steps
     kind = _kind(function)
-    k, x, u, p = (kind.sym(name, size) for name, size in zip("kxup", (1, n, m, q), strict=True))
+    k, x, u, p, d = (kind.sym(name, size) for name, size in zip("kxupd", (1, n, m, q, s), strict=True))
     inner = kind.sym("s", n * degree)
     nodes = casadi.horzcat(x, casadi.reshape(inner, n, degree))
     residual, cost = [], 0
     for i in range(degree):
-        rate, running, _ = function(k, lifted.t0 + h * (k + tau[i]), nodes[:, i + 1], u, p)
+        rate, running, _ = function(k, lifted.t0 + h * (k + tau[i]), nodes[:, i + 1], u, p, d)
         residual.append(nodes @ slopes[:, i] - h * rate)
         cost = cost + h * weights[i] * running
-    path = function(k, lifted.t0 + h * k, x, u, p)[2]
-    return casadi.Function("step", [k, x, inner, u, p], [nodes @ ends, casadi.vertcat(*residual), cost, path])
+    path = function(k, lifted.t0 + h * k, x, u, p, d)[2]
+    return casadi.Function("step", [k, x, inner, u, p, d], [nodes @ ends, casadi.vertcat(*residual), cost, path])

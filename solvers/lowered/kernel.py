@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ocnopt.captured import given_rows
 from ocnopt.differential.sweep import CostToGo, Direction, minimise_start
 from ocnopt.paths import Path
 from ocnopt.solvers.lowered.arrays import Array, Arrays
@@ -114,13 +115,14 @@ class LoweredKernel:
         reason = fits(problem)
         if reason is not None:
             raise refused(reason)
-        step, end = lower_step(problem, guess.controls[0], guess.parameters)
+        self._lowered = lower_step(problem, guess.controls[0], guess.parameters)
+        self._d: Array = given_rows(problem).numpy()
         bounds = problem.control_bounds[0]
         box = None if bounds is None else (bounds[0].tolist(), bounds[1].tolist())
         self.q, self.m = problem.parameter_dim, problem.groups[0].stage.control_dim
         self.n, self.length = problem.state_dim + self.q, problem.steps
         self.parameter_bounds = problem.parameter_bounds
-        self._steps: Steps = make_steps(step, end, self.n, self.m, self.q, box)
+        self._steps: Steps = make_steps(self._lowered.step, self._lowered.end, self.n, self.m, self.q, box)
         self._numbers = np.arange(self.length, dtype=float)[:, None, None]
         self._backwards = np.ascontiguousarray(self._numbers[::-1])
         self._ones = np.ones((self.length, 1, 1))
@@ -130,13 +132,23 @@ class LoweredKernel:
         for fold in used:
             self._runner(fold, problem.initial_state.shape[:-1].numel())
 
-    def evaluate(self, states: Tensor, controls: Tensor) -> Path:
+    def refresh(self, problem: StagedOCP) -> None:
+        """Read the problem's data and ``step_data`` again, which may have changed since.
+
+        Raises:
+            ProblemError: something else has changed that its functions capture.
+        """
+        self._lowered.require_same()
+        self._d = given_rows(problem).numpy()
+
+    def evaluate(self, states: Tensor, controls: Tensor, rows: Tensor | None = None) -> Path:
         """The gaps and the cost of a given path, ``(N + 1, *lead, n)`` and ``(N, *lead, m)``."""
         lead = controls.shape[1:-1]
-        z, u = _rows(states), _rows(controls)
-        given = [self._numbers, z[:-1], u, z[1:]]
+        z, u, d = _rows(states), _rows(controls), self._given(rows)
+        given = [self._numbers, z[:-1], u, z[1:], d[:-1]]
         (cost,), (gaps,) = self._run(self._steps.gaps, [np.zeros((z.shape[1], 1))], given)
-        return Path(states, controls, _tensor(self._total(cost, z), lead), _tensor(gaps, (self.length, *lead, self.n)))
+        total = _tensor(self._total(cost, z, d), lead)
+        return Path(states, controls, total, _tensor(gaps, (self.length, *lead, self.n)), rows)
 
     def direction(self, path: Path, mu: Tensor, *, exact: bool) -> Direction:
         """Sweep backwards along a path, then minimise over the static controls.
@@ -147,10 +159,10 @@ class LoweredKernel:
             exact: keep the second derivatives of the dynamics.
         """
         lead, N, n = path.cost.shape, self.length, self.n
-        z, u = _rows(path.states), _rows(path.controls)
-        _, (V, J) = self._run(self._steps.end_value, [], [z[-1:]])
+        z, u, d = _rows(path.states), _rows(path.controls), self._given(path.rows)
+        _, (V, J) = self._run(self._steps.end_value, [], [z[-1:], d[-1:]])
         gaps = self._no_gaps if path.gaps is None else _rows(path.gaps)[::-1]
-        given = [self._backwards, z[-2::-1], u[::-1], gaps, self._ones * mu.numpy().reshape(1, -1, 1)]
+        given = [self._backwards, z[-2::-1], u[::-1], gaps, self._ones * mu.numpy().reshape(1, -1, 1), d[-2::-1]]
         fold = self._steps.exact if exact else self._steps.gauss_newton
         start, (k, K, Jz) = self._run(fold, [V[0], J[0], np.ones((z.shape[1], 1))], given)
         costates = np.concatenate([Jz[::-1], J[..., 1:]])
@@ -177,7 +189,7 @@ class LoweredKernel:
         columns = zip(*(self._roll_out(path, direction, part) for part in some), strict=True)
         states, controls, cost = (_joined(parts, axis) for parts, axis in zip(columns, (1, 1, 0), strict=True))
         if path.gaps is None:
-            return Path(states, controls, cost, None)
+            return Path(states, controls, cost)
         left = (1 - alphas).reshape(-1, *(1,) * (path.gaps.ndim - 1)) * path.gaps[:, None]
         return Path(states, controls, cost, left)
 
@@ -188,25 +200,30 @@ class LoweredKernel:
     def _roll_out(self, path: Path, direction: Direction, alphas: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """States, controls and costs for some step sizes at once."""
         count, lead, N = len(alphas), (len(alphas), *path.cost.shape), self.length
-        zbar, alpha = _rows(path.states), alphas.numpy()
+        zbar, alpha, d = _rows(path.states), alphas.numpy(), self._given(path.rows)
         K = direction.K.numpy().reshape(N, zbar.shape[1], self.m * self.n)
         law = [zbar[:-1], _rows(path.controls), _rows(direction.k), K]
         law.append(self._no_gaps if path.gaps is None else _rows(path.gaps))
         if count > 1:
             # what has one lane is the same for all
-            law = [np.tile(x, (1, count, 1)) if x.shape[1] > 1 else x for x in law]
+            *law, d = (np.tile(x, (1, count, 1)) if x.shape[1] > 1 else x for x in (*law, d))
         z0 = np.tile(zbar[0], (count, 1))
         if self.q > 0:
             z0[:, self.n - self.q :] += (alpha[:, None, None] * _rows(direction.dp[None])).reshape(len(z0), self.q)
-        given = [self._numbers, *law, self._ones * alpha.repeat(zbar.shape[1])[:, None]]
+        given = [self._numbers, *law, self._ones * alpha.repeat(zbar.shape[1])[:, None], d[:-1]]
         (_, cost), (z, u) = self._run(self._steps.walk, [z0, np.zeros((len(z0), 1))], given)
         states, controls = _tensor(z, (N + 1, *lead, self.n)), _tensor(u, (N, *lead, self.m))
-        return states, controls, _tensor(self._total(cost, z), lead)
+        return states, controls, _tensor(self._total(cost, z, d), lead)
 
-    def _total(self, cost: Array, z: Array) -> Array:
+    def _total(self, cost: Array, z: Array, d: Array) -> Array:
         """The cost along the path and at its end."""
-        _, (phi,) = self._run(self._steps.end, [], [z[-1:]])
+        _, (phi,) = self._run(self._steps.end, [], [z[-1:], d[-1:]])
         return cost + phi[0]
+
+    def _given(self, rows: Tensor | None) -> Array:
+        """What each step of some problems is given besides, ``(N + 1, lanes, s)``."""
+        own = rows is not None and self._d.shape[1] > 1
+        return self._d[:, rows.numpy()] if rows is not None and own else self._d
 
     def _minimise_start(self, path: Path, start: Sequence[Array], mu: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The step of the static controls, and the predicted change of cost with its flag."""

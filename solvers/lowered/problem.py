@@ -1,12 +1,16 @@
-"""Which problems can be lowered, and the one step of such a problem as CasADi functions of (k, x, u, p)."""
+"""Which problems can be lowered, and the one step of such a problem as CasADi functions of (k, x, u, p, d).
+
+d is what a step is given besides: its row of ``step_data`` and the problem's data (:mod:`ocnopt.captured`).
+"""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import casadi
 import torch
 from torch import Tensor
 
+from ocnopt.captured import of_problems, substituted
 from ocnopt.checks import clipped
 from ocnopt.paths import rows_stand_alone
 from ocnopt.solvers.lowered.limits import refused
@@ -20,8 +24,34 @@ _ELSEWHERE = "kernel='torch' takes any torch code"
 Function = Callable[..., Any]
 
 
-def lower_step(problem: StagedOCP, u: Tensor, p: Tensor) -> tuple[casadi.Function, casadi.Function]:
-    """Lower the step (k, x, u, p) -> (x_next, cost) and the end (x, p) -> Phi, compared with torch at random points.
+class LoweredStep(NamedTuple):
+    """The step (k, x, u, p, d) -> (x_next, cost) and the end (x, p, d) -> Phi, with what they came from."""
+
+    step: casadi.Function
+    end: casadi.Function
+    lowerings: tuple[Lowering, Lowering]
+
+    def require_same(self) -> None:
+        """Compare both with what they were.
+
+        Raises:
+            ProblemError: something that the functions capture has changed, and is not among the data.
+        """
+        for lowering in self.lowerings:
+            lowering.require_same()
+
+
+def _first_given(problem: StagedOCP) -> list[Tensor]:
+    """What the first step of the first problem is given besides, as a batch of one."""
+    batch = problem.batch_shape
+    table = [] if problem.step_data is None else [problem.step_data[0][(slice(1),) * len(batch)]]
+    return [
+        v.detach().clone() for v in (*table, *of_problems(problem.data, batch, lambda v: v[(slice(1),) * len(batch)]))
+    ]
+
+
+def lower_step(problem: StagedOCP, u: Tensor, p: Tensor) -> LoweredStep:
+    """Lower the step and the end, compared with torch.
 
     In a batch, where every row must stand alone, the first row is lowered, as a batch of one.
 
@@ -35,34 +65,46 @@ def lower_step(problem: StagedOCP, u: Tensor, p: Tensor) -> tuple[casadi.Functio
     """
     if not rows_stand_alone(Widened(problem)):
         raise refused("its functions tell the problems of the batch apart: they hold data of each, or mix their rows")
-    stage, start = problem.groups[0].stage, problem.initial_state
-    first = [v[(slice(1),) * len(problem.batch_shape)] for v in (start, u, p)]
-    counted = stage.joint is None
-    k = torch.tensor(0) if counted else start.new_tensor(0.0)
+    stage, start, data = problem.groups[0].stage, problem.initial_state, problem.data
+    one = lambda v: v[(slice(1),) * len(problem.batch_shape)]  # noqa: E731
+    counted, tabled = stage.joint is None, problem.step_data is not None
+    k, given = torch.tensor(0) if counted else start.new_tensor(0.0), _first_given(problem)
 
-    def step(k: Tensor, x: Tensor, u: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-        if not counted:
-            return problem.advance(stage, k, x, u, p)
-        # A leading axis turns a table lookup table[k] into an indexing that can be traced.
-        x_next, cost = problem.advance(stage, k.reshape((1,) * x.ndim), x[None], u[None], p[None])
+    def step(k: Tensor, x: Tensor, u: Tensor, p: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
+        row, own = (given[0], given[1:]) if tabled else (None, given)
+        with substituted(data, own):
+            if not counted:
+                return problem.advance(stage, k, x, u, p, row)
+            # A leading axis turns a table lookup table[k] into an indexing that can be traced.
+            x_next, cost = problem.advance(stage, k.reshape((1,) * x.ndim), x[None], u[None], p[None])
         return x_next[0], cost[0]
 
-    def end(x: Tensor, p: Tensor) -> Tensor:
-        return problem.terminal(x, p)
+    def end(x: Tensor, p: Tensor, *given: Tensor) -> Tensor:
+        row, own = (given[0], given[1:]) if tabled else (None, given)
+        with substituted(data, own):
+            return problem.terminal(x, p, row)
 
     numbers = torch.linspace(0, problem.steps - 1, 4).round().tolist()
     points = [
-        [torch.full_like(k, number), x, clipped(u, problem.control_bounds[0]), clipped(p, problem.parameter_bounds)]
-        for number, (x, u, p) in zip(numbers, scattered(first), strict=True)
+        [torch.full_like(k, number), x, clipped(u, problem.control_bounds[0]), clipped(p, problem.parameter_bounds), *d]
+        for number, (x, u, p, *d) in zip(numbers, scattered([one(start), one(u), one(p), *given]), strict=True)
     ]
-    ends = [[x, p] for _, x, _, p in points]
-    functions = (
-        _small(lower(step, points, "the step", elsewhere=_ELSEWHERE), "step"),
-        _small(lower(end, ends, "the terminal cost", elsewhere=_ELSEWHERE), "terminal cost"),
+    ends = [[x, p, *d] for _, x, _, p, *d in points]
+    lowerings = (
+        lower(step, points, "the step", elsewhere=_ELSEWHERE),
+        lower(end, ends, "the terminal cost", elsewhere=_ELSEWHERE),
     )
+    functions = (_small(lowerings[0], "step"), _small(lowerings[1], "terminal cost"))
     _check_slopes(functions[0], step, points[1:], "step")
     _check_slopes(functions[1], lambda *xp: (end(*xp),), ends[1:], "terminal cost")
-    return functions
+    return LoweredStep(_joined(functions[0], 4), _joined(functions[1], 2), lowerings)
+
+
+def _joined(function: casadi.Function, own: int) -> casadi.Function:
+    """The function with all arguments behind its ``own`` ones as one column."""
+    symbols = [casadi.SX.sym(f"a{i}", function.numel_in(i)) for i in range(function.n_in())]
+    outputs = casadi.cse(function.call(symbols))
+    return casadi.Function(function.name(), [*symbols[:own], casadi.vertcat(*symbols[own:])], outputs)
 
 
 def _small(lowering: Lowering, name: str) -> casadi.Function:
@@ -88,15 +130,15 @@ def _check_slopes(lowered: casadi.Function, function: Function, points: Sequence
             y = sum(((w * value.reshape(-1)).sum() for w, value in values), torch.zeros(()).double())
         if not bool(torch.isfinite(y)):
             continue  # outside the function's domain, where no derivative means anything
-        wanted = [a for a in leaves if a.requires_grad and a.ndim]
+        wanted = leaves[name == "step" :]
         right = [torch.zeros_like(a) for a in wanted]
         if y.requires_grad:
             right = list(torch.autograd.grad(y, wanted, allow_unused=True, materialize_grads=True))
         columns = [casadi.DM(a.detach().double().reshape(-1).numpy()) for a in leaves]
         got = torch.from_numpy(slope(*columns).full()[:, 0])
         expected = torch.cat([a.reshape(-1) for a in right])
-        # a step number, where there is one, stands first and alone
-        error = (got[got.numel() - expected.numel() :] - expected).abs()
+        # the number of a step stands first and alone
+        error = (got[name == "step" :] - expected).abs()
         scale = 1 + float(expected.nan_to_num(0.0).abs().max()) if expected.numel() else 1.0
         if bool((error > 1e-6 * scale).any()):
             raise refused(f"the {name}'s derivatives are not torch's: a part is detached, or has a backward of its own")

@@ -33,10 +33,10 @@ class Fold(NamedTuple):
 class Steps(NamedTuple):
     """The lowered functions of a problem whose state z holds the static controls.
 
-    ``walk``: z, cost; number, zbar, ubar, k, K, gap, alpha -> z, cost; u. ``gaps``: cost; number, z, u, z_next -> cost;
-    gap. ``exact`` and ``gauss_newton``: V, J, solvable; number, z, u, gap, mu -> V, J, solvable; k, K, J_z. ``end``:
-    z -> Phi. ``end_value``: z -> V, J. V is the upper triangle of the symmetric matrix, column by column; K is row by
-    row.
+    ``walk``: z, cost; number, zbar, ubar, k, K, gap, alpha, d -> z, cost; u. ``gaps``: cost; number, z, u, z_next, d ->
+    cost; gap. ``exact`` and ``gauss_newton``: V, J, solvable; number, z, u, gap, mu, d -> V, J, solvable; k, K, J_z.
+    ``end``: z, d -> Phi. ``end_value``: z, d -> V, J. V is the upper triangle of the symmetric matrix, column by
+    column; K is row by row; d is what a step is given besides.
     """
 
     walk: Fold
@@ -53,31 +53,32 @@ def make_steps(
     """Write the kernel's functions down.
 
     Args:
-        step: (k, x, u, p) -> (x_next, cost).
-        end: (x, p) -> Phi.
+        step: (k, x, u, p, d) -> (x_next, cost).
+        end: (x, p, d) -> Phi.
         n: size of z, static controls included.
         m: number of staged controls.
         q: number of static controls.
         bounds: lower and upper of the staged controls, infinite where there is none.
     """
     k, z, u = casadi.SX.sym("k"), casadi.SX.sym("z", n), casadi.SX.sym("u", m)
-    f, cost = _widened(step, k, z, u, n - q)
-    (value,) = casadi.cse([end(z[: n - q, 0], z[n - q :, 0])])
+    d = casadi.SX.sym("d", step.numel_in(4))
+    f, cost = _widened(step, k, z, u, d, n - q)
+    (value,) = casadi.cse([end(z[: n - q, 0], z[n - q :, 0], d)])
     hessian, gradient = casadi.hessian(value, z)
     L = _quadratic(gradient, hessian)
     return Steps(
         _walk(step, n, m, q, bounds),
-        _gaps(k, z, u, f, cost),
-        _bellman(k, z, u, f, cost, bounds, exact=True),
-        _bellman(k, z, u, f, cost, bounds, exact=False),
-        _fold("end", [z], [value], 0, (0,)),
-        _fold("end_value", [z], [_packed(L), L[0, :].T], 0, (0, 1)),
+        _gaps(k, z, u, d, f, cost),
+        _bellman(k, z, u, d, f, cost, bounds, exact=True),
+        _bellman(k, z, u, d, f, cost, bounds, exact=False),
+        _fold("end", [z, d], [value], 0, (0,)),
+        _fold("end_value", [z, d], [_packed(L), L[0, :].T], 0, (0, 1)),
     )
 
 
-def _widened(step: casadi.Function, k: SX, z: SX, u: SX, n: int) -> tuple[SX, SX]:
+def _widened(step: casadi.Function, k: SX, z: SX, u: SX, d: SX, n: int) -> tuple[SX, SX]:
     """The next z and the cost of a step."""
-    f, cost = step(k, z[:n, 0], u, z[n:, 0])
+    f, cost = step(k, z[:n, 0], u, z[n:, 0], d)
     f, cost = casadi.cse([casadi.vertcat(f, z[n:, 0]), cost])
     return f, cost
 
@@ -97,19 +98,20 @@ def _walk(step: casadi.Function, n: int, m: int, q: int, bounds: tuple[list[floa
     u = ubar + alpha * forward + K.T @ (z - zbar)
     if bounds is not None:
         u = casadi.vertcat(*(_clamp(u[i], lo, hi) for i, (lo, hi) in enumerate(zip(*bounds, strict=True))))
-    f, running = _widened(step, k, z, u, n - q)
-    inputs = [z, cost, k, zbar, ubar, forward, casadi.vec(K), gap, alpha]
+    d = sym("d", step.numel_in(4))
+    f, running = _widened(step, k, z, u, d, n - q)
+    inputs = [z, cost, k, zbar, ubar, forward, casadi.vec(K), gap, alpha, d]
     return _fold("walk", inputs, [f - (1 - alpha) * gap, cost + running, u], 2, (0, 2))
 
 
-def _gaps(k: SX, z: SX, u: SX, f: SX, running: SX) -> Fold:
+def _gaps(k: SX, z: SX, u: SX, d: SX, f: SX, running: SX) -> Fold:
     """Cost and gap of a step from z to a given next z."""
     cost, after = casadi.SX.sym("cost"), casadi.SX.sym("after", *z.shape)
-    return _fold("gaps", [cost, k, z, u, after], [cost + running, f - after], 1, (1,))
+    return _fold("gaps", [cost, k, z, u, after, d], [cost + running, f - after], 1, (1,))
 
 
 def _bellman(
-    k: SX, z: SX, u: SX, f: SX, running: SX, bounds: tuple[list[float], list[float]] | None, *, exact: bool
+    k: SX, z: SX, u: SX, d: SX, f: SX, running: SX, bounds: tuple[list[float], list[float]] | None, *, exact: bool
 ) -> Fold:
     """Carry V and J over one step."""
     n, m = int(z.shape[0]), int(u.shape[0])
@@ -131,7 +133,7 @@ def _bellman(
     cross = K.T @ (Qus + 0.5 * (Quu @ K))
     j = L[0, :].T + F.T @ J
     J_after = j[:s] + K.T @ j[s:]
-    inputs = [upper, J, solvable, k, z, u, gap, mu]
+    inputs = [upper, J, solvable, k, z, u, gap, mu, d]
     carried = [_packed(Q[:s, :s] + cross + cross.T), J_after, solvable * fine]
     name = "exact" if exact else "gauss_newton"
     yielded = [K[:, 0], casadi.vec(K[:, 1:].T), J_after[1:]]

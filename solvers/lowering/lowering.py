@@ -51,6 +51,7 @@ class Lowering:
     """A traced function with the points that every CasADi function made from it is compared at."""
 
     program: Program
+    reference: Function
     kind: Kind
     batch_shape: tuple[int, ...]
     points: list[Point]
@@ -72,6 +73,22 @@ class Lowering:
         """
         with LOCK, _blame(self.components, self.points, self.batch_shape, row):
             return self._function(row)
+
+    def require_same(self) -> None:
+        """Compare the torch function with what it was when it was lowered.
+
+        Raises:
+            ProblemError: it gives other values at the same point.
+        """
+        name, point, before = self.program.name, self.points[-1], self.values[-1]
+        for old, new in zip(before, _evaluate(self.reference, point, name), strict=True):
+            slack = 1e-9 * float(1 + old.abs().nan_to_num(0.0, 0.0, 0.0).max()) if old.numel() else 0.0
+            if not torch.allclose(new, old, rtol=1e-9, atol=slack, equal_nan=True):
+                raise ProblemError(
+                    f"{name} is no longer what it was when the problem was prepared: a tensor or number that its "
+                    "functions capture has changed; expected changes in data alone: name that tensor in data=(..) of "
+                    "the problem and write into it in place, or prepare again"
+                )
 
     def _function(self, row: int | None) -> casadi.Function:
         name = self.program.name
@@ -130,7 +147,7 @@ def lower(
         program = trace(function, points[0], name, elsewhere)
     noise = [_noise(reference, point, value) for point, value in zip(points, values, strict=True)]
     kind = _kind(program, math.prod(batch_shape))
-    return Lowering(program, kind, batch_shape, list(points), values, noise, components)
+    return Lowering(program, reference, kind, batch_shape, list(points), values, noise, components)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,8 @@ from ocnopt import linearise
 from ocnopt.linearise import derivatives, expand_path, expand_terminal
 from ocnopt.ocp import OCP, FreeHorizon
 from ocnopt.paths import Path, rollout
-from ocnopt.staged import Stage, StagedOCP, Widened, transcribe
+from ocnopt.staged import Stage, StagedOCP, Widened
+from ocnopt.transcription import transcribe
 from tests.oracles.compare import assert_close
 
 batches = st.lists(st.integers(1, 3), max_size=2).map(tuple)

@@ -10,8 +10,10 @@ import torch
 import ocnopt as oc
 from ocnopt.ocp import OCP, FreeHorizon
 from ocnopt.solvers.ddp import DDP
-from ocnopt.solvers.solve import make_solver, read_guess, solve
-from ocnopt.staged import Stage, StagedOCP, transcribe
+from ocnopt.solvers.guess import read_guess
+from ocnopt.solvers.solve import make_solver, solve
+from ocnopt.staged import Stage, StagedOCP
+from ocnopt.transcription import transcribe
 from tests.oracles.compare import assert_close
 from tests.solvers.cases import pendulum, regulator
 

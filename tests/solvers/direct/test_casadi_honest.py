@@ -79,7 +79,7 @@ class TestControlC:
     def test_it_is_raised_again(self):
         solver, before = Swallowing(), signal.getsignal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
-            inspect.unwrap(nlp.run_solver)(solver, self.program, np.zeros(1))
+            inspect.unwrap(nlp.run_solver)(solver, self.program, np.zeros(1), np.zeros((0, 1)))
         assert signal.getsignal(signal.SIGINT) is before
 
     def test_a_handler_of_the_users_is_kept(self):

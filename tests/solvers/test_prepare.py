@@ -1,0 +1,193 @@
+"""A prepared problem solves from any state and with any data what a fresh solve would."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from ocnopt.errors import ConvergenceError, ProblemError
+from ocnopt.ocp import OCP, FreeHorizon
+from ocnopt.solvers.ddp import DDP
+from ocnopt.solvers.solve import prepare, solve
+from ocnopt.staged import Stage, StagedOCP
+
+F64 = torch.float64
+SOLVERS = [
+    ("ddp", {"kernel": "torch"}),
+    ("ddp", {"kernel": "lowered"}),
+    ("casadi", {}),
+    ("casadi", {"method": "collocation"}),
+]
+STEPS = 12
+
+
+def pendulum(target, mass, batch=(), **changes):
+    """A pendulum with a target and a mass among its data."""
+
+    def dynamics(t, x, u):
+        return torch.stack([x[..., 1], (u[..., 0] - 2 * torch.sin(x[..., 0])) / mass], dim=-1)
+
+    def cost(t, x, u):
+        return ((x - target) ** 2).sum(-1) + 0.1 * (u**2).sum(-1)
+
+    start = torch.tensor([0.5, -0.2], dtype=F64).expand(*batch, 2)
+    given = {"initial_state": start, "control_dim": 1, "horizon": 1.0, "data": (target, mass)}
+    return OCP(dynamics, cost, lambda t, x: 3 * ((x - target) ** 2).sum(-1), **{**given, **changes})
+
+
+def fresh(target, mass, start, solver, options, **changes):
+    """The answer of a problem made from the present numbers."""
+    problem = pendulum(target.clone(), mass.clone(), start.shape[:-1], initial_state=start, **changes)
+    return solve(problem, solver, steps=STEPS, **options)
+
+
+@pytest.mark.parametrize(("solver", "options"), SOLVERS)
+def test_other_states_and_data(solver, options):
+    target, mass = torch.tensor([0.3, 0.0], dtype=F64), torch.tensor(1.0, dtype=F64)
+    prepared = prepare(pendulum(target, mass), solver, steps=STEPS, **options)
+    for start, goal, weight in (([0.5, -0.2], 0.3, 1.0), ([-0.4, 0.1], 0.3, 1.0), ([0.0, 0.6], -0.5, 1.7)):
+        target[0] = goal
+        mass.fill_(weight)
+        start = torch.tensor(start, dtype=F64)
+        solution, wanted = prepared.solve(start), fresh(target, mass, start, solver, options)
+        assert bool(solution.converged)
+        assert float(solution.build_time) == 0.0
+        torch.testing.assert_close(solution.cost, wanted.cost, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(solution.states, wanted.states, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(solution.states[0], start)
+    torch.testing.assert_close(prepared.problem.initial_state, torch.tensor([0.5, -0.2], dtype=F64))
+
+
+@pytest.mark.parametrize(("solver", "options"), SOLVERS)
+def test_a_batch_with_data_of_each(solver, options):
+    target = torch.tensor([[0.3, 0.0], [-0.2, 0.1], [0.6, 0.0]], dtype=F64)
+    mass = torch.tensor([1.0, 1.5, 0.8], dtype=F64)
+    prepared = prepare(pendulum(target, mass, (3,)), solver, steps=STEPS, **options)
+    target += 0.1
+    mass *= 1.2
+    start = torch.tensor([[0.5, 0.0], [0.1, 0.2], [-0.3, 0.4]], dtype=F64)
+    solution = prepared.solve(start)
+    for i in range(3):
+        wanted = fresh(target[i], mass[i], start[i], solver, options)
+        torch.testing.assert_close(solution.cost[i], wanted.cost, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(solution.states[i], wanted.states, rtol=1e-5, atol=1e-5)
+
+
+def test_a_large_batch_with_data_of_each_leaves_in_another_order():
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(130, 2, generator=generator, dtype=F64)
+    mass = 0.7 + torch.rand(130, generator=generator, dtype=F64)
+    start = torch.randn(130, 2, generator=generator, dtype=F64)
+    problem = pendulum(target, mass, (130,), initial_state=start)
+    solution = solve(problem, steps=STEPS, kernel="lowered")
+    assert bool(solution.converged.all())
+    assert len(set(solution.iterations.tolist())) > 1
+    for i in (0, 17, 64, 129):
+        wanted = fresh(target[i], mass[i], start[i], "ddp", {"kernel": "torch"})
+        torch.testing.assert_close(solution.cost[i], wanted.cost, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kernel", ["torch", "lowered"])
+def test_free_end_and_bounds(kernel):
+    target, mass = torch.tensor([0.3, 0.0], dtype=F64), torch.tensor(1.0, dtype=F64)
+    more = {"horizon": FreeHorizon(1.0, 0.3, 3.0), "control_bounds": (-1.0, 1.0)}
+    prepared = prepare(pendulum(target, mass, **more), steps=STEPS, kernel=kernel)
+    target[0] = 0.8
+    start = torch.tensor([0.2, 0.1], dtype=F64)
+    solution, wanted = prepared.solve(start), fresh(target, mass, start, "ddp", {"kernel": kernel}, **more)
+    torch.testing.assert_close(solution.horizon, wanted.horizon, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(solution.cost, wanted.cost, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kernel", ["torch", "lowered"])
+def test_what_each_step_is_given(kernel):
+    """A reference that differs from step to step and problem to problem, written as step_data."""
+
+    def joint(k, x, u, p, row):
+        return x + 0.5 * u, ((x - row) ** 2 + u**2).sum(-1)
+
+    plain = StagedOCP(
+        Stage(lambda k, x, u: x + 0.5 * u, lambda k, x, u: (u**2).sum(-1), control_dim=2),
+        lambda x: (x**2).sum(-1),
+        initial_state=torch.zeros(3, 2),
+        steps=5,
+    )
+    table = torch.randn(6, 3, 2, generator=torch.Generator().manual_seed(1), dtype=F64)
+    groups = tuple(dataclasses.replace(g, stage=Stage(None, None, 2, joint)) for g in plain.groups)
+    problem = plain.altered(groups=groups, terminal_cost=lambda x, row: ((x - row) ** 2).sum(-1), step_data=table)
+    solution = solve(problem, kernel=kernel)
+    both = [solution]
+    prepared = prepare(problem.altered(step_data=torch.zeros_like(table)), kernel=kernel)
+    both.append(dataclasses.replace(prepared, problem=problem).solve())
+    for i in range(3):
+        rows = table[:, i]
+        own = StagedOCP(
+            [
+                Stage(lambda k, x, u: x + 0.5 * u, lambda k, x, u, r=r: ((x - r) ** 2 + u**2).sum(-1), control_dim=2)
+                for r in rows[:-1]
+            ],
+            lambda x, r=rows[-1]: ((x - r) ** 2).sum(-1),
+            initial_state=[0.0, 0.0],
+        )
+        for answer in both:
+            torch.testing.assert_close(answer.cost[i], solve(own, "casadi").cost, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize(("solver", "options"), SOLVERS[1:])
+def test_a_capture_that_changes_and_is_not_named_is_noticed(solver, options):
+    target, mass = torch.tensor([0.3, 0.0], dtype=F64), torch.tensor(1.0, dtype=F64)
+    prepared = prepare(pendulum(target, mass, data=(target,)), solver, steps=STEPS, **options)
+    prepared.solve()
+    mass.fill_(2.0)
+    with pytest.raises(ProblemError, match=r"no longer what it was .* name that tensor in data="):
+        prepared.solve()
+
+
+def test_the_torch_kernel_sees_every_change():
+    target, mass = torch.tensor([0.3, 0.0], dtype=F64), torch.tensor(1.0, dtype=F64)
+    prepared = prepare(pendulum(target, mass, data=()), steps=STEPS, kernel="torch")
+    mass.fill_(2.0)
+    start = torch.tensor([0.5, -0.2], dtype=F64)
+    wanted = fresh(target, mass, start, "ddp", {"kernel": "torch"})
+    torch.testing.assert_close(prepared.solve().cost, wanted.cost)
+
+
+def test_a_guess_and_strictness_are_those_of_solve():
+    target, mass = torch.tensor([0.3, 0.0], dtype=F64), torch.tensor(1.0, dtype=F64)
+    prepared = prepare(pendulum(target, mass), steps=STEPS, max_iterations=1, kernel="torch")
+    first = prepared.solve()
+    assert not bool(first.converged)
+    with pytest.raises(ConvergenceError, match="iteration limit"):
+        prepared.solve(strict=True)
+    assert float(prepared.solve(initial_guess=first).cost) < float(first.cost)
+
+
+@pytest.mark.parametrize("start", [[1.0], [[1.0, 2.0]], [1.0, float("nan")], "here"])
+def test_states_that_do_not_fit_are_refused(start):
+    target, mass = torch.tensor([0.3, 0.0], dtype=F64), torch.tensor(1.0, dtype=F64)
+    prepared = prepare(pendulum(target, mass), steps=STEPS, kernel="torch")
+    with pytest.raises(ProblemError, match="initial_state"):
+        prepared.solve(start)
+
+
+def test_one_state_serves_a_batch():
+    target, mass = torch.tensor([0.3, 0.0], dtype=F64), torch.tensor(1.0, dtype=F64)
+    prepared = prepare(pendulum(target, mass, (2,)), steps=STEPS, kernel="torch")
+    cost = prepared.solve([0.1, 0.2]).cost
+    assert cost.shape == (2,)
+    torch.testing.assert_close(cost[0], cost[1])
+
+
+def test_a_solver_of_ones_own_needs_no_prepare():
+    class Own:
+        def solve(self, problem, guess, *, progress=False):
+            return DDP(kernel="torch").solve(problem, guess)
+
+    target, mass = torch.tensor([0.3, 0.0], dtype=F64), torch.tensor(1.0, dtype=F64)
+    assert bool(prepare(pendulum(target, mass), Own(), steps=STEPS).solve([0.1, 0.2]).converged)
+
+
+def test_unknown_options_are_refused_at_once():
+    target, mass = torch.tensor([0.3, 0.0], dtype=F64), torch.tensor(1.0, dtype=F64)
+    with pytest.raises(ProblemError, match="no option 'kernle'"):
+        prepare(pendulum(target, mass), kernle="torch")
