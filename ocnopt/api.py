@@ -23,6 +23,8 @@ from ocnopt.ocp import Horizon as Horizon
 from ocnopt.optim.horizon_policy import HorizonPolicy as HorizonPolicy
 from ocnopt.optim.ocnopt import OCNOpt as OCNOpt
 from ocnopt.optim.snopt import SNOpt as SNOpt
+from ocnopt.solvers import MPC as MPC
+from ocnopt.solvers import ClosedLoop as ClosedLoop
 from ocnopt.solvers import Comparison as Comparison
 from ocnopt.solvers import Prepared as Prepared
 from ocnopt.solvers import Solution as Solution
@@ -32,4 +34,4 @@ from ocnopt.solvers import prepare as prepare
 from ocnopt.solvers import solve as solve
 from ocnopt.staged import Stage as Stage
 from ocnopt.staged import StagedOCP as StagedOCP
-from ocnopt.transcription import transcribe as transcribe
+from ocnopt.staged import transcribe as transcribe

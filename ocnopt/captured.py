@@ -60,34 +60,6 @@ def substituted(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> contextl
     return _Substitution({id(tensor): other for tensor, other in zip(tensors, others, strict=True)})
 
 
-def check_data(data: Any, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    """Read ``data=``: the tensors themselves, not copies.
-
-    Raises:
-        ProblemError: no sequence of tensors, another dtype or device, not finite, or one tensor twice.
-    """
-    if isinstance(data, Tensor) or not isinstance(data, Sequence):
-        raise ProblemError(
-            f"data is {type(data).__name__}; expected a tuple of the tensors that the functions capture: write "
-            "data=(tensor,)"
-        )
-    for i, tensor in enumerate(data):
-        if not isinstance(tensor, Tensor):
-            raise ProblemError(
-                f"data[{i}] is {type(tensor).__name__}; expected a tensor that the functions capture: make it one, "
-                "torch.tensor(.., dtype=torch.float64), so that it can change in place"
-            )
-        if tensor.dtype != dtype or tensor.device != device:
-            raise ProblemError(
-                f"data[{i}] is {tensor.dtype} on {tensor.device}; expected {dtype} on {device}, as the problem is"
-            )
-        if not bool(torch.isfinite(tensor).all()):
-            raise ProblemError(f"data[{i}] of shape {shape(tensor)} is not finite; expected numbers to start with")
-        if any(tensor is other for other in data[:i]):
-            raise ProblemError(f"data[{i}] came twice; expected each tensor once")
-    return tuple(data)
-
-
 @contextlib.contextmanager
 def must_be_read(data: Sequence[Tensor]) -> Iterator[None]:
     """Refuse data that no function reads while it is entered.

@@ -253,6 +253,34 @@ def start(initial_state: Any, parameters: Any, dtype: Any) -> tuple[Tensor, Tens
     return x0, p
 
 
+def data_tensors(data: Any, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """Read ``data=``: the tensors themselves, not copies.
+
+    Raises:
+        ProblemError: no sequence of tensors, another dtype or device, not finite, or one tensor twice.
+    """
+    if isinstance(data, Tensor) or not isinstance(data, Sequence):
+        raise ProblemError(
+            f"data is {type(data).__name__}; expected a tuple of the tensors that the functions capture: write "
+            "data=(tensor,)"
+        )
+    for i, tensor in enumerate(data):
+        if not isinstance(tensor, Tensor):
+            raise ProblemError(
+                f"data[{i}] is {type(tensor).__name__}; expected a tensor that the functions capture: make it one, "
+                "torch.tensor(.., dtype=torch.float64), so that it can change in place"
+            )
+        if tensor.dtype != dtype or tensor.device != device:
+            raise ProblemError(
+                f"data[{i}] is {tensor.dtype} on {tensor.device}; expected {dtype} on {device}, as the problem is"
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise ProblemError(f"data[{i}] of shape {shape(tensor)} is not finite; expected numbers to start with")
+        if any(tensor is other for other in data[:i]):
+            raise ProblemError(f"data[{i}] came twice; expected each tensor once")
+    return tuple(data)
+
+
 def start_guess(value: Any) -> Any:
     """Refuse a problem's own guess that no solver could read."""
     if isinstance(value, str | Real):

@@ -34,8 +34,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ocnopt.errors import ProblemError
-from ocnopt.paths import Path
-from ocnopt.staged import Widened, step_numbers
+from ocnopt.paths import Path, Widened, step_numbers
 
 # Cotangents in one batched reverse pass, and the numbers in them: more gains no speed, and memory grows with both.
 _AT_ONCE, _NUMBERS = 128, 1_000_000

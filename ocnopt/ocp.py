@@ -172,7 +172,7 @@ class OCP:
         q = self.parameter_dim
         put(self, "control_bounds", checks.bounds("control_bounds", control_bounds, control_dim, dtype, x0.device))
         put(self, "parameter_bounds", checks.bounds("parameter_bounds", parameter_bounds, q, dtype, x0.device))
-        put(self, "data", captured.check_data(data, dtype, x0.device))
+        put(self, "data", checks.data_tensors(data, dtype, x0.device))
         put(self, "initial_guess", checks.start_guess(initial_guess))
         put(self, "dtype", dtype)
         end = self.horizon.initial if isinstance(self.horizon, FreeHorizon) else self.horizon.t1

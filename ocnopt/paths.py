@@ -6,7 +6,7 @@ x_{k+1}. Functions may capture data of each problem, so they are evaluated on ex
 problems.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from ocnopt import checks, problem_checks
 from ocnopt.captured import of_problems, substituted
-from ocnopt.staged import Series, StagedOCP, Widened, step_number, step_numbers
+from ocnopt.staged import Group, Index, Series, StagedOCP
 
 
 class Path(NamedTuple):
@@ -39,6 +39,129 @@ class Rollout(NamedTuple):
     states: Series
     controls: Series
     cost: Tensor
+
+
+class Widened:
+    """A discrete problem with its static controls as states: z = (x, p), p_{k+1} = p_k, the first p being free.
+
+    Its unknowns are states and staged controls alone, stacked over time: z ``(*extra, *batch, n)`` and u ``(*extra,
+    *batch, m)``, n and m the largest of all steps. Smaller states and controls are followed by zeros, p comes last.
+    """
+
+    def __init__(self, problem: StagedOCP) -> None:
+        self.problem, self.groups, self.steps = problem, problem.groups, problem.steps
+        self.q = problem.parameter_dim
+        self.state_sizes = problem.state_sizes
+        self.control_sizes = [
+            group.stage.control_dim for group in problem.groups for _ in range(group.start, group.stop)
+        ]
+        self.n, self.m = max(self.state_sizes) + self.q, max(self.control_sizes)
+        self.parameter_bounds = problem.parameter_bounds
+        self.control_bounds = self._stacked_bounds()
+
+    def _stacked_bounds(self) -> checks.Bounds | None:
+        """Two tensors ``(N, m)``; no control that is only there to fill up may move."""
+        given, m = self.problem.step_bounds, self.m
+        if not any(given):
+            return None
+        infinite = self.problem.initial_state.new_full((m,), torch.inf)
+        pairs = [
+            bounds or (-infinite[:size], infinite[:size])
+            for bounds, size in zip(given, self.control_sizes, strict=True)
+        ]
+        lower, upper = (
+            torch.stack([pad(side, (0, m - len(side))) for side in sides]) for sides in zip(*pairs, strict=True)
+        )
+        return lower, upper
+
+    def join(self, states: Series, p: Tensor) -> Tensor:
+        """States and static controls as z, stacked over time."""
+        x = _stacked(states, self.n - self.q)
+        return x if not self.q else torch.cat([x, p.expand(*x.shape[:-1], self.q)], dim=-1)
+
+    def join_controls(self, controls: Series) -> Tensor:
+        """Controls stacked over time."""
+        return _stacked(controls, self.m)
+
+    def split(self, z: Tensor) -> tuple[Series, Tensor]:
+        """The states behind stacked z, a list where their sizes vary, and p at the start."""
+        return self.cut(z, self.state_sizes), z[0, ..., self.n - self.q :]
+
+    def cut(self, values: Tensor, sizes: Sequence[int]) -> Series:
+        """What belongs to each step out of a stacked series, a list where sizes vary."""
+        if len(set(sizes)) == 1:
+            return values[..., : sizes[0]]
+        return [value[..., :size] for value, size in zip(values, sizes, strict=True)]
+
+    def advance(self, group: Group, k: Index, z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """One step: the next z and the stage's cost."""
+        first, p = group.start, z[..., self.n - self.q :]
+        x, u = z[..., : self.state_sizes[first]], u[..., : group.stage.control_dim]
+        x_next, cost = self.problem.advance(group.stage, k, x, u, p)
+        room = self.n - self.q - x_next.shape[-1]
+        parts = [x_next, *([x.new_zeros((*x_next.shape[:-1], room))] if room else []), *([p] if self.q else [])]
+        return torch.cat(parts, dim=-1) if len(parts) > 1 else x_next, cost
+
+    def terminal(self, z: Tensor) -> Tensor:
+        """Phi(x_N, p)."""
+        return self.problem.terminal(z[..., : self.state_sizes[-1]], z[..., self.n - self.q :])
+
+    def path_excess(self, group: Group, k: Index, z: Tensor, u: Tensor) -> Tensor:
+        """c(k, x, u, p) <= 0 at steps of a group, or at the end with the last control."""
+        x, u = z[..., : self.state_sizes[k if isinstance(k, int) else group.start]], u[..., : group.stage.control_dim]
+        return self.problem.path_excess(k, x, u, z[..., self.n - self.q :])
+
+    def end_error(self, z: Tensor) -> Tensor:
+        """e(x_N, p) == 0."""
+        return self.problem.end_error(z[..., : self.state_sizes[-1]], z[..., self.n - self.q :])
+
+    def times(self, z: Tensor) -> Tensor:
+        """Times of the nodes for a z of any of them."""
+        return self.problem.times(z[..., self.n - self.q :])
+
+    def stretches(self, length: int | None = None) -> Iterator[tuple[Group, int, int]]:
+        """Runs of steps, of at most the given length, that are evaluated at once."""
+        for group in self.groups:
+            step = length or group.stop - group.start
+            for start in range(group.start, group.stop, step):
+                yield group, start, min(start + step, group.stop)
+
+    def outputs(self, group: Group, k: Index) -> Callable[[Tensor], Tensor]:
+        """Next state, without the static controls, and cost of a step as a function of w = (z, u)."""
+
+        def outputs(w: Tensor) -> Tensor:
+            z, cost = self.advance(group, k, w[..., : self.n], w[..., self.n :])
+            return torch.cat([z[..., : self.n - self.q], cost[..., None]], dim=-1)
+
+        return outputs
+
+    def cost(self, group: Group, k: Index) -> Callable[[Tensor], Tensor]:
+        """The cost of a step alone as a function of w, ``(..., 1)``."""
+        outputs = self.outputs(group, k)
+        return lambda w: outputs(w)[..., -1:]
+
+    def phi(self, z: Tensor) -> Tensor:
+        """Phi(x_N, p), ``(..., 1)``."""
+        return self.terminal(z)[..., None]
+
+
+def _stacked(values: Series, size: int) -> Tensor:
+    """A series of varying sizes as one tensor, filled up with zeros."""
+    if isinstance(values, Tensor):
+        return values
+    return torch.stack([v if v.shape[-1] == size else pad(v, (0, size - v.shape[-1])) for v in values])
+
+
+def step_number(group: Group, k: int, like: Tensor) -> Index:
+    """Step k as a stage's functions expect it."""
+    return k if group.single or group.stage.joint is not None else torch.tensor(k, device=like.device)
+
+
+def step_numbers(group: Group, start: int, stop: int, states: Tensor) -> Index:
+    """The numbers of several steps, for a leading axis of states ``(N + 1, *lead, n)``."""
+    if group.single:
+        return start
+    return torch.arange(start, stop, device=states.device).reshape(-1, *(1,) * (states.ndim - 2))
 
 
 def walk(

@@ -1,4 +1,4 @@
-r"""Problems in discrete time.
+r"""Problems in discrete time, and the way from continuous time to them.
 
 Minimise   Phi(x_N, p) + sum_k l_k(x_k, u_k, p)   subject to   x_{k+1} = f_k(x_k, u_k, p),   x_0 given,   k = 0..N-1.
 
@@ -6,22 +6,23 @@ Shapes: x ``(*extra, *batch, n)``, u ``(*extra, *batch, m)``, p ``(*extra, *batc
 stage serves all N steps, k is an integer tensor that broadcasts against ``x[..., 0]``, so that many steps are evaluated
 at once; in a sequence of stages k is an int.
 
-A static control is a state whose first value is free: :class:`Widened` appends p to x, and a backward pass over states
-and staged controls needs nothing else.
+A static control is a state whose first value is free: :class:`ocnopt.paths.Widened` appends p to x, and a backward pass
+over states and staged controls needs nothing else.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ocnopt import captured, checks, staged_checks
 from ocnopt.errors import ProblemError
-from ocnopt.ocp import Function, Lifted
+from ocnopt.integrate.runge_kutta import combine, stages
+from ocnopt.integrate.tableaus import get_tableau
+from ocnopt.ocp import OCP, Function, Lifted, lift
 
 Index = int | Tensor
 Series = Tensor | Sequence[Tensor]  # stacked over time, or step by step where sizes vary
@@ -132,7 +133,7 @@ class StagedOCP:
         put(self, "parameter_bounds", checks.bounds("parameter_bounds", parameter_bounds, q, dtype, x0.device))
         put(self, "path_constraint", path_constraint)
         put(self, "terminal_constraint", terminal_constraint)
-        put(self, "data", captured.check_data(data, dtype, x0.device))
+        put(self, "data", checks.data_tensors(data, dtype, x0.device))
         put(self, "initial_guess", checks.start_guess(initial_guess))
         put(self, "dtype", dtype)
         put(self, "origin", origin)
@@ -250,124 +251,61 @@ def _groups(stages: Any, steps: Any) -> tuple[Group, ...]:
     return tuple(Group(stage, k, k + 1, single=True) for k, stage in enumerate(stages))
 
 
-class Widened:
-    """A discrete problem with its static controls as states: z = (x, p), p_{k+1} = p_k, the first p being free.
+def transcribe(problem: OCP, steps: int, integrator: str = "rk4") -> StagedOCP:
+    """Cut a continuous problem into N equal steps, each with one constant control.
 
-    Its unknowns are states and staged controls alone, stacked over time: z ``(*extra, *batch, n)`` and u ``(*extra,
-    *batch, m)``, n and m the largest of all steps. Smaller states and controls are followed by zeros, p comes last.
+    The integrator's stages integrate the running cost along with the state.
+
+    Args:
+        problem: the continuous problem; a free T becomes the last static control.
+        steps: N.
+        integrator: "euler", "midpoint", "rk4", or any tableau of :mod:`ocnopt.integrate.tableaus`.
+
+    Returns:
+        The discrete problem; its ``origin`` is the lifted continuous one.
+
+    Raises:
+        ProblemError: steps < 1, or an unknown integrator.
     """
+    steps = checks.whole("steps", steps, 1)
+    tableau = get_tableau(integrator)
+    lifted = lift(problem)
+    h = (lifted.t1 - lifted.t0) / steps
 
-    def __init__(self, problem: StagedOCP) -> None:
-        self.problem, self.groups, self.steps = problem, problem.groups, problem.steps
-        self.q = problem.parameter_dim
-        self.state_sizes = problem.state_sizes
-        self.control_sizes = [
-            group.stage.control_dim for group in problem.groups for _ in range(group.start, group.stop)
-        ]
-        self.n, self.m = max(self.state_sizes) + self.q, max(self.control_sizes)
-        self.parameter_bounds = problem.parameter_bounds
-        self.control_bounds = self._stacked_bounds()
+    def time(k: Index, x: Tensor) -> float | Tensor:
+        # an integer tensor times a float would be float32
+        return lifted.t0 + h * (k if isinstance(k, int) else k.to(x.dtype))
 
-    def _stacked_bounds(self) -> checks.Bounds | None:
-        """Two tensors ``(N, m)``; no control that is only there to fill up may move."""
-        given, m = self.problem.step_bounds, self.m
-        if not any(given):
-            return None
-        infinite = self.problem.initial_state.new_full((m,), torch.inf)
-        pairs = [
-            bounds or (-infinite[:size], infinite[:size])
-            for bounds, size in zip(given, self.control_sizes, strict=True)
-        ]
-        lower, upper = (
-            torch.stack([pad(side, (0, m - len(side))) for side in sides]) for sides in zip(*pairs, strict=True)
-        )
-        return lower, upper
+    def joint(k: Index, x: Tensor, u: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        seen = stages(tableau, lifted.field(u, p), time(k, x), h, x)
+        if problem.running_cost is None:
+            return combine(x, h, tableau.b, seen.slopes), x.new_zeros(x.shape[:-1])
+        used = [i for i, b in enumerate(tableau.b) if b != 0.0]
+        costs = [lifted.running_cost(seen.times[i], seen.points[i], u, p) for i in used]
+        zero = x.new_zeros(x.shape[:-1])
+        return combine(x, h, tableau.b, seen.slopes), combine(zero, h, [tableau.b[i] for i in used], costs)
 
-    def join(self, states: Series, p: Tensor) -> Tensor:
-        """States and static controls as z, stacked over time."""
-        x = _stacked(states, self.n - self.q)
-        return x if not self.q else torch.cat([x, p.expand(*x.shape[:-1], self.q)], dim=-1)
-
-    def join_controls(self, controls: Series) -> Tensor:
-        """Controls stacked over time."""
-        return _stacked(controls, self.m)
-
-    def split(self, z: Tensor) -> tuple[Series, Tensor]:
-        """The states behind stacked z, a list where their sizes vary, and p at the start."""
-        return self.cut(z, self.state_sizes), z[0, ..., self.n - self.q :]
-
-    def cut(self, values: Tensor, sizes: Sequence[int]) -> Series:
-        """What belongs to each step out of a stacked series, a list where sizes vary."""
-        if len(set(sizes)) == 1:
-            return values[..., : sizes[0]]
-        return [value[..., :size] for value, size in zip(values, sizes, strict=True)]
-
-    def advance(self, group: Group, k: Index, z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        """One step: the next z and the stage's cost."""
-        first, p = group.start, z[..., self.n - self.q :]
-        x, u = z[..., : self.state_sizes[first]], u[..., : group.stage.control_dim]
-        x_next, cost = self.problem.advance(group.stage, k, x, u, p)
-        room = self.n - self.q - x_next.shape[-1]
-        parts = [x_next, *([x.new_zeros((*x_next.shape[:-1], room))] if room else []), *([p] if self.q else [])]
-        return torch.cat(parts, dim=-1) if len(parts) > 1 else x_next, cost
-
-    def terminal(self, z: Tensor) -> Tensor:
-        """Phi(x_N, p)."""
-        return self.problem.terminal(z[..., : self.state_sizes[-1]], z[..., self.n - self.q :])
-
-    def path_excess(self, group: Group, k: Index, z: Tensor, u: Tensor) -> Tensor:
-        """c(k, x, u, p) <= 0 at steps of a group, or at the end with the last control."""
-        x, u = z[..., : self.state_sizes[k if isinstance(k, int) else group.start]], u[..., : group.stage.control_dim]
-        return self.problem.path_excess(k, x, u, z[..., self.n - self.q :])
-
-    def end_error(self, z: Tensor) -> Tensor:
-        """e(x_N, p) == 0."""
-        return self.problem.end_error(z[..., : self.state_sizes[-1]], z[..., self.n - self.q :])
-
-    def times(self, z: Tensor) -> Tensor:
-        """Times of the nodes for a z of any of them."""
-        return self.problem.times(z[..., self.n - self.q :])
-
-    def stretches(self, length: int | None = None) -> Iterator[tuple[Group, int, int]]:
-        """Runs of steps, of at most the given length, that are evaluated at once."""
-        for group in self.groups:
-            step = length or group.stop - group.start
-            for start in range(group.start, group.stop, step):
-                yield group, start, min(start + step, group.stop)
-
-    def outputs(self, group: Group, k: Index) -> Callable[[Tensor], Tensor]:
-        """Next state, without the static controls, and cost of a step as a function of w = (z, u)."""
-
-        def outputs(w: Tensor) -> Tensor:
-            z, cost = self.advance(group, k, w[..., : self.n], w[..., self.n :])
-            return torch.cat([z[..., : self.n - self.q], cost[..., None]], dim=-1)
-
-        return outputs
-
-    def cost(self, group: Group, k: Index) -> Callable[[Tensor], Tensor]:
-        """The cost of a step alone as a function of w, ``(..., 1)``."""
-        outputs = self.outputs(group, k)
-        return lambda w: outputs(w)[..., -1:]
-
-    def phi(self, z: Tensor) -> Tensor:
-        """Phi(x_N, p), ``(..., 1)``."""
-        return self.terminal(z)[..., None]
+    has_parameters = lifted.parameter_dim > 0
+    along = problem.path_constraint and (lambda k, x, u, p: lifted.path_constraint(time(k, x), x, u, p))
+    return StagedOCP(
+        Stage(None, None, problem.control_dim, joint),
+        problem.terminal_cost and _arity(lifted.terminal_cost, has_parameters),
+        initial_state=problem.initial_state,
+        steps=steps,
+        parameters=lifted.parameters if has_parameters else None,
+        control_bounds=problem.control_bounds,
+        parameter_bounds=lifted.parameter_bounds,
+        path_constraint=along and _arity(along, has_parameters),
+        terminal_constraint=problem.terminal_constraint and _arity(lifted.terminal_constraint, has_parameters),
+        data=problem.data,
+        initial_guess=problem.initial_guess,
+        dtype=problem.dtype,
+        origin=lifted,
+    )
 
 
-def _stacked(values: Series, size: int) -> Tensor:
-    """A series of varying sizes as one tensor, filled up with zeros."""
-    if isinstance(values, Tensor):
-        return values
-    return torch.stack([v if v.shape[-1] == size else pad(v, (0, size - v.shape[-1])) for v in values])
-
-
-def step_number(group: Group, k: int, like: Tensor) -> Index:
-    """Step k as a stage's functions expect it."""
-    return k if group.single or group.stage.joint is not None else torch.tensor(k, device=like.device)
-
-
-def step_numbers(group: Group, start: int, stop: int, states: Tensor) -> Index:
-    """The numbers of several steps, for a leading axis of states ``(N + 1, *lead, n)``."""
-    if group.single:
-        return start
-    return torch.arange(start, stop, device=states.device).reshape(-1, *(1,) * (states.ndim - 2))
+def _arity(function: Function, has_parameters: bool) -> Function:
+    """A lifted function as a StagedOCP has it: p is an argument only where the problem has one."""
+    if has_parameters:
+        return function
+    return lambda *arguments: function(*arguments, arguments[-1].new_zeros(0))

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ocnopt.checks import Bounds
-from ocnopt.paths import evaluate
-from ocnopt.staged import StagedOCP, Widened, step_number, step_numbers
+from ocnopt.paths import Widened, evaluate, step_number, step_numbers
+from ocnopt.staged import StagedOCP
 
 
 class Audit(NamedTuple):

@@ -14,9 +14,12 @@ Source: Mayne 1966; Tassa, Mansard and Todorov, ICRA 2014 (bounds, regularisatio
 (gaps).
 """
 
+import math
+import signal
+import threading
 import time
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,7 +27,7 @@ from torch import Tensor
 from ocnopt.checks import can_differentiate, finite_path, nearest, no_constraints, solver_options
 from ocnopt.differential.sweep import Direction
 from ocnopt.errors import ProblemError
-from ocnopt.paths import Path
+from ocnopt.paths import Path, Widened
 from ocnopt.solvers.lowered.limits import fits
 from ocnopt.solvers.search import (
     Curvature,
@@ -43,7 +46,7 @@ from ocnopt.solvers.search import (
     unflattened,
 )
 from ocnopt.solvers.solution import Guess, Result
-from ocnopt.staged import Series, StagedOCP, Widened
+from ocnopt.staged import Series, StagedOCP
 
 
 class History:
@@ -77,6 +80,37 @@ class History:
             name: v.unflatten(1, shape) if shape else v[:, 0]
             for name, v in zip(("cost", "step", "regularisation"), table, strict=True)
         }
+
+
+class Stopwatch:
+    """Says when a solve has to stop. Within it Ctrl-C is noted; pressed again it raises as ever."""
+
+    def __init__(self, limit: float | None) -> None:
+        self._end = math.inf if limit is None else time.perf_counter() + limit
+        self._pressed, self._before = False, signal.getsignal(signal.SIGINT)
+        main = threading.current_thread() is threading.main_thread()
+        self._listens = main and self._before is signal.default_int_handler
+
+    def __enter__(self) -> "Stopwatch":
+        if self._listens:
+            signal.signal(signal.SIGINT, self._press)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._listens:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _press(self, number: int, frame: Any) -> None:
+        if self._pressed:
+            raise KeyboardInterrupt
+        self._pressed = True
+
+    @property
+    def reason(self) -> int | None:
+        """Why to stop now, an :class:`Outcome`; None to go on."""
+        if self._pressed:
+            return Outcome.INTERRUPTED
+        return Outcome.LATE if time.perf_counter() > self._end else None
 
 
 class Start:
@@ -146,6 +180,7 @@ class DDP:
         max_iterations: sweeps allowed.
         tolerance: stop when the predicted decrease falls below ``tolerance**2 * (1 + |cost|)`` and every gap below
             ``tolerance``.
+        time_limit: seconds after which a solve stops with what it has; None for no limit.
         regularisation: first value of mu; it rises when a sweep or a line search fails.
         kernel: "torch" runs any function on any device; "lowered" runs expressions that CasADi makes of the functions,
             much faster for small problems; "auto" takes the lowered kernel where the problem is small and allows it.
@@ -156,6 +191,7 @@ class DDP:
     max_iterations: int = 500
     tolerance: float = 1e-8
     regularisation: float = 0.0
+    time_limit: float | None = None
     kernel: Literal["auto", "torch", "lowered"] = "auto"
 
     def __post_init__(self) -> None:
@@ -164,7 +200,8 @@ class DDP:
             if value not in known:
                 hint = nearest(str(value), known)
                 raise ProblemError(f"{name} is {value!r}; expected one of {', '.join(known)}{hint}")
-        solver_options(self, at_least={"max_iterations": 1}, positive=["tolerance"], not_negative=["regularisation"])
+        positive = ["tolerance"] if self.time_limit is None else ["tolerance", "time_limit"]
+        solver_options(self, at_least={"max_iterations": 1}, positive=positive, not_negative=["regularisation"])
 
     def solve(self, problem: StagedOCP, guess: Guess, *, progress: bool = False) -> Result:
         """Solve a discrete problem from a guess.
@@ -203,13 +240,22 @@ class DDP:
         return TorchKernel(wide)
 
     def search(self, kernel: Kernel, start: Start, history: History) -> list[tuple[Iterate, Progress, Direction]]:
-        """Work on a window of problems until all have ended."""
+        """Work on a window of problems until all have ended, the time is up, or Ctrl-C was pressed."""
+        with Stopwatch(self.time_limit) as stopwatch:
+            return self._search(kernel, start, history, stopwatch)
+
+    def _search(
+        self, kernel: Kernel, start: Start, history: History, stopwatch: Stopwatch
+    ) -> list[tuple[Iterate, Progress, Direction]]:
         ended: list[tuple[Iterate, Progress, Direction]] = []
         iterate, progress = start.admit(self.regularisation, kernel.window)
         history.add(progress, iterate.cost, torch.zeros_like(iterate.cost), progress.row >= 0)
         while True:
             direction = find_direction(kernel, iterate, progress.mu, self.curvature)
             progress = judge(progress, iterate, direction, self.tolerance, self.max_iterations)
+            if stopwatch.reason is not None:
+                stopped = torch.where(progress.running, stopwatch.reason, progress.outcome)
+                progress = progress._replace(outcome=stopped)
             running = progress.running
             done = running.numel() - int(running.sum())
             if done == running.numel() and not start.waiting:
@@ -330,6 +376,8 @@ def _sentence(kernel: str, outcome: int, iterations: int, gap: float) -> str:
             "bound the controls, or look for a cost that is not bounded below",
         ),
         Outcome.LIMIT: ("the iteration limit was reached", "raise max_iterations, or start from this solution"),
+        Outcome.LATE: ("the time limit was reached", "raise time_limit, or start from this solution"),
+        Outcome.INTERRUPTED: ("Ctrl-C was pressed", "start from this solution to go on"),
     }[outcome]
     gaps = f"; gaps up to {gap:.1e} are still open" if gap > 0 else ""
     return f"stopped after {steps}: {reason}{gaps}; {advice} ({kernel} kernel)"

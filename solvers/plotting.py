@@ -148,6 +148,31 @@ def _draw_gains(
         axis.legend(fontsize="x-small")
 
 
+def plot_closed_loop(loop: Any, *, states: Sequence[str] = (), controls: Sequence[str] = ()) -> Figure:
+    """Draw a closed loop: a panel for each state, each control, and one for the time of each solve.
+
+    Args:
+        loop: a ``ClosedLoop``.
+        states: name and unit of each state; x0, x1, ... if empty.
+        controls: likewise.
+    """
+    states = states or [f"x{j}" for j in range(loop.states.shape[-1])]
+    controls = controls or [f"u{i}" for i in range(loop.controls.shape[-1])]
+    of_states, of_controls = _parts(len(states)), _parts(len(controls))
+    count = len(of_states) + len(of_controls) + 1
+    figure, axes = panels(count, columns=2 if count <= 4 else 3)
+    free = iter(axes)
+    for part in of_states:
+        _draw(next(free), {"": (loop.times, loop.states)}, states, part, "time")
+    for part in of_controls:
+        _draw(next(free), {"": (loop.times, loop.controls)}, controls, part, "time")
+    axis = next(free)
+    axis.plot(loop.times[:-1].numpy(), 1e3 * loop.solve_times.numpy(), ".", color=COLOURS[0], ms=4)
+    finish(axis, "time", "solve [ms]")
+    axis.set_ylim(bottom=0.0)
+    return figure
+
+
 def _draw_convergence(axis: Axes, solutions: Mapping[str, Any]) -> None:
     """Distance of each iteration's cost from the solver's last one."""
     for name, solution, look in styled(solutions):

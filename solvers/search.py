@@ -16,8 +16,7 @@ from torch import Tensor
 from ocnopt.captured import belongs_to_each
 from ocnopt.differential.sweep import Direction, sweep_path
 from ocnopt.linearise import expand_path, expand_terminal
-from ocnopt.paths import FeedbackLaw, Path, evaluate, rows_stand_alone, walk
-from ocnopt.staged import Widened
+from ocnopt.paths import FeedbackLaw, Path, Widened, evaluate, rows_stand_alone, walk
 
 _MU_MIN, _MU_MAX = 1e-6, 1e12
 # mu grows by _UP when nothing was accepted, falls by _DOWN after a step >= _LONG, rises by _DOWN after one < _SHORT:
@@ -149,7 +148,7 @@ class Iterate(NamedTuple):
 class Outcome:
     """How the search for one problem ended, if it has."""
 
-    RUNNING, CONVERGED, NOT_FINITE, STUCK, LIMIT, NOT_SMOOTH, UNBOUNDED = range(7)
+    RUNNING, CONVERGED, NOT_FINITE, STUCK, LIMIT, NOT_SMOOTH, UNBOUNDED, LATE, INTERRUPTED = range(9)
 
 
 class Progress(NamedTuple):

@@ -176,7 +176,7 @@ class Solution:
             raise ProblemError(f"rollout got an initial state of shape {came}; expected {wanted}")
         nodes = self.times.movedim(-1, 0)
         p = self._full_parameters()
-        after = None if disturbance is None else lambda k, x: x + _push(disturbance, nodes[k + 1], x)
+        after = None if disturbance is None else lambda k, x: x + pushed(disturbance, nodes[k + 1], x)
         with torch.no_grad():
             path = rollout(self.problem, self._by_step(self.problem), x0.expand(size), p, after=after)
             states = list(path.states)
@@ -278,7 +278,7 @@ class Solution:
         return value
 
 
-def _push(disturbance: Callable[[Tensor, Tensor], Any], t: Tensor, x: Tensor) -> Tensor:
+def pushed(disturbance: Callable[[Tensor, Tensor], Any], t: Tensor, x: Tensor) -> Tensor:
     """What a disturbance adds to the states x ``(..., n)``."""
     push = disturbance(t, x.clone())
     if not isinstance(push, Tensor) or push.shape not in (x.shape, x.shape[-1:]):

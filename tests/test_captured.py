@@ -6,9 +6,8 @@ import torch
 from ocnopt.captured import belongs_to_each, given_rows, substituted
 from ocnopt.errors import ProblemError
 from ocnopt.ocp import OCP
-from ocnopt.paths import rows_stand_alone
-from ocnopt.staged import Stage, StagedOCP, Widened
-from ocnopt.transcription import transcribe
+from ocnopt.paths import Widened, rows_stand_alone
+from ocnopt.staged import Stage, StagedOCP, transcribe
 
 F64 = torch.float64
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from ocnopt.errors import ProblemError
 from ocnopt.ocp import OCP, FreeHorizon, Horizon, lift
-from ocnopt.staged import Stage, StagedOCP, Widened, step_numbers
-from ocnopt.transcription import transcribe
+from ocnopt.paths import Widened, step_numbers
+from ocnopt.staged import Stage, StagedOCP, transcribe
 from tests.oracles.compare import assert_close
 
 T0, T = 0.5, 2.0

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from ocnopt.ocp import OCP
-from ocnopt.paths import evaluate, rollout, rows_stand_alone, walk
-from ocnopt.staged import Stage, StagedOCP, Widened
-from ocnopt.transcription import transcribe
+from ocnopt.paths import Widened, evaluate, rollout, rows_stand_alone, walk
+from ocnopt.staged import Stage, StagedOCP, transcribe
 from tests.oracles.compare import assert_close
 from tests.test_staged import price, slope
 

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from ocnopt import checks
 from ocnopt.errors import ProblemError
 from ocnopt.ocp import OCP, FreeHorizon, Horizon
-from ocnopt.paths import rollout, walk
-from ocnopt.staged import Stage, StagedOCP, Widened
-from ocnopt.transcription import transcribe
+from ocnopt.paths import Widened, rollout, walk
+from ocnopt.staged import Stage, StagedOCP, transcribe
 from tests.oracles.compare import assert_close
 
 

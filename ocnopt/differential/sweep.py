@@ -38,8 +38,7 @@ from torch import Tensor
 
 from ocnopt.checks import Bounds
 from ocnopt.linearise import StepCurvature, StepModels
-from ocnopt.paths import Path
-from ocnopt.staged import Widened
+from ocnopt.paths import Path, Widened
 
 # Projected Newton on the box: iterations allowed, and the step sizes tried at once.
 _MAX_ITERATIONS = 50

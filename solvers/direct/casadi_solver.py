@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ocnopt.checks import nearest, solver_options
 from ocnopt.errors import NonFiniteError, ProblemError
-from ocnopt.paths import rollout, rows_stand_alone
+from ocnopt.paths import Widened, rollout, rows_stand_alone
 from ocnopt.solvers.solution import Guess, Result
-from ocnopt.staged import StagedOCP, Widened
+from ocnopt.staged import StagedOCP
 
 if TYPE_CHECKING:
     from ocnopt.solvers.direct.attempts import Attempt, Instance

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ocnopt.captured import of_problems, substituted
 from ocnopt.checks import clipped
-from ocnopt.paths import rows_stand_alone
+from ocnopt.paths import Widened, rows_stand_alone
 from ocnopt.solvers.lowered.limits import refused
 from ocnopt.solvers.lowering.lowering import Lowering, lower, scattered
-from ocnopt.staged import StagedOCP, Widened
+from ocnopt.staged import StagedOCP
 
 # Beyond this many operations a step, building takes seconds (derivatives of single numbers).
 _OPERATIONS = 2500

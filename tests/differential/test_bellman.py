@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from ocnopt.differential.sweep import BellmanStep, CostToGo, bellman_step, minimise_start, sweep
 from ocnopt.linearise import Hessians, expand_path, expand_terminal
-from ocnopt.paths import walk
-from ocnopt.staged import Widened
+from ocnopt.paths import Widened, walk
 from tests.oracles.compare import assert_close
 from tests.oracles.lq import random_affine_quadratic
 

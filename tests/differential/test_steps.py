@@ -9,9 +9,8 @@ from torch.func import hessian, jacrev
 from ocnopt import linearise
 from ocnopt.linearise import derivatives, expand_path, expand_terminal
 from ocnopt.ocp import OCP, FreeHorizon
-from ocnopt.paths import Path, rollout
-from ocnopt.staged import Stage, StagedOCP, Widened
-from ocnopt.transcription import transcribe
+from ocnopt.paths import Path, Widened, rollout
+from ocnopt.staged import Stage, StagedOCP, transcribe
 from tests.oracles.compare import assert_close
 
 batches = st.lists(st.integers(1, 3), max_size=2).map(tuple)

@@ -1,8 +1,8 @@
 """The walks that the layout must keep short: one solve, one training step, one Hessian.
 
-At most nine files each (checks, errors and tableaus aside), and no two files that call each other both ways. How the
-lowered kernel is built is left out: it happens once, before anything is iterated, and hands the problem's step down to
-the tracer, which calls it back by design.
+At most nine files each (checks, the reading of a start, errors and tableaus aside), and no two files that call each
+other both ways. How the lowered kernel is built is left out: it happens once, before anything is iterated, and hands
+the problem's step down to the tracer, which calls it back by design.
 """
 
 import pytest
@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 import ocnopt as oc
 from ocnopt.solvers.ddp import DDP
+from ocnopt.solvers.guess import read_guess
 from ocnopt.solvers.lowered.kernel import LoweredKernel
-from ocnopt.solvers.solve import read_guess
 from tests.layout.walk import Walk, walk
 
 ASIDE = (
     "ocnopt/checks.py",
     "ocnopt/problem_checks.py",
+    "solvers/guess.py",
     "ocnopt/neural/checks.py",
     "ocnopt/optim/checks.py",
     "ocnopt/errors.py",
@@ -45,7 +46,7 @@ def test_from_a_problem_to_its_feedback_gains(name: str, monkeypatch: pytest.Mon
     if name == "lowered":
         staged = oc.transcribe(problem, 20)
         kernel = LoweredKernel(staged, read_guess(staged, None))
-        monkeypatch.setattr(DDP, "_kernel", lambda *arguments: kernel)
+        monkeypatch.setattr(DDP, "make_kernel", lambda *arguments: kernel)
     path = walk(lambda: oc.solve(problem, steps=20, kernel=name))
     assert bool(path.result.converged)
     assert path.result.gains is not None

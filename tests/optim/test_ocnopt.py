@@ -13,8 +13,7 @@ import ocnopt as oc
 from ocnopt.differential.sweep import BellmanStep, CostToGo, bellman_step, sweep, sweep_path
 from ocnopt.linearise import expand_path, expand_terminal
 from ocnopt.optim.game import GAMES
-from ocnopt.paths import walk
-from ocnopt.staged import Widened
+from ocnopt.paths import Widened, walk
 from tests.oracles.compare import assert_close
 
 LR = 0.3

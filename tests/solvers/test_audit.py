@@ -5,8 +5,7 @@ import torch
 
 from ocnopt.ocp import OCP, FreeHorizon
 from ocnopt.solvers.audit import audit
-from ocnopt.staged import Stage, StagedOCP
-from ocnopt.transcription import transcribe
+from ocnopt.staged import Stage, StagedOCP, transcribe
 from tests.oracles.compare import assert_close
 
 

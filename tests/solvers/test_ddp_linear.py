@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 from ocnopt import problems
 from ocnopt.linearise import expand_path
 from ocnopt.ocp import OCP
-from ocnopt.paths import Path, rollout
+from ocnopt.paths import Path, Widened, rollout
 from ocnopt.solvers.solve import solve
-from ocnopt.staged import Stage, StagedOCP, Widened
-from ocnopt.transcription import transcribe
+from ocnopt.staged import Stage, StagedOCP, transcribe
 from tests.oracles.compare import assert_close
 from tests.oracles.lq import random_affine_quadratic
 from tests.solvers.cases import assert_converged

@@ -11,7 +11,7 @@ import torch
 from ocnopt.ocp import OCP, FreeHorizon
 from ocnopt.paths import rollout
 from ocnopt.solvers.solve import solve
-from ocnopt.transcription import transcribe
+from ocnopt.staged import transcribe
 from tests.oracles.compare import assert_close
 from tests.solvers.cases import assert_converged
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from ocnopt import problems
 from ocnopt.errors import ProblemError
 from ocnopt.ocp import OCP
+from ocnopt.paths import Widened
 from ocnopt.solvers.ddp import DDP
 from ocnopt.solvers.guess import read_guess
 from ocnopt.solvers.lowered import arrays
@@ -21,8 +22,7 @@ from ocnopt.solvers.lowered.kernel import LoweredKernel
 from ocnopt.solvers.lowered.steps import Fold
 from ocnopt.solvers.search import TorchKernel
 from ocnopt.solvers.solve import solve
-from ocnopt.staged import Stage, StagedOCP, Widened
-from ocnopt.transcription import transcribe
+from ocnopt.staged import Stage, StagedOCP, transcribe
 from tests.oracles.lq import random_affine_quadratic
 from tests.solvers.cases import assert_converged, free_end, pushed, swing
 

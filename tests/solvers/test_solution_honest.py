@@ -11,8 +11,7 @@ from ocnopt.ocp import OCP, FreeHorizon, Horizon
 from ocnopt.solvers.audit import audit
 from ocnopt.solvers.solution import load_solution
 from ocnopt.solvers.solve import solve
-from ocnopt.staged import Stage, StagedOCP
-from ocnopt.transcription import transcribe
+from ocnopt.staged import Stage, StagedOCP, transcribe
 from tests.oracles.compare import assert_close
 
 

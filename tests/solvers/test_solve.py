@@ -12,8 +12,7 @@ from ocnopt.ocp import OCP, FreeHorizon
 from ocnopt.solvers.ddp import DDP
 from ocnopt.solvers.guess import read_guess
 from ocnopt.solvers.solve import make_solver, solve
-from ocnopt.staged import Stage, StagedOCP
-from ocnopt.transcription import transcribe
+from ocnopt.staged import Stage, StagedOCP, transcribe
 from tests.oracles.compare import assert_close
 from tests.solvers.cases import pendulum, regulator
 

@@ -10,8 +10,7 @@ import ocnopt as oc
 from ocnopt.ocp import OCP, FreeHorizon
 from ocnopt.solvers.guess import read_guess
 from ocnopt.solvers.solve import solve
-from ocnopt.staged import Stage, StagedOCP
-from ocnopt.transcription import transcribe
+from ocnopt.staged import Stage, StagedOCP, transcribe
 from tests.oracles.compare import assert_close
 from tests.solvers.cases import pendulum, regulator
 

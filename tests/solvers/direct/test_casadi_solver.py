@@ -9,8 +9,7 @@ from torch.func import hessian, jacrev
 from ocnopt.errors import NonFiniteError
 from ocnopt.ocp import OCP, FreeHorizon, Horizon
 from ocnopt.solvers.solve import solve
-from ocnopt.staged import Stage, StagedOCP
-from ocnopt.transcription import transcribe
+from ocnopt.staged import Stage, StagedOCP, transcribe
 from tests.solvers.cases import scalar_lqr
 
 F64 = torch.float64

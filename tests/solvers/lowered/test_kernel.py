@@ -12,14 +12,13 @@ from ocnopt import problems
 from ocnopt.differential.sweep import Direction
 from ocnopt.errors import ProblemError
 from ocnopt.ocp import OCP, FreeHorizon
-from ocnopt.paths import Path, evaluate, walk
+from ocnopt.paths import Path, Widened, evaluate, walk
 from ocnopt.solvers.lowered import arrays, kernel
 from ocnopt.solvers.lowered.kernel import LoweredKernel
 from ocnopt.solvers.lowered.limits import fits
 from ocnopt.solvers.search import TorchKernel
 from ocnopt.solvers.solution import Guess
-from ocnopt.staged import Stage, StagedOCP, Widened
-from ocnopt.transcription import transcribe
+from ocnopt.staged import Stage, StagedOCP, transcribe
 from tests.oracles.lq import random_affine_quadratic
 from tests.solvers.cases import swing
 from tests.solvers.test_ddp_random import random_problem
