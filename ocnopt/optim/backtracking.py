@@ -68,6 +68,11 @@ class Backtracking(Descent):
         self.zero_grad()
         with torch.enable_grad():
             loss = loss_of(closure)
+            if not isinstance(loss, Tensor) or not loss.requires_grad:
+                raise ProblemError(
+                    "the loss has no gradient; expected one that depends on a parameter with requires_grad=True: "
+                    "compute it in torch, and without detach() or no_grad()"
+                )
             _check_first(loss)
             try:
                 loss.backward()
@@ -81,7 +86,7 @@ class Backtracking(Descent):
         return loss.detach()
 
 
-class Path(NamedTuple):
+class Course(NamedTuple):
     """The loss before each iteration and after the last, and 1/L at the end."""
 
     losses: list[float]
@@ -96,7 +101,7 @@ def descend(
     step: float = 1.0,
     scales: Sequence[float] | None = None,
     on_step: Callable[[int, float], None] = lambda iteration, loss: None,
-) -> Path:
+) -> Course:
     """Lower a loss by gradient descent with backtracking.
 
     Args:
@@ -139,7 +144,7 @@ def descend(
         value, step = following, step * factor
         losses.append(float(value.detach()))
         on_step(iteration, losses[-1])
-    return Path(losses, step)
+    return Course(losses, step)
 
 
 def _search(

@@ -36,7 +36,7 @@ def _few(model: nn.Module, lr: float) -> dict[str, Any]:
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     if count > LARGEST:
         raise ProblemError(
-            f"itoh-abe met a {type(model).__name__} of {count} trained numbers, each of which takes three to ten "
+            f"itoh-abe met {count} trained numbers in {type(model).__name__}, each of which takes three to ten "
             f"losses a step; expected at most {LARGEST}: take a smaller model, as that of the problem spiral or wine, "
             "or an optimiser that takes gradients"
         )
@@ -165,7 +165,7 @@ _KNOWN = (
         "riemannian",
         "Riemannian",
         "momentum that keeps square weights of linear layers orthogonal",
-        0.03,
+        0.1,
         "ocnopt.optim.riemannian",
         "Riemannian",
         {"momentum": 0.9},

@@ -22,6 +22,13 @@ def _methods(*optimizers: str) -> tuple[Method, ...]:
     return tuple(Method(name) for name in optimizers)
 
 
+def _net(optimizer: str, tableau: str = "euler", step: str = "fixed") -> Method:
+    """A Runge-Kutta network by gradient descent with backtracking, or by Adam."""
+    what = f"{tableau.replace('_', ' ')}, {STEPS[step]}"
+    title = what if optimizer == "backtracking" else f"{what}, Adam"
+    return Method(optimizer, model={"tableau": tableau, "step": step}, title=title)
+
+
 _ALL = (
     Study(
         "neural-ode",
@@ -60,14 +67,17 @@ _ALL = (
     ),
     Study(
         "runge-kutta",
-        "Runge-Kutta networks on four sets of the plane, with fixed and with learned steps",
+        "Runge-Kutta networks on four sets of the plane: four methods by gradient descent with backtracking, and Adam",
         TOY_SETS,
-        tuple(
-            Method("adam", model={"tableau": tableau, "step": step}, title=f"{tableau.replace('_', ' ')}, {what}")
-            for tableau in TABLEAUS
-            for step, what in STEPS.items()
-        ),
-        seeds=3,
+        (*(_net("backtracking", tableau) for tableau in TABLEAUS), _net("adam")),
+        epochs=1000,
+    ),
+    Study(
+        "learned-steps",
+        "the same sets: steps of the Euler method that are fixed, learned, or learned on a simplex",
+        TOY_SETS,
+        tuple(_net(optimizer, step=step) for optimizer in ("backtracking", "adam") for step in STEPS),
+        epochs=1000,
     ),
 )
 

@@ -147,7 +147,7 @@ def build(name: str, *, samples: int = SAMPLES, seed: int = 0) -> Task:
         pictures=(
             Picture("prediction", "probability of class 1 over the plane, with the test points", _draw_prediction),
             Picture("layers", "the test points layer by layer", _draw_layers),
-            Picture("steps", "step sizes over the layers", _draw_steps),
+            Picture("steps", "learned step sizes over the layers", _draw_steps),
         ),
     )
 
@@ -167,7 +167,7 @@ def _draw_layers(model: Any, task: Task) -> Any:
 def _draw_steps(model: Any, task: Task) -> Any:
     from ocnopt.problems.learning.pictures import draw_step_sizes
 
-    return draw_step_sizes({task.name: model.net.step_sizes.detach()})
+    return None if model.net.step == "fixed" else draw_step_sizes({task.name: model.net.step_sizes})
 
 
 SUMMARIES = {
