@@ -38,6 +38,8 @@ class Backtracking(Descent):
     Raises:
         ProblemError: an option is out of range.
 
+    Source: Benning et al., arXiv 1904.05657, algorithm 1.
+
     >>> x = torch.tensor([3.0, -1.0], requires_grad=True)
     >>> optimizer = Backtracking([x], lr=8.0)
     >>> loss = optimizer.step(lambda: 0.5 * (x**2).sum())  # refused at 8, 4 and 2, taken at 1
