@@ -14,7 +14,7 @@ SECOND_ORDER = ("snopt", "kfac")
 LAYERWISE = ("gauss-newton", "ocnopt", "ocnopt-adaptive", "ocnopt-kronecker")
 GAMES = ("adam", "sgd-plain", "gauss-newton", "ocnopt-open-loop", "ocnopt-past", "ocnopt")
 TOY_SETS = ("donut1d", "donut2d", "squares", "spiral")
-TABLEAUS = ("euler", "improved_euler", "kutta3", "kutta4")
+TABLEAUS = {"euler": "Euler", "improved_euler": "improved Euler", "kutta3": "Kutta 3", "kutta4": "Kutta 4"}
 STEPS = {"fixed": "fixed", "free": "learned", "simplex": "simplex"}
 
 
@@ -24,7 +24,7 @@ def _methods(*optimizers: str) -> tuple[Method, ...]:
 
 def _net(optimizer: str, tableau: str = "euler", step: str = "fixed") -> Method:
     """A Runge-Kutta network by gradient descent with backtracking, or by Adam."""
-    what = f"{tableau.replace('_', ' ')}, {STEPS[step]}"
+    what = f"{TABLEAUS[tableau]}, {STEPS[step]}"
     title = what if optimizer == "backtracking" else f"{what}, Adam"
     return Method(optimizer, model={"tableau": tableau, "step": step}, title=title)
 
@@ -74,7 +74,7 @@ _ALL = (
     ),
     Study(
         "learned-steps",
-        "the same sets: steps of the Euler method that are fixed, learned, or learned on a simplex",
+        "steps of the Euler method fixed, learned, or learned on a simplex, by backtracking and by Adam",
         TOY_SETS,
         tuple(_net(optimizer, step=step) for optimizer in ("backtracking", "adam") for step in STEPS),
         epochs=1000,

@@ -92,7 +92,7 @@ def test_a_study_draws_the_pictures_of_its_task(run, tmp_path, monkeypatch):
     monkeypatch.setitem(STUDIES, "learned-steps", small)
     code, output = run("study", "learned-steps", "--out=here")
     assert code == 0
-    assert "euler, learned" in output
+    assert "Euler, learned" in output
     drawn = {path.stem for path in (tmp_path / "here" / "plots").iterdir()}
     assert {f"backtracking-euler-free-{name}" for name in ("prediction", "layers", "steps")} < drawn
     assert "backtracking-euler-fixed-layers" in drawn
