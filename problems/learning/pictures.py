@@ -67,6 +67,7 @@ def draw_states(model: PlaneClassifier, inputs: Tensor, targets: Tensor, *, titl
         _scatter(axis, x, targets, s=4, linewidths=0)
         axis.set_title("input" if k == 0 else f"after layer {k}", fontsize=9)
         axis.tick_params(labelsize=7)
+        axis.locator_params(nbins=3)  # many numbers take long to lay out
         axis.margins(0.08)
     _draw_line(axes[-1], model)
     figure.suptitle(title)
