@@ -53,7 +53,7 @@ _ALL = (
     ),
     Study(
         "vanishing-gradients",
-        "the same on 15 sigmoid layers",
+        "the same on ten sigmoid layers",
         ("digits_sigmoid",),
         _methods(*FIRST_ORDER, *SECOND_ORDER, *LAYERWISE),
         SPAN,
