@@ -37,7 +37,7 @@ def train(data: LearningProblem, args: argparse.Namespace, label: str, **options
         loss = lambda model=model: data.loss(model(data.train_inputs), data.train_targets)
         losses.append(descend(model.parameters(), loss, args.iterations, scales=scales).losses[-1])
         models.append(model)
-    right = [100 * plane.accuracy(model, data.test_inputs, data.test_targets) for model in models]
+    right = [100 * data.evaluate(model)["test_accuracy"] for model in models]
     row = f"  {label:26} loss {sum(losses) / len(losses):.6f} ({min(losses):.6f} to {max(losses):.6f})"
     sizes = [model.net.step_sizes for model in models]
     error = max(abs(float(h.sum()) - model.net.horizon) for h, model in zip(sizes, models, strict=True))
@@ -47,8 +47,8 @@ def train(data: LearningProblem, args: argparse.Namespace, label: str, **options
     )
     if args.out:
         shown, name = (data.test_inputs, data.test_targets), label.replace(", ", "_")
-        pictures.draw_prediction(models[0], *shown, args.out / f"{name}.png", title=label)
-        pictures.draw_states(models[0], *shown, args.out / f"{name}_layers.png", title=label)
+        pictures.draw_prediction(models[0], *shown, title=label).savefig(args.out / f"{name}.png")
+        pictures.draw_states(models[0], *shown, title=label).savefig(args.out / f"{name}_layers.png")
     return models[0]
 
 
@@ -66,7 +66,7 @@ def compare_steps(args: argparse.Namespace) -> None:
         nets = {net: train(data, args, f"{name}, {net}", **options).net for net, options in NETS.items()}
         if args.out:
             learned = {label: net.step_sizes for label, net in nets.items() if net.skip}
-            pictures.draw_step_sizes(learned, args.out / f"{name}_steps.png", title=name)
+            pictures.draw_step_sizes(learned, title=name).savefig(args.out / f"{name}_steps.png")
 
 
 def train_as_control(args: argparse.Namespace) -> None:

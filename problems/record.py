@@ -82,7 +82,7 @@ class Picture:
     Args:
         name: of the file.
         caption: what to see in it.
-        draw: ``draw(model, task)`` makes a matplotlib figure.
+        draw: ``draw(model, task)`` makes a matplotlib figure, or returns None where there is nothing to see.
     """
 
     name: str

@@ -14,7 +14,7 @@ from ocnopt.errors import ProblemError
 from ocnopt.optim.registry import optimizer as optimizer_record
 from ocnopt.problems import learning_task
 from ocnopt.runs import RunFolder
-from ocnopt.training import Method, TrainConfig, curves, open_trainer, train
+from ocnopt.training import Method, TrainConfig, Trainer, curves, open_trainer, train
 from ocnopt.training.curves import Runs
 from ocnopt.training.metrics import Metrics, last_loss, metric_scale, metric_title, tested
 
@@ -120,8 +120,7 @@ def run_train(folder: RunFolder, console: Console) -> None:
     table = _train_table(config, label, metrics, window)
     show(console, table)
     images = draw_training({label: [metrics]}, folder, window)
-    for picture in trainer.task.pictures:
-        images.append(Image(folder.draw(picture.name, picture.draw(trainer.model, trainer.task)), picture.caption))
+    images += draw_model(trainer, folder)
     about = Section("The data", f"{record.source}. {trainer.task.split}.")
     title = f"{config.problem} with {label}"
     write_report(folder.path, title, record.summary, [Section("Result", tables=[table], images=images), about])
@@ -142,6 +141,23 @@ def _train_table(config: TrainConfig, label: str, metrics: Metrics, window: int)
             ("field evaluations an iteration", f"{mean(r['forward'] + r['backward'] for r in metrics):.1f}"),
         ]
     return Table(config.problem, ("", ""), rows, text=True)
+
+
+def draw_model(trainer: Trainer, folder: RunFolder, prefix: str = "", label: str = "") -> list[Image]:
+    """The pictures that a task makes of its trained model.
+
+    Args:
+        trainer: of the model.
+        folder: takes the PNGs.
+        prefix: of the names of the files.
+        label: in front of the captions.
+    """
+    drawn = [(picture, picture.draw(trainer.model, trainer.task)) for picture in trainer.task.pictures]
+    return [
+        Image(folder.draw(prefix + picture.name, figure), label + picture.caption)
+        for picture, figure in drawn
+        if figure is not None
+    ]
 
 
 def draw_training(runs: Runs, folder: RunFolder, window: int, prefix: str = "") -> list[Image]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ocnopt.cli.learning import draw_training, progress_bar
+from ocnopt.cli.learning import draw_model, draw_training, progress_bar
 from ocnopt.cli.report import Image, Section, write_report
 from ocnopt.cli.tables import BREAK, Table, show
 from ocnopt.errors import DataError
@@ -155,8 +155,8 @@ def _reached(asked: Study, leaders: Sequence[Outcome]) -> Table:
         for each in leaders
     ]
     window = leaders[0].window
-    note = f"Loss: {f'mean of the last {window} iterations' if window > 1 else 'of the last iteration'}"
-    note += "." if asked.iterations else ", one epoch."
+    note = f"Loss: of training, {f'mean of the last {window} iterations' if window > 1 else 'at the last iteration'}"
+    note += "." if asked.iterations or window == 1 else ", one epoch."
     note += f" Mean ± standard deviation over {asked.seeds} seeds." if asked.seeds > 1 else ""
     note += f" lr: the best of {len(asked.factors)}, by the loss." if len(asked.factors) > 1 else ""
     return Table(leaders[0].problem, ("method", "lr", "loss", *map(metric_title, metrics)), rows, note=note)
@@ -200,7 +200,8 @@ def _costs(leaders: Sequence[Outcome]) -> Table:
     ]
     note = (
         "ms, MB: time, and the most bytes of tensors alive at once, of an iteration. Goal: the mean loss of an epoch "
-        f"meets {first.method.label}'s final one; mean over the seeds, in brackets those that do within the budget."
+        f'meets the final one of "{first.method.label}"; mean over the seeds, in brackets those that do within the '
+        "budget."
     )
     note += " evals: field evaluations of an iteration." if has_horizon else ""
     return Table(f"{first.problem}, what it took", head, rows, note=note)
@@ -239,7 +240,5 @@ def _images(asked: Study, folder: RunFolder, found: Sequence[Outcome], leaders: 
     task = learning_task(problem).build()
     for each in leaders if task.pictures else ():
         trainer, _ = open_trainer(run_folder(folder, each.method, each.config), task)
-        for picture in task.pictures:
-            path = folder.draw(f"{prefix}{each.method.name}-{picture.name}", picture.draw(trainer.model, task))
-            images.append(Image(path, f"{each.method.label}: {picture.caption}"))
+        images += draw_model(trainer, folder, f"{prefix}{each.method.name}-", f"{each.method.label}: ")
     return images

@@ -1,5 +1,6 @@
 """Optimisers: SNOpt for Neural ODEs, a policy for their integration time, structured descent for any model."""
 
+from ocnopt.optim.backtracking import Backtracking as Backtracking
 from ocnopt.optim.horizon_policy import HorizonPolicy as HorizonPolicy
 from ocnopt.optim.itoh_abe import ItohAbe as ItohAbe
 from ocnopt.optim.mec import MEC as MEC

@@ -1,4 +1,4 @@
-"""What the optimisers of structured descent share: options, saved states and gradients, checked."""
+"""What the optimisers of structured descent share: options, manifolds, states, gradients and closures, checked."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -8,9 +8,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ocnopt.checks import check_choice, check_number, listed
+from ocnopt.checks import check_choice, check_number, is_number, listed
 from ocnopt.errors import ProblemError
 from ocnopt.optim.checks import check_gradients
+from ocnopt.optim.manifolds import check_on_manifold, put_onto
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,17 @@ FRACTION = Number("a number in [0, 1]", below=math.nextafter(1.0, 2.0))
 class Descent(torch.optim.Optimizer):
     """Base of the optimisers: everything that a step depends on lies in the groups and the state.
 
-    ``expected`` says for each option of a group what it may be: a :class:`Number`, a type, or a tuple of words.
+    ``expected`` says for each option of a group what it may be: a :class:`Number`, a type, or a tuple of words. Where
+    "manifold" is one of them, the matrices of a group are put onto its manifold when the group comes.
     """
 
     expected: ClassVar[Mapping[str, Number | type | tuple[str, ...]]]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Train further parameters, with options of their own.
+
+        Args:
+            param_group: ``{"params": ..., option: value, ...}``, as for every torch optimiser.
 
         Raises:
             ProblemError: an option is out of range, or a parameter cannot be trained by this optimiser.
@@ -52,11 +57,16 @@ class Descent(torch.optim.Optimizer):
                     f"{name} is of {parameter.dtype}; expected real floating-point numbers: use torch.view_as_real "
                     "for complex parameters"
                 )
-        self._admit(group, names)
+        self._admit(group)
+        if is_constrained(group):
+            put_onto(group["params"], names)
         self.param_groups.append(group)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a state that ``state_dict`` of the same kind of optimiser returned.
+
+        Args:
+            state_dict: with the options and the state of every group.
 
         Raises:
             ProblemError: the state is another optimiser's.
@@ -70,8 +80,8 @@ class Descent(torch.optim.Optimizer):
                 )
         super().load_state_dict({**state_dict})
 
-    def _admit(self, group: dict[str, Any], names: list[str]) -> None:
-        """Refuse a new group's parameters, or prepare them."""
+    def _admit(self, group: dict[str, Any]) -> None:
+        """Refuse a new group."""
 
 
 class Moved(NamedTuple):
@@ -83,12 +93,39 @@ class Moved(NamedTuple):
     names: list[str]
 
 
-def evaluated(closure: Callable[[], Any] | None) -> Any:
-    """The value of a closure, with gradients on."""
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        return closure()
+class GradientDescent(Descent):
+    """Base of those that take one gradient a step: they say how the parameters of a group move."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Move the parameters that have gradients.
+
+        Args:
+            closure: computes the loss again and calls backward; its value is returned.
+
+        Raises:
+            NonFiniteError: a gradient is NaN or infinite; parameters and state are those before the step.
+            ProblemError: a gradient is sparse, or a matrix was moved off its manifold.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found = found_gradients(self)
+        for moved in found:
+            if is_constrained(moved.group):
+                check_on_manifold(moved.parameters, moved.names)
+        for moved in found:
+            self._move(moved)
+        return loss
+
+    def _move(self, moved: Moved) -> None:
+        raise NotImplementedError
+
+
+def is_constrained(group: Mapping[str, Any]) -> bool:
+    """Whether the parameters of a group are matrices that stay on a manifold."""
+    return group.get("manifold", "euclidean") != "euclidean"
 
 
 def found_gradients(optimizer: Descent) -> list[Moved]:
@@ -107,6 +144,43 @@ def found_gradients(optimizer: Descent) -> list[Moved]:
             found.append(Moved(group, parameters, [p.grad for p in parameters], [name for _, name in live]))
     check_gradients(item for moved in found for item in zip(moved.names, moved.parameters, strict=True))
     return found
+
+
+def needed(closure: Callable[[], Any] | None, example: str) -> Callable[[], Any]:
+    """The closure of an optimiser that cannot do without one.
+
+    Raises:
+        ProblemError: there is none.
+    """
+    if closure is None:
+        raise ProblemError(f"step came without a closure; expected one that {example}")
+    return closure
+
+
+def loss_of(closure: Callable[[], Any]) -> Any:
+    """What a closure without backward returns.
+
+    Raises:
+        ProblemError: it calls backward where gradients are off, or returns no number.
+    """
+    try:
+        loss = closure()
+    except RuntimeError as error:
+        if "does not require grad" not in str(error):
+            raise
+        raise calls_backward() from error
+    if not (is_number(loss) or (isinstance(loss, Tensor) and loss.numel() == 1 and loss.is_floating_point())):
+        came = f"a tensor {tuple(loss.shape)} of {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ProblemError(f"the closure returned {came}; expected one floating-point number: return the loss")
+    return loss
+
+
+def calls_backward() -> ProblemError:
+    """What to say of a closure that should return the loss alone."""
+    return ProblemError(
+        "the closure calls backward, which is not its part here; expected one that returns the loss alone: take "
+        "backward and zero_grad out"
+    )
 
 
 def state_of(optimizer: Descent, key: str, parameters: list[Tensor]) -> list[Tensor]:

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ocnopt.checks import is_number
 from ocnopt.errors import NonFiniteError, ProblemError
-from ocnopt.optim.descent import POSITIVE, Descent, Number, names_of
-from ocnopt.optim.manifolds import MANIFOLDS, RETRACTIONS, check_on_manifold, orthonormal, put_onto, retract, tangent
+from ocnopt.optim.descent import POSITIVE, Descent, Number, is_constrained, loss_of, names_of, needed
+from ocnopt.optim.manifolds import MANIFOLDS, RETRACTIONS, check_on_manifold, orthonormal, retract, tangent
 from ocnopt.optim.scalar import Equation, solve
 
 ROUNDING = 8  # units in the last place of V that say nothing
@@ -83,10 +82,6 @@ class ItohAbe(Descent):
         options = {"lr": lr, "tolerance": tolerance, "manifold": manifold, "retraction": retraction}
         super().__init__(params, options)
 
-    def _admit(self, group: dict[str, Any], names: list[str]) -> None:
-        if group["manifold"] != "euclidean":
-            put_onto(group["params"], names)
-
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move every coordinate once.
@@ -102,16 +97,12 @@ class ItohAbe(Descent):
                 without bound.
             NonFiniteError: the loss before the step is NaN or infinite.
         """
-        if closure is None:
-            raise ProblemError(
-                "step came without a closure; expected one that computes the loss: optimizer.step(lambda: "
-                "loss(model(x)))"
-            )
+        closure = needed(closure, "computes the loss: optimizer.step(lambda: loss(model(x)))")
         trained = [(group, p) for group in self.param_groups for p in group["params"] if p.requires_grad]
         if not trained:
             raise ProblemError("no parameter is trained; expected one or more with requires_grad=True: set one free")
         for group in self.param_groups:
-            if group["manifold"] != "euclidean":
+            if is_constrained(group):
                 check_on_manifold(group["params"], names_of(group))
         loss, value, unit = _first(closure)
         for group, parameter in trained:
@@ -148,7 +139,7 @@ class ItohAbe(Descent):
 
 def _curves(parameter: Tensor, group: dict[str, Any]) -> Iterator[Curve]:
     """The lines or curves of a parameter, each from where the one before it ended."""
-    if group["manifold"] == "euclidean":
+    if not is_constrained(group):
         entries = parameter.detach()
         for index in itertools.product(*map(range, entries.shape)):
             yield _line(entries, index)
@@ -189,7 +180,7 @@ def _first(closure: Callable[[], Any]) -> tuple[Any, float, float]:
 
     It is computed twice: dropout or a new batch would make every difference of two losses meaningless.
     """
-    loss = _checked(closure)
+    loss = loss_of(closure)
     unit = torch.finfo(loss.dtype if isinstance(loss, Tensor) else torch.float64).eps
     value, again = _number(loss), _number(closure())
     if not math.isfinite(value):
@@ -204,20 +195,3 @@ def _first(closure: Callable[[], Any]) -> tuple[Any, float, float]:
 
 def _number(loss: Any) -> float:
     return loss.item() if isinstance(loss, Tensor) else float(loss)
-
-
-def _checked(closure: Callable[[], Any]) -> Any:
-    """The loss, if it is one."""
-    try:
-        loss = closure()
-    except RuntimeError as error:
-        if "does not require grad" not in str(error):
-            raise
-        raise ProblemError(
-            "the closure calls backward, and gradients are off; expected one that returns the loss alone: take "
-            "backward and zero_grad out"
-        ) from error
-    if not (is_number(loss) or (isinstance(loss, Tensor) and loss.numel() == 1 and loss.is_floating_point())):
-        came = f"a tensor {tuple(loss.shape)} of {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ProblemError(f"the closure returned {came}; expected one floating-point number: return the loss")
-    return loss

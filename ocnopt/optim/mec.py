@@ -8,21 +8,22 @@ so that d/dt (J + |B|^2/4) = -gamma |B U|^2. The viscous part alone is B' = -gam
 flow over a time h is B <- D B D with D = I - (1 - e^(-gamma h)) Pi, taken exactly. A step is
 
     B <- D B D + h (F U^T - U F^T);      U <- (I - h B/2)^-1 (I + h B/2) U
+
+Weights that are not constrained are free particles x in the same fluid: v <- e^(-gamma h) v + h F;  x <- x + h v.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ocnopt.optim.descent import NOT_NEGATIVE, Descent, evaluated, found_gradients
-from ocnopt.optim.manifolds import check_on_manifold, orthonormal, put_onto, rotate
+from ocnopt.optim.descent import NOT_NEGATIVE, GradientDescent, Moved, is_constrained
+from ocnopt.optim.manifolds import orthonormal, rotate
 
 
-class MEC(Descent):
+class MEC(GradientDescent):
     """Mechanical learning on matrices with orthonormal columns: second order in time, stable for any viscosity.
 
     Weights are put onto the manifold when the optimiser gets them, as by :class:`ocnopt.optim.Riemannian`; the state is
@@ -32,6 +33,7 @@ class MEC(Descent):
         params: matrices ``(..., n, p)``, leading axes are a batch.
         lr: the time step h; forces act on velocities and velocities on weights, so that weights move by h^2 F at first.
         damping: gamma; 0 conserves the energy up to rounding and the error of the step.
+        manifold: "stiefel", or "euclidean" for a group of biases and the like.
 
     Raises:
         ProblemError: an option is out of range, or a parameter is no matrix of full rank.
@@ -49,41 +51,35 @@ class MEC(Descent):
     tensor([[1., 0.]])
     """
 
-    expected: ClassVar = {"lr": NOT_NEGATIVE, "damping": NOT_NEGATIVE}
+    expected: ClassVar = {"lr": NOT_NEGATIVE, "damping": NOT_NEGATIVE, "manifold": ("stiefel", "euclidean")}
 
-    def __init__(self, params: ParamsT, lr: float | Any, *, damping: float | Any = 1.0) -> None:
-        super().__init__(params, {"lr": lr, "damping": damping})
+    def __init__(
+        self, params: ParamsT, lr: float | Any, *, damping: float | Any = 1.0, manifold: str = "stiefel"
+    ) -> None:
+        super().__init__(params, {"lr": lr, "damping": damping, "manifold": manifold})
 
-    def _admit(self, group: dict[str, Any], names: list[str]) -> None:
-        put_onto(group["params"], names)
+    def _move(self, moved: Moved) -> None:
+        group, parameters, gradients, _ = moved
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if is_constrained(group):
+                _turn(orthonormal(parameter), orthonormal(gradient), self.state[parameter], group)
+            else:
+                _push(parameter, gradient, self.state[parameter], group)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Turn the weights.
 
-        Args:
-            closure: computes the loss again and calls backward; its value is returned.
+def _turn(U: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    h, slower = group["lr"], 1.0 - math.exp(-group["damping"] * group["lr"])
+    B = state["velocity"].to(U) if state else U.new_zeros((*U.shape[:-1], U.shape[-2]))
+    UtB = U.mT @ B
+    DB = B - slower * U @ UtB
+    B = DB - slower * (DB @ U) @ U.mT
+    GUt = G @ U.mT
+    state["velocity"] = B = B - h * (GUt - GUt.mT)
+    U.copy_(rotate(U, h * B))
 
-        Raises:
-            NonFiniteError: a gradient is NaN or infinite; parameters and state are those before the step.
-            ProblemError: a gradient is sparse, or a matrix was moved off its manifold.
-        """
-        loss = evaluated(closure)
-        found = found_gradients(self)
-        for moved in found:
-            check_on_manifold(moved.parameters, moved.names)
-        for group, parameters, gradients, _ in found:
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                self._turn(orthonormal(parameter), orthonormal(gradient), self.state[parameter], group)
-        return loss
 
-    @staticmethod
-    def _turn(U: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        h, slower = group["lr"], 1.0 - math.exp(-group["damping"] * group["lr"])
-        B = state["velocity"].to(U) if state else U.new_zeros((*U.shape[:-1], U.shape[-2]))
-        UtB = U.mT @ B
-        DB = B - slower * U @ UtB
-        B = DB - slower * (DB @ U) @ U.mT
-        GUt = G @ U.mT
-        state["velocity"] = B = B - h * (GUt - GUt.mT)
-        U.copy_(rotate(U, h * B))
+def _push(x: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    h = group["lr"]
+    v = state["velocity"].to(x) if state else torch.zeros_like(x)
+    state["velocity"] = v = math.exp(-group["damping"] * h) * v - h * G
+    x.add_(v, alpha=h)

@@ -12,17 +12,16 @@ loss. With eps = lr and mu = momentum:
 Where a gradient belongs to y, the parameters hold y between steps: y = x + c v with a number c in the state.
 """
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ocnopt.optim.descent import FRACTION, NOT_NEGATIVE, Descent, evaluated, found_gradients, state_of
+from ocnopt.optim.descent import FRACTION, NOT_NEGATIVE, GradientDescent, Moved, state_of
 
 
-class Conformal(Descent):
+class Conformal(GradientDescent):
     """Conformal symplectic momentum, or Nesterov's.
 
     Args:
@@ -54,34 +53,22 @@ class Conformal(Descent):
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "nesterov": nesterov})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Move the parameters.
-
-        Args:
-            closure: computes the loss again and calls backward; its value is returned.
-
-        Raises:
-            NonFiniteError: a gradient is NaN or infinite; parameters and state are those before the step.
-            ProblemError: a gradient is sparse.
-        """
-        loss = evaluated(closure)
-        for group, parameters, gradients, _ in found_gradients(self):
-            mu = group["momentum"]
-            v = state_of(self, "velocity", parameters)
-            back = [self.state[parameter].get("ahead", 0.0) for parameter in parameters]
-            if any(back):
-                torch._foreach_sub_(parameters, torch._foreach_mul(v, back))
-            torch._foreach_mul_(v, mu)
-            torch._foreach_add_(v, gradients, alpha=-group["lr"])
-            ahead = mu if group["nesterov"] else 0.0
-            torch._foreach_add_(parameters, v, alpha=1.0 + ahead)
-            for parameter in parameters:
-                self.state[parameter]["ahead"] = ahead
-        return loss
+    def _move(self, moved: Moved) -> None:
+        group, parameters, gradients, _ = moved
+        mu = group["momentum"]
+        v = state_of(self, "velocity", parameters)
+        back = [self.state[parameter].get("ahead", 0.0) for parameter in parameters]
+        if any(back):
+            torch._foreach_sub_(parameters, torch._foreach_mul(v, back))
+        torch._foreach_mul_(v, mu)
+        torch._foreach_add_(v, gradients, alpha=-group["lr"])
+        ahead = mu if group["nesterov"] else 0.0
+        torch._foreach_add_(parameters, v, alpha=1.0 + ahead)
+        for parameter in parameters:
+            self.state[parameter]["ahead"] = ahead
 
 
-class Relativistic(Descent):
+class Relativistic(GradientDescent):
     """Relativistic gradient descent: no step is longer than 1/sqrt(delta), however steep the loss.
 
     Args:
@@ -118,33 +105,21 @@ class Relativistic(Descent):
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "delta": delta, "alpha": alpha})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Move the parameters.
-
-        Args:
-            closure: computes the loss again and calls backward; its value is returned.
-
-        Raises:
-            NonFiniteError: a gradient is NaN or infinite; parameters and state are those before the step.
-            ProblemError: a gradient is sparse.
-        """
-        loss = evaluated(closure)
-        for group, parameters, gradients, _ in found_gradients(self):
-            root, delta = group["momentum"] ** 0.5, group["delta"]
-            v = state_of(self, "velocity", parameters)
-            if group["alpha"] < 1.0:
-                back = [torch.as_tensor(self.state[p].get("ahead", 0.0)).to(p) for p in parameters]
-                torch._foreach_addcmul_(parameters, v, back, value=group["alpha"] - 1.0)
-            torch._foreach_mul_(v, root)
-            torch._foreach_add_(v, gradients, alpha=-group["lr"])
-            torch._foreach_add_(parameters, torch._foreach_mul(v, _slowdown(v, delta)))
-            torch._foreach_mul_(v, root)
-            ahead = root * _slowdown(v, group["momentum"] * delta)
-            for parameter in parameters:
-                self.state[parameter]["ahead"] = ahead.to(parameter)
-            torch._foreach_add_(parameters, torch._foreach_mul(v, ahead))
-        return loss
+    def _move(self, moved: Moved) -> None:
+        group, parameters, gradients, _ = moved
+        root, delta = group["momentum"] ** 0.5, group["delta"]
+        v = state_of(self, "velocity", parameters)
+        if group["alpha"] < 1.0:
+            back = [torch.as_tensor(self.state[p].get("ahead", 0.0)).to(p) for p in parameters]
+            torch._foreach_addcmul_(parameters, v, back, value=group["alpha"] - 1.0)
+        torch._foreach_mul_(v, root)
+        torch._foreach_add_(v, gradients, alpha=-group["lr"])
+        torch._foreach_add_(parameters, torch._foreach_mul(v, _slowdown(v, delta)))
+        torch._foreach_mul_(v, root)
+        ahead = root * _slowdown(v, group["momentum"] * delta)
+        for parameter in parameters:
+            self.state[parameter]["ahead"] = ahead.to(parameter)
+        torch._foreach_add_(parameters, torch._foreach_mul(v, ahead))
 
 
 def _slowdown(v: list[Tensor], delta: float) -> Tensor:

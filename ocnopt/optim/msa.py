@@ -22,7 +22,7 @@ from torch.func import functional_call
 
 from ocnopt.checks import check_count, listed
 from ocnopt.errors import NonFiniteError, ProblemError
-from ocnopt.optim.descent import NOT_NEGATIVE, Descent
+from ocnopt.optim.descent import NOT_NEGATIVE, Descent, needed
 
 
 class MSA(Descent):
@@ -81,7 +81,7 @@ class MSA(Descent):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_layers": self._layers}
 
-    def _admit(self, group: dict[str, Any], names: list[str]) -> None:
+    def _admit(self, group: dict[str, Any]) -> None:
         check_count("iterations of MSA", group["iterations"], default=20)
         if group.get("layer") not in self._layers:
             raise ProblemError(
@@ -101,11 +101,7 @@ class MSA(Descent):
                 gives other values when it is evaluated again, or the loss depends on parameters not through the chain.
             NonFiniteError: the loss, a state or a costate is NaN or infinite; nothing was changed.
         """
-        if closure is None:
-            raise ProblemError(
-                "step came without a closure; expected one that runs the chain: it computes the loss, calls backward "
-                "and returns the loss"
-            )
+        closure = needed(closure, "runs the chain: it computes the loss, calls backward and returns the loss")
         self.zero_grad()
         with torch.enable_grad(), _recorded(self._layers) as records:
             loss = closure()

@@ -7,27 +7,17 @@ With the tangent projection P_U and a retraction R_U, a step with the gradient G
 where v is carried from one tangent space to the next by projection.
 """
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ocnopt.optim.descent import FRACTION, NOT_NEGATIVE, Descent, evaluated, found_gradients, state_of
-from ocnopt.optim.manifolds import (
-    MANIFOLDS,
-    RETRACTIONS,
-    alike,
-    check_on_manifold,
-    orthonormal,
-    put_onto,
-    retract,
-    tangent,
-)
+from ocnopt.optim.descent import FRACTION, NOT_NEGATIVE, GradientDescent, Moved, is_constrained, state_of
+from ocnopt.optim.manifolds import MANIFOLDS, RETRACTIONS, alike, orthonormal, retract, tangent
 
 
-class Riemannian(Descent):
+class Riemannian(GradientDescent):
     """Descent on Stiefel and Grassmann manifolds, for orthogonal layers and subspaces.
 
     Weights are put onto the manifold when the optimiser gets them: each matrix is replaced by the nearest one with
@@ -72,40 +62,22 @@ class Riemannian(Descent):
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "manifold": manifold, "retraction": retraction})
 
-    def _admit(self, group: dict[str, Any], names: list[str]) -> None:
-        if group["manifold"] != "euclidean":
-            put_onto(group["params"], names)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Move the parameters along their manifolds.
-
-        Args:
-            closure: computes the loss again and calls backward; its value is returned.
-
-        Raises:
-            NonFiniteError: a gradient is NaN or infinite; parameters and state are those before the step.
-            ProblemError: a gradient is sparse, or a matrix was moved off its manifold.
-        """
-        loss = evaluated(closure)
-        found = found_gradients(self)
-        for group, parameters, _, names in found:
-            if group["manifold"] != "euclidean":
-                check_on_manifold(parameters, names)
-        for group, parameters, gradients, _ in found:
-            velocities = state_of(self, "velocity", parameters)
-            for same in alike(parameters):
-                _move(group, *([tensors[i] for i in same] for tensors in (parameters, gradients, velocities)))
-        return loss
+    def _move(self, moved: Moved) -> None:
+        group, parameters, gradients, _ = moved
+        velocities = state_of(self, "velocity", parameters)
+        for same in alike(parameters):
+            _advance(group, *([tensors[i] for i in same] for tensors in (parameters, gradients, velocities)))
 
 
-def _move(group: dict[str, Any], parameters: list[Tensor], gradients: list[Tensor], velocities: list[Tensor]) -> None:
+def _advance(
+    group: dict[str, Any], parameters: list[Tensor], gradients: list[Tensor], velocities: list[Tensor]
+) -> None:
     """One step of parameters of one shape."""
     manifold = group["manifold"]
-    if manifold != "euclidean":
+    if is_constrained(group):
         parameters, gradients, velocities = ([*map(orthonormal, t)] for t in (parameters, gradients, velocities))
     U, G, v = (torch.stack(tensors) for tensors in (parameters, gradients, velocities))
     xi = group["momentum"] * tangent(U, v, manifold) - group["lr"] * tangent(U, G, manifold)
-    U = U + xi if manifold == "euclidean" else retract(U, xi, group["retraction"])
+    U = retract(U, xi, group["retraction"]) if is_constrained(group) else U + xi
     torch._foreach_copy_(velocities, [*xi])
     torch._foreach_copy_(parameters, [*U])

@@ -3,7 +3,7 @@
 W is the number of iterations that a point of a curve averages over.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,11 +15,13 @@ from ocnopt.solvers.plotting import finish, legend, panels, styled
 from ocnopt.training.metrics import Metrics, metric_scale, metric_title, smooth
 
 Runs = Mapping[str, Sequence[Metrics]]
+Points = tuple[Sequence[Any] | np.ndarray, Sequence[Any] | np.ndarray]  # x and y
 _MOST_SEEDS, _MOST_LINES = 3, 9  # with a line each
+_MOST_MARKERS = 30
 
 
 def in_bands(runs: Runs) -> bool:
-    """Whether the losses are drawn as a mean over the seeds in a band, because lines would be too many.
+    """Whether curves are drawn as a mean over the seeds in a band, because lines would be too many.
 
     Args:
         runs: label -> the metrics of each seed.
@@ -74,10 +76,7 @@ def draw_horizon(runs: Runs) -> Figure:
         runs: label -> the metrics of each seed.
     """
     figure, (axis,) = panels(1)
-    for label, seeds, look in styled(runs):
-        for i, metrics in enumerate(seeds):
-            points = (_column(metrics, "iteration"), _column(metrics, "T"))
-            axis.plot(*points, **look, alpha=_alpha(seeds), label=label if i == 0 else None)
+    _draw(axis, runs, lambda metrics: (_column(metrics, "iteration"), _column(metrics, "T")))
     axis.set_ylim(bottom=0)
     finish(axis, "iteration", "integration time T")
     legend(figure, axis)
@@ -92,11 +91,13 @@ def draw_metric(runs: Runs, name: str) -> Figure:
         name: of the metric.
     """
     figure, (axis,) = panels(1)
-    for label, seeds, look in styled(runs):
-        for i, metrics in enumerate(seeds):
-            points = [(r["epoch"] + 1, metric_scale(name) * r[name]) for r in metrics if name in r]
-            x, y = zip(*points, strict=True) if points else ((), ())
-            axis.plot(x, y, **look, marker="o", ms=3, alpha=_alpha(seeds), label=label if i == 0 else None)
+
+    def points(metrics: Metrics) -> Points:
+        tested = [record for record in metrics if name in record]
+        return [r["epoch"] + 1 for r in tested], [metric_scale(name) * r[name] for r in tested]
+
+    few = max(len(points(metrics)[0]) for seeds in runs.values() for metrics in seeds) <= _MOST_MARKERS
+    _draw(axis, runs, points, **({"marker": "o", "ms": 3} if few else {}))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     finish(axis, "epoch", metric_title(name))
     legend(figure, axis)
@@ -128,21 +129,24 @@ def draw_rates(losses: Mapping[str, Mapping[float, Sequence[float]]]) -> Figure:
 
 
 def _loss_curves(axis: Axes, runs: Runs, window: int, against: str) -> None:
-    for label, seeds, look in styled(runs):
-        curves = [(_column(metrics, against), smooth(_column(metrics, "loss"), window)) for metrics in seeds]
-        if len(seeds) == 1 or not in_bands(runs):
-            for i, curve in enumerate(curves):
-                axis.plot(*curve, **look, alpha=_alpha(seeds), label=label if i == 0 else None)
-        else:
-            length = min(len(x) for x, _ in curves)
-            x, losses = (np.array([part[:length] for part in parts]) for parts in zip(*curves, strict=True))
-            axis.plot(x.mean(axis=0), losses.mean(axis=0), **look, label=label)
-            axis.fill_between(
-                x.mean(axis=0), losses.min(axis=0), losses.max(axis=0), color=look["color"], alpha=0.15, lw=0
-            )
+    _draw(axis, runs, lambda metrics: (_column(metrics, against), smooth(_column(metrics, "loss"), window)))
     axis.set_yscale("log")
     _plain_numbers(axis)
     axis.set_xlim(left=0)
+
+
+def _draw(axis: Axes, runs: Runs, points: Callable[[Metrics], Points], **style: Any) -> None:
+    """A line for each seed, or their mean in a band from the least to the greatest, as far as all of them go."""
+    for label, seeds, look in styled(runs):
+        curves = [points(metrics) for metrics in seeds]
+        if len(seeds) == 1 or not in_bands(runs):
+            for i, curve in enumerate(curves):
+                axis.plot(*curve, **look, **style, alpha=_alpha(seeds), label=label if i == 0 else None)
+        else:
+            length = min(len(x) for x, _ in curves)
+            x, y = (np.array([part[:length] for part in parts]) for parts in zip(*curves, strict=True))
+            axis.plot(x.mean(axis=0), y.mean(axis=0), **look, **style, label=label)
+            axis.fill_between(x.mean(axis=0), y.min(axis=0), y.max(axis=0), color=look["color"], alpha=0.15, lw=0)
 
 
 def _any_line(runs: Runs) -> Mapping[str, Any]:

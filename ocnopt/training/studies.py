@@ -14,12 +14,19 @@ SECOND_ORDER = ("snopt", "kfac")
 LAYERWISE = ("gauss-newton", "ocnopt", "ocnopt-adaptive", "ocnopt-kronecker")
 GAMES = ("adam", "sgd-plain", "gauss-newton", "ocnopt-open-loop", "ocnopt-past", "ocnopt")
 TOY_SETS = ("donut1d", "donut2d", "squares", "spiral")
-TABLEAUS = ("euler", "improved_euler", "kutta3", "kutta4")
+TABLEAUS = {"euler": "Euler", "improved_euler": "improved Euler", "kutta3": "Kutta 3", "kutta4": "Kutta 4"}
 STEPS = {"fixed": "fixed", "free": "learned", "simplex": "simplex"}
 
 
 def _methods(*optimizers: str) -> tuple[Method, ...]:
     return tuple(Method(name) for name in optimizers)
+
+
+def _net(optimizer: str, tableau: str = "euler", step: str = "fixed") -> Method:
+    """A Runge-Kutta network by gradient descent with backtracking, or by Adam."""
+    what = f"{TABLEAUS[tableau]}, {STEPS[step]}"
+    title = what if optimizer == "backtracking" else f"{what}, Adam"
+    return Method(optimizer, model={"tableau": tableau, "step": step}, title=title)
 
 
 _ALL = (
@@ -46,7 +53,7 @@ _ALL = (
     ),
     Study(
         "vanishing-gradients",
-        "the same on 15 sigmoid layers",
+        "the same on ten sigmoid layers",
         ("digits_sigmoid",),
         _methods(*FIRST_ORDER, *SECOND_ORDER, *LAYERWISE),
         SPAN,
@@ -60,14 +67,17 @@ _ALL = (
     ),
     Study(
         "runge-kutta",
-        "Runge-Kutta networks on four sets of the plane, with fixed and with learned steps",
+        "Runge-Kutta networks on four sets of the plane: four methods by gradient descent with backtracking, and Adam",
         TOY_SETS,
-        tuple(
-            Method("adam", model={"tableau": tableau, "step": step}, title=f"{tableau.replace('_', ' ')}, {what}")
-            for tableau in TABLEAUS
-            for step, what in STEPS.items()
-        ),
-        seeds=3,
+        (*(_net("backtracking", tableau) for tableau in TABLEAUS), _net("adam")),
+        epochs=1000,
+    ),
+    Study(
+        "learned-steps",
+        "steps of the Euler method fixed, learned, or learned on a simplex, by backtracking and by Adam",
+        TOY_SETS,
+        tuple(_net(optimizer, step=step) for optimizer in ("backtracking", "adam") for step in STEPS),
+        epochs=1000,
     ),
 )
 

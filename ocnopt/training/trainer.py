@@ -131,10 +131,11 @@ class Trainer:
             inputs, targets = self.task.batch(self.iteration, size=self.config.batch_size, seed=self.config.seed)
 
             def closure() -> Any:
-                self.optimizer.zero_grad()
                 loss = self.task.loss(self.model(inputs), targets)
-                self._check(loss)
-                loss.backward()
+                if not optimizer(self.config.optimizer).wants_loss:
+                    self._check(loss)
+                    self.optimizer.zero_grad()
+                    loss.backward()
                 return loss
 
             loss: Any = self.optimizer.step(closure)

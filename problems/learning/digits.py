@@ -133,8 +133,8 @@ RECORDS = (
     _record("digits_mlp", "five linear layers and tanh", partial(mlp, 64, 10), 32, 15),
     _record(
         "digits_sigmoid",
-        "15 linear layers and sigmoids, through which gradients vanish",
-        partial(mlp, 64, 10, layers=15, activation=nn.Sigmoid),
+        "ten linear layers and sigmoids, through which gradients vanish",
+        partial(mlp, 64, 10, layers=10, activation=nn.Sigmoid),
         32,
         15,
     ),

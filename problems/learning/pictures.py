@@ -1,11 +1,9 @@
 """Pictures of Runge-Kutta networks in the plane: what they predict, how they move the points, how long their steps are.
 
-As in Benning et al., arXiv 1904.05657, figures 3 to 8. Every function returns a matplotlib Figure and writes it to
-``path``, if one is given.
+As in Benning et al., arXiv 1904.05657, figures 3 to 8. Every function returns a matplotlib figure.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +14,6 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from ocnopt.problems.learning.networks import PlaneClassifier
-from ocnopt.solvers.files import write_file
 from ocnopt.solvers.plotting import COLOURS, finish, legend, panels
 
 # The classes in two of Okabe and Ito's colours, light where the background shows them.
@@ -24,20 +21,14 @@ POINTS = ListedColormap(["#d55e00", "#0072b2"])
 SHADES, CELLS = "RdBu", 200
 
 
-def draw_prediction(
-    model: PlaneClassifier, inputs: Tensor, targets: Tensor, path: str | Path | None = None, *, title: str = ""
-) -> Figure:
+def draw_prediction(model: PlaneClassifier, inputs: Tensor, targets: Tensor, *, title: str = "") -> Figure:
     """The probability of class 1 over the plane, its level 1/2, and points with their classes.
 
     Args:
         model: trained or not.
         inputs: ``(N, 2)``.
         targets: ``(N,)``, 0 or 1.
-        path: where to write.
         title: of the picture.
-
-    Raises:
-        DataError: it cannot be written there.
     """
     figure, (axis,) = panels(1)
     figure.set_size_inches(5.8, 4.6)
@@ -55,23 +46,17 @@ def draw_prediction(
     axis.grid(visible=False)
     axis.set_title(title)
     figure.colorbar(shades, ax=axis, label="probability of class 1", ticks=[0, 0.25, 0.5, 0.75, 1])
-    return _written(figure, path)
+    return figure
 
 
-def draw_states(
-    model: PlaneClassifier, inputs: Tensor, targets: Tensor, path: str | Path | None = None, *, title: str = ""
-) -> Figure:
+def draw_states(model: PlaneClassifier, inputs: Tensor, targets: Tensor, *, title: str = "") -> Figure:
     """The points layer by layer, and behind the last one the line that the classifier draws.
 
     Args:
         model: trained or not.
         inputs: ``(N, 2)``.
         targets: ``(N,)``, 0 or 1.
-        path: where to write.
         title: of the picture.
-
-    Raises:
-        DataError: it cannot be written there.
     """
     with torch.no_grad():
         states = model.net.states(inputs)
@@ -82,10 +67,11 @@ def draw_states(
         _scatter(axis, x, targets, s=4, linewidths=0)
         axis.set_title("input" if k == 0 else f"after layer {k}", fontsize=9)
         axis.tick_params(labelsize=7)
+        axis.locator_params(nbins=3)  # many numbers take long to lay out
         axis.margins(0.08)
     _draw_line(axes[-1], model)
     figure.suptitle(title)
-    return _written(figure, path)
+    return figure
 
 
 def _scatter(axis: Axes, x: Tensor, targets: Tensor, **style: Any) -> None:
@@ -102,16 +88,12 @@ def _draw_line(axis: Axes, model: PlaneClassifier) -> None:
     axis.set_ylim(limits[1])
 
 
-def draw_step_sizes(sizes: Mapping[str, Tensor], path: str | Path | None = None, *, title: str = "") -> Figure:
+def draw_step_sizes(sizes: Mapping[str, Tensor], *, title: str = "") -> Figure:
     """Step sizes over the layers, of one network or of several.
 
     Args:
         sizes: ``step_sizes (N,)`` by the network's name.
-        path: where to write.
         title: of the picture.
-
-    Raises:
-        DataError: it cannot be written there.
     """
     figure, (axis,) = panels(1)
     width = 0.8 / len(sizes)
@@ -123,10 +105,4 @@ def draw_step_sizes(sizes: Mapping[str, Tensor], path: str | Path | None = None,
     finish(axis, "layer", "step size h")
     axis.set_title(title)
     legend(figure, axis)
-    return _written(figure, path)
-
-
-def _written(figure: Figure, path: Any) -> Figure:
-    if path is not None:
-        write_file(path, "a picture whose ending names its format, such as .png", lambda: figure.savefig(path, dpi=150))
     return figure

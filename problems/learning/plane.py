@@ -96,20 +96,13 @@ def points(name: str, count: int, random: Generator) -> tuple[Tensor, Tensor]:
 
 
 def half_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Half the mean squared error, ``()``."""
-    return 0.5 * (outputs - targets).square().mean()
-
-
-def accuracy(model: nn.Module, inputs: Tensor, targets: Tensor) -> float:
-    """The share of points on whose side of 1/2 the output is.
+    """Half the mean squared error, ``()``.
 
     Args:
-        model: puts out the probability of class 1.
-        inputs: ``(N, 2)``.
+        outputs: probabilities of class 1, ``(N,)``.
         targets: ``(N,)``, 0 or 1.
     """
-    with torch.no_grad():
-        return float(((model(inputs) > 0.5) == (targets > 0.5)).double().mean())
+    return 0.5 * (outputs - targets).square().mean()
 
 
 def build(name: str, *, samples: int = SAMPLES, seed: int = 0) -> Task:
@@ -147,7 +140,7 @@ def build(name: str, *, samples: int = SAMPLES, seed: int = 0) -> Task:
         pictures=(
             Picture("prediction", "probability of class 1 over the plane, with the test points", _draw_prediction),
             Picture("layers", "the test points layer by layer", _draw_layers),
-            Picture("steps", "step sizes over the layers", _draw_steps),
+            Picture("steps", "learned step sizes over the layers", _draw_steps),
         ),
     )
 
@@ -167,7 +160,7 @@ def _draw_layers(model: Any, task: Task) -> Any:
 def _draw_steps(model: Any, task: Task) -> Any:
     from ocnopt.problems.learning.pictures import draw_step_sizes
 
-    return draw_step_sizes({task.name: model.net.step_sizes.detach()})
+    return None if model.net.step == "fixed" else draw_step_sizes({task.name: model.net.step_sizes})
 
 
 SUMMARIES = {

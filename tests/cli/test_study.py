@@ -87,14 +87,16 @@ def test_a_study_in_which_all_diverge(run, monkeypatch):
 
 
 def test_a_study_draws_the_pictures_of_its_task(run, tmp_path, monkeypatch):
-    whole = STUDIES["runge-kutta"]
-    small = replace(whole, problems=("spiral",), methods=whole.methods[1:2], seeds=1, epochs=2)
-    monkeypatch.setitem(STUDIES, "runge-kutta", small)
-    code, output = run("study", "runge-kutta", "--out=here")
+    whole = STUDIES["learned-steps"]
+    small = replace(whole, problems=("spiral",), methods=whole.methods[:2], seeds=1, epochs=2)
+    monkeypatch.setitem(STUDIES, "learned-steps", small)
+    code, output = run("study", "learned-steps", "--out=here")
     assert code == 0
-    assert "euler, learned" in output
+    assert "Euler, learned" in output
     drawn = {path.stem for path in (tmp_path / "here" / "plots").iterdir()}
-    assert {f"adam-euler-free-{name}" for name in ("prediction", "layers", "steps")} < drawn
+    assert {f"backtracking-euler-free-{name}" for name in ("prediction", "layers", "steps")} < drawn
+    assert "backtracking-euler-fixed-layers" in drawn
+    assert "backtracking-euler-fixed-steps" not in drawn  # nothing to see
 
 
 def test_a_study_of_other_learning_rates(run, tmp_path):
@@ -132,6 +134,30 @@ def test_training_without_a_neural_ode(run, tmp_path, monkeypatch):
     drawn = {path.name for path in (tmp_path / "here" / "plots").iterdir()}
     assert drawn == {"loss-time.png", "loss-iteration.png", "accuracy.png", "nothing.png"}
     assert "an empty picture" in (tmp_path / "here" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("problem", "optimizer", "message"),
+    [
+        ("digits", "itoh-abe", "itoh-abe met 36074 trained numbers in ImageClassifier"),
+        ("spiral", "riemannian", "met a PlaneClassifier without a linear layer of as many outputs as inputs"),
+        ("spiral", "msa", "chain is PlaneClassifier; expected an nn.Sequential"),
+    ],
+)
+def test_an_optimiser_that_does_not_fit(run, tmp_path, problem, optimizer, message):
+    code, output = run("train", problem, f"--optimizer={optimizer}", "--out=here")
+    assert code == main.MISTAKE
+    assert message in " ".join(output.split())
+    assert not (tmp_path / "here").exists()
+
+
+@pytest.mark.parametrize(
+    ("problem", "optimizer"), [("donut1d", "itoh-abe"), ("wine", "riemannian"), ("wine", "mec"), ("wine", "msa")]
+)
+def test_structured_descent_by_name(run, problem, optimizer):
+    code, output = run("train", problem, f"--optimizer={optimizer}", "--iterations=1", "--out=here")
+    assert code == 0
+    assert "test accuracy %" in output
 
 
 def test_a_rule_for_no_horizon(run, tmp_path):

@@ -7,7 +7,7 @@ import torch
 
 from ocnopt.errors import NonFiniteError, ProblemError
 from ocnopt.neural.runge_kutta_net import RungeKuttaNet, project_simplex
-from ocnopt.optim.backtracking import descend
+from ocnopt.optim.backtracking import Backtracking, descend
 from tests.oracles.compare import assert_close
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -72,6 +72,74 @@ def test_a_trial_that_is_not_finite_is_refused():
     found = descend([x], lambda: (-torch.log(x) + x * 3).sum(), 50, step=10.0)
     assert x.item() == pytest.approx(1 / 3, abs=1e-6)
     assert all(math.isfinite(value) for value in found.losses)
+
+
+def quadratic(x, curvature):
+    return lambda: 0.5 * (curvature * x * x).sum()
+
+
+def test_steps_of_the_optimiser_are_those_of_the_loop():
+    curvature = torch.logspace(-1, 1, 6)
+    x, y = (torch.linspace(-1, 2, 6).requires_grad_() for _ in range(2))
+    expected = descend([x], quadratic(x, curvature), 40)
+    optimizer = Backtracking([y])
+    losses = [float(optimizer.step(quadratic(y, curvature))) for _ in range(40)]
+    assert_close(losses, expected.losses[:-1], rtol=1e-12)
+    assert_close(y.detach(), x.detach(), rtol=1e-10)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(expected.step, rel=1e-12)
+
+
+def test_where_no_step_lowers_the_loss_the_optimiser_stays_and_keeps_its_rate():
+    x = torch.tensor([1.0], requires_grad=True)
+    optimizer = Backtracking([x], 0.5)
+    optimizer.step(lambda: (2 * x.detach() - x).sum())  # the gradient points the wrong way
+    assert (x.item(), optimizer.param_groups[0]["lr"]) == (1.0, 0.5)
+    x.requires_grad_(False)
+    with pytest.raises(ProblemError, match="the loss has no gradient; expected one that depends on a parameter"):
+        optimizer.step(lambda: x.sum())
+
+
+def test_an_interrupted_search_puts_the_parameters_back():
+    x = torch.tensor([1.0], requires_grad=True)
+
+    def closure():
+        if not torch.is_grad_enabled():
+            raise KeyboardInterrupt
+        return x.square().sum()
+
+    with pytest.raises(KeyboardInterrupt):
+        Backtracking([x]).step(closure)
+    assert x.item() == 1.0
+
+
+@pytest.mark.parametrize(
+    ("closure", "error", "message"),
+    [
+        (None, ProblemError, "without a closure; expected one that computes the loss"),
+        (lambda x: x.square(), ProblemError, r"returned a tensor \(2,\) of torch.float64; expected one"),
+        (lambda x: 1.0, ProblemError, "the loss has no gradient; expected one that depends on a parameter"),
+        (lambda x: torch.log(-x).sum(), NonFiniteError, "the first loss is nan; expected a finite number"),
+        (lambda x: ((x - 1).abs() ** 0.5).sum(), NonFiniteError, "gradients of .* hold NaN or infinity"),
+    ],
+)
+def test_closures_of_the_optimiser(closure, error, message):
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    with pytest.raises(error, match=message):
+        Backtracking([x]).step(closure and (lambda: closure(x)))
+    assert x.tolist() == [1.0, 2.0]
+
+
+def test_a_closure_that_calls_backward():
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+
+    def closure():
+        loss = x.square().sum()
+        loss.backward()
+        return loss
+
+    with pytest.raises(ProblemError, match="the closure calls backward, which is not its part here"):
+        Backtracking([x]).step(closure)
+    assert x.tolist() == [1.0, 2.0]
 
 
 def test_messages():

@@ -20,10 +20,13 @@ MAKERS = {
     "stiefel": lambda p: oc.optim.Riemannian(p, 0.05, momentum=0.9),
     "grassmann": lambda p: oc.optim.Riemannian(p, 0.05, momentum=0.9, manifold="grassmann", retraction="cayley"),
     "mec": lambda p: oc.optim.MEC(p, 0.05),
+    "mec in flat space": lambda p: oc.optim.MEC(p, 0.2, manifold="euclidean"),
+    "backtracking": lambda p: oc.optim.Backtracking(p, 0.5),
     "itoh-abe": lambda p: oc.optim.ItohAbe(p, 0.5),
     "itoh-abe on stiefel": lambda p: oc.optim.ItohAbe(p, 0.5, manifold="stiefel"),
 }
-GRADIENTS = [name for name in MAKERS if "itoh" not in name]
+GIVEN_RATE = [name for name in MAKERS if name != "backtracking"]  # which finds its own, and has no other option
+GRADIENTS = [name for name in GIVEN_RATE if "itoh" not in name]
 everyone = pytest.mark.parametrize("name", MAKERS)
 with_gradients = pytest.mark.parametrize("name", GRADIENTS)
 
@@ -48,7 +51,7 @@ def started(name, dtype=torch.float64):
 def train(net, optimizer, count, scheduler=None):
     x = torch.randn(6, 4, generator=torch.Generator().manual_seed(1)).to(net.one.weight)
     target = torch.roll(x[:, :3], 1, 1)
-    with_closure = isinstance(optimizer, oc.optim.ItohAbe)
+    with_closure = isinstance(optimizer, oc.optim.ItohAbe | oc.optim.Backtracking)
 
     def loss():
         return (net(x) - target).square().mean()
@@ -111,7 +114,7 @@ def test_copies_go_on_bit_for_bit(name, duplicate):
     assert equal(net, copies[0])
 
 
-@everyone
+@pytest.mark.parametrize("name", GIVEN_RATE)
 def test_schedulers_reach_the_step(name):
     net, optimizer = started(name)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
@@ -191,7 +194,7 @@ def test_complex_parameters_are_refused(name):
         MAKERS[name]([torch.zeros(3, 2, dtype=torch.complex128, requires_grad=True)])
 
 
-@everyone
+@pytest.mark.parametrize("name", GIVEN_RATE)
 def test_the_state_of_another_optimiser_is_refused(name):
     net, optimizer = started(name)
     other = torch.optim.Adam(net.parameters())
@@ -226,6 +229,8 @@ def test_the_state_of_another_optimiser_is_refused(name):
         ),
         (lambda p: oc.optim.Riemannian(p, 0.1, retraction="qf"), "retraction of Riemannian is 'qf'; expected 'qr' or"),
         (lambda p: oc.optim.MEC(p, 0.1, damping=-1), "damping of MEC is -1; expected a number >= 0"),
+        (lambda p: oc.optim.MEC(p, 0.1, manifold="grassmann"), "manifold of MEC is 'grassmann'; expected 'stiefel' or"),
+        (lambda p: oc.optim.Backtracking(p, 0.0), "lr of Backtracking is 0.0; expected a number > 0"),
     ],
 )
 def test_options_out_of_range_are_refused(make, message):

@@ -139,3 +139,21 @@ def test_vectors_and_moved_matrices_are_refused():
     U.grad = torch.ones(4, 2)
     with pytest.raises(ProblemError, match=r"parameter 0 of its group is off its manifold: \|U\^T U - I\| = 3"):
         optimizer.step()
+
+
+def test_unconstrained_weights_are_free_particles_in_the_fluid():
+    """v <- e^(-gamma h) v - h G, x <- x + h v, beside a matrix that turns as it would alone."""
+    h, gamma = 0.2, 0.7
+    U, x = polar(torch.randn(5, 2)), torch.tensor([1.0, -2.0])
+    free, beside = x.clone().requires_grad_(), U.clone().requires_grad_()
+    optimizer = MEC([{"params": [beside]}, {"params": [free], "manifold": "euclidean"}], h, damping=gamma)
+    v = torch.zeros(2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (loss(beside) + free.square().sum() / 2).backward()
+        optimizer.step()
+        v = torch.exp(torch.tensor(-gamma * h)) * v - h * x
+        x = x + h * v
+    torch.testing.assert_close(free.detach(), x, rtol=1e-12, atol=0)
+    alone, _ = moved(U, torch.zeros(5, 5), h, gamma, count=3)
+    torch.testing.assert_close(beside.detach(), alone, rtol=1e-12, atol=1e-14)

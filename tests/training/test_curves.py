@@ -85,6 +85,15 @@ def test_the_mean_of_many_seeds():
     assert axis.lines[0].get_ydata() == pytest.approx([2.0 / (i + 1) + 2 for i in range(6)])
 
 
+@pytest.mark.parametrize("count", [8, 4 * 31])
+def test_a_metric_of_many_seeds(count):
+    (axis,) = curves.draw_metric({"Adam": [lines(count)] * 5}, "test_accuracy").axes
+    (line,) = axis.lines
+    assert line.get_ydata().tolist() == [50.0] * (count // 4)
+    assert line.get_marker() == ("o" if count == 8 else "None")
+    assert len(axis.collections) == 1  # the band
+
+
 def test_a_mean_over_a_window():
     values = torch.rand(20, dtype=torch.float64).tolist()
     smoothed = smooth(values, 5)

@@ -158,7 +158,7 @@ def test_the_studies_of_the_library(name):
     labels = [method.label for method in asked.methods]
     assert len({*labels}) == len({method.name for method in asked.methods}) == len(labels)
     small = asked.quick()
-    assert (small.epochs, small.seeds) == (1, 2)
+    assert (small.epochs, small.seeds) == (66 if asked.epochs == 1000 else 1, 2)
     assert set(small.factors) <= set(asked.factors)
 
 
