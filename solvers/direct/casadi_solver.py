@@ -140,7 +140,7 @@ class PreparedCasADi:
             ProblemError: something else of it has changed.
             NonFiniteError: as for :meth:`CasADi.solve`.
         """
-        self.lowered.require_same()
+        self.lowered.require_same(problem)
         return self.run(problem, guess)._replace(build_time=0.0)
 
     def run(self, problem: StagedOCP, guess: Guess) -> Result:

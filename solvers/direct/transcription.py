@@ -43,15 +43,14 @@ class Lowered(NamedTuple):
         runs = [Run(self.inner(part.lowering.function(row)), part.start, part.stop) for part in self.parts]
         return runs, _one_given(self.end.function(row), 3)
 
-    def require_same(self) -> None:
+    def require_same(self, problem: StagedOCP) -> None:
         """Compare all functions with what they were.
 
         Raises:
             ProblemError: something that they capture has changed, and is not among the data.
         """
-        for part in self.parts:
-            part.lowering.require_same()
-        self.end.require_same()
+        for lowering in (*(part.lowering for part in self.parts), self.end):
+            lowering.require_same(_given(problem))
 
 
 def lower_shooting(problem: StagedOCP, guess: Guess, states: Sequence[Tensor]) -> Lowered:
@@ -130,8 +129,7 @@ def _seen(problem: StagedOCP, arguments: Sequence[Tensor]) -> Any:
 
 def _given(problem: StagedOCP) -> list[Tensor]:
     """What a step is given besides: a row of ``step_data``, the data."""
-    table = [] if problem.step_data is None else [problem.step_data[0]]
-    return [tensor.detach().clone() for tensor in (*table, *problem.data)]
+    return [*([] if problem.step_data is None else [problem.step_data[0]]), *problem.data]
 
 
 def _lower_stretch(
@@ -220,7 +218,8 @@ def _lower_end(problem: StagedOCP, guess: Guess, states: Sequence[Tensor]) -> Lo
 def _points(problem: StagedOCP, arguments: tuple[Tensor, ...], steps: Sequence[float] = ()) -> list[Sequence[Tensor]]:
     """Points around (.., u, p) within the bounds, and data; ``steps`` are the values of a leading k."""
     points: list[Sequence[Tensor]] = []
-    for i, point in enumerate(scattered([*arguments, *_given(problem)], count=max(3, len(steps) - 1))):
+    given_now = [v.detach().clone() for v in _given(problem)]
+    for i, point in enumerate(scattered([*arguments, *given_now], count=max(3, len(steps) - 1))):
         (*front, u, p), given = point[: len(arguments)], point[len(arguments) :]
         bounds = next((b for b in problem.control_bounds if b is not None and b[0].shape == u.shape[-1:]), None)
         if steps:

@@ -138,7 +138,7 @@ class LoweredKernel:
         Raises:
             ProblemError: something else has changed that its functions capture.
         """
-        self._lowered.require_same()
+        self._lowered.require_same(problem)
         self._d = given_rows(problem).numpy()
 
     def evaluate(self, states: Tensor, controls: Tensor, rows: Tensor | None = None) -> Path:

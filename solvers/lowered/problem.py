@@ -31,23 +31,23 @@ class LoweredStep(NamedTuple):
     end: casadi.Function
     lowerings: tuple[Lowering, Lowering]
 
-    def require_same(self) -> None:
+    def require_same(self, problem: StagedOCP) -> None:
         """Compare both with what they were.
 
         Raises:
             ProblemError: something that the functions capture has changed, and is not among the data.
         """
         for lowering in self.lowerings:
-            lowering.require_same()
+            lowering.require_same(_first_given(problem))
 
 
 def _first_given(problem: StagedOCP) -> list[Tensor]:
-    """What the first step of the first problem is given besides, as a batch of one."""
-    batch = problem.batch_shape
-    table = [] if problem.step_data is None else [problem.step_data[0][(slice(1),) * len(batch)]]
-    return [
-        v.detach().clone() for v in (*table, *of_problems(problem.data, batch, lambda v: v[(slice(1),) * len(batch)]))
-    ]
+    """What the first step of the first problem is given besides, as a batch of one; the data themselves without one."""
+    if not problem.batch_shape:
+        return [*([] if problem.step_data is None else [problem.step_data[0]]), *problem.data]
+    one = lambda v: v[(slice(1),) * len(problem.batch_shape)].detach()  # noqa: E731
+    table = [] if problem.step_data is None else [one(problem.step_data[0])]
+    return [*table, *of_problems(problem.data, problem.batch_shape, one)]
 
 
 def lower_step(problem: StagedOCP, u: Tensor, p: Tensor) -> LoweredStep:
@@ -68,7 +68,8 @@ def lower_step(problem: StagedOCP, u: Tensor, p: Tensor) -> LoweredStep:
     stage, start, data = problem.groups[0].stage, problem.initial_state, problem.data
     one = lambda v: v[(slice(1),) * len(problem.batch_shape)]  # noqa: E731
     counted, tabled = stage.joint is None, problem.step_data is not None
-    k, given = torch.tensor(0) if counted else start.new_tensor(0.0), _first_given(problem)
+    k = torch.tensor(0) if counted else start.new_tensor(0.0)
+    given = [v.detach().clone() for v in _first_given(problem)]
 
     def step(k: Tensor, x: Tensor, u: Tensor, p: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
         row, own = (given[0], given[1:]) if tabled else (None, given)

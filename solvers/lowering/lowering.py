@@ -13,7 +13,7 @@ import functools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import casadi
@@ -58,6 +58,8 @@ class Lowering:
     values: list[list[Tensor]]
     noise: list[list[Tensor]]
     components: Mapping[str, Function]
+    made: dict[int | None, casadi.Function] = field(default_factory=dict)
+    """What was made of it, by row."""
 
     @functools.cached_property
     def whole(self) -> tuple[list[Expression], list[Expression]]:
@@ -74,21 +76,30 @@ class Lowering:
         with LOCK, _blame(self.components, self.points, self.batch_shape, row):
             return self._function(row)
 
-    def require_same(self) -> None:
-        """Compare the torch function with what it was when it was lowered.
+    def require_same(self, given: Sequence[Tensor]) -> None:
+        """Compare the torch function as it is now with what was made of it.
+
+        Args:
+            given: its last arguments as they are now; the others are those of a point.
 
         Raises:
-            ProblemError: it gives other values at the same point.
+            ProblemError: they differ: the function is no longer the one that was lowered.
         """
-        name, point, before = self.program.name, self.points[-1], self.values[-1]
-        for old, new in zip(before, _evaluate(self.reference, point, name), strict=True):
-            slack = 1e-9 * float(1 + old.abs().nan_to_num(0.0, 0.0, 0.0).max()) if old.numel() else 0.0
-            if not torch.allclose(new, old, rtol=1e-9, atol=slack, equal_nan=True):
-                raise ProblemError(
-                    f"{name} is no longer what it was when the problem was prepared: a tensor or number that its "
-                    "functions capture has changed; expected changes in data alone: name that tensor in data=(..) of "
-                    "the problem and write into it in place, or prepare again"
-                )
+        point = [*self.points[1][: len(self.points[1]) - len(given)], *given]
+        values = _evaluate(self.reference, point, self.program.name)
+        for row, lowered in self.made.items():
+            picked = [_pick(a, _rows(a.shape, self.batch_shape, row)) for a in point]
+            results = lowered.call([casadi.DM(a.detach().to("cpu", torch.float64).numpy()) for a in picked])
+            for result, value in zip(results, values, strict=True):
+                new = _pick(value, _rows(value.shape, self.batch_shape, row))
+                old = torch.from_numpy(result.full()[:, 0])
+                slack = 1e-9 * float(1 + old.abs().nan_to_num(0.0, 0.0, 0.0).max()) if old.numel() else 0.0
+                if not torch.allclose(new, old, rtol=1e-9, atol=slack, equal_nan=True):
+                    raise ProblemError(
+                        f"{self.program.name} is no longer what it was when the problem was prepared: a tensor or "
+                        "number that its functions capture has changed; expected changes in data alone: name that "
+                        "tensor in data=(..) of the problem and write into it in place, or prepare again"
+                    )
 
     def _function(self, row: int | None) -> casadi.Function:
         name = self.program.name
@@ -107,6 +118,7 @@ class Lowering:
         for point, values, noise in zip(self.points, self.values, self.noise, strict=True):
             own = [[_pick(v, r) for v, r in zip(side, kept, strict=True)] for side in (values, noise)]
             _compare(name, lowered, [_pick(a, r) for a, r in zip(point, rows, strict=True)], *own)
+        self.made[row] = lowered
         return lowered
 
 

@@ -191,3 +191,23 @@ def test_unknown_options_are_refused_at_once():
     target, mass = torch.tensor([0.3, 0.0], dtype=F64), torch.tensor(1.0, dtype=F64)
     with pytest.raises(ProblemError, match="no option 'kernle'"):
         prepare(pendulum(target, mass), kernle="torch")
+
+
+def test_programs_made_later_are_compared_at_the_old_points():
+    """Rows that are not alike get a program each, some of them after the data have changed."""
+    target, mass = torch.zeros(2, 2, dtype=F64), torch.tensor(1.0, dtype=F64)
+    fixed = torch.tensor([1.0, 2.0], dtype=F64)  # captured, one a problem
+
+    def cost(t, x, u):
+        return fixed * ((x - target) ** 2).sum(-1) + mass * (u**2).sum(-1)
+
+    problem = OCP(
+        lambda t, x, u: u, cost, initial_state=torch.ones(2, 2), control_dim=2, horizon=1.0, data=(target, mass)
+    )
+    prepared = prepare(problem, "casadi", steps=4)
+    mass.fill_(3.0)
+    solution = prepared.solve()
+    again = prepared.solve()
+    wanted = solve(problem, "ddp", steps=4, kernel="torch")
+    for answer in (solution, again):
+        torch.testing.assert_close(answer.cost, wanted.cost, rtol=1e-8, atol=1e-8)
