@@ -86,7 +86,8 @@ class Lowering:
             ProblemError: they differ: the function is no longer the one that was lowered.
         """
         point = [*self.points[1][: len(self.points[1]) - len(given)], *given]
-        values = _evaluate(self.reference, point, self.program.name)
+        # the given ones go in as they are, so that nothing needs to stand in for them
+        values = _outputs(self.reference, point, self.program.name)
         for row, lowered in self.made.items():
             picked = [_pick(a, _rows(a.shape, self.batch_shape, row)) for a in point]
             results = lowered.call([casadi.DM(a.detach().to("cpu", torch.float64).numpy()) for a in picked])
@@ -317,8 +318,13 @@ def _pick(value: Tensor, picked: Tensor) -> Tensor:
 
 
 def _evaluate(function: Function, point: Point, name: str) -> list[Tensor]:
+    """The outputs at a copy of the point."""
+    return _outputs(function, [argument.clone() for argument in point], name)
+
+
+def _outputs(function: Function, point: Point, name: str) -> list[Tensor]:
     with torch.no_grad():
-        value = function(*(argument.clone() for argument in point))
+        value = function(*point)
     outputs = value if isinstance(value, list | tuple) else [value]
     if not all(isinstance(output, Tensor | int | float) for output in outputs):
         raise ProblemError(f"{name} returned {[type(output).__name__ for output in outputs]}; expected tensors")
