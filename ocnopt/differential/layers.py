@@ -33,6 +33,7 @@ Sources: Liu, Chen, Theodorou, DDPNOpt (arXiv 2002.08809); Chen, Liu, Theodorou,
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
+from itertools import accumulate
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -41,6 +42,8 @@ from torch.nn import functional
 
 # More numbers of single samples' gradients than these are not spelt out for the products of a diagonal metric.
 _MANY = 2**18
+# Matrices of fewer numbers are factorised together: calls, not arithmetic, are what they cost.
+_SMALL = 2**14
 
 
 class CostToGo(NamedTuple):
@@ -78,11 +81,11 @@ Group = Sequence[Tensor]  # N of each player
 
 def cooperative(group: Group, value: CostToGo) -> tuple[CostToGo, Readouts]:
     """The joint minimum; the last player is minimised out first."""
-    readouts = []
-    for N in reversed(group):
-        value = _minimised(N, value)
-        readouts.append(value)
-    return value, readouts[::-1]
+    totals = [*accumulate(reversed(group), torch.add)]  # S^-1 grows by N
+    at_once = max(1, _SMALL // value.v.numel() ** 2)
+    parts = [torch.stack(totals[k : k + at_once]) for k in range(0, len(totals), at_once)]
+    readouts = [CostToGo(v, R) for N in parts for v, R in zip(*_minimised(N, value), strict=True)]
+    return readouts[-1], readouts[::-1]
 
 
 def feedback(group: Group, value: CostToGo) -> tuple[CostToGo, Readouts]:
@@ -90,10 +93,11 @@ def feedback(group: Group, value: CostToGo) -> tuple[CostToGo, Readouts]:
     if len(group) == 1:
         return cooperative(group, value)
     readouts = [_minimised(N, value) for N in group]
+    R = value.R if value.R.ndim == 2 else torch.diag(value.R)
     own = [(N, readout.v, readout.R @ readout.R.mT) for N, readout in zip(group, readouts, strict=True)]
     # s' = s - sum_j N_j (v_j + S_j s), at the price 1/2 sum_j w_j^T N_j w_j
     stays = torch.diag(torch.ones_like(value.v)) - sum(N @ S for N, _, S in own)
-    back, ahead = value.R.mT @ stays, value.v - value.R @ (value.R.mT @ sum(N @ v for N, v, _ in own))
+    back, ahead = R.mT @ stays, value.v - R @ (R.mT @ sum(N @ v for N, v, _ in own))
     S = back.mT @ back + sum(S @ N @ S for N, _, S in own)
     v = stays.mT @ ahead + sum(S @ (N @ v) for N, v, S in own)
     values, vectors = torch.linalg.eigh(S)
@@ -116,12 +120,13 @@ def sample(group: Group, value: CostToGo) -> tuple[CostToGo, Readouts]:
 
 
 def _minimised(N: Tensor, value: CostToGo) -> CostToGo:
-    """(I + S N)^-1 [v  S] with S = R R^T: R (I + R^T N R)^-1 R^T is again of that form."""
+    """(I + S N)^-1 [v  S] with S = R R^T, for each N: R (I + R^T N R)^-1 R^T is again of that form."""
     v, R = value
-    matrix = R.mT @ N @ R
-    matrix.diagonal().add_(1.0)
+    matrix = R.mT @ N @ R if R.ndim == 2 else R[:, None] * N * R
+    R = R if R.ndim == 2 else torch.diag(R)
+    matrix.diagonal(dim1=-2, dim2=-1).add_(1.0)
     R = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(matrix)[0], R.mT, upper=False).mT
-    return CostToGo(torch.addmv(v, R, R.mT @ (N @ v), alpha=-1.0), R)
+    return CostToGo(v - (R @ (R.mT @ (N @ v)[..., None]))[..., 0], R)
 
 
 @dataclass
@@ -200,14 +205,14 @@ class Scaled:
         if gradients.factored is None:
             return self.scale * _sum(rows.flatten(1) @ rows.flatten(1).mT for rows in gradients.rows)
         z, g = gradients.factored
-        return (g @ g.mT) * _inputs(z @ z.mT, gradients, self.scale)
+        return _products(z @ z.mT, g @ g.mT, gradients).mul_(self.scale)
 
     def squares(self, gradients: Gradients) -> Tensor:
         """The diagonal of N ``(B,)``."""
         if gradients.factored is None:
             return self.scale * _sum(rows.flatten(1).square().sum(1) for rows in gradients.rows)
         z, g = gradients.factored
-        return g.square().sum(1) * _inputs(z.square().sum(1), gradients, self.scale)
+        return _products(z.square().sum(1), g.square().sum(1), gradients).mul_(self.scale)
 
 
 @dataclass(frozen=True)
@@ -284,8 +289,8 @@ def _sum(terms: Iterable[Tensor]) -> Tensor:
     return reduce(torch.add, terms)
 
 
-def _inputs(products: Tensor, gradients: Gradients, scale: float) -> Tensor:
-    """Products of inputs, with the 1 of the bias."""
+def _products(of_z: Tensor, of_g: Tensor, gradients: Gradients) -> Tensor:
+    """Products of gradients g z^T from those of z and g, with the 1 of the bias."""
     if not gradients.weight:
-        return torch.full_like(products, scale)
-    return products.mul_(scale).add_(scale) if gradients.bias else products.mul_(scale)
+        return of_g
+    return torch.addcmul(of_g, of_g, of_z) if gradients.bias else of_g.mul_(of_z)

@@ -63,8 +63,10 @@ class Game:
     turns: list[Turn]
     others: dict[int, list[Block]] = field(default_factory=dict)
 
-    def groups(self) -> list[list[Turn]]:
-        """The turns by generation."""
+    def groups(self, rules: Rules) -> list[list[Turn]]:
+        """The turns by generation; those who cooperate are one group."""
+        if rules.game == "cooperative":
+            return [self.turns]
         return [[*group] for _, group in groupby(self.turns, key=lambda turn: turn.player.generation)]
 
 
@@ -101,7 +103,7 @@ def _kappa(tape: Tape, mean: bool) -> float:
 
 def play(game: Game, rules: Rules, base: Base) -> dict[str, tuple[Tensor, Tensor]]:
     """Move all blocks; for each turn what the samples weigh, without and with feedback."""
-    groups = game.groups()
+    groups = game.groups(rules)
     value, readouts = _sweep(groups, _end(game.tapes, rules), rules, base)
     weights: dict[str, tuple[Tensor, Tensor]] = {}
     cuts = {player.call: cut for player, cut in zip(game.plan.players, game.plan.cuts, strict=True)}
@@ -214,8 +216,7 @@ def _end(tapes: Sequence[Tape], rules: Rules) -> CostToGo:
         like = like.new_zeros(tape.rows, dtype=working(like))
         factors.append((kappa * (like + scale if bend is None else bend + scale)).sqrt())
     R = torch.cat(factors)
-    v = torch.ones_like(R)
-    return CostToGo(v, R if rules.form == "sample" else torch.diag(R))
+    return CostToGo(torch.ones_like(R), R)
 
 
 def _bend(x: Tensor, p: Tensor, rules: Rules) -> Tensor | None:
