@@ -69,15 +69,8 @@ class Surroundings:
         self.field, self.device = field, device
         self.training = [(module, module.training) for module in checks.modules(field)]
         self.parameters = self.parameters_now()
-        self.autocast = {
-            kind: (
-                torch.is_autocast_enabled(kind),
-                torch.get_autocast_dtype(kind),
-                torch.is_autocast_cache_enabled(),
-            )
-            for kind in {"cpu", device.type}
-            if torch.amp.is_autocast_available(kind)
-        }
+        kinds = (kind for kind in {"cpu", device.type} if torch.amp.is_autocast_available(kind))
+        self.autocast = {kind: _autocast(kind) for kind in kinds}
         self.buffers: list[tuple[Tensor, Tensor]] = []
 
     def parameters_now(self) -> list[Tensor]:
@@ -146,9 +139,16 @@ class Surroundings:
     def autocasting(self) -> ExitStack:
         """The autocast of the forward pass."""
         stack = ExitStack()
-        for kind, (on, dtype, cached) in self.autocast.items():
-            stack.enter_context(torch.autocast(kind, enabled=on, dtype=dtype, cache_enabled=cached))
+        for kind, was in self.autocast.items():
+            if was != _autocast(kind):
+                on, dtype, cached = was
+                stack.enter_context(torch.autocast(kind, enabled=on, dtype=dtype, cache_enabled=cached))
         return stack
+
+
+def _autocast(kind: str) -> tuple[bool, torch.dtype, bool]:
+    """Whether autocast is on, to what it casts and whether it remembers."""
+    return torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled()
 
 
 @dataclass

@@ -11,6 +11,7 @@ A replay (:mod:`ocnopt.neural.replay`) takes the calls again, after some paramet
 """
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -206,24 +207,24 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = function.__name__
-        if name in _LOOKS or (name == "__get__" and getattr(function.__self__, "__name__", "") not in _VIEWS):
+        only_looks, is_random, written = _traits(function)
+        if only_looks:
             return function(*args, **kwargs)
         tape, place = self._tape, len(self._tape.calls)
         call = Call(function, (), {})
         given = [self._read(value, call, place) for value in args]
         named = {name: self._read(value, call, place) for name, value in kwargs.items()}
-        is_random = _is_random(function)
-        call.has_samples |= is_random
+        call.has_samples = is_random or call.has_samples
         if not call.inputs and not call.parameters:
             return self._pass_by(function(*args, **kwargs), call)
         if is_random:
             call.noise = tape.surroundings.noise()
-        call.is_inplace = _writes(function, args, kwargs)
+        if written is not None:
+            call.is_inplace = written < 0 or bool(kwargs.get("inplace", written < len(args) and args[written]))
         if call.is_inplace and given:
             given[0] = self._saved(given[0][0]), given[0][1]
         out = function(*(value for _, value in given), **{name: value for name, (_, value) in named.items()})
-        made = [*tensors(out)]
+        made = tensors(out)
         if any(id(tensor) in self._parameters for tensor in made):
             self._forget(call, place)
             return out  # the parameter itself (p.float(), p.contiguous()): a hook on it would outlive the pass
@@ -295,7 +296,7 @@ class Recorder(TorchFunctionMode):
         edge, begun = (slot, len(tape.uses[slot])), self._begun
         if edge[1] and torch.is_grad_enabled():
             tensor = tensor.view_as(tensor)
-            tensor.register_hook(lambda gradient: tape.arrive(edge, gradient, begun))
+            _hook(tensor, lambda gradient: tape.arrive(edge, gradient, begun))
         tape.uses[slot].append(place)
         return Slot(slot), tensor
 
@@ -329,30 +330,33 @@ class Recorder(TorchFunctionMode):
         tape.shapes.append(tensor.shape)
         tape.old[slot] = tensor.detach(), tensor._version
         self._slots[id(tensor)] = tensor, slot
-        tensor.register_hook(lambda gradient: tape.arrive(slot, gradient, begun))
+        _hook(tensor, lambda gradient: tape.arrive(slot, gradient, begun))
         return slot
 
 
 @cache
-def _is_random(function: Callable[..., Any]) -> bool:
-    name = str(getattr(function, "__name__", function))
-    return any(word in name for word in _RANDOM)
+def _traits(function: Callable[..., Any]) -> tuple[bool, bool, int | None]:
+    """Whether a function only looks at tensors, whether it is random, and the place of its argument ``inplace``.
 
-
-def _writes(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether an operation works in place."""
-    place = _inplace_argument(function)
-    return place is not None and (place < 0 or bool(kwargs.get("inplace", place < len(args) and args[place])))
-
-
-@cache
-def _inplace_argument(function: Callable[..., Any]) -> int | None:
-    """The place of the argument ``inplace``; -1 of what always works in place, None of what never does."""
-    name, code = function.__name__, getattr(function, "__code__", None)
-    if name in _INPLACE or (name.endswith("_") and not name.endswith("__")):
-        return -1
+    The place is -1 where it always works in place, None where it never does.
+    """
+    name, code = str(getattr(function, "__name__", function)), getattr(function, "__code__", None)
+    of_attribute = getattr(getattr(function, "__self__", None), "__name__", "")
+    looks = name in _LOOKS or (name == "__get__" and of_attribute not in _VIEWS)
     names = () if code is None else code.co_varnames[: code.co_argcount]
-    return names.index("inplace") if "inplace" in names else None
+    written = names.index("inplace") if "inplace" in names else None
+    if name in _INPLACE or (name.endswith("_") and not name.endswith("__")):
+        written = -1
+    return looks, any(word in name for word in _RANDOM), written
+
+
+def _hook(tensor: Tensor, hook: Callable[[Tensor | None], None]) -> None:
+    """``register_hook`` without a handle to remove it by, which is most of its price."""
+    if tensor._backward_hooks or tensor.grad_fn is None:
+        tensor.register_hook(hook)
+    else:
+        tensor._backward_hooks = OrderedDict({-1: hook})
+        tensor.grad_fn._register_hook_dict(tensor)
 
 
 def working(tensor: Tensor) -> torch.dtype:

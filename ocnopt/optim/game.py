@@ -5,6 +5,7 @@ passes before one step count as one batch.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -110,7 +111,7 @@ def play(game: Game, rules: Rules, base: Base) -> dict[str, tuple[Tensor, Tensor
     replays = [Replay(tape, game.plan.order, game.plan.places) for tape in game.tapes]
     others, s, surroundings = _Others(game, base), None, game.tapes[0].surroundings
     surroundings.close()  # casts of weights that are about to move
-    with surroundings.restored(), torch.autocast(surroundings.device.type, enabled=False):
+    with surroundings.restored(), uncast(surroundings.device.type):
         for group, answers in zip(groups, readouts, strict=True):
             for place, (turn, answer) in enumerate(zip(group, answers, strict=True)):
                 call = turn.player.call
@@ -121,12 +122,17 @@ def play(game: Game, rules: Rules, base: Base) -> dict[str, tuple[Tensor, Tensor
                         replay.advance(call)
                     s = joined([replay.moved(cuts[call]) for replay in replays]).to(answer.v)
                 w = value.v if rules.form == "gauss_newton" else answer.weights(s)
-                w = w.nan_to_num(nan=0.0, neginf=0.0).clamp_(0.0, rules.limit)
+                w = w.nan_to_num().clamp_(0.0, rules.limit)
                 weights[turn.block.name] = (answer.v, w)
                 _move(turn, game.tapes, replays if s is not None else (), w, rules.tikhonov, base)
     surroundings.close()
     others.rest()
     return weights
+
+
+def uncast(device: str) -> AbstractContextManager[Any]:
+    """No autocast."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _move(turn: Turn, tapes: Sequence[Tape], replays: Sequence[Replay], w: Tensor, tikhonov: float, base: Base) -> None:
@@ -212,10 +218,11 @@ def _end(tapes: Sequence[Tape], rules: Rules) -> CostToGo:
             )
         if scale is None:
             scale = 1.0 if bend is None else SHARE
-        like = next(iter(tape.gradients.values()))
-        like = like.new_zeros(tape.rows, dtype=working(like))
-        factors.append((kappa * (like + scale if bend is None else bend + scale)).sqrt())
-    R = torch.cat(factors)
+        if bend is None:
+            like = next(iter(tape.gradients.values()))
+            bend = like.new_zeros(tape.rows, dtype=working(like))
+        factors.append((bend + scale).mul_(kappa).sqrt_())
+    R = joined(factors)
     return CostToGo(torch.ones_like(R), R)
 
 
@@ -247,7 +254,7 @@ def _bend(x: Tensor, p: Tensor, rules: Rules) -> Tensor | None:
                 "p, also where p is zero. Parameters are as before this step: catch this error to skip the batch"
             )
     flat = p.reshape(len(p), -1)
-    bend = (Hp.reshape(flat.shape) * flat).sum(1) / flat.square().sum(1).square()
+    bend = torch.linalg.vecdot(Hp.reshape(flat.shape), flat) / torch.linalg.vecdot(flat, flat).square()
     # where nothing pulls, nothing bends; a loss that bends down counts as straight
     return bend.nan_to_num_(nan=0.0, posinf=0.0).clamp_(min=0.0)
 
@@ -256,7 +263,7 @@ def _recognised(x: Tensor, p: Tensor, mean: bool, slack: float) -> str:
     """The loss whose gradient p is; a probability as the target of a single logit is not told from other losses."""
     if _is_cross_entropy(x, p, mean, slack):
         return "cross_entropy"
-    target = x.sigmoid() - p * _share(x[0], mean)
+    target = x.sigmoid() - _times(p, _share(x.shape[1:], mean))
     is_hard = torch.minimum(target.abs(), (target - 1).abs()).amax() < slack
     return "binary_cross_entropy" if bool(is_hard) else "gradient"
 
@@ -265,36 +272,41 @@ def _is_cross_entropy(x: Tensor, p: Tensor, mean: bool, slack: float) -> bool:
     """Whether p = softmax - target, for any target that sums to one."""
     if x.ndim < 2 or x.shape[1] < 2:
         return False
-    target = x.softmax(1) - p * _share(x[0, 0], mean)
-    return bool(((target.sum(1) - 1).abs().amax() < slack) & (target.amin() > -slack))
+    p = _times(p, _share(x.shape[2:], mean))
+    return float(p.sum(1).abs().amax()) < slack and float((x.softmax(1) - p).amin()) > -slack
 
 
 def _is_binary_cross_entropy(x: Tensor, p: Tensor, mean: bool, slack: float) -> bool:
     """Whether p = sigmoid - target, for any target between 0 and 1."""
-    low, high = (x.sigmoid() - p * _share(x[0], mean)).aminmax()
+    low, high = (x.sigmoid() - _times(p, _share(x.shape[1:], mean))).aminmax()
     return bool((low > -slack) & (high < 1 + slack))
 
 
-def _share(entries: Tensor, mean: bool) -> int:
+def _share(entries: torch.Size, mean: bool) -> float:
     """How many losses the loss of one sample is the mean of."""
-    return entries.numel() if mean else 1
+    return float(entries.numel()) if mean else 1.0
+
+
+def _times(values: Tensor, factor: float) -> Tensor:
+    return values if factor == 1 else values * factor
 
 
 def _cross_entropy(x: Tensor, p: Tensor, mean: bool) -> Tensor:
     """H p of ``nn.CrossEntropyLoss``."""
     shares = x.softmax(1)
-    return shares * (p - (shares * p).sum(1, keepdim=True)) / _share(x[0, 0], mean)
+    curved = shares * (p - torch.linalg.vecdot(shares, p, dim=1).unsqueeze(1))
+    return _times(curved, 1 / _share(x.shape[2:], mean))
 
 
 def _binary_cross_entropy(x: Tensor, p: Tensor, mean: bool) -> Tensor:
     """H p of ``nn.BCEWithLogitsLoss``."""
     shares = torch.sigmoid(x)
-    return shares * (1 - shares) * p / _share(x[0], mean)
+    return shares * (1 - shares) * p / _share(x.shape[1:], mean)
 
 
 def _squares(x: Tensor, p: Tensor, mean: bool) -> Tensor:
     """H p of ``nn.MSELoss``."""
-    return 2 * p / _share(x[0], mean)
+    return 2 * p / _share(x.shape[1:], mean)
 
 
 LOSSES: dict[str, Callable[[Tensor, Tensor, bool], Tensor]] = {

@@ -36,7 +36,7 @@ from ocnopt.optim.checks import (
     warn_alone,
     warn_unrecorded,
 )
-from ocnopt.optim.game import FORMS, GAMES, LOSSES, Game, Rules, Terminal, Turn, ends, gathered, play, unscale
+from ocnopt.optim.game import FORMS, GAMES, LOSSES, Game, Rules, Terminal, Turn, ends, gathered, play, uncast, unscale
 from ocnopt.optim.metrics import BASES, Block, restore
 from ocnopt.optim.watch import Watch
 
@@ -210,7 +210,7 @@ class OCNOpt(torch.optim.Optimizer):
             return loss
         check_gradients((self._names.get(id(p), "no longer in the model"), p) for p in groups)
         device = next((p.device.type for p in groups), "cpu")
-        with torch.autocast(device, enabled=False):
+        with uncast(device):
             self._move(tapes, groups)
         for tape in tapes:  # whose graph may live on
             tape.forget()
