@@ -172,10 +172,11 @@ class Gradients:
         if self.z is None or self.g is None:
             sums = [(w.to(rows) @ rows.flatten(1)).view_as(total) for rows, total in zip(self.of, totals, strict=True)]
             return [total + part.to(total) for total, part in zip(totals, sums, strict=True)]
-        found, w, g = [], w.to(self.g), self.g.mT
-        if self.weight:
-            found.append(torch.addmm(totals[0].to(g), g * w, self.z).to(totals[0]))
-        return [*found, torch.addmv(totals[-1].to(g), g, w).to(totals[-1])] if self.bias else found
+        dtypes, z, g = [total.dtype for total in totals], self.z, self.g.mT
+        w, *totals = (part if part.dtype == g.dtype else part.to(g) for part in (w, *totals))
+        found = [torch.addmm(totals[0], g * w, z)] if self.weight else []
+        found += [torch.addmv(totals[-1], g, w)] if self.bias else []
+        return [part if part.dtype == dtype else part.to(dtype) for part, dtype in zip(found, dtypes, strict=True)]
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

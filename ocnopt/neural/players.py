@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from ocnopt.differential.layers import Gradients
 from ocnopt.neural.replay import Replay
-from ocnopt.neural.tape import Call, Slot, Tape, working
+from ocnopt.neural.tape import Call, Slot, Tape, precise
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _CONVOLUTIONS = (functional.conv1d, functional.conv2d, functional.conv3d)
@@ -53,21 +53,16 @@ class Plan(NamedTuple):
         places: the place of each call in that order; what the module returned stands behind all.
         players: in that order.
         cuts: for each player the slots, one row a sample, that lead on when its turn comes.
+        needed: the slots whose values a second pass needs.
+        kept: the slots whose values or gradients it needs.
     """
 
     order: list[int]
     places: list[int]
     players: list[Player]
     cuts: list[list[int]]
-
-    def needed(self, tape: Tape) -> set[int]:
-        """The slots whose values a second pass needs."""
-        return {*tape.returned}.union(*self.cuts)
-
-    def kept(self, tape: Tape) -> set[int]:
-        """The slots whose values or gradients a second pass needs."""
-        outputs = {slot for player in self.players for slot in tape.calls[player.call].outputs if slot is not None}
-        return outputs | self.needed(tape)
+    needed: frozenset[int]
+    kept: frozenset[int]
 
 
 def plan(tape: Tape) -> Plan:
@@ -87,7 +82,10 @@ def plan(tape: Tape) -> Plan:
     for place, taken in enumerate(order):
         places[taken] = place
     players.sort(key=lambda player: places[player.call])
-    return Plan(order, places, players, [_cut(tape, places, places[player.call]) for player in players])
+    cuts = [_cut(tape, places, places[player.call]) for player in players]
+    needed = frozenset(tape.returned).union(*cuts)
+    made = (slot for player in players for slot in tape.calls[player.call].outputs if slot is not None)
+    return Plan(order, places, players, cuts, needed, needed.union(made))
 
 
 def signature(tape: Tape) -> tuple[Any, ...]:
@@ -109,7 +107,8 @@ def gradients(tape: Tape, player: Player, g: Tensor) -> Gradients:
     """The single samples' gradients of a player's parameters, for the costate g at its output."""
     call = tape.calls[player.call]
     given = arguments(call)
-    z, g = seen(tape, player).to(working(g)), g.detach().to(working(g))
+    z, g = seen(tape, player), precise(g.detach())
+    z = z if z.dtype == g.dtype else z.to(g)
     has_weight, has_bias = "weight" in player.parameters, "bias" in player.parameters
     if call.function is functional.linear:
         if z.ndim == 2:
@@ -142,8 +141,7 @@ def pushed(tape: Tape, player: Player, replay: Replay, weight: float, totals: Se
         or isinstance(given["weight"], Slot)
     ):
         return totals
-    moved = replay.value(z.index) - tape.value(z.index)
-    moved = moved.to(working(moved))
+    moved = precise(replay.value(z.index) - tape.value(z.index))
     h = call.function(**{**given, "input": moved, "weight": given["weight"].to(moved), "bias": None})
     return gradients(tape, player, h).add_weighted(h.new_full((tape.rows,), weight), totals)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocnopt.neural.tape import Call, Slot, Tape, like, tensors, working
+from ocnopt.neural.tape import Call, Slot, Tape, like, precise, tensors
 
 
 class Replay:
@@ -41,8 +41,8 @@ class Replay:
         for slot in cut:
             felt = self._tape.felt(slot, self._is_executed)
             if felt is not None:
-                change = (self._new[slot].to(working(felt)) - self._tape.value(slot)).reshape(self._tape.rows, -1)
-                change = torch.linalg.vecdot(change, felt.to(change).reshape(change.shape))
+                pair = precise(self._new[slot]) - self._tape.value(slot), precise(felt)
+                change = torch.linalg.vecdot(*(t if t.ndim == 2 else t.reshape(len(t), -1) for t in pair))
                 total = change if total is None else total + change
         if total is None:
             return next(iter(self._tape.gradients.values())).new_zeros(self._tape.rows)
@@ -54,24 +54,22 @@ class Replay:
     def _take(self, call: Call) -> None:
         if call.noise is not None:
             self._tape.surroundings.set_noise(call.noise)
-
-        def fill(value: Any) -> Any:
-            return _filled(value, self._new, copies=call.is_inplace)
-
-        out = call.function(*map(fill, call.args), **{name: fill(value) for name, value in call.kwargs.items()})
+        args = [_filled(value, self._new, call.is_inplace) for value in call.args]
+        kwargs = {name: _filled(value, self._new, call.is_inplace) for name, value in call.kwargs.items()}
+        out = call.function(*args, **kwargs)
         for slot, tensor in zip(call.outputs, tensors(out), strict=True):
             if slot is not None:
                 self._new[slot] = tensor
         for slot in call.inputs:
-            if all(self._places[use] <= self._next for use in self._tape.uses[slot]):
+            if max(map(self._places.__getitem__, self._tape.uses[slot])) <= self._next:
                 self._new.pop(slot, None)
 
 
-def _filled(value: Any, new: dict[int, Tensor], *, copies: bool) -> Any:
+def _filled(value: Any, new: dict[int, Tensor], copies: bool) -> Any:
     if isinstance(value, Slot):
         value = new[value.index]
     if isinstance(value, Tensor):
         return value.clone() if copies else value
     if isinstance(value, (list, tuple)):
-        return like(value, [_filled(item, new, copies=copies) for item in value])
+        return like(value, [_filled(item, new, copies) for item in value])
     return value

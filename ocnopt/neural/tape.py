@@ -12,7 +12,7 @@ A replay (:mod:`ocnopt.neural.replay`) takes the calls again, after some paramet
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -47,7 +47,7 @@ class Slot:
     index: int
 
 
-@dataclass
+@dataclass(slots=True)
 class Call:
     """One operation: arguments with slots in place of recorded tensors, parameters and constants as they are."""
 
@@ -81,10 +81,12 @@ class Tape:
         gradients: dL/d(slot) of those, as far as it has arrived.
         given: tensors that the module was given, with their versions.
         surroundings: flags, buffers and autocast of the pass.
+        plan: what its reader made of it.
     """
 
     def __init__(self, surroundings: Surroundings) -> None:
         self.surroundings = surroundings
+        self.plan: Any = None
         self.calls: list[Call] = []
         self.uses: list[list[int]] = []
         self.maker: list[int] = []
@@ -135,7 +137,7 @@ class Tape:
         shape = self.shapes[slot]
         return len(shape) > 0 and shape[0] == self.rows and self.calls[self.maker[slot]].has_samples
 
-    def keep(self, slots: set[int]) -> None:
+    def keep(self, slots: Collection[int]) -> None:
         """Let go of all other values."""
         self.old = {slot: kept for slot, kept in self.old.items() if slot in slots}
 
@@ -223,12 +225,12 @@ class Recorder(TorchFunctionMode):
             call.is_inplace = written < 0 or bool(kwargs.get("inplace", written < len(args) and args[written]))
         if call.is_inplace and given:
             given[0] = self._saved(given[0][0]), given[0][1]
-        out = function(*(value for _, value in given), **{name: value for name, (_, value) in named.items()})
+        out = function(*[value for _, value in given], **{name: value for name, (_, value) in named.items()})
         made = tensors(out)
-        if any(id(tensor) in self._parameters for tensor in made):
+        if not self._parameters.keys().isdisjoint(map(id, made)):
             self._forget(call, place)
             return out  # the parameter itself (p.float(), p.contiguous()): a hook on it would outlive the pass
-        if not any(tensor.requires_grad for tensor in made):
+        if True not in [tensor.requires_grad for tensor in made]:
             self._forget(call, place)
             if call.name == "__setitem__":
                 raise ProblemError(
@@ -236,7 +238,7 @@ class Recorder(TorchFunctionMode):
                     "that return new tensors: torch.cat, torch.where or torch.scatter"
                 )
             return self._pass_by(out, call)
-        call.args, call.kwargs = tuple(slot for slot, _ in given), {name: slot for name, (slot, _) in named.items()}
+        call.args, call.kwargs = tuple([slot for slot, _ in given]), {name: slot for name, (slot, _) in named.items()}
         tape.calls.append(call)
         for tensor in made:
             call.outputs.append(self._write(tensor, place) if tensor.requires_grad else None)
@@ -271,18 +273,20 @@ class Recorder(TorchFunctionMode):
         return value, value
 
     def _read_tensor(self, tensor: Tensor, call: Call, place: int) -> tuple[Any, Tensor]:
-        known = self._slots.get(id(tensor))
+        key = id(tensor)
+        known = self._slots.get(key)
         if known is None:
-            if id(tensor) in self._parameters:
+            if key in self._parameters:
                 call.parameters.append(tensor)
-            elif tensor.grad_fn is not None and id(tensor) not in self._foreign:
+                return tensor, tensor
+            if tensor.grad_fn is not None and key not in self._foreign:
                 raise ProblemError(
                     f"the operation {call.name!r} reads a tensor of shape {tuple(tensor.shape)} made by "
                     f"{tensor.grad_fn.name()}, which was not seen at work; expected torch operations: custom autograd "
                     "functions, compiled or checkpointed parts and the adjoints of a NeuralODE or RungeKuttaNet cannot "
                     'be followed; leave them out of the model, give these adjoint="backprop", or use feedback=False'
                 )
-            call.has_samples |= id(tensor) not in self._parameters and id(tensor) not in self._fixed
+            call.has_samples |= key not in self._fixed
             return tensor, tensor
         tape, slot = self._tape, known[1]
         if tensor._version != tape.old[slot][1]:
@@ -352,16 +356,23 @@ def _traits(function: Callable[..., Any]) -> tuple[bool, bool, int | None]:
 
 def _hook(tensor: Tensor, hook: Callable[[Tensor | None], None]) -> None:
     """``register_hook`` without a handle to remove it by, which is most of its price."""
-    if tensor._backward_hooks or tensor.grad_fn is None:
+    node = tensor.grad_fn
+    if tensor._backward_hooks or node is None:
         tensor.register_hook(hook)
     else:
         tensor._backward_hooks = OrderedDict({-1: hook})
-        tensor.grad_fn._register_hook_dict(tensor)
+        node._register_hook_dict(tensor)
 
 
 def working(tensor: Tensor) -> torch.dtype:
     """The precision to add up in: that of the tensor, at least float32."""
     return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def precise(tensor: Tensor) -> Tensor:
+    """The tensor in that precision."""
+    dtype = working(tensor)
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def like(value: Any, items: list[Any]) -> Any:

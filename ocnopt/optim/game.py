@@ -4,6 +4,7 @@ A *turn* is a player with its block of parameters and the single samples' gradie
 passes before one step count as one batch.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -157,7 +158,7 @@ def _sweep(
         value, readouts = sweep(lambda group, value: _swept(group, value, rules, base), groups, end)
         # of players in open loop nothing reaches the value
         alone = [answer.v for group in readouts for answer in group] if rules.game == "open_loop" else []
-        if all(bool(v.isfinite().all()) for v in (value.v, *alone)):
+        if all(math.isfinite(torch.linalg.vector_norm(v, math.inf)) for v in (value.v, *alone)):
             return value, readouts
     except torch.linalg.LinAlgError as error:
         cause = error

@@ -61,9 +61,12 @@ class Identity:
 
     def move(self, block: Block, gradients: Sequence[Tensor]) -> None:
         """v <- momentum v + g, x <- x - lr v."""
-        for parameter, state, gradient in zip(block.parameters, block.states, gradients, strict=True):
-            velocity = _accumulated(state, _decayed(parameter, gradient, block.options), block.options["momentum"])
-            parameter.add_(velocity, alpha=-float(block.options["lr"]))
+        if block.options["momentum"] or block.options["weight_decay"]:
+            gradients = [
+                _accumulated(state, _decayed(parameter, gradient, block.options), block.options["momentum"])
+                for parameter, state, gradient in zip(block.parameters, block.states, gradients, strict=True)
+            ]
+        torch._foreach_add_(block.parameters, gradients, alpha=-float(block.options["lr"]))
 
 
 class Adaptive:

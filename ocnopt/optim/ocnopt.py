@@ -203,7 +203,7 @@ class OCNOpt(torch.optim.Optimizer):
                 loss = closure()
         tapes, self._tapes = self._tapes, []
         groups = {p: group for group in self.param_groups for p in group["params"] if p.grad is not None}
-        if any(id(p) not in self._names for p in groups):
+        if not self._names.keys() >= {*map(id, groups)}:
             self._names = {id(p): name for name, p in self._model.named_parameters()}
             self._layers = {id(m.weight): m for m in self._model.modules() if is_layer(m)}
         if not self._unscale(tapes, groups):
@@ -239,14 +239,14 @@ class OCNOpt(torch.optim.Optimizer):
             self._warn_unrecorded()
         tapes = [tape for tape in tapes if tape.rows]
         if tapes:
-            read = self._plan(tapes[0])
+            read = tapes[0].plan
             check_tapes(tapes)
             for tape in tapes:
-                tape.check(read.needed(tape))
+                tape.check(read.needed)
             found = (self._turn(player, tapes, groups) for player in read.players)
             game = Game(read, tapes, [turn for turn in found if turn is not None])
             for tape in tapes:  # the costates at the players' outputs live on in their gradients, often far smaller
-                tape.gradients = {slot: tape.gradients[slot] for slot in read.needed(tape) if slot in tape.gradients}
+                tape.gradients = {slot: tape.gradients[slot] for slot in read.needed if slot in tape.gradients}
             blocks = [turn.block for turn in game.turns]
         taken = {id(parameter) for block in blocks for parameter in block.parameters}
         alone = [self._block([p], groups) for p in groups if id(p) not in taken]
@@ -257,18 +257,19 @@ class OCNOpt(torch.optim.Optimizer):
             for block in (*blocks, *alone):
                 self._base.move(block, block.gradients)
             return
-        first = {id(p): i for i in reversed(range(len(tapes[0].calls))) for p in tapes[0].calls[i].parameters}
-        self._warn(alone, first)
-        for block in alone:
-            game.others.setdefault(first.get(id(block.parameters[0]), len(first)), []).append(block)
+        if alone:
+            first = {id(p): i for i in reversed(range(len(tapes[0].calls))) for p in tapes[0].calls[i].parameters}
+            self._warn(alone, first)
+            for block in alone:
+                game.others.setdefault(first.get(id(block.parameters[0]), len(first)), []).append(block)
         self.answers = play(game, self._rules, self._base)
 
     def _turn(self, player: Player, tapes: list[Tape], groups: Mapping[Tensor, dict[str, Any]]) -> Turn | None:
         """A player with what it moves: the parameters that have a gradient and the options of the first of them."""
-        own = {name: p for name, p in player.parameters.items() if p in groups}
-        options = [groups[p] for p in own.values()]
-        if any(group is not options[0] for group in options):
-            own = {name: p for name, p in own.items() if groups[p] is options[0]}
+        options = [groups.get(p) for p in player.parameters.values()]
+        first = next((group for group in options if group is not None), {})
+        pairs = zip(player.parameters.items(), options, strict=True)
+        own = {name: p for (name, p), group in pairs if group is first}
         if len(own) != len(player.parameters):
             player = player._replace(parameters=own)
         found = gathered(player, tapes) if own else None
@@ -306,7 +307,8 @@ class OCNOpt(torch.optim.Optimizer):
     def end(self, tape: Tape) -> None:
         """A recording is complete: keep what a step needs."""
         if tape.rows:
-            tape.keep(self._plan(tape).kept(tape))
+            tape.plan = self._plan(tape)
+            tape.keep(tape.plan.kept)
 
     def _arrive(self, tape: Tape) -> None:
         """A backward pass has reached a tape, which counts if gradients reach parameters."""
