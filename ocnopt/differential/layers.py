@@ -59,7 +59,7 @@ class CostToGo(NamedTuple):
         """The weight w of each sample's gradient; None is no change."""
         if s is None:
             return self.v
-        return self.v + (self.R @ (self.R.mT @ s) if self.R.ndim == 2 else self.R.square() * s)
+        return torch.addmv(self.v, self.R, self.R.mT.mv(s)) if self.R.ndim == 2 else self.v + self.R.square() * s
 
 
 Readouts = list[CostToGo]
@@ -83,8 +83,8 @@ def cooperative(group: Group, value: CostToGo) -> tuple[CostToGo, Readouts]:
     """The joint minimum; the last player is minimised out first."""
     totals = [*accumulate(reversed(group), torch.add)]  # S^-1 grows by N
     at_once = max(1, _SMALL // value.v.numel() ** 2)
-    parts = [torch.stack(totals[k : k + at_once]) for k in range(0, len(totals), at_once)]
-    readouts = [CostToGo(v, R) for N in parts for v, R in zip(*_minimised(N, value), strict=True)]
+    parts = [totals[k : k + at_once] for k in range(0, len(totals), at_once)]
+    readouts = [answer for part in parts for answer in _minimised(part, value)]
     return readouts[-1], readouts[::-1]
 
 
@@ -92,7 +92,7 @@ def feedback(group: Group, value: CostToGo) -> tuple[CostToGo, Readouts]:
     """Each player against V' alone, and V under their joint move."""
     if len(group) == 1:
         return cooperative(group, value)
-    readouts = [_minimised(N, value) for N in group]
+    readouts = _minimised(group, value)
     R = value.R if value.R.ndim == 2 else torch.diag(value.R)
     own = [(N, readout.v, readout.R @ readout.R.mT) for N, readout in zip(group, readouts, strict=True)]
     # s' = s - sum_j N_j (v_j + S_j s), at the price 1/2 sum_j w_j^T N_j w_j
@@ -106,7 +106,7 @@ def feedback(group: Group, value: CostToGo) -> tuple[CostToGo, Readouts]:
 
 def open_loop(group: Group, value: CostToGo) -> tuple[CostToGo, Readouts]:
     """Each player alone, without feedback."""
-    return value, [CostToGo(_minimised(N, value).v, torch.zeros_like(value.v)) for N in group]
+    return value, [CostToGo(own.v, torch.zeros_like(own.v)) for own in _minimised(group, value)]
 
 
 def sample(group: Group, value: CostToGo) -> tuple[CostToGo, Readouts]:
@@ -119,14 +119,15 @@ def sample(group: Group, value: CostToGo) -> tuple[CostToGo, Readouts]:
     return value, readouts[::-1]
 
 
-def _minimised(N: Tensor, value: CostToGo) -> CostToGo:
+def _minimised(group: Group, value: CostToGo) -> Readouts:
     """(I + S N)^-1 [v  S] with S = R R^T, for each N: R (I + R^T N R)^-1 R^T is again of that form."""
-    v, R = value
+    v, R, N = *value, torch.stack([*group])
     matrix = R.mT @ N @ R if R.ndim == 2 else R[:, None] * N * R
+    matrix.diagonal(dim1=1, dim2=2).add_(1.0)
     R = R if R.ndim == 2 else torch.diag(R)
-    matrix.diagonal(dim1=-2, dim2=-1).add_(1.0)
     R = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(matrix)[0], R.mT, upper=False).mT
-    return CostToGo(v - (R @ (R.mT @ (N @ v)[..., None]))[..., 0], R)
+    v = torch.baddbmm(v[:, None], R, R.mT.bmm((N @ v)[:, :, None]), alpha=-1.0)[:, :, 0]
+    return [CostToGo(*answer) for answer in zip(v, R, strict=True)]
 
 
 @dataclass
@@ -173,7 +174,7 @@ class Gradients:
             sums = [(w.to(rows) @ rows.flatten(1)).view_as(total) for rows, total in zip(self.of, totals, strict=True)]
             return [total + part.to(total) for total, part in zip(totals, sums, strict=True)]
         dtypes, z, g = [total.dtype for total in totals], self.z, self.g.mT
-        w, *totals = (part if part.dtype == g.dtype else part.to(g) for part in (w, *totals))
+        w, *totals = [part if part.dtype == g.dtype else part.to(g) for part in (w, *totals)]
         found = [torch.addmm(totals[0], g * w, z)] if self.weight else []
         found += [torch.addmv(totals[-1], g, w)] if self.bias else []
         return [part if part.dtype == dtype else part.to(dtype) for part, dtype in zip(found, dtypes, strict=True)]
@@ -206,7 +207,7 @@ class Scaled:
         if gradients.factored is None:
             return self.scale * _sum(rows.flatten(1) @ rows.flatten(1).mT for rows in gradients.rows)
         z, g = gradients.factored
-        return _products(z @ z.mT, g @ g.mT, gradients).mul_(self.scale)
+        return _products(z.mm(z.mT), g.mm(g.mT), gradients).mul_(self.scale)
 
     def squares(self, gradients: Gradients) -> Tensor:
         """The diagonal of N ``(B,)``."""

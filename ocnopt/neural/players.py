@@ -107,7 +107,7 @@ def gradients(tape: Tape, player: Player, g: Tensor) -> Gradients:
     """The single samples' gradients of a player's parameters, for the costate g at its output."""
     call = tape.calls[player.call]
     given = arguments(call)
-    z, g = seen(tape, player), precise(g.detach())
+    z, g = _input(tape, given), precise(g.detach())
     z = z if z.dtype == g.dtype else z.to(g)
     has_weight, has_bias = "weight" in player.parameters, "bias" in player.parameters
     if call.function is functional.linear:
@@ -126,7 +126,11 @@ def gradients(tape: Tape, player: Player, g: Tensor) -> Gradients:
 
 def seen(tape: Tape, player: Player) -> Tensor:
     """A player's input in the recorded pass."""
-    z = arguments(tape.calls[player.call])["input"]
+    return _input(tape, arguments(tape.calls[player.call]))
+
+
+def _input(tape: Tape, given: dict[str, Any]) -> Tensor:
+    z = given["input"]
     return tape.value(z.index) if isinstance(z, Slot) else z.detach()
 
 

@@ -89,7 +89,8 @@ def check_gradients(named: Iterable[tuple[str, Tensor]], step: int | None = None
             f"the gradients of {listed(sparse)} are sparse; expected dense ones: build the layer with sparse=False"
         )
     sizes = torch._foreach_norm([gradient for _, gradient in found], math.inf) if found else ()
-    if found and not math.isfinite(torch.stack([size.to(sizes[0]) for size in sizes]).amax()):
+    several = len({(size.device, size.dtype) for size in sizes}) > 1
+    if found and not math.isfinite(torch.stack([size.to(sizes[0]) for size in sizes] if several else sizes).amax()):
         names = [name for (name, _), size in zip(found, sizes, strict=True) if not bool(size.isfinite())]
         raise NonFiniteError(
             f"the gradients of {listed(names)} hold NaN or infinity{'' if step is None else f' at step {step}'}; "

@@ -67,7 +67,7 @@ class Game:
 
     def groups(self, rules: Rules) -> list[list[Turn]]:
         """The turns by generation; those who cooperate are one group."""
-        if rules.game == "cooperative":
+        if self.turns and rules.game == "cooperative":
             return [self.turns]
         return [[*group] for _, group in groupby(self.turns, key=lambda turn: turn.player.generation)]
 
