@@ -80,8 +80,8 @@ Group = Sequence[Tensor]  # N of each player
 
 
 def cooperative(group: Group, value: CostToGo) -> tuple[CostToGo, Readouts]:
-    """The joint minimum; the last player is minimised out first."""
-    totals = [*accumulate(reversed(group), torch.add)]  # S^-1 grows by N
+    """The joint minimum; the last player is minimised out first, and each N becomes the sum from there on."""
+    totals = [*accumulate(reversed(group), lambda total, N: N.add_(total))]  # S^-1 grows by N
     at_once = max(1, _SMALL // value.v.numel() ** 2)
     parts = [totals[k : k + at_once] for k in range(0, len(totals), at_once)]
     readouts = [answer for part in parts for answer in _minimised(part, value)]

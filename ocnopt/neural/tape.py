@@ -12,7 +12,7 @@ A replay (:mod:`ocnopt.neural.replay`) takes the calls again, after some paramet
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -340,10 +340,7 @@ class Recorder(TorchFunctionMode):
 
 @cache
 def _traits(function: Callable[..., Any]) -> tuple[bool, bool, int | None]:
-    """Whether a function only looks at tensors, whether it is random, and the place of its argument ``inplace``.
-
-    The place is -1 where it always works in place, None where it never does.
-    """
+    """Whether it only looks at tensors, whether it is random, the place of ``inplace``: -1 always, None never."""
     name, code = str(getattr(function, "__name__", function)), getattr(function, "__code__", None)
     of_attribute = getattr(getattr(function, "__self__", None), "__name__", "")
     looks = name in _LOOKS or (name == "__get__" and of_attribute not in _VIEWS)

@@ -138,6 +138,23 @@ def test_a_single_player_with_feedback_is_one_who_cooperates() -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("is_diagonal", [True, False])
+def test_players_are_minimised_out_together_as_one_after_the_other(is_diagonal: bool, monkeypatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    layer = Layer(generator, players=5)
+    P, end = columns(generator)
+    start = CostToGo(end.v, end.R.diagonal()) if is_diagonal else end
+    for at_once in (1, 2, 5):
+        monkeypatch.setattr(layers, "_SMALL", at_once * B**2)
+        value, answers = layers.cooperative(layer.grams(P), start)
+        wanted = end
+        for N, answer in zip(reversed(layer.grams(P)), reversed(answers), strict=True):
+            wanted, _ = layers.cooperative([N], wanted)
+            assert_close(answer.v, wanted.v, 1e-12)
+            assert_close(answer.R @ answer.R.mT, wanted.R @ wanted.R.mT, 1e-12)
+        assert value is answers[0]
+
+
 def test_open_loop_players_take_their_own_newton_step_and_leave_the_value() -> None:
     generator = torch.Generator().manual_seed(0)
     layer = Layer(generator, players=2)
