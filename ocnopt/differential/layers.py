@@ -122,11 +122,12 @@ def sample(group: Group, value: CostToGo) -> tuple[CostToGo, Readouts]:
 def _minimised(group: Group, value: CostToGo) -> Readouts:
     """(I + S N)^-1 [v  S] with S = R R^T, for each N: R (I + R^T N R)^-1 R^T is again of that form."""
     v, R, N = *value, torch.stack([*group])
-    matrix = R.mT @ N @ R if R.ndim == 2 else R[:, None] * N * R
-    matrix.diagonal(dim1=1, dim2=2).add_(1.0)
-    R = R if R.ndim == 2 else torch.diag(R)
-    R = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(matrix)[0], R.mT, upper=False).mT
-    v = torch.baddbmm(v[:, None], R, R.mT.bmm((N @ v)[:, :, None]), alpha=-1.0)[:, :, 0]
+    pull = (N @ v)[:, :, None]
+    N = R.mT @ N @ R if R.ndim == 2 else N.mul_(R).mul_(R[:, None])
+    N.diagonal(dim1=1, dim2=2).add_(1.0)
+    N = torch.linalg.cholesky_ex(N)[0]
+    R = torch.linalg.solve_triangular(N, R.mT if R.ndim == 2 else torch.diag(R), upper=False).mT
+    v = torch.baddbmm(v[:, None], R, R.mT.bmm(pull), alpha=-1.0)[:, :, 0]
     return [CostToGo(*answer) for answer in zip(v, R, strict=True)]
 
 

@@ -66,7 +66,7 @@ class Identity:
                 _accumulated(state, _decayed(parameter, gradient, block.options), block.options["momentum"])
                 for parameter, state, gradient in zip(block.parameters, block.states, gradients, strict=True)
             ]
-        torch._foreach_add_(block.parameters, gradients, alpha=-float(block.options["lr"]))
+        torch._foreach_add_([*block.parameters], [*gradients], alpha=-float(block.options["lr"]))
 
 
 class Adaptive:
