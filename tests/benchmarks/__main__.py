@@ -2,7 +2,7 @@
 
 python -m tests.benchmarks [PART ...] [--quick] [--full] [--against PATH], where PART is one of
 
-    iterations memory race engines layerwise control batch versions
+    iterations memory race engines layerwise control batch mpc versions
 """
 
 import argparse
@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tests.benchmarks import batch, cases, control, engines, iterations, layerwise, memory, race, versions
+from tests.benchmarks import batch, cases, control, engines, iterations, layerwise, memory, mpc, race, versions
 
 console = Console(width=max(120, Console().width))  # or the tables break where the output is piped
 
@@ -166,6 +166,20 @@ def show_batch(options: Options) -> None:
     )
 
 
+def show_mpc(options: Options) -> None:
+    """One step of model predictive control."""
+    rows = []
+    for step in mpc.measure(20 if options.quick else 100):
+        times = [f"{step.milliseconds:.1f}", most(mpc.WANTED.get(step.way)), f"{step.longest:.1f}"]
+        rows.append([step.way, *times, f"{step.iterations:.1f}", f"{step.difference:.0e}"])
+    show(
+        "one plan of a planar quadrotor, N = 30, warm-started",
+        ["solver", "ms", "wanted", "longest", "it", "cost diff."],
+        rows,
+        "median and longest CPU time of prepared.solve, each plan made by all in turn; iterations on average",
+    )
+
+
 def show_versions(options: Options) -> None:
     """This version of the package alone, or over another one."""
     with ExitStack() as stack:
@@ -196,6 +210,7 @@ PARTS: dict[str, Callable[[Options], None]] = {
     "layerwise": show_layerwise,
     "control": show_control,
     "batch": show_batch,
+    "mpc": show_mpc,
     "versions": show_versions,
 }
 

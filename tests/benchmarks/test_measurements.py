@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.benchmarks import batch, cases, control, engines, iterations, layerwise, memory, race, versions
+from tests.benchmarks import batch, cases, control, engines, iterations, layerwise, memory, mpc, race, versions
 
 
 def test_iterations():
@@ -33,6 +33,12 @@ def test_control():
     duel = control.measure("pendulum_swing_up", 20, control.LOWERED, control.IPOPT, repeats=1)
     assert min(duel.milliseconds) > 0
     assert duel.difference < 1e-9
+
+
+def test_mpc():
+    found = mpc.measure(steps=2)
+    assert all(step.milliseconds > 0 for step in found)
+    assert max(step.difference for step in found) < 1e-7
 
 
 def test_batch():

@@ -9,7 +9,13 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 # scripts with arguments and tables, too long for the README
-STUDIES = ("independent_components.py", "orthogonal_layers.py", "runge_kutta_nets.py")
+ELSEWHERE = (
+    "mpc_pendulum.py",
+    "mpc_quadrotor.py",
+    "independent_components.py",
+    "orthogonal_layers.py",
+    "runge_kutta_nets.py",
+)
 
 
 def run(name, capsys):
@@ -67,6 +73,22 @@ def test_drop_in_snopt(capsys):
     assert losses[-1] < 0.5 * losses[0]
 
 
+def test_mpc_of_a_quadrotor(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", ["mpc_quadrotor.py", str(tmp_path / "loop.png")])
+    output = run("mpc_quadrotor.py", capsys)
+    assert "every solve converged" in output
+    (mean,) = re.findall(r"mean ([\d.]+) m", output)
+    assert float(mean) < 0.05
+    assert (tmp_path / "loop.png").stat().st_size > 0
+
+
+def test_mpc_of_a_pendulum(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["mpc_pendulum.py"])
+    output = run("mpc_pendulum.py", capsys)
+    assert "every solve converged" in output
+    assert "3.142 rad from below" in output
+
+
 def test_independent_components(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("sys.argv", ["independent_components.py", str(tmp_path / "signals.png")])
     output = run("independent_components.py", capsys)
@@ -114,7 +136,7 @@ def test_the_demo_and_the_example_solve_the_same_problem():
     assert costs[0] == costs[1]
 
 
-@pytest.mark.parametrize("path", [path for path in SCRIPTS if path.name not in STUDIES], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [path for path in SCRIPTS if path.name not in ELSEWHERE], ids=lambda path: path.name)
 def test_the_readme_shows_the_example(path):
     body = path.read_text(encoding="utf-8").split('"""', 2)[2].strip()
     assert body in (ROOT / "README.md").read_text(encoding="utf-8")
