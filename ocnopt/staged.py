@@ -20,8 +20,9 @@ from torch import Tensor
 
 from ocnopt import captured, checks, staged_checks
 from ocnopt.errors import ProblemError
+from ocnopt.integrate.implicit import implicit_step
 from ocnopt.integrate.runge_kutta import combine, stages
-from ocnopt.integrate.tableaus import get_tableau
+from ocnopt.integrate.tableaus import IMPLICIT, Tableau, get_tableau
 from ocnopt.ocp import OCP, Function, Lifted, lift
 
 Index = int | Tensor
@@ -99,6 +100,8 @@ class StagedOCP:
     origin: Lifted | None
     step_data: Tensor | None = field(init=False, default=None)
     """What each step and the end are given besides, ``(N + 1, *batch, s)``: see :meth:`altered`."""
+    tableau: Tableau | None = field(init=False, default=None)
+    """The method that the continuous problem behind it was cut by."""
     state_sizes: tuple[int, ...] = field(init=False)
     """n at each of the N + 1 nodes."""
 
@@ -138,6 +141,7 @@ class StagedOCP:
         put(self, "dtype", dtype)
         put(self, "origin", origin)
         put(self, "step_data", None)
+        put(self, "tableau", None)
         put(self, "state_sizes", (n,) * (self.steps + 1))
         if origin is None:
             with captured.must_be_read(self.data):
@@ -259,7 +263,8 @@ def transcribe(problem: OCP, steps: int, integrator: str = "rk4") -> StagedOCP:
     Args:
         problem: the continuous problem; a free T becomes the last static control.
         steps: N.
-        integrator: "euler", "midpoint", "rk4", or any tableau of :mod:`ocnopt.integrate.tableaus`.
+        integrator: "euler", "midpoint", "rk4", or any tableau of :mod:`ocnopt.integrate.tableaus`; for stiff dynamics an
+            implicit one: "implicit_euler", "implicit_midpoint", "radau2".
 
     Returns:
         The discrete problem; its ``origin`` is the lifted continuous one.
@@ -277,17 +282,21 @@ def transcribe(problem: OCP, steps: int, integrator: str = "rk4") -> StagedOCP:
         return lifted.t0 + h * (k if isinstance(k, int) else k.to(x.dtype))
 
     def joint(k: Index, x: Tensor, u: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-        seen = stages(tableau, lifted.field(u, p), time(k, x), h, x)
+        if tableau.name in IMPLICIT:
+            end, seen = implicit_step(tableau, lifted.field(u, p), time(k, x), h, x)
+        else:
+            seen = stages(tableau, lifted.field(u, p), time(k, x), h, x)
+            end = combine(x, h, tableau.b, seen.slopes)
         if problem.running_cost is None:
-            return combine(x, h, tableau.b, seen.slopes), x.new_zeros(x.shape[:-1])
+            return end, x.new_zeros(x.shape[:-1])
         used = [i for i, b in enumerate(tableau.b) if b != 0.0]
         costs = [lifted.running_cost(seen.times[i], seen.points[i], u, p) for i in used]
         zero = x.new_zeros(x.shape[:-1])
-        return combine(x, h, tableau.b, seen.slopes), combine(zero, h, [tableau.b[i] for i in used], costs)
+        return end, combine(zero, h, [tableau.b[i] for i in used], costs)
 
     has_parameters = lifted.parameter_dim > 0
     along = problem.path_constraint and (lambda k, x, u, p: lifted.path_constraint(time(k, x), x, u, p))
-    return StagedOCP(
+    staged = StagedOCP(
         Stage(None, None, problem.control_dim, joint),
         problem.terminal_cost and _arity(lifted.terminal_cost, has_parameters),
         initial_state=problem.initial_state,
@@ -302,6 +311,7 @@ def transcribe(problem: OCP, steps: int, integrator: str = "rk4") -> StagedOCP:
         dtype=problem.dtype,
         origin=lifted,
     )
+    return staged.altered(tableau=tableau)
 
 
 def _arity(function: Function, has_parameters: bool) -> Function:

@@ -1,7 +1,7 @@
-r"""Butcher tableaus of explicit Runge-Kutta methods, as data.
+r"""Butcher tableaus of Runge-Kutta methods, as data.
 
-Notation: stage i of a step of size h from x at time t sits at t + c_i h, y_i = x + h sum_{j<i} a_ij k_j,
-k_i = F(t + c_i h, y_i); x_next = x + h sum_i b_i k_i. ``b_error`` = b - b_hat estimates the local error. ``quadrature``
+Notation: stage i of a step of size h from x at time t sits at t + c_i h, y_i = x + h sum_j a_ij k_j (j < i where the
+method is explicit), k_i = F(t + c_i h, y_i); x_next = x + h sum_i b_i k_i. ``b_error`` = b - b_hat estimates the local error. ``quadrature``
 are weights >= 0 on the same nodes c_i, summing to one: b may hold negative weights, and an integral of outer products
 must stay positive semi-definite.
 """
@@ -16,7 +16,7 @@ from ocnopt.errors import ProblemError
 
 @dataclass(frozen=True)
 class Tableau:
-    """Coefficients of one explicit Runge-Kutta method with s stages."""
+    """Coefficients of one Runge-Kutta method with s stages; rows of ``a`` have s entries where it is implicit."""
 
     name: str
     order: int
@@ -109,8 +109,36 @@ DOPRI5 = Tableau(
     source="Dormand and Prince, J. Comput. Appl. Math. 6 (1980)",
 )
 
+IMPLICIT_EULER = Tableau(
+    name="implicit_euler", order=1, c=(1.0,), a=((1.0,),), b=(1.0,), quadrature=(1.0,), source="Euler, 1768"
+)  # fmt: skip
+
+IMPLICIT_MIDPOINT = Tableau(
+    name="implicit_midpoint",
+    order=2,
+    c=(1 / 2,),
+    a=((1 / 2,),),
+    b=(1.0,),
+    quadrature=(1.0,),
+    source="Gauss method of one stage; Hairer and Wanner 1996, IV.5",
+)
+
+RADAU2 = Tableau(
+    name="radau2",
+    order=3,
+    c=(1 / 3, 1.0),
+    a=((5 / 12, -1 / 12), (3 / 4, 1 / 4)),
+    b=(3 / 4, 1 / 4),
+    quadrature=(3 / 4, 1 / 4),
+    source="Radau IIA of two stages; Hairer and Wanner 1996, IV.5",
+)
+
 TABLEAUS: Mapping[str, Tableau] = MappingProxyType(
     {tableau.name: tableau for tableau in (EULER, MIDPOINT, HEUN, KUTTA3, RK4, BOSH3, DOPRI5)}
+)
+
+IMPLICIT: Mapping[str, Tableau] = MappingProxyType(
+    {tableau.name: tableau for tableau in (IMPLICIT_EULER, IMPLICIT_MIDPOINT, RADAU2)}
 )
 
 
@@ -120,8 +148,7 @@ def get_tableau(name: str) -> Tableau:
     Raises:
         ProblemError: there is none of that name; the nearest one is offered.
     """
-    if name not in TABLEAUS:
-        raise ProblemError(
-            f"integrator {name!r} is unknown; expected one of {', '.join(TABLEAUS)}{nearest(name, TABLEAUS)}"
-        )
-    return TABLEAUS[name]
+    known = {**TABLEAUS, **IMPLICIT}
+    if name not in known:
+        raise ProblemError(f"integrator {name!r} is unknown; expected one of {', '.join(known)}{nearest(name, known)}")
+    return known[name]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ocnopt.checks import nearest, solver_options
 from ocnopt.errors import NonFiniteError, ProblemError
+from ocnopt.integrate.tableaus import IMPLICIT
 from ocnopt.paths import Widened, rollout, rows_stand_alone
 from ocnopt.solvers.solution import Guess, Result
 from ocnopt.staged import StagedOCP
@@ -90,18 +91,19 @@ class CasADi:
 
         began = time.perf_counter()
         states = self.start_states(problem, guess)
-        lowered = (
-            lower_collocation(problem, guess, states, self.degree)
-            if self.method == "collocation"
-            else lower_shooting(problem, guess, states)
-        )
+        if self.method == "collocation" or _is_implicit(problem):
+            degree = self.degree if self.method == "collocation" else None
+            lowered = lower_collocation(problem, guess, states, degree)
+        else:
+            lowered = lower_shooting(problem, guess, states)
         alike = rows_stand_alone(Widened(problem))
         return PreparedCasADi(self, problem, lowered, alike, progress, time.perf_counter() - began)
 
     def start_states(self, problem: StagedOCP, guess: Guess) -> list[Tensor]:
         """Nodes of the right sizes, and where the lowered steps cannot roll the controls out, of the right values."""
         # Where all sizes agree, the lowered steps roll out, much faster than torch.
-        alike = self.method != "collocation" and not any(group.single for group in problem.groups)
+        whole = self.method != "collocation" and not _is_implicit(problem)
+        alike = whole and not any(group.single for group in problem.groups)
         return [problem.initial_state] * (problem.steps + 1) if alike else start_states(problem, guess)
 
     def options(self) -> dict[str, Any]:
@@ -176,6 +178,10 @@ class PreparedCasADi:
 
     def _key(self, row: int | None) -> int | None:
         return 0 if self.alike and row is not None else row
+
+
+def _is_implicit(problem: StagedOCP) -> bool:
+    return problem.tableau is not None and problem.tableau.name in IMPLICIT
 
 
 def _rows(problem: StagedOCP) -> Sequence[int | None]:

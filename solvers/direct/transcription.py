@@ -16,6 +16,7 @@ from torch import Tensor
 from ocnopt.captured import substituted
 from ocnopt.checks import clipped
 from ocnopt.errors import ProblemError
+from ocnopt.integrate.tableaus import Tableau
 from ocnopt.ocp import Function, Lifted
 from ocnopt.solvers.direct.path_program import Run
 from ocnopt.solvers.lowering.lowering import Lowering, lower, scattered
@@ -71,8 +72,11 @@ def lower_shooting(problem: StagedOCP, guess: Guess, states: Sequence[Tensor]) -
     return Lowered(parts, _lower_end(problem, guess, states), lambda function: _without_inner(_one_given(function, 4)))
 
 
-def lower_collocation(problem: StagedOCP, guess: Guess, states: Sequence[Tensor], degree: int) -> Lowered:
+def lower_collocation(problem: StagedOCP, guess: Guess, states: Sequence[Tensor], degree: int | None) -> Lowered:
     """Lower the continuous problem behind the discrete one.
+
+    Without a degree the inner points of a step are the stages of the problem's own implicit integrator, and the program
+    is that of the discrete problem.
 
     Raises:
         ProblemError: the problem was discrete from the start, or a function cannot be lowered.
@@ -96,7 +100,9 @@ def lower_collocation(problem: StagedOCP, guess: Guess, states: Sequence[Tensor]
     lowering = lower(whole, points, "the problem", problem.batch_shape, components=components)
 
     def step(function: casadi.Function) -> casadi.Function:
-        return _collocation_step(_one_given(function, 5), lifted, problem.steps, degree)
+        if degree is None and problem.tableau is not None:
+            return _implicit_step(_one_given(function, 5), lifted, problem.steps, problem.tableau)
+        return _collocation_step(_one_given(function, 5), lifted, problem.steps, degree or 1)
 
     return Lowered([Part(lowering, 0, problem.steps)], _lower_end(problem, guess, states), step)
 
@@ -257,12 +263,9 @@ def _collocation_step(function: casadi.Function, lifted: Lifted, steps: int, deg
     """
     tau = casadi.collocation_points(degree, "legendre")
     slopes, ends, weights = casadi.collocation_coeff(tau)
-    n, m, q, s = (int(function.numel_in(i)) for i in (2, 3, 4, 5))
     h = (lifted.t1 - lifted.t0) / steps
-    kind = _kind(function)
-    k, x, u, p, d = (kind.sym(name, size) for name, size in zip("kxupd", (1, n, m, q, s), strict=True))
-    inner = kind.sym("s", n * degree)
-    nodes = casadi.horzcat(x, casadi.reshape(inner, n, degree))
+    k, x, inner, u, p, d = _step_symbols(function, degree)
+    nodes = casadi.horzcat(x, casadi.reshape(inner, -1, degree))
     residual, cost = [], 0
     for i in range(degree):
         rate, running, _ = function(k, lifted.t0 + h * (k + tau[i]), nodes[:, i + 1], u, p, d)
@@ -270,3 +273,23 @@ def _collocation_step(function: casadi.Function, lifted: Lifted, steps: int, deg
         cost = cost + h * weights[i] * running
     path = function(k, lifted.t0 + h * k, x, u, p, d)[2]
     return casadi.Function("step", [k, x, inner, u, p, d], [nodes @ ends, casadi.vertcat(*residual), cost, path])
+
+
+def _step_symbols(function: casadi.Function, points: int) -> list[Any]:
+    """k, x, s, u, p, d of a step with that many inner points, for rates (k, t, x, u, p, d) -> .."""
+    kind, n = _kind(function), int(function.numel_in(2))
+    sizes = (1, n, n * points, *(int(function.numel_in(i)) for i in (3, 4, 5)))
+    return [kind.sym(name, size) for name, size in zip("kxsupd", sizes, strict=True)]
+
+
+def _implicit_step(function: casadi.Function, lifted: Lifted, steps: int, tableau: Tableau) -> casadi.Function:
+    """A step whose inner points are the stages y_i = x + h sum_j a_ij F(y_j) of an implicit Runge-Kutta method."""
+    h = (lifted.t1 - lifted.t0) / steps
+    k, x, inner, u, p, d = _step_symbols(function, len(tableau.c))
+    points = casadi.reshape(inner, -1, len(tableau.c))
+    found = [function(k, lifted.t0 + h * (k + c), points[:, i], u, p, d) for i, c in enumerate(tableau.c)]
+    rates = casadi.horzcat(*(rate for rate, _, _ in found))
+    residual = points - casadi.repmat(x, 1, len(tableau.c)) - h * rates @ casadi.DM(tableau.a).T
+    end, cost = x + h * rates @ casadi.DM(tableau.b), sum(h * b * found[i][1] for i, b in enumerate(tableau.b))
+    path = function(k, lifted.t0 + h * k, x, u, p, d)[2]
+    return casadi.Function("step", [k, x, inner, u, p, d], [end, casadi.vec(residual), cost, path])

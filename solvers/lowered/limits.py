@@ -3,6 +3,7 @@
 import torch
 
 from ocnopt.errors import ProblemError
+from ocnopt.integrate.tableaus import IMPLICIT
 from ocnopt.staged import StagedOCP
 
 # Beyond this size, building takes seconds (derivatives of single numbers).
@@ -14,6 +15,8 @@ def fits(problem: StagedOCP) -> str | None:
     """Why a problem is not for the lowered kernel, as far as its sizes tell; None if it may be."""
     if len(problem.groups) != 1 or problem.groups[0].single:
         return "its steps are a sequence of stages, not one stage applied again and again"
+    if problem.tableau is not None and problem.tableau.name in IMPLICIT:
+        return f"its integrator {problem.tableau.name!r} is implicit"
     size = problem.state_dim + problem.parameter_dim + problem.groups[0].stage.control_dim
     if size > _SIZE:
         return f"it has {size} states, controls and parameters, more than {_SIZE}"
