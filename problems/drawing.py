@@ -215,7 +215,7 @@ def box(width: float, height: float, offset: Point = (0.0, 0.0)) -> list[Point]:
 
 
 def arrow(axes: Axes, tail: Point, vector: Point, head: float, width: float = 2.0) -> None:
-    """A force: a line with a head, left out where it is nothing.
+    """A force: a line with a head, left out where it is next to nothing.
 
     Args:
         axes: of matplotlib.
@@ -225,7 +225,7 @@ def arrow(axes: Axes, tail: Point, vector: Point, head: float, width: float = 2.
         width: in points.
     """
     length = math.hypot(*vector)
-    if length < 1e-9:
+    if length < 0.1 * head:
         return
     a, b = vector[0] / length, vector[1] / length
     tip, head = (tail[0] + vector[0], tail[1] + vector[1]), min(head, 0.5 * length)

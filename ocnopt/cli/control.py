@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from ocnopt.cli.report import Image, Section, write_report
 from ocnopt.cli.tables import BREAK, Table, as_options
 from ocnopt.integrate.tableaus import get_tableau
@@ -140,7 +142,8 @@ def draw_system(folder: RunFolder, record: ControlRecord, solution: Solution) ->
         record: of the problem.
         solution: of one problem, no batch.
     """
-    if record.drawing is None or not bool(solution.states.isfinite().all()):
+    states = solution.states
+    if record.drawing is None or not isinstance(states, Tensor) or not bool(states.isfinite().all()):
         return []
     film = folder.plots / "system.gif"
     write_atomically(film, animation(record.drawing, solution))

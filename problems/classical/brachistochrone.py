@@ -79,6 +79,7 @@ RECORD = ControlRecord(
     tolerance=1e-10,
     start="states on the straight line to the target; angle constant; T = 2 s",
     T_star=1.801603122453081,
+    discrete_values={50: 1.801695535714, 100: 1.801626222739},
     state_labels=("x (m)", "y, downwards (m)", "speed (m/s)"),
     control_labels=("angle from the vertical (rad)",),
     drawing=Drawing(_frame, _ends, _curve, x="x (m)", y="height (m)", instants=9),

@@ -43,7 +43,7 @@ def build(*, initial_state: Any = (1.0, 0.0), horizon: float = 1.0) -> OCP:
 
 RECORD = ControlRecord(
     name="catalyst_mixing_T1",
-    summary="mix two catalysts along a reactor, bang-singular-bang",
+    summary="mix two catalysts along a reactor, a singular arc",
     build=build,
     source="bang, singular, bang by matrix exponentials; collocation with 400 steps agrees to 5e-10",
     optimal_cost=-0.048055685861,

@@ -39,7 +39,7 @@ def build(*, initial_state: Any = (1.0, 0.0), steps: int = 50) -> StagedOCP:
 
 RECORD = ControlRecord(
     name="discrete_lqr_double_integrator",
-    summary="bring a mass to rest, linear-quadratic in discrete time",
+    summary="bring a mass to rest at the origin, in discrete time",
     build=build,
     source="discrete Riccati recursion",
     optimal_cost=13.31743275051076,

@@ -63,6 +63,7 @@ RECORD = ControlRecord(
     optimal_cost=1.4799969151196526,
     tolerance=1e-11,
     start="controls 0, rolled out",
+    discrete_values={50: 1.480973784374, 100: 1.480240969149},
     state_labels=("position 1 (m)", "position 2 (m)", "velocity 1 (m/s)", "velocity 2 (m/s)"),
     control_labels=("force 1 (N)", "force 2 (N)"),
     drawing=Drawing(_frame, _walls),

@@ -100,7 +100,9 @@ def test_the_constant_start_leads_the_cartpole_to_its_second_minimum():
 @pytest.mark.parametrize("name", ["scalar_lqr", "hager_lq", "mimo_lqr_two_masses"])
 def test_constant_controls_cost_a_little_more_than_the_continuous_optimum(name):
     record = problems.control(name)
-    coarse, fine = (float(solve(record.build(), "ddp", steps=steps).cost) - record.optimal_cost for steps in (50, 100))
+    costs = [float(solve(record.build(), "ddp", steps=steps).cost) for steps in (50, 100)]
+    assert costs == pytest.approx([record.discrete_values[steps] for steps in (50, 100)], rel=1e-11)
+    coarse, fine = (cost - record.optimal_cost for cost in costs)
     assert 0 < fine < coarse
     # the error of constant controls falls with the square of the step
     assert coarse / fine == pytest.approx(4, rel=0.05)
@@ -121,6 +123,7 @@ def test_least_time(name):
     assert bool(solution.converged), solution.status
     assert float(solution.horizon) == pytest.approx(record.T_star, abs=1e-4)
     assert float(solution.cost) == pytest.approx(float(solution.horizon), rel=1e-12)
+    assert float(solution.cost) == pytest.approx(record.discrete_values[record.steps], rel=1e-7)
 
 
 def test_the_car_parks_with_the_best_known_cost():
