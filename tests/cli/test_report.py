@@ -81,7 +81,7 @@ def test_a_page_is_whole(tmp_path):
 
 
 def test_the_page_of_a_solve_shows_the_system(run, tmp_path):
-    assert run("solve", "unicycle_parking", "--steps", "20", "--out", "here")[0] == 0
+    assert run("solve", "mimo_lqr_two_masses", "--steps", "20", "--out", "here")[0] == 0
     folder = tmp_path / "here"
     reader = Reader()
     reader.feed((folder / "report.html").read_text(encoding="utf-8"))
