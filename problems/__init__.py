@@ -3,6 +3,7 @@
 if __name__ != "ocnopt.problems":
     raise ImportError(f"imported as {__name__!r}; expected 'ocnopt.problems': write `from ocnopt import problems`")
 
+from ocnopt.problems.drawing import Drawing as Drawing
 from ocnopt.problems.record import ControlRecord as ControlRecord
 from ocnopt.problems.record import LearningProblem as LearningProblem
 from ocnopt.problems.record import LearningRecord as LearningRecord

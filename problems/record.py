@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ocnopt.ocp import OCP
+from ocnopt.problems.drawing import Drawing
 from ocnopt.staged import StagedOCP
 
 
@@ -34,6 +35,7 @@ class ControlRecord:
         other_minima: costs of known local minima, smallest first.
         state_labels: name and unit of each state.
         control_labels: name and unit of each control.
+        drawing: how the system looks at an instant, where there is something to see.
     """
 
     name: str
@@ -50,6 +52,7 @@ class ControlRecord:
     other_minima: tuple[float, ...] = ()
     state_labels: tuple[str, ...] = ()
     control_labels: tuple[str, ...] = ()
+    drawing: Drawing | None = None
     kind: Literal["control"] = "control"
 
     @property

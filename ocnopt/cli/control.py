@@ -4,12 +4,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from ocnopt.cli.report import Image, Section, write_report
 from ocnopt.cli.tables import BREAK, Table, as_options
 from ocnopt.integrate.tableaus import get_tableau
 from ocnopt.ocp import OCP
 from ocnopt.problems import ControlRecord, control
-from ocnopt.runs import CHECKPOINT, RunFolder, replace_file
+from ocnopt.problems.drawing import animation, picture
+from ocnopt.runs import CHECKPOINT, PLOTS, RunFolder, replace_file, write_atomically
 from ocnopt.solvers.compare import HEAD, Comparison, compare
 from ocnopt.solvers.plotting import plot_solutions
 from ocnopt.solvers.solution import Solution, load_solution
@@ -69,7 +72,8 @@ def run_solve(folder: RunFolder) -> Answer:
         )
         _keep(folder, CHECKPOINT, solution, asked["solver"])
     table = solution_table(record, solution, asked["solver"], asked["steps"])
-    _write_page(folder, record, f"{record.name} by {asked['solver']}", table, {asked["solver"]: solution})
+    title = f"{record.name} by {asked['solver']}"
+    _write_page(folder, record, title, table, {asked["solver"]: solution}, draw_system(folder, record, solution))
     return Answer(table, [], solve_result(folder, solution), bool(solution.converged))
 
 
@@ -128,6 +132,23 @@ def draw(
         "a deviation of each state; distance of each iteration's cost from the final one, divided by it if above 1."
     )
     return Image(path, caption)
+
+
+def draw_system(folder: RunFolder, record: ControlRecord, solution: Solution) -> list[Image]:
+    """A picture and an animation of the system itself, where the library knows how it looks and its path is finite.
+
+    Args:
+        folder: takes the PNG and the GIF.
+        record: of the problem.
+        solution: of one problem, no batch.
+    """
+    states = solution.states
+    if record.drawing is None or not isinstance(states, Tensor) or not bool(states.isfinite().all()):
+        return []
+    film = folder.plots / "system.gif"
+    write_atomically(film, animation(record.drawing, solution))
+    still = folder.draw("system", picture(record.drawing, solution))
+    return [Image(f"{PLOTS}/{film.name}", "The system from start to end."), Image(still, "The same at a few instants.")]
 
 
 def solution_table(record: ControlRecord, solution: Solution, solver: str, steps: int) -> Table:
@@ -227,9 +248,16 @@ def _keep(folder: RunFolder, file: str, solution: Solution, solver: str) -> None
 
 
 def _write_page(
-    folder: RunFolder, record: ControlRecord, title: str, table: Table, solutions: Mapping[str, Solution]
+    folder: RunFolder,
+    record: ControlRecord,
+    title: str,
+    table: Table,
+    solutions: Mapping[str, Solution],
+    system: Sequence[Image] = (),
 ) -> None:
     time = "time (s)" if isinstance(record.build(), OCP) else "step"
     image = draw(folder, solutions, record.state_labels, record.control_labels, time)
     about = Section("The problem", f"{record.summary}. Start: {record.start}. Best known cost: {record.source}.")
-    write_report(folder.path, title, record.summary, [Section("Result", tables=[table], images=[image]), about])
+    seen = [Section("The system", images=system)] if system else []
+    sections = [Section("Result", tables=[table], images=[image]), *seen, about]
+    write_report(folder.path, title, record.summary, sections)

@@ -19,9 +19,7 @@ def problem_tables(kind: str | None = None) -> list[Table]:
     """
     records = [get(name) for name in names(kind)]
     control = [
-        (r.name, f"{r.optimal_cost:.7g}", r.summary + ("" if r.T_star is None else f" (best T {r.T_star:.7g})"))
-        for r in records
-        if isinstance(r, ControlRecord)
+        (r.name, f"{r.optimal_cost:.7g}", f"{r.summary} ({_sizes(r)})") for r in records if isinstance(r, ControlRecord)
     ]
     learning = [(r.name, f"{r.summary}; {r.source}") for r in records if isinstance(r, LearningRecord)]
     tables = (
@@ -29,6 +27,13 @@ def problem_tables(kind: str | None = None) -> list[Table]:
         Table("", ("learning problem", "what"), learning, text=True),
     )
     return [table for table in tables if table.rows]
+
+
+def _sizes(record: ControlRecord) -> str:
+    """Numbers of states and controls, and the end time where it is free."""
+    counts = (("state", len(record.state_labels)), ("control", len(record.control_labels)))
+    sizes = ", ".join(f"{count} {word}{'s' * (count != 1)}" for word, count in counts)
+    return sizes + ("" if record.T_star is None else f", best T {record.T_star:.7g}")
 
 
 def problem_records(kind: str | None = None) -> list[dict[str, Any]]:

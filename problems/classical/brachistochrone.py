@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ocnopt.ocp import OCP, FreeHorizon
+from ocnopt.problems.drawing import FIXED, GOAL, Axes, Drawing, dot, line
 from ocnopt.problems.record import ControlRecord
 
 GRAVITY, TARGET = 9.80665, (10.0, 5.0)
@@ -55,6 +56,20 @@ def build(*, initial_state: Any = (0.0, 0.0, 0.0)) -> OCP:
     )
 
 
+def _frame(axes: Axes, state: Tensor, control: Tensor, time: float) -> None:
+    """The bead."""
+    dot(axes, (float(state[0]), -float(state[1])), size=12.0)
+
+
+def _ends(axes: Axes) -> None:
+    line(axes, [(0.0, 0.0), (TARGET[0], -TARGET[1])], FIXED, 0.8, ls=":")
+    dot(axes, (TARGET[0], -TARGET[1]), GOAL, 17.0, fillstyle="none", zorder=1)
+
+
+def _curve(times: Tensor, states: Tensor) -> Tensor:
+    return torch.stack([states[:, 0], -states[:, 1]], dim=-1)
+
+
 RECORD = ControlRecord(
     name="brachistochrone",
     summary="the curve of fastest descent, a cycloid",
@@ -64,6 +79,8 @@ RECORD = ControlRecord(
     tolerance=1e-10,
     start="states on the straight line to the target; angle constant; T = 2 s",
     T_star=1.801603122453081,
+    discrete_values={50: 1.801695535714, 100: 1.801626222739},
     state_labels=("x (m)", "y, downwards (m)", "speed (m/s)"),
     control_labels=("angle from the vertical (rad)",),
+    drawing=Drawing(_frame, _ends, _curve, x="x (m)", y="height (m)", instants=9),
 )

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ocnopt.problems.drawing import FIXED, GOAL, INK, Axes, Drawing, box, shape
 from ocnopt.problems.record import ControlRecord
 from ocnopt.staged import Stage, StagedOCP
 
@@ -73,6 +74,22 @@ def build(*, initial_state: Any = (1.0, 1.0, 1.5 * math.pi, 0.0), steps: int = 5
     )
 
 
+def _frame(axes: Axes, state: Tensor, control: Tensor, time: float) -> None:
+    """The car from above; the state is the middle of its rear axle."""
+    x, y, heading, _ = state.tolist()
+    shape(axes, box(2.8, 1.2, (WHEELBASE / 2, 0.0)), (x, y), heading)
+    shape(axes, box(0.5, 1.0, (1.5, 0.0)), (x, y), heading, FIXED)
+    for along, turn in ((0.0, 0.0), (WHEELBASE, float(control[0]))):
+        for across in (-0.62, 0.62):
+            c, s = math.cos(heading), math.sin(heading)
+            hub = (x + c * along - s * across, y + s * along + c * across)
+            shape(axes, box(0.5, 0.2), hub, heading + turn, INK)
+
+
+def _lot(axes: Axes) -> None:
+    shape(axes, box(3.2, 1.8, (WHEELBASE / 2, 0.0)), (0.0, 0.0), 0.0, "none", edgecolor=GOAL, lw=2.0, zorder=1)
+
+
 RECORD = ControlRecord(
     name="car_parking_tassa",
     summary="park a car with bounded steering and acceleration",
@@ -86,4 +103,5 @@ RECORD = ControlRecord(
     other_minima=(1.6450210, 1.9051672, 1.9740308, 2.0272238, 2.8203421),
     state_labels=("x (m)", "y (m)", "heading (rad)", "speed (m/s)"),
     control_labels=("steering (rad)", "acceleration (m/s²)"),
+    drawing=Drawing(_frame, _lot, lambda times, states: states[:, :2], x="x (m)", y="y (m)", instants=6),
 )

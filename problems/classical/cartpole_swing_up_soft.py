@@ -17,19 +17,20 @@ import torch
 from torch import Tensor
 
 from ocnopt.ocp import OCP
+from ocnopt.problems.drawing import FIXED, GOAL, INK, Axes, Drawing, arrow, box, dot, line, shape
 from ocnopt.problems.record import ControlRecord
 
 CART, POLE, LENGTH, GRAVITY = 1.0, 0.1, 0.5, 9.81
 
 
-def dynamics(t: Tensor, x: Tensor, u: Tensor) -> Tensor:
-    """Equations of motion of Kelly 2017 (SIAM Review 59), appendix E, point mass at the tip."""
+def dynamics(t: Tensor, x: Tensor, u: Tensor, pole: float = POLE) -> Tensor:
+    """Equations of motion of Kelly 2017 (SIAM Review 59), appendix E, point mass ``pole`` at the tip."""
     theta, velocity, omega, force = x[..., 1], x[..., 2], x[..., 3], u[..., 0]
     s, c = torch.sin(theta), torch.cos(theta)
-    mass = CART + POLE * s**2
-    swing = LENGTH * POLE * s * omega**2
-    acceleration = (swing + force + POLE * GRAVITY * c * s) / mass
-    angular = -(swing * c + force * c + (CART + POLE) * GRAVITY * s) / (LENGTH * mass)
+    mass = CART + pole * s**2
+    swing = LENGTH * pole * s * omega**2
+    acceleration = (swing + force + pole * GRAVITY * c * s) / mass
+    angular = -(swing * c + force * c + (CART + pole) * GRAVITY * s) / (LENGTH * mass)
     return torch.stack([velocity, omega, acceleration, angular], dim=-1)
 
 
@@ -65,6 +66,32 @@ def build(*, initial_state: Any = (0.0, 0.0, 0.0, 0.0), horizon: float = 4.0) ->
     )
 
 
+def _frame(axes: Axes, state: Tensor, control: Tensor, time: float) -> None:
+    """Cart, pole, and the force on the cart."""
+    place, theta = state[:2].tolist()
+    tip = (place + LENGTH * math.sin(theta), -LENGTH * math.cos(theta))
+    shape(axes, box(0.3, 0.14), (place, 0.0))
+    line(axes, [(place, 0.0), tip], INK, 2.5)
+    dot(axes, tip, size=10.0)
+    arrow(axes, (place, 0.13), (0.04 * float(control[0]), 0.0), 0.06)
+
+
+def _tip(times: Tensor, states: Tensor) -> Tensor:
+    """The path of the point mass."""
+    place, theta = states[:, 0], states[:, 1]
+    return torch.stack([place + LENGTH * torch.sin(theta), -LENGTH * torch.cos(theta)], dim=-1)
+
+
+def drawing(goal: float) -> Drawing:
+    """A cart on its rail, which is to end under a pole at ``goal``."""
+
+    def rail(axes: Axes) -> None:
+        axes.axhline(-0.085, color=FIXED, lw=1.5)
+        dot(axes, (goal, LENGTH), GOAL, 15.0, fillstyle="none", zorder=1)
+
+    return Drawing(_frame, rail, _tip)
+
+
 RECORD = ControlRecord(
     name="cartpole_swing_up_soft",
     summary="swing a pole up by pushing its cart, many local minima",
@@ -77,4 +104,5 @@ RECORD = ControlRecord(
     other_minima=(3.87479, 5.15469, 6.7287, 9.07675),
     state_labels=("position (m)", "angle (rad)", "velocity (m/s)", "angular velocity (rad/s)"),
     control_labels=("force (N)",),
+    drawing=drawing(goal=0.0),
 )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ocnopt.ocp import OCP
+from ocnopt.problems.drawing import mass_on_rail
 from ocnopt.problems.record import ControlRecord
 
 
@@ -50,4 +51,5 @@ RECORD = ControlRecord(
     discrete_values={steps: 6 / (1 - steps**-2) for steps in (10, 50, 100)},
     state_labels=("position (m)", "velocity (m/s)"),
     control_labels=("force (N)",),
+    drawing=mass_on_rail(goal=1.0, force=0.05),
 )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ocnopt.ocp import OCP, FreeHorizon
+from ocnopt.problems.drawing import mass_on_rail
 from ocnopt.problems.record import ControlRecord
 
 
@@ -53,4 +54,5 @@ RECORD = ControlRecord(
     discrete_values={50: 2.0, 100: 2.0},
     state_labels=("position (m)", "velocity (m/s)"),
     control_labels=("force (N)",),
+    drawing=mass_on_rail(goal=1.0, force=0.2),
 )

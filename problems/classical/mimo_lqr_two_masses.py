@@ -3,12 +3,14 @@
 Shapes: x = (p1, p2, v1, v2) ``(..., 4)``, u = (f1, f2) ``(..., 2)``. Costs carry no factor 1/2.
 """
 
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ocnopt.ocp import OCP
+from ocnopt.problems.drawing import FIXED, INK, Axes, Drawing, arrow, box, line, shape
 from ocnopt.problems.record import ControlRecord
 
 
@@ -36,6 +38,23 @@ def build(*, initial_state: Any = (1.0, -0.5, 0.0, 0.5), horizon: float = 4.0) -
     return OCP(dynamics, running_cost, terminal_cost, initial_state=initial_state, control_dim=2, horizon=horizon)
 
 
+def _frame(axes: Axes, state: Tensor, control: Tensor, time: float) -> None:
+    """Masses at rest at 2 and 4, walls at 0 and 6, springs between."""
+    places = [0.0, 2 + float(state[0]), 4 + float(state[1]), 6.0]
+    for left, right in itertools.pairwise(places):
+        reach = right - left
+        coil = [(left + reach * (0.2 + 0.06 * i), 0.1 * (-1) ** i if 0 < i < 10 else 0.0) for i in range(11)]
+        line(axes, [(left, 0.0), *coil, (right, 0.0)], INK, 1.0)
+    for place, force in zip(places[1:3], control.tolist(), strict=True):
+        shape(axes, box(0.5, 0.5), (place, 0.0), zorder=3)
+        arrow(axes, (place, 0.45), (0.5 * force, 0.0), 0.15)
+
+
+def _walls(axes: Axes) -> None:
+    for place in (0.0, 6.0):
+        line(axes, [(place, -0.5), (place, 0.5)], FIXED, 3.0)
+
+
 RECORD = ControlRecord(
     name="mimo_lqr_two_masses",
     summary="two coupled masses, a force on each, quadratic cost",
@@ -44,6 +63,8 @@ RECORD = ControlRecord(
     optimal_cost=1.4799969151196526,
     tolerance=1e-11,
     start="controls 0, rolled out",
+    discrete_values={50: 1.480973784374, 100: 1.480240969149},
     state_labels=("position 1 (m)", "position 2 (m)", "velocity 1 (m/s)", "velocity 2 (m/s)"),
     control_labels=("force 1 (N)", "force 2 (N)"),
+    drawing=Drawing(_frame, _walls),
 )

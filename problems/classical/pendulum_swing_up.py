@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ocnopt.ocp import OCP
+from ocnopt.problems.drawing import FIXED, FORCE, GOAL, INK, Axes, Drawing, dot, line
 from ocnopt.problems.record import ControlRecord
 
 
@@ -66,7 +67,26 @@ def build(*, initial_state: Any = (math.pi, 0.0), horizon: float = 4.0, torque_l
     )
 
 
+def _frame(axes: Axes, state: Tensor, control: Tensor, time: float) -> None:
+    """The pole from its pivot, and the torque as an arc around it."""
+    theta = float(state[0])
+    tip = (-math.sin(theta), math.cos(theta))
+    line(axes, [(0.0, 0.0), tip], INK, 3.0)
+    dot(axes, tip, size=16.0)
+    sweep = 0.2 * float(control[0])
+    arc = [0.5 * math.pi + sweep * i / 20 for i in range(21)]
+    line(axes, [(0.3 * math.cos(a), 0.3 * math.sin(a)) for a in arc], FORCE, 2.5)
+    dot(axes, (0.3 * math.cos(arc[-1]), 0.3 * math.sin(arc[-1])), FORCE, 5.0)
+
+
+def _backdrop(axes: Axes) -> None:
+    dot(axes, (0.0, 0.0), FIXED, 7.0)
+    dot(axes, (0.0, 1.0), GOAL, 20.0, fillstyle="none", zorder=1)
+    line(axes, [(-1.15, 0.0), (1.15, 0.0)], FIXED, 0.0)
+
+
 _SOURCE = "orthogonal collocation of degree 4-5 with IPOPT at 1e-11, mesh refined until stable"
+_DRAWING = Drawing(_frame, _backdrop)
 _STATES = ("angle (rad)", "angular velocity (rad/s)")
 
 RECORD = ControlRecord(
@@ -80,6 +100,7 @@ RECORD = ControlRecord(
     discrete_values={100: 2.8280299143, 500: 2.8278410532},
     state_labels=_STATES,
     control_labels=("torque (N m)",),
+    drawing=_DRAWING,
 )
 
 RECORD_U5 = ControlRecord(
@@ -94,4 +115,5 @@ RECORD_U5 = ControlRecord(
     other_minima=(9.225949,),
     state_labels=_STATES,
     control_labels=("torque (N m)",),
+    drawing=_DRAWING,
 )

@@ -35,6 +35,7 @@ RECORD = ControlRecord(
     optimal_cost=0.7615941559557649,
     tolerance=1e-12,
     start="controls 0, rolled out",
+    discrete_values={50: 0.761613849001, 100: 0.761599079173},
     state_labels=("state x",),
     control_labels=("control u",),
 )

@@ -20,7 +20,7 @@ def functions():
         n = problem.state_dim
         t = torch.tensor(0.5, dtype=F64)
         if isinstance(problem, OCP):
-            along = {key: getattr(problem, key) for key in ("dynamics", "running_cost")}
+            along = {key: getattr(problem, key) for key in ("dynamics", "running_cost", "path_constraint")}
             at_end = {key: getattr(problem, key) for key in ("terminal_cost", "terminal_constraint")}
             m = problem.control_dim
         else:
@@ -39,6 +39,8 @@ def functions():
 def test_a_lowered_function_agrees_with_torch(name, function, size):
     generator = torch.Generator().manual_seed(1)
     points = [torch.randn(size, generator=generator, dtype=F64) for _ in range(3)]
+    if name.startswith("goddard_rocket"):  # near the ground: below it the air grows denser without bound
+        points = [torch.tensor([1.0, 0.0, 1.0, 0.0], dtype=F64)[:size] + 1e-3 * point for point in points]
     lowered = lower(function, scattered([points[0]]), name).function()
     z = casadi.MX.sym("z", size)
     y = lowered(z)

@@ -14,20 +14,42 @@ from ocnopt.staged import StagedOCP
 CONTROL = problems.names("control")
 
 
-def test_the_names_of_the_first_part():
-    assert set(CONTROL) == {
-        "scalar_lqr",
-        "mimo_lqr_two_masses",
-        "double_integrator_min_energy",
-        "double_integrator_min_time",
-        "pendulum_swing_up",
-        "pendulum_swing_up_u5",
-        "cartpole_swing_up_soft",
-        "car_parking_tassa",
-        "brachistochrone",
-    }
+# Every problem of the reference solutions that the library was checked against: best cost, and how far it is trusted.
+REFERENCE = {
+    "scalar_lqr": (0.7615941559557649, 1e-12),
+    "hager_lq": (0.7615941559557649, 1e-12),
+    "mimo_lqr_two_masses": (1.4799969151196526, 1e-11),
+    "discrete_lqr_double_integrator": (13.31743275051076, 1e-11),
+    "double_integrator_min_energy": (6.0, 1e-10),
+    "double_integrator_min_time": (2.0, 1e-10),
+    "brachistochrone": (1.801603122453081, 1e-10),
+    "bryson_denham": (4.0, 1e-08),
+    "pendulum_swing_up": (2.8278332512, 1e-09),
+    "pendulum_swing_up_u5": (4.79617026, 1e-08),
+    "cartpole_swing_up_kelly": (58.8076674576, 1e-08),
+    "cartpole_swing_up_soft": (2.6277086651, 1e-09),
+    "car_parking_tassa": (1.4361004746, 1e-07),
+    "goddard_rocket": (-1.012836918317, 1e-09),
+    "catalyst_mixing_T1": (-0.048055685861, 1e-10),
+    "planar_quadrotor_energy": (1.230483402, 1e-09),
+    "planar_quadrotor_min_time": (1.265249, 5e-07),
+}
+OWN = {"unicycle_parking", "neural_vector_field", "hanging_chain"}
+
+
+def test_the_library_is_complete():
+    assert set(CONTROL) == set(REFERENCE) | OWN
     assert problems.names("learning")[0] == "digits"
     assert problems.names() == (*CONTROL, *problems.names("learning"))
+
+
+@pytest.mark.parametrize("name", REFERENCE)
+def test_the_best_cost_is_the_reference_s(name):
+    record, (cost, tolerance) = problems.control(name), REFERENCE[name]
+    if name == "cartpole_swing_up_kelly":  # the reference holds the minimum that the source's start leads to
+        assert record.other_minima[0] == cost > record.optimal_cost
+    else:
+        assert record.optimal_cost == pytest.approx(cost, abs=tolerance)
 
 
 def test_an_unknown_name_offers_the_nearest():
@@ -58,6 +80,8 @@ def test_a_record_is_complete(name):
     assert record.start
     assert record.tolerance > 0
     assert len(record.state_labels) == problem.state_dim
+    control_dim = problem.control_dim if isinstance(problem, OCP) else problem.groups[0].stage.control_dim
+    assert len(record.control_labels) == control_dim
     free = isinstance(problem, OCP) and isinstance(problem.horizon, FreeHorizon)
     assert (record.T_star is not None) == free
 
