@@ -263,8 +263,8 @@ def transcribe(problem: OCP, steps: int, integrator: str = "rk4") -> StagedOCP:
     Args:
         problem: the continuous problem; a free T becomes the last static control.
         steps: N.
-        integrator: "euler", "midpoint", "rk4", or any tableau of :mod:`ocnopt.integrate.tableaus`; for stiff dynamics an
-            implicit one: "implicit_euler", "implicit_midpoint", "radau2".
+        integrator: "euler", "midpoint", "rk4", or any tableau of :mod:`ocnopt.integrate.tableaus`; for stiff dynamics
+            an implicit one: "implicit_euler", "implicit_midpoint", "radau2".
 
     Returns:
         The discrete problem; its ``origin`` is the lifted continuous one.

@@ -44,7 +44,7 @@ def solve(
         problem: continuous, or discrete (then ``steps`` and ``integrator`` are not used).
         solver: "ddp", "casadi", or a solver object.
         steps: N equal steps with one constant control each.
-        integrator: "euler", "midpoint", "rk4", ...
+        integrator: "euler", "midpoint", "rk4", ...; "implicit_midpoint", "radau2" for stiff dynamics.
         initial_guess: controls ``(..., N, m)``, a mapping with any of controls, states, parameters, horizon, or a
             Solution.
         max_iterations: of the solver; its own default if None.

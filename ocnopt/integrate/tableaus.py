@@ -1,9 +1,9 @@
 r"""Butcher tableaus of Runge-Kutta methods, as data.
 
 Notation: stage i of a step of size h from x at time t sits at t + c_i h, y_i = x + h sum_j a_ij k_j (j < i where the
-method is explicit), k_i = F(t + c_i h, y_i); x_next = x + h sum_i b_i k_i. ``b_error`` = b - b_hat estimates the local error. ``quadrature``
-are weights >= 0 on the same nodes c_i, summing to one: b may hold negative weights, and an integral of outer products
-must stay positive semi-definite.
+method is explicit), k_i = F(t + c_i h, y_i); x_next = x + h sum_i b_i k_i. ``b_error`` = b - b_hat estimates the local
+error. ``quadrature`` are weights >= 0 on the same nodes c_i, summing to one: b may hold negative weights, and an
+integral of outer products must stay positive semi-definite.
 """
 
 from collections.abc import Mapping
