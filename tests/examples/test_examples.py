@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 # scripts with arguments and tables, too long for the README
 ELSEWHERE = (
+    "two_stage_rocket.py",
     "mpc_pendulum.py",
     "mpc_quadrotor.py",
     "independent_components.py",
@@ -87,6 +88,13 @@ def test_mpc_of_a_pendulum(capsys, monkeypatch):
     output = run("mpc_pendulum.py", capsys)
     assert "every solve converged" in output
     assert "3.142 rad from below" in output
+
+
+def test_two_stage_rocket(capsys):
+    output = run("two_stage_rocket.py", capsys)
+    assert "converged" in output
+    first = float(re.search(r"burns for ([\d.]+)", output)[1])
+    assert first == pytest.approx(0.3 * 0.9 / 2.2, abs=1e-4)  # the first stage's fuel at full thrust
 
 
 def test_independent_components(capsys, monkeypatch, tmp_path):
