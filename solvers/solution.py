@@ -85,7 +85,7 @@ class Solution:
         controls: ``(..., N, m)``.
         parameters: ``(..., q)``; T is in ``horizon``.
         horizon: end time, ``(...)``.
-        cost: of the discrete problem, ``(...)``.
+        cost: of the discrete problem, ``(...)``; of the continuous one from "indirect", as its status says.
         converged: ``(...)`` bool.
         iterations: accepted steps, ``(...)`` int.
         status: one sentence; a list of them in a batch.

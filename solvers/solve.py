@@ -13,7 +13,12 @@ from ocnopt.solvers.guess import own_guess, read_guess
 from ocnopt.solvers.solution import Gains, Guess, Result, Solution
 from ocnopt.staged import StagedOCP, transcribe
 
-_SOLVERS = {"ddp": ("ocnopt.solvers.ddp", "DDP"), "casadi": ("ocnopt.solvers.direct.casadi_solver", "CasADi")}
+_SOLVERS = {
+    "ddp": ("ocnopt.solvers.ddp", "DDP"),
+    "casadi": ("ocnopt.solvers.direct.casadi_solver", "CasADi"),
+    "indirect": ("ocnopt.solvers.indirect", "Indirect"),
+    "shooting": ("ocnopt.solvers.shooting", "Shooting"),
+}
 
 
 @runtime_checkable
@@ -42,7 +47,7 @@ def solve(
 
     Args:
         problem: continuous, or discrete (then ``steps`` and ``integrator`` are not used).
-        solver: "ddp", "casadi", or a solver object.
+        solver: "ddp", "casadi", "indirect", "shooting", or a solver object.
         steps: N equal steps with one constant control each.
         integrator: "euler", "midpoint", "rk4", ...; "implicit_midpoint", "radau2" for stiff dynamics.
         initial_guess: controls ``(..., N, m)``, a mapping with any of controls, states, parameters, horizon, or a
