@@ -9,13 +9,16 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from ocnopt.checks import check_choice, check_count, check_number, check_options, listed
+from ocnopt.checks import check_choice, check_count, check_number, check_options, listed, nearest
 from ocnopt.differential.kronecker import LAYERS, Layer, as_matrix, is_layer
 from ocnopt.errors import NonFiniteError, ProblemError
 from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.ocp import FreeHorizon
 
 WIDEST = 2048  # outputs of a layer (in a group) up to which B and its eigenbasis are affordable
+# what a group may hold beside options: what torch and its schedulers write, and what it is called
+_SCHEDULED = ("initial_lr", "swa_lr", "max_lr", "min_lr", "max_momentum", "base_momentum")
+_BESIDE_OPTIONS = frozenset(("params", "param_names", "name", "layer", *_SCHEDULED))
 
 _ONE_PROCESS = (
     "train in one process, or with an optimiser of torch.optim: each process would build its curvature and its T from "
@@ -131,9 +134,20 @@ def add_group(optimizer: torch.optim.Optimizer, group: Any, names: Mapping[Tenso
     except (KeyError, TypeError) as error:
         raise not_a_group(group, error) from error
     read = optimizer.param_groups.pop()
+    check_option_names(read, optimizer.defaults, type(optimizer).__name__)
     check_options(read)
     check_known(read["params"], names)
     optimizer.param_groups.append(read)
+
+
+def check_option_names(group: Mapping[str, Any], options: Collection[str], optimizer: str) -> None:
+    """Refuse options that nobody would read."""
+    for name in group:
+        if name not in options and name not in _BESIDE_OPTIONS:
+            raise ProblemError(
+                f"a group of parameters has the option {name!r}; expected options of a group of {optimizer}, "
+                f"{listed([*options])}{nearest(name, options)}: leave it out, or give it to the constructor"
+            )
 
 
 def check_groups(groups: Iterable[Mapping[str, Any]]) -> None:

@@ -81,7 +81,8 @@ class MSA(Descent):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_layers": self._layers}
 
-    def _admit(self, group: dict[str, Any]) -> None:
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
         check_count("iterations of MSA", group["iterations"], default=20)
         if group.get("layer") not in self._layers:
             raise ProblemError(
@@ -102,6 +103,8 @@ class MSA(Descent):
             NonFiniteError: the loss, a state or a costate is NaN or infinite; nothing was changed.
         """
         closure = needed(closure, "runs the chain: it computes the loss, calls backward and returns the loss")
+        for group in self.param_groups:
+            self._check_group(group)
         self.zero_grad()
         with torch.enable_grad(), _recorded(self._layers) as records:
             loss = closure()
