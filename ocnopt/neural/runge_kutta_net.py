@@ -157,7 +157,7 @@ class RungeKuttaNet(nn.Module):
             nn.init.constant_(self.sizes, self.horizon / max(1, self.layers))
 
     def project_(self) -> "RungeKuttaNet":
-        """Put the step sizes of ``step="simplex"`` on the simplex, in place; every reader of them does so first."""
+        """Put the parameter ``sizes`` of ``step="simplex"`` on the simplex; every reader of it does so first."""
         if self.step == "simplex":
             self._learned_sizes()
         return self
@@ -201,9 +201,11 @@ class RungeKuttaNet(nn.Module):
         Raises:
             ProblemError: x does not fit, or the discrete adjoint cannot take the layers again.
         """
-        if self.adjoint == "backprop" or not torch.is_grad_enabled() or not self.layers:
-            return self.states(x)[-1]
         self._check_input(x)
+        if self.adjoint == "backprop" or not torch.is_grad_enabled() or not self.layers:
+            for controls in self._controls():
+                x = self._advance(x, *controls)
+            return x
         surroundings = Surroundings(self, x.device)
         noise = surroundings.noise()
         _check_replayable(self._advance, x, self._controls()[0])

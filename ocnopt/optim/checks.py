@@ -150,6 +150,15 @@ def check_option_names(group: Mapping[str, Any], options: Collection[str], optim
             )
 
 
+def check_same_shape(name: str, key: str, came: torch.Size, expected: torch.Size) -> None:
+    """Refuse a state that was made for a parameter of another shape."""
+    if came != expected:
+        raise ProblemError(
+            f"the {key} of {name} has shape {tuple(came)}; expected {tuple(expected)}: the optimiser was made before "
+            "prune(), or something else that changed shapes: make it anew"
+        )
+
+
 def check_groups(groups: Iterable[Mapping[str, Any]]) -> None:
     """Refuse groups without any parameter."""
     if not any(group["params"] for group in groups):

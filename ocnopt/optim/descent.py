@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ocnopt.checks import check_choice, check_number, is_number, listed
 from ocnopt.errors import NonFiniteError, ProblemError
-from ocnopt.optim.checks import check_gradients, check_option_names
+from ocnopt.optim.checks import check_gradients, check_option_names, check_same_shape
 from ocnopt.optim.manifolds import DRIFT, check_on_manifold, drifts, put_onto
 
 
@@ -226,15 +226,6 @@ def state_of(
         entries.append(parameter.new_zeros(shape(parameter)) if entry is None else entry.to(parameter))
         check_same_shape(name, key, entries[-1].shape, shape(parameter))
     return entries
-
-
-def check_same_shape(name: str, key: str, came: torch.Size, expected: torch.Size) -> None:
-    """Refuse a state that was made for a parameter of another shape."""
-    if came != expected:
-        raise ProblemError(
-            f"the {key} of {name} has shape {tuple(came)}; expected {tuple(expected)}: the optimiser was made before "
-            "prune(), or something else that changed shapes: make it anew"
-        )
 
 
 def names_of(group: Mapping[str, Any]) -> list[str]:

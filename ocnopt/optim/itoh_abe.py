@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ocnopt.errors import NonFiniteError, ProblemError
-from ocnopt.optim.descent import POSITIVE, Descent, Number, check_same_shape, is_constrained, loss_of, names_of, needed
+from ocnopt.optim.checks import check_same_shape
+from ocnopt.optim.descent import POSITIVE, Descent, Number, is_constrained, loss_of, names_of, needed
 from ocnopt.optim.manifolds import (
     DRIFT,
     MANIFOLDS,

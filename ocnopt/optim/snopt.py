@@ -44,6 +44,7 @@ from ocnopt.optim.checks import (
     check_not_parallel,
     check_one_process,
     check_refreshes,
+    check_same_shape,
     check_state,
     find_blocks,
     is_live,
@@ -291,6 +292,7 @@ class SNOpt(torch.optim.Optimizer):
             for key, value in state.items():
                 state[key] = value.to(gradient)
             momentum = state["momentum"]
+        check_same_shape(self._trained[parameter], "momentum", momentum.shape, gradient.shape)
         return momentum
 
     def _refresh(self, block: Block, samples: Samples | None, gradient: Tensor) -> None:

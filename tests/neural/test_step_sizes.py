@@ -199,17 +199,20 @@ def test_nothing_from_before_pruning_leaves_a_gradient():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda p: oc.optim.Conformal(p, 0.1),
-        lambda p: oc.optim.Relativistic(p, 0.1),
-        lambda p: oc.optim.Riemannian(p, 0.1, manifold="euclidean"),
-        lambda p: oc.optim.MEC(p, 0.1, manifold="euclidean"),
-        lambda p: oc.optim.ItohAbe(p, 0.1),
+        lambda net: oc.optim.Conformal(net.named_parameters(), 0.1),
+        lambda net: oc.optim.Relativistic(net.named_parameters(), 0.1),
+        lambda net: oc.optim.Riemannian(net.named_parameters(), 0.1, manifold="euclidean"),
+        lambda net: oc.optim.MEC(net.named_parameters(), 0.1, manifold="euclidean"),
+        lambda net: oc.optim.MEC([("weight", net.weight)], 0.1),
+        lambda net: oc.optim.ItohAbe(net.named_parameters(), 0.1),
+        lambda net: oc.SNOpt(net, 0.1),
     ],
-    ids=["conformal", "relativistic", "riemannian", "mec", "itoh-abe"],
+    ids=["conformal", "relativistic", "riemannian", "mec", "mec on stiefel", "itoh-abe", "snopt"],
 )
+@pytest.mark.filterwarnings("ignore:SNOpt preconditions:UserWarning")
 def test_optimisers_from_before_pruning_say_so(make):
     net, x = RungeKuttaNet(2, 3, step="free"), torch.randn(4, 2)
-    optimiser = make(net.parameters())
+    optimiser = make(net)
 
     def step():
         if isinstance(optimiser, oc.optim.ItohAbe):
@@ -221,6 +224,6 @@ def test_optimisers_from_before_pruning_say_so(make):
     net.sizes.data[1] = 0.0
     net.prune()
     before = [p.detach().clone() for p in net.parameters()]
-    with pytest.raises(ProblemError, match=r"of parameter 0 of its group has shape .*; expected .* before prune\(\)"):
+    with pytest.raises(ProblemError, match=r"of '?weight'? has shape .*; expected .* before prune\(\)"):
         step()
     assert all(map(torch.equal, before, net.parameters()))
