@@ -236,10 +236,10 @@ def names_of(group: Mapping[str, Any]) -> list[str]:
 
 def _check_change(optimizer: Descent, moved: Moved, change: Change) -> None:
     """Refuse a change that is not finite, or that leaves the manifold."""
-    tensors = [entry for entries in change.state.values() for entry in entries if isinstance(entry, Tensor)]
-    sizes = torch._foreach_norm([tensor for tensor in [*change.values, *tensors] if tensor.numel()], math.inf)
+    # a state that is not finite shows in the values, to which it is added
+    sizes = torch._foreach_norm([value for value in change.values if value.numel()], math.inf)
     if sizes and not bool(torch.stack([size.to(sizes[0]) for size in sizes]).isfinite().all()):
-        raise _cannot_step(optimizer, f"would put NaN or infinity into {listed(moved.names)} or their states")
+        raise _cannot_step(optimizer, f"would put NaN or infinity into {listed(moved.names)}")
     far = max(drifts(change.values), default=0.0) if is_constrained(moved.group) else 0.0
     if not far <= DRIFT:
         raise _cannot_step(optimizer, f"would leave the manifold of {listed(moved.names)} by |U^T U - I| = {far:.3g}")

@@ -66,7 +66,8 @@ class Conformal(GradientDescent):
         v: Tensors = state_of(self, "velocity", moved)
         back = [-self.state.get(parameter, {}).get("ahead", 0.0) for parameter in y]
         x = torch._foreach_add(y, torch._foreach_mul(v, back)) if any(back) else y
-        v = torch._foreach_add(torch._foreach_mul(v, mu), gradients, alpha=-group["lr"])
+        v = torch._foreach_mul(v, mu)
+        torch._foreach_add_(v, gradients, alpha=-group["lr"])
         ahead = mu if group["nesterov"] else 0.0
         return Change(torch._foreach_add(x, v, alpha=1.0 + ahead), {"velocity": v, "ahead": [ahead] * len(v)})
 
@@ -125,17 +126,21 @@ class Relativistic(GradientDescent):
         if group["alpha"] < 1.0:
             back = [(group["alpha"] - 1.0) * float(self.state.get(p, {}).get("ahead", 0.0)) for p in y]
             y = torch._foreach_add(y, torch._foreach_mul(v, back))
-        w = torch._foreach_add(torch._foreach_mul(v, root), gradients, alpha=-group["lr"])
-        x = torch._foreach_add(y, _slowed(w, delta)[0])
-        v = torch._foreach_mul(w, root)
+        v = torch._foreach_mul(v, root)
+        torch._foreach_add_(v, gradients, alpha=-group["lr"])
+        x, _ = _slowed(v, delta)
+        torch._foreach_add_(x, y)
+        torch._foreach_mul_(v, root)
         steps, factor = _slowed(v, group["momentum"] * delta)
-        return Change(torch._foreach_add(x, steps, alpha=root), {"velocity": v, "ahead": [root * factor] * len(v)})
+        torch._foreach_add_(x, steps, alpha=root)
+        return Change(x, {"velocity": v, "ahead": [root * factor] * len(v)})
 
 
 def _slowed(v: Tensors, delta: float) -> tuple[Tensors, float]:
     """The vectors v / sqrt(1 + delta |v|^2), and the factor; nothing is squared before it is scaled to at most 1."""
-    largest = float(torch.stack([size.double() for size in torch._foreach_norm(v, math.inf)]).amax().clamp(min=1.0))
+    largest = max(1.0, float(torch.stack([size.to(v[0]) for size in torch._foreach_norm(v, math.inf)]).amax()))
     units = torch._foreach_div(v, largest)
-    norm = math.hypot(*map(float, torch._foreach_norm(units)))
+    norm = float(torch.stack([size.to(v[0]) for size in torch._foreach_norm(units)]).norm())
     factor = 1.0 / math.hypot(1.0 / largest, delta**0.5 * norm)
-    return torch._foreach_mul(units, factor), factor / largest
+    torch._foreach_mul_(units, factor)
+    return units, factor / largest
