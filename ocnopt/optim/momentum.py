@@ -73,7 +73,9 @@ class Conformal(GradientDescent):
 
 
 class Relativistic(GradientDescent):
-    """Relativistic gradient descent: no step is longer than 1/sqrt(delta), however steep the loss.
+    """Relativistic gradient descent: no step of x is longer than 1/sqrt(delta), however steep the loss.
+
+    The parameters hold y, which is at most as far again ahead of x.
 
     Args:
         params: parameters, named parameters or groups, as for every torch optimiser. |v| is the norm over all

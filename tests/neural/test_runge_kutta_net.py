@@ -277,6 +277,8 @@ def test_a_look_at_the_activation_draws_nothing():
         torch.manual_seed(0)
         drawn.append((RungeKuttaNet(2, 3, activation=activation).weight, torch.rand(1)))
     assert all(map(torch.equal, *drawn))
+    with torch.device("meta"):
+        assert RungeKuttaNet(2, 3).weight.is_meta
 
 
 def test_wrong_inputs():
