@@ -36,6 +36,8 @@ from ocnopt.solvers.search import (
     Outcome,
     Progress,
     TorchKernel,
+    alike,
+    begin,
     find_direction,
     joined,
     judge,
@@ -155,7 +157,7 @@ class Start:
         outcome = torch.where(finite, Outcome.RUNNING, Outcome.NOT_FINITE)
         row = rows.to(count.device).reshape(count.shape)
         progress = Progress(row, zero + regularisation, zero, count, count, count, outcome)
-        return Iterate(*path, zero), progress
+        return begin(path), progress
 
 
 def roll_controls(kernel: Kernel, first: Tensor, controls: Tensor, q: int, rows: Tensor | None) -> Path:
@@ -185,6 +187,8 @@ class DDP:
         kernel: "torch" runs any function on any device; "lowered" runs expressions that CasADi makes of the functions,
             much faster for small problems; "auto" takes the lowered kernel where the problem is small and allows it.
             The status says which was used.
+        compile: whether the lowered kernel is compiled, where the machine has a C compiler: "auto", if it was compiled
+            before, or the batch is large, or the problem is prepared for many solves.
     """
 
     curvature: Curvature = "auto"
@@ -193,13 +197,20 @@ class DDP:
     regularisation: float = 0.0
     time_limit: float | None = None
     kernel: Literal["auto", "torch", "lowered"] = "auto"
+    compile: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
-        for name, known in (("curvature", ("exact", "gauss_newton", "auto")), ("kernel", ("auto", "torch", "lowered"))):
+        choices: dict[str, tuple[Any, ...]] = {
+            "curvature": ("exact", "gauss_newton", "auto"),
+            "kernel": ("auto", "torch", "lowered"),
+            "compile": ("auto", True, False),
+        }
+        for name, known in choices.items():
             value = getattr(self, name)
             if value not in known:
-                hint = nearest(str(value), known)
-                raise ProblemError(f"{name} is {value!r}; expected one of {', '.join(known)}{hint}")
+                words = [str(choice) for choice in known]
+                hint = nearest(str(value), words)
+                raise ProblemError(f"{name} is {value!r}; expected one of {', '.join(words)}{hint}")
         positive = ["tolerance"] if self.time_limit is None else ["tolerance", "time_limit"]
         solver_options(self, at_least={"max_iterations": 1}, positive=positive, not_negative=["regularisation"])
 
@@ -211,29 +222,32 @@ class DDP:
                 torch.inference_mode() is on.
             NonFiniteError: the first path of a single problem is not finite.
         """
-        prepared = self.prepare(problem, guess)
+        prepared = self._build(problem, guess, self.compile)
         return prepared.search(problem, guess, progress=progress)._replace(build_time=prepared.build_time)
 
     def prepare(self, problem: StagedOCP, guess: Guess) -> "PreparedDDP":
-        """Choose and build the kernel; the guess says near which controls lowered functions are compared with torch.
+        """Choose, build and compile the kernel; lowered functions are compared with torch near the guess's controls.
 
         Raises:
             ProblemError: as for :meth:`solve`.
         """
+        return self._build(problem, guess, True if self.compile == "auto" else self.compile)
+
+    def _build(self, problem: StagedOCP, guess: Guess, compile: bool | Literal["auto"]) -> "PreparedDDP":  # noqa: A002
         can_differentiate()
         no_constraints(problem, "ddp")
         began = time.perf_counter()
         with torch.no_grad():
-            kernel = self.make_kernel(Widened(problem), guess)
+            kernel = self.make_kernel(Widened(problem), guess, compile)
         return PreparedDDP(self, kernel, time.perf_counter() - began)
 
-    def make_kernel(self, wide: Widened, guess: Guess) -> Kernel:
+    def make_kernel(self, wide: Widened, guess: Guess, compile: bool | Literal["auto"] = "auto") -> Kernel:  # noqa: A002
         """What the iterations run on."""
         if self.kernel == "lowered" or (self.kernel == "auto" and fits(wide.problem) is None):
             from ocnopt.solvers.lowered.kernel import LoweredKernel
 
             try:
-                return LoweredKernel(wide.problem, guess)
+                return LoweredKernel(wide.problem, guess, compile=compile)
             except ProblemError:
                 if self.kernel == "lowered":
                     raise
@@ -259,11 +273,13 @@ class DDP:
             running = progress.running
             done = running.numel() - int(running.sum())
             if done == running.numel() and not start.waiting:
-                return [*ended, (iterate, progress, undamped(kernel, iterate, progress, direction, self.curvature))]
+                direction = undamped(kernel, iterate, progress, direction, self.curvature)
+                return [*ended, (iterate._replace(gaps=None), progress, direction)]
             if start.split and 8 * done >= running.numel():
                 rows, left = running.nonzero()[:, 0], (~running).nonzero()[:, 0]
                 path, end = pick_rows(iterate, left), pick_rows(progress, left)
-                ended.append((path, end, undamped(kernel, path, end, pick_rows(direction, left), self.curvature)))
+                last = undamped(kernel, path, end, pick_rows(direction, left), self.curvature)
+                ended.append((path._replace(gaps=None), end, last))
                 iterate, progress, direction = (
                     pick_rows(iterate, rows),
                     pick_rows(progress, rows),
@@ -278,8 +294,8 @@ class DDP:
             if start.waiting and running.numel() < kernel.window:
                 new, begun = start.admit(self.regularisation, kernel.window - running.numel())
                 history.add(begun, new.cost, torch.zeros_like(new.cost), begun.row >= 0)
-                iterate, progress = joined(iterate, new), joined(progress, begun)
-            elif not start.split and iterate.gaps is not None and not bool(iterate.gaps.any()):
+                iterate, progress = joined(*alike(iterate, new)), joined(progress, begun)
+            elif iterate.gaps is not None and not bool(iterate.gap_size.any()):
                 iterate = iterate._replace(gaps=None)
 
 
@@ -332,7 +348,7 @@ def _result(
         converged=progress.outcome == Outcome.CONVERGED,
         iterations=progress.iterations,
         status=_status(progress, iterate, kernel.name),
-        constraint_violation=iterate.gap_size(),
+        constraint_violation=iterate.gap_size,
         build_time=0.0,
         wall_time=wall_time,
         history=history.tables(iterate.cost.shape),
@@ -351,7 +367,7 @@ def _cut_gains(wide: Widened, K: Tensor) -> Series:
 
 def _status(progress: Progress, iterate: Iterate, kernel: str) -> str | list[str]:
     """One sentence for each problem."""
-    flat = [v.reshape(-1).tolist() for v in (progress.outcome, progress.iterations, iterate.gap_size())]
+    flat = [v.reshape(-1).tolist() for v in (progress.outcome, progress.iterations, iterate.gap_size)]
     sentences = [_sentence(kernel, *row) for row in zip(*flat, strict=True)]
     return sentences if iterate.cost.ndim else sentences[0]
 
