@@ -212,7 +212,7 @@ class Search:
             own: of each problem ``(lanes, d)``: where it starts and the shift for a step of size one; cost, penalty of
                 the gaps, slope, the least slope that is enough, slack for rounding, whether to search at all.
             before: the path, as it stays where no step is taken.
-            given: what the rollout is given without the step size, ``(length, lanes, d)``; then the end, ``(lanes, d)``.
+            given: what the rollout is given, ``(length, lanes, d)``, but the step size; then the end, ``(lanes, d)``.
             alphas: step sizes.
 
         Returns:
