@@ -28,11 +28,11 @@ from ocnopt.checks import can_differentiate, finite_path, nearest, no_constraint
 from ocnopt.differential.sweep import Direction
 from ocnopt.errors import ProblemError
 from ocnopt.paths import Path, Widened
+from ocnopt.solvers.kernels import Kernel
 from ocnopt.solvers.lowered.limits import fits
 from ocnopt.solvers.search import (
     Curvature,
     Iterate,
-    Kernel,
     Outcome,
     Progress,
     TorchKernel,

@@ -8,7 +8,7 @@ Source: Tassa, Mansard and Todorov, ICRA 2014 (regularisation schedule); Nocedal
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from ocnopt.captured import belongs_to_each
 from ocnopt.differential.sweep import Direction, sweep_path
 from ocnopt.linearise import expand_path, expand_terminal
 from ocnopt.paths import FeedbackLaw, Path, Widened, evaluate, rows_stand_alone, walk
+from ocnopt.solvers.kernels import Kernel, Merit
 
 _MU_MIN, _MU_MAX = 1e-6, 1e12
 # mu grows by _UP when nothing was accepted, falls by _DOWN after a step >= _LONG, rises by _DOWN after one < _SHORT:
@@ -33,65 +34,6 @@ _BOTTOM = -1e20
 
 
 Curvature = Literal["exact", "gauss_newton", "auto"]
-
-
-class Merit(NamedTuple):
-    """What a step of size alpha must gain: alpha * least, or alpha * slope but for slack; each ``(*batch)``.
-
-    The gain is what the cost loses, and alpha * penalty for the gaps that close; no step is taken where slope < 0.
-    """
-
-    penalty: Tensor
-    slope: Tensor
-    least: Tensor
-    slack: Tensor
-
-
-@runtime_checkable
-class Kernel(Protocol):
-    """What an iteration spends its time on.
-
-    Attributes:
-        apart: whether rows of a batch may be left out.
-    """
-
-    apart: bool
-
-    @property
-    def name(self) -> str:
-        """What the status calls it."""
-        ...
-
-    @property
-    def window(self) -> int:
-        """How many problems of a batch are best worked on at a time."""
-        ...
-
-    def refresh(self, problem: Any) -> None:
-        """Take up what may have changed of the problem: its data and ``step_data``."""
-        ...
-
-    def evaluate(self, states: Tensor, controls: Tensor, rows: Tensor | None = None) -> Path:
-        """A given path of all problems, or of those rows of the batch, with its cost and its gaps."""
-        ...
-
-    def direction(self, path: Path, mu: Tensor, *, exact: bool) -> Direction:
-        """Sweep backwards, with the curvature of the dynamics where ``exact``."""
-        ...
-
-    def roll_out(self, path: Path, direction: Direction, alphas: Tensor) -> Path:
-        """The path of the feedback law for each step size ``(A,)``, on an axis in front of the lead."""
-        ...
-
-    def search(
-        self, path: Path, direction: Direction, merit: Merit, active: Tensor, alphas: Sequence[float]
-    ) -> tuple[Path, Tensor] | None:
-        """The longest step that gains enough, the path with its old gaps; None where roll_out must be asked instead."""
-        ...
-
-    def ladder(self, lanes: int, alphas: Sequence[float]) -> Sequence[Sequence[float]]:
-        """The groups in which some step sizes are best tried for that many problems."""
-        ...
 
 
 class TorchKernel:

@@ -172,7 +172,7 @@ def _forget_old(folder: Path) -> None:
 
 
 class Compiled:
-    """A fold over the horizon in C: a :class:`~ocnopt.solvers.lowered.machine.Runner`."""
+    """A fold over the horizon in C: a :class:`~ocnopt.solvers.lowered.kernel.Runner`."""
 
     def __init__(self, fold: Fold, length: int, library: Library, *, backwards: bool = False) -> None:
         function = fold.function

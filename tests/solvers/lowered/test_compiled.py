@@ -13,14 +13,14 @@ import torch
 
 from ocnopt import problems
 from ocnopt.solvers.ddp import DDP
+from ocnopt.solvers.kernels import Merit
 from ocnopt.solvers.lowered import arrays, compiled, kernel
 from ocnopt.solvers.lowered.arrays import Arrays
 from ocnopt.solvers.lowered.compiled import Compiled, build, find, find_compiler
-from ocnopt.solvers.lowered.kernel import LoweredKernel
-from ocnopt.solvers.lowered.machine import InTurn, Machine
+from ocnopt.solvers.lowered.kernel import InTurn, LoweredKernel, Machine
 from ocnopt.solvers.lowered.source import Line
 from ocnopt.solvers.lowered.steps import Fold
-from ocnopt.solvers.search import Merit, begin, line_search
+from ocnopt.solvers.search import begin, line_search
 from ocnopt.solvers.solve import solve
 from ocnopt.staged import transcribe
 from tests.layout.tree import ROOT
