@@ -60,7 +60,8 @@ class History:
 
     def add(self, progress: Progress, cost: Tensor, step: Tensor, moving: Tensor) -> None:
         """Note one sweep of the problems that are moving."""
-        sweeps, row, *values = (v[moving] for v in (progress.sweeps, progress.row, cost, step, progress.mu))
+        told, whole = (progress.sweeps, progress.row, cost, step, progress.mu), bool(moving.all())
+        sweeps, row, *values = (v.reshape(-1) if whole else v[moving] for v in told)
         self._rows.append((sweeps, row, torch.stack(values)))
         if self._print:
             sweep, mean, size, mu = (

@@ -10,6 +10,7 @@ Source: Tassa, Mansard and Todorov, ICRA 2014 (regularisation schedule); Nocedal
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -310,44 +311,55 @@ def search_some(
     return each(taken, iterate, tried), torch.where(found, alphas[chosen], 0.0)
 
 
+def numbers(*tensors: Tensor) -> list[Any]:
+    """One number of each problem, as numpy arrays: over so few a call of torch's costs several times as much."""
+    return [tensor.cpu().numpy() for tensor in tensors]
+
+
+def tensors(like: Tensor, *arrays: Any) -> list[Tensor]:
+    """Back to where the problems are."""
+    return [torch.from_numpy(np.asarray(array)).to(like.device) for array in arrays]
+
+
+@np.errstate(all="ignore")
 def judge(progress: Progress, iterate: Iterate, direction: Direction, tolerance: float, sweeps: int) -> Progress:
     """Which searches end at this path."""
-    decrease = -(direction.linear + direction.quadratic)
-    closed = iterate.gap_size <= tolerance
-    flat = decrease.abs() <= tolerance**2 * (1 + iterate.cost.abs())
+    now: Any = Progress(*numbers(*progress))
+    linear, quadratic, solvable = numbers(direction.linear, direction.quadratic, direction.solvable)
+    cost, gap = numbers(iterate.cost, iterate.gap_size)
+    decrease = -(linear + quadratic)
+    flat = abs(decrease) <= tolerance**2 * (1 + abs(cost))
     # no room to move at any mu: every gradient vanishes or pushes against a bound, whatever the curvature there
-    idle = (progress.quiet >= _IDLE) | (decrease == 0)
-    converged = direction.solvable & closed & ((flat & (progress.mu <= _MU_MIN)) | idle)
-    limit, large, low = progress.sweeps >= sweeps, progress.mu > _MU_MAX, iterate.cost < _BOTTOM
-    outcome = progress.outcome
-    if bool((converged | limit | large | low).any()):
-        stuck = torch.where(torch.isfinite(direction.linear), Outcome.STUCK, Outcome.NOT_SMOOTH)
-        outcome = torch.where(limit, Outcome.LIMIT, outcome)
-        outcome = torch.where(large, stuck, outcome)
-        outcome = torch.where(low, Outcome.UNBOUNDED, outcome)
-        outcome = torch.where(converged, Outcome.CONVERGED, outcome)
-        outcome = torch.where(progress.running, outcome, progress.outcome)
-    return progress._replace(outcome=outcome)
+    idle = (now.quiet >= _IDLE) | (decrease == 0)
+    converged = solvable & (gap <= tolerance) & ((flat & (now.mu <= _MU_MIN)) | idle)
+    limit, large, low = now.sweeps >= sweeps, now.mu > _MU_MAX, cost < _BOTTOM
+    if not (converged | limit | large | low).any():
+        return progress
+    stuck = np.where(np.isfinite(linear), Outcome.STUCK, Outcome.NOT_SMOOTH)
+    outcome = np.where(limit, Outcome.LIMIT, now.outcome)
+    outcome = np.where(large, stuck, outcome)
+    outcome = np.where(low, Outcome.UNBOUNDED, outcome)
+    outcome = np.where(converged, Outcome.CONVERGED, outcome)
+    outcome = np.where(now.outcome == Outcome.RUNNING, outcome, now.outcome)
+    return progress._replace(outcome=tensors(progress.outcome, outcome)[0])
 
 
+@np.errstate(all="ignore")
 def record(progress: Progress, before: Tensor, iterate: Iterate, direction: Direction, step: Tensor) -> Progress:
     """Count accepted steps and move mu: up on failure, down to zero on success."""
-    moved, running = step > 0, progress.running
-    mu, restart = progress.mu, progress.restart
-    if bool((mu > 0).any()) or not bool((moved | ~running).all()):
-        up = torch.maximum(_UP * mu, restart.clamp_min(_MU_MIN))
-        down = torch.where(step >= _LONG, mu / _DOWN, torch.where(step >= _SHORT, mu, _DOWN * mu))
-        down = torch.where(down < _MU_MIN, 0.0, down)
-        restart = torch.where(moved & (mu > 0), mu / _DOWN, restart)
-        mu = torch.where(running, torch.where(moved, down, up), mu)
-    slack = rounding(iterate.cost)
-    small = (before - iterate.cost).abs() <= slack
-    predicted = -(direction.linear + direction.quadratic) <= 1e3 * slack
-    return progress._replace(
-        mu=mu,
-        restart=restart,
-        # a sweep or search that failed on the way says nothing about progress
-        quiet=torch.where(moved, (progress.quiet + 1) * (small & predicted), progress.quiet),
-        iterations=progress.iterations + (moved & running),
-        sweeps=progress.sweeps + running,
-    )
+    now: Any = Progress(*numbers(*progress))
+    linear, quadratic, old, cost, taken = numbers(direction.linear, direction.quadratic, before, iterate.cost, step)
+    moved, running, mu, restart = taken > 0, now.outcome == Outcome.RUNNING, now.mu, now.restart
+    if (mu > 0).any() or not (moved | ~running).all():
+        up = np.maximum(_UP * mu, np.maximum(restart, _MU_MIN))
+        down = np.where(taken >= _LONG, mu / _DOWN, np.where(taken >= _SHORT, mu, _DOWN * mu))
+        down = np.where(down < _MU_MIN, np.zeros_like(mu), down)
+        restart = np.where(moved & (mu > 0), mu / _DOWN, restart)
+        mu = np.where(running, np.where(moved, down, up), mu)
+    slack = 64 * np.finfo(cost.dtype).eps * (1 + abs(cost))
+    small = (abs(old - cost) <= slack) & (-(linear + quadratic) <= 1e3 * slack)
+    # a sweep or search that failed on the way says nothing about progress
+    quiet = np.where(moved, (now.quiet + 1) * small, now.quiet)
+    counts = quiet, now.iterations + (moved & running), now.sweeps + running
+    mu, restart, quiet, iterations, tried = tensors(progress.mu, mu, restart, *counts)
+    return Progress(progress.row, mu, restart, quiet, iterations, tried, progress.outcome)

@@ -12,6 +12,7 @@ import os
 import platform
 import shlex
 import shutil
+import struct
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -49,8 +50,8 @@ class Library:
     def __getitem__(self, name: str) -> Callable[..., None]:
         """``function(length, lanes, address of the table of arrays, ...)``."""
         function: Any = getattr(self._functions, name)
-        whole, address = ctypes.c_longlong, ctypes.c_void_p
-        function.argtypes = (whole, whole, address, whole, address) if name == "search" else (whole, whole, address)
+        whole, table, address = ctypes.c_longlong, ctypes.c_char_p, ctypes.c_void_p
+        function.argtypes = (whole, whole, table, whole, address) if name == "search" else (whole, whole, table)
         function.restype = None
         return function
 
@@ -188,10 +189,9 @@ class Compiled:
         lanes = max(x.shape[-2] for x in (*carried, *given))
         last = [np.empty((lanes, size)) for size in self.last]
         kept = [into[i] if into and i in into else np.empty((time, lanes, size)) for i, time, size in self.kept]
-        # what numpy must copy has to live until the end of the call
-        read = [_in_rows(x) for x in (*carried, *given)]
-        table = np.array([_place(x, self.backwards) for x in (*read, *last, *kept)], dtype=np.int64)
-        self.run(self.length, lanes, table.ctypes.data)
+        copies, table = _table([*carried, *given, *last, *kept], self.backwards)
+        self.run(self.length, lanes, table)
+        del copies
         return last, kept
 
 
@@ -209,8 +209,8 @@ class Search:
         """Try step sizes.
 
         Args:
-            own: of each problem ``(lanes, d)``: where it starts and the shift for a step of size one; cost, penalty of
-                the gaps, slope, the least slope that is enough, slack for rounding, whether to search at all.
+            own: of each problem ``(lanes, d)``: where it starts, the shift for a step of size one, and in one array
+                cost, penalty of the gaps, slope, the least slope that is enough, slack, whether to search at all.
             before: the path, as it stays where no step is taken.
             given: what the rollout is given, ``(length, lanes, d)``, but the step size; then the end, ``(lanes, d)``.
             alphas: step sizes.
@@ -221,23 +221,26 @@ class Search:
         lanes = before[0].shape[1]
         taken, total = np.empty((lanes, 1)), np.empty((lanes, 1))
         kept = [np.empty((time, lanes, size)) for time, size in self.kept]
-        read = [_in_rows(x) for x in (*own, *before, *given)]
-        table = np.array([_place(x, False) for x in (*read, taken, total, *kept)], dtype=np.int64)
-        self.run(self.length, lanes, table.ctypes.data, len(alphas), alphas.ctypes.data)
+        copies, table = _table([*own, *before, *given, taken, total, *kept])
+        self.run(self.length, lanes, table, len(alphas), alphas.ctypes.data)
+        del copies
         return taken, total, kept
 
 
-def _in_rows(x: Array) -> Array:
-    """An array whose numbers of one step and problem stand side by side."""
-    return x if x.strides[-1] == x.itemsize or x.shape[-1] <= 1 else np.ascontiguousarray(x)
+def _table(arrays: Sequence[Array], backwards: bool = False) -> tuple[list[Array], bytes]:
+    """Of each array, where the first step stands, how far the next step and the next problem are, and their number.
 
-
-def _place(x: Array, backwards: bool) -> tuple[int, int, int, int]:
-    """Where the first step stands, how far the next step and the next problem are, and how many problems there are."""
-    address = x.__array_interface__["data"][0]
-    if x.ndim == 2:
-        return address, 0, x.strides[0] // 8, max(1, len(x))
-    time, lane, _ = x.strides
-    if backwards:
-        address, time = address + time * (len(x) - 1), -time
-    return address, time // 8, lane // 8, max(1, x.shape[1])
+    Numbers of one step and problem must stand side by side: where they do not, in a copy, which is to outlive the call.
+    """
+    numbers: list[int] = []
+    copies = []
+    for x in arrays:
+        if x.strides[-1] != 8 and x.shape[-1] > 1:
+            x = np.ascontiguousarray(x)
+            copies.append(x)
+        address, strides = x.__array_interface__["data"][0], x.strides
+        time = strides[0] if len(strides) == 3 else 0
+        if backwards and time:
+            address, time = address + time * (len(x) - 1), -time
+        numbers += (address, time // 8, strides[-2] // 8, x.shape[-2] or 1)
+    return copies, struct.pack(f"{len(numbers)}q", *numbers)

@@ -274,8 +274,7 @@ class LoweredKernel:
         if self.q:
             shift = np.zeros((states.shape[1], self.n))
             shift[:, self.n - self.q :] = _rows(direction.dp[None])[0]
-        scalars = [path.cost, *merit, active.double()]
-        own = [states[0], shift, *(value.numpy().reshape(-1, 1) for value in scalars)]
+        own = [states[0], shift, torch.stack([path.cost, *merit, active.double()], -1).numpy().reshape(-1, 6)]
         d = self._given(path.rows)
         given = [*self._law(path, direction), d[:-1], d[-1]]
         taken, cost, (z, u) = self._search(own, [states, _rows(path.controls)], given, np.array(alphas))

@@ -203,8 +203,8 @@ _Write = Callable[[int, int, str], list[str]]
 
 _LANES = "for (long long lane = 0; lane < lanes; lane += W) {"
 _ACCEPT = """sum = now1_0 + phi;
-const real gain = (READ(cost, 0) - sum) + alpha * READ(penalty, 0), fall = READ(slope, 0);
-bits good = (bits)(gain >= alpha * READ(least, 0)) | (bits)(gain >= alpha * fall - READ(slack, 0));
+const real gain = (READ(own, 0) - sum) + alpha * READ(own, 1), fall = READ(own, 2);
+bits good = (bits)(gain >= alpha * READ(own, 3)) | (bits)(gain >= alpha * fall - READ(own, 4));
 good &= (bits)(fall >= all(0.0)) & (bits)(wild + 0.0 * sum == all(0.0)) & open;
 step = CHOOSE(good, alpha, step);
 open &= ~good;"""
@@ -245,12 +245,12 @@ def _function(fold: Fold) -> str:
 def _search(walk: Fold, end: Fold, alpha: int) -> str:
     """Each problem takes the first step size that gains enough; a problem that has taken one is rolled out as before.
 
-    Arrays: where to start and its shift for a step of size one; cost, penalty of the gaps, slope, the least slope,
-    slack, whether to search at all; the path before; what rollout and end are given besides; the step taken, the cost,
-    the path.
+    Arrays: where to start, its shift for a step of size one, and six numbers (cost, penalty of the gaps, slope, the
+    least slope, slack, whether to search at all); the path before; what rollout and end are given besides; the step
+    taken, the cost, the path.
     """
     sizes = {i: int(walk.function.nnz_out(i)) for i in walk.kept}
-    own = ["start", "shift", "cost", "penalty", "slope", "least", "slack", "active"]
+    own = ["start", "shift", "own"]
     before, kept = [f"before{i}" for i in walk.kept], [f"kept{i}" for i in walk.kept]
     given = [f"given{i}" for i in range(walk.carried, walk.function.n_in()) if i != alpha]
     last = [f"last{i}" for i in range(1, end.function.n_in())]
@@ -259,7 +259,7 @@ def _search(walk: Fold, end: Fold, alpha: int) -> str:
     head = "long long length, long long lanes, const array *arrays, long long count, const double *alphas"
     lines = [f"void search({head}) {{", _LANES]
     lines += [f"START({name}, {place})" for name, place in places.items()]
-    lines += ["real step = all(0.0), sum = all(0.0); bits open = (bits)HOLDS(READ(active, 0));"]
+    lines += ["real step = all(0.0), sum = all(0.0); bits open = (bits)HOLDS(READ(own, 5));"]
     lines += ["for (long long a = 0; a < count && any(open); a++) {"]
     lines += ["const real alpha = CHOOSE(open, all(alphas[a]), step);"]
     lines += [f"{name} = {places[name]}.at;" for name in (*given, *kept)]
@@ -272,7 +272,7 @@ def _search(walk: Fold, end: Fold, alpha: int) -> str:
     lines += ["real phi = all(0.0);"]
     ending = lambda i, j: f"READ(last{i}, {j})" if i else f"now0_{j}"  # noqa: E731
     lines += ["{", *_instructions(end, ending, lambda i, j, value: [f"phi = {value};"]), "}"]
-    lines += [_ACCEPT, "}", "WRITE(taken, 0, step);", "WRITE(total, 0, CHOOSE(HOLDS(step), sum, READ(cost, 0)));"]
+    lines += [_ACCEPT, "}", "WRITE(taken, 0, step);", "WRITE(total, 0, CHOOSE(HOLDS(step), sum, READ(own, 0)));"]
     lines += ["for (int i = 0; i < W; i++) if (step[i] == 0) {"]
     for number, (i, size) in enumerate(sizes.items()):
         lines += [f"KEEP({places[kept[number]]}, kept{i}_of, before{i}, {places[f'before{i}']}, "]
