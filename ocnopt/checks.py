@@ -322,12 +322,11 @@ def no_constraints(problem: Any, solver: str) -> None:
             )
 
 
-def check_model(model: object) -> None:
+def check_model(model: object, call: str = "SNOpt(model, lr=0.01)") -> None:
     """Refuse what is not a module with something to train."""
     if not isinstance(model, nn.Module):
         raise ProblemError(
-            f"model is {type(model).__name__}; expected the nn.Module that is trained, not its parameters: "
-            "SNOpt(model, lr=0.01)"
+            f"model is {type(model).__name__}; expected the nn.Module that is trained, not its parameters: {call}"
         )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ProblemError("the model has no trainable parameter; expected one or more with requires_grad=True")

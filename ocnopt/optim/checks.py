@@ -168,83 +168,6 @@ def check_groups(groups: Iterable[Mapping[str, Any]]) -> None:
         )
 
 
-def check_game(model: nn.Module, feedback: object, form: str, game: str, tikhonov: float) -> None:
-    """Refuse a compiled model, and options that would say nothing."""
-    if form == "gauss_newton" and game != "cooperative":
-        raise ProblemError(
-            f'game={game!r} met form="gauss_newton", the joint step of all layers; expected game="cooperative", or '
-            'form="batch"'
-        )
-    if tikhonov and form != "sample":
-        raise ProblemError(
-            f'tikhonov={tikhonov} met form={form!r}; expected form="sample", the published one that it belongs to, '
-            "or tikhonov=0"
-        )
-    if not isinstance(feedback, bool):
-        raise ProblemError(
-            f"feedback is {feedback!r}; expected True or False: False leaves the first-order method alone"
-        )
-    for name, module in model.named_modules() if feedback else ():
-        if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
-            raise ProblemError(
-                f"the {f'part {name!r} of the ' if name else ''}model is compiled, so that its layers cannot be seen "
-                "at work; expected the module itself: OCNOpt(model, lr), without torch.compile"
-            )
-
-
-def check_outputs(tapes: Sequence[Any]) -> None:
-    """Refuse models that do not return samples."""
-    for tape in tapes:
-        shapes = [tuple(tape.shapes[slot]) for slot in tape.returned if slot in tape.gradients]
-        if not tape.returned or any(shape[:1] != (tape.rows,) for shape in shapes):
-            came = f"tensors of shapes {shapes}" if shapes else "no tensor that depends on what is trained"
-            raise ProblemError(
-                f"the model returned {came}; expected outputs, or tuples, lists and dicts of them, with one row a "
-                "sample: compute the loss outside of the model, or use feedback=False"
-            )
-
-
-def check_scale(tapes: Sequence[Any], scale: Tensor | None) -> None:
-    """Refuse costates of a loss that was scaled by nobody knows what."""
-    if tapes and scale is None:
-        raise ProblemError(
-            "GradScaler.unscale_ met OCNOpt before its step, which needs the scale for more than the gradients; "
-            "expected scaler.step(optimizer) to unscale: leave unscale_ out, train in bfloat16, which needs no scaler, "
-            "or use feedback=False"
-        )
-
-
-def check_tapes(tapes: Sequence[Any]) -> None:
-    """Refuse forward passes before one step that took different ways through the model."""
-    first = tapes[0]
-    for tape in tapes[1:]:
-        same = [(call.function, call.inputs) for call in tape.calls] == [(c.function, c.inputs) for c in first.calls]
-        if not same or [shape[1:] for shape in tape.shapes] != [shape[1:] for shape in first.shapes]:
-            raise ProblemError(
-                f"{len(tapes)} forward passes before one step took different ways through the model "
-                f"({len(first.calls)} operations in the first, {len(tape.calls)} in another, or states of other "
-                "shapes); expected equal ones: call step() after each, or use feedback=False"
-            )
-
-
-def warn_alone(names: Sequence[str]) -> None:
-    """Name parameters that take no part in the game."""
-    warnings.warn(
-        "OCNOpt feeds back through linear layers, convolutions and normalisations that are used once in a forward "
-        f"pass; these parameters are used otherwise and take the plain step of the first-order method: {listed(names)}",
-        stacklevel=7,
-    )
-
-
-def warn_unrecorded() -> None:
-    """Say that a step was none of OCNOpt's own."""
-    warnings.warn(
-        "OCNOpt met gradients that no forward and backward pass of its model since the last step has made: this step "
-        "is that of the first-order method; expected model(x) to be called as a whole, with gradients enabled",
-        stacklevel=7,
-    )
-
-
 def check_fields(odes: Sequence[NeuralODE]) -> None:
     """Refuse ``everywhere=False`` where nothing would be preconditioned."""
     if not odes:
@@ -265,18 +188,6 @@ def check_state(state: Mapping[str, Any]) -> None:
     if "step_count" not in state:
         raise ProblemError(
             f"the state holds {sorted(state)}; expected the state of an SNOpt, with its 'step_count': "
-            "load the state of another optimiser into that one"
-        )
-
-
-def check_options_of(state: Mapping[str, Any], options: Iterable[str]) -> None:
-    """Refuse the state of another optimiser than OCNOpt."""
-    groups = state.get("param_groups", ())
-    missing = sorted({name for name in options for group in groups if name not in group})
-    if missing or not groups or "state" not in state:
-        came = f"groups without {listed(missing)}" if missing else f"{sorted(state)}"
-        raise ProblemError(
-            f"the state holds {came}; expected the state of an OCNOpt: "
             "load the state of another optimiser into that one"
         )
 
@@ -367,5 +278,25 @@ def warn_unseen(name: str) -> None:
         f"the layer {name!r} received a gradient without a forward pass that SNOpt could see: its "
         "weights are used without calling it, or its inputs are not those of its type; expected the layer "
         "itself to be called; it gets the first-order update",
+        stacklevel=7,
+    )
+
+
+def strangers(model: nn.Module, trained: Collection[int], *, whole: bool) -> list[str]:
+    """The model's parameters that have a gradient and that nobody trains, given the ids of those that are trained.
+
+    Of a model of which a part is trained (not ``whole``), only where parameters that are trained have left it.
+    """
+    named = [*model.named_parameters()]
+    found = [name for name, p in named if id(p) not in trained and p.grad is not None]
+    return found if found and (whole or not {id(p) for _, p in named}.issuperset(trained)) else []
+
+
+def warn_strangers(names: Sequence[str]) -> None:
+    """Name parameters that came into the model after its optimiser."""
+    warnings.warn(
+        f"the parameters {listed(names)} of the model have gradients and are not trained: they came, or took the place "
+        "of others, after the optimiser was made (load_state_dict(assign=True), model.append); expected those of the "
+        "start: make a new optimiser, or call add_param_group",
         stacklevel=7,
     )
