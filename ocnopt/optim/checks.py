@@ -83,23 +83,30 @@ def check_one_process() -> None:
         )
 
 
-def check_gradients(named: Iterable[tuple[str, Tensor]], step: int | None = None) -> None:
-    """Refuse sparse gradients, and NaN or infinity."""
+def sizes(gradients: Sequence[Tensor]) -> Tensor:
+    """The largest entry of each."""
+    found = torch._foreach_norm([*gradients], math.inf) if gradients else (torch.zeros(()),)
+    several = len({(size.device, size.dtype) for size in found}) > 1
+    return torch.stack([size.to(found[0]) for size in found] if several else [*found])
+
+
+def check_gradients(named: Iterable[tuple[str, Tensor]], step: int | None = None) -> Tensor:
+    """Refuse sparse gradients, and NaN or infinity; their sizes."""
     found = [(name, parameter.grad) for name, parameter in named if parameter.grad is not None and parameter.numel()]
     sparse = [name for name, gradient in found if gradient.layout is not torch.strided]
     if sparse:
         raise ProblemError(
             f"the gradients of {listed(sparse)} are sparse; expected dense ones: build the layer with sparse=False"
         )
-    sizes = torch._foreach_norm([gradient for _, gradient in found], math.inf) if found else ()
-    several = len({(size.device, size.dtype) for size in sizes}) > 1
-    if found and not math.isfinite(torch.stack([size.to(sizes[0]) for size in sizes] if several else sizes).amax()):
-        names = [name for (name, _), size in zip(found, sizes, strict=True) if not bool(size.isfinite())]
+    largest = sizes([gradient for _, gradient in found])
+    if not math.isfinite(largest.amax()):
+        names = [name for (name, _), size in zip(found, largest, strict=True) if not bool(size.isfinite())]
         raise NonFiniteError(
             f"the gradients of {listed(names)} hold NaN or infinity{'' if step is None else f' at step {step}'}; "
             "expected finite numbers. Parameters and state are as before this step: catch this error to skip it; "
             "if it comes again, lower lr, or raise the damping if there is one"
         )
+    return largest
 
 
 def check_known(parameters: Iterable[Tensor], names: Mapping[Tensor, str]) -> None:

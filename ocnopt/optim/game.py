@@ -229,7 +229,9 @@ def _end(game: Game, rules: Rules) -> CostToGo:
                 'curvature it is: return what the loss uses as one tensor, or use terminal="gradient"'
             )
         if terminal == "gradient" and rules.terminal == "auto" and reached:
-            game.unknown = f"{len(reached)} times" if len(reached) > 1 else f"of shape {shape(x)}"
+            game.unknown = (
+                f"a loss of {len(reached)} outputs" if len(reached) > 1 else f"the loss of outputs {shape(x)}"
+            )
         scale = _SCALES.get(terminal, 0.0) if rules.scale is None else rules.scale
         if bend is None:
             like = next(iter(tape.gradients.values()))

@@ -46,7 +46,7 @@ class Notes:
         if rows > _LARGE and rules.form != "sample":
             numbers = sum(p.numel() for turn in game.turns for p in turn.block.parameters)
             self._say(_large, [f"{rows} samples"] if len(game.turns) * rows**2 > numbers else [])
-        self._say(_unknown, [f"the loss of outputs {game.unknown}"] if game.unknown else [])
+        self._say(_unknown, [game.unknown] if game.unknown else [])
 
     def _say(self, warn: Callable[[list[str]], None], found: Sequence[str]) -> None:
         found = [name for name in found if (warn, name) not in self._said]

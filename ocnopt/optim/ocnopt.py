@@ -217,7 +217,7 @@ class OCNOpt(torch.optim.Optimizer):
                 loss = closure()
         tapes, self._tapes = self._tapes, []
         received, self._received = self._received, Received()
-        is_touched = received.look()
+        received.look()
         groups = {p: group for group in self.param_groups for p in group["params"] if p.grad is not None}
         if not self._names.keys() >= {*map(id, groups)}:
             self._names = {id(p): name for name, p in self._model.named_parameters()}
@@ -228,7 +228,8 @@ class OCNOpt(torch.optim.Optimizer):
             self._notes.strangers(self._model, trained, whole=self._is_whole)
         if not self._unscale(tapes, groups):
             return loss
-        check_gradients((self._names.get(id(p), "no longer in the model"), p) for p in groups)
+        largest = check_gradients((self._names.get(id(p), "no longer in the model"), p) for p in groups)
+        is_touched = received.look(largest)
         device = next((p.device.type for p in groups), "cpu")
         with uncast(device):
             self._move(tapes, groups, is_touched)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ocnopt.differential.layers import Gradients, Scaled
+from ocnopt.optim.checks import sizes
 
 Mark = tuple[Tensor, int, int]
 # How far, relative to its size, a gradient may be from a multiple of another: what was cut off counts as noise.
@@ -27,6 +28,7 @@ class Received:
     def __init__(self) -> None:
         self._left: list[Mark] = []
         self._pass = -1
+        self._sizes: Tensor | None = None
         self.is_touched = False
 
     def begin(self) -> None:
@@ -39,9 +41,13 @@ class Received:
     def note(self, parameters: Iterable[Tensor]) -> None:
         """A backward pass is over."""
         self._left = [mark(parameter) for parameter in parameters]
+        found = [p.grad for p, _, _ in self._left if p.grad is not None and p.numel()]
+        self._sizes = sizes(found) if all(g.layout is torch.strided for g in found) else None
 
-    def look(self) -> bool:
-        """Whether gradients were changed by now, or on their way into ``.grad``."""
+    def look(self, present: Tensor | None = None) -> bool:
+        """Whether gradients, now of the ``present`` sizes, were changed by now, or on their way into ``.grad``."""
+        if present is not None and self._sizes is not None and not torch.equal(present, self._sizes):
+            self.is_touched = True  # by p.grad.data, whose writes are not counted
         self.is_touched = self.is_touched or any(
             mark(seen[0]) != seen or seen[0]._backward_hooks or seen[0]._post_accumulate_grad_hooks
             for seen in self._left

@@ -17,7 +17,10 @@ from ocnopt.optim.ocnopt import OCNOpt
 from tests.neural.cases import Tanh
 from tests.optim.test_ocnopt_use import data, net, new, same, step, train
 
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = [
+    pytest.mark.usefixtures("float64"),
+    pytest.mark.filterwarnings("ignore:OCNOpt does not know the curvature"),
+]
 
 
 def alive():
