@@ -6,13 +6,14 @@ from collections.abc import Callable, Collection, Sequence
 from torch import nn
 
 from ocnopt.checks import listed
+from ocnopt.neural.tape import Tape
 from ocnopt.optim.checks import strangers, warn_strangers
 from ocnopt.optim.game import Game, Rules, Turn
 from ocnopt.optim.metrics import Block
 
-# Above so many samples a step takes more than ten times as long as a plain one, where the players' number times the
-# square of the samples is larger than the numbers that are trained.
-_LARGE = 128
+# From so many samples on a step takes more than ten times as long as a plain one, where the players' matrices of them
+# hold more than ten times the numbers that a plain step multiplies for a sample (measured on one core).
+_LARGE, _TIMES = 256, 10
 
 
 class Notes:
@@ -43,9 +44,9 @@ class Notes:
     def game(self, game: Game, rules: Rules) -> None:
         """A loss that was not recognised, a batch that is too large."""
         rows = sum(tape.rows for tape in game.tapes)
-        if rows > _LARGE and rules.form != "sample":
-            numbers = sum(p.numel() for turn in game.turns for p in turn.block.parameters)
-            self._say(_large, [f"{rows} samples"] if len(game.turns) * rows**2 > numbers else [])
+        if rows >= _LARGE and rules.form != "sample":
+            numbers = sum(_numbers(game.tapes[0], turn) for turn in game.turns)
+            self._say(_large, ["the batch"] if len(game.turns) * rows**2 > _TIMES * numbers else [])
         self._say(_unknown, [game.unknown] if game.unknown else [])
 
     def _say(self, warn: Callable[[list[str]], None], found: Sequence[str]) -> None:
@@ -53,6 +54,13 @@ class Notes:
         if found:
             self._said.update((warn, name) for name in found)
             warn(found)
+
+
+def _numbers(tape: Tape, turn: Turn) -> int:
+    """How many products a layer takes for a sample: those of its weight, at every place."""
+    weight, *_ = turn.block.parameters
+    places = [tape.shapes[slot].numel() for slot in tape.calls[turn.player.call].outputs if slot is not None]
+    return sum(places) * weight.numel() // (tape.rows * len(weight))
 
 
 def _alone(names: Sequence[str]) -> None:
@@ -98,8 +106,8 @@ def _unknown(losses: Sequence[str]) -> None:
 def _large(batches: Sequence[str]) -> None:
     """Say that a step is dear for its batch alone."""
     warnings.warn(
-        f"OCNOpt factorises matrices of {batches[0]} to the square for each layer, and takes more than ten times as "
-        'long as the first-order method: use smaller batches, or form="sample", which grows with the batch as SGD does',
+        f"OCNOpt factorises a matrix of samples by samples for each layer; for {batches[0]} a step takes more than ten "
+        'times as long as a plain one: use smaller batches, or form="sample", which grows with the batch as SGD does',
         stacklevel=8,
     )
 

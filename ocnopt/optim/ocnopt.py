@@ -64,8 +64,11 @@ class OCNOpt(torch.optim.Optimizer):
             "binary_cross_entropy" (from logits), "squares" (``nn.MSELoss``), a function of the outputs x and the
             samples' gradients p, both of the outputs' shape, that returns the Hessian of each sample's loss times p, or
             "gradient", the published factor p p^T alone. "auto" recognises the first two by their gradients (the second
-            by targets 0 and 1), else takes the last; to a cross entropy times c < 1 it gives 1/c times its curvature.
-        scale: the share of p p^T beside that curvature; 0.03 if left out, 1 where there is no other.
+            by targets 0 and 1), else takes the last and warns: of weights of classes or samples, an ignore_index,
+            logits flattened outside of the model, probabilities in place of logits, squares. To a cross entropy times
+            c < 1 it gives 1/c times its curvature. Outputs that the loss does not use do not matter.
+        scale: how much of p p^T, measured in 1 / loss, stands beside that curvature; if left out 0.03 beside the cross
+            entropies, 0 beside squares and functions, 1 where there is no other.
         limit: the largest weight w of a sample; the smallest is 0.
         tikhonov: eps of the published V_xx + eps I, for form="sample".
         momentum: of the first-order method; beta_1 of Adam.
@@ -74,13 +77,22 @@ class OCNOpt(torch.optim.Optimizer):
         eps: of Adam.
         damping: of the Kronecker metric; its root is added to both factors.
         reduction: "mean" or "sum": how the loss of one forward pass combines its samples.
-        param_groups: parameters to train with options of their own; all of the model's if left out.
+        param_groups: parameters to train with options of their own; all of the model's if left out. Weight and bias of
+            a layer move as one where lr, decay, eps and damping are equal.
 
     Samples lie along the leading axis of everything that the players see. Parameters that are used twice, or by other
     operations than those of the players, move by the plain step of the first-order method, and a warning names them
-    once. Several forward and backward passes before one step count as one batch; what ``zero_grad`` threw away is
-    forgotten. Gradients that were clipped, or that further terms of the loss have added, stay as they are: feedback is
-    added to them. Batch normalisation couples samples; the sum of their costates is exact, the single ones are not.
+    once. Batch normalisation couples samples; the sum of their costates is exact, the single ones are not. Unnoticed
+    and wrong: another leading axis that is as long as the batch (time first, as many steps as samples), and samples
+    that the model puts into another order.
+
+    Several forward and backward passes before one step count as one batch; what ``zero_grad`` threw away is forgotten.
+    That is exact for reduction="sum" and losses that are sums, and for means over passes of equal size followed by
+    ``p.grad /= passes``; a mean divided before its backward pass is taken for a loss of other curvature. Gradients may
+    be multiplied by a number for each layer, as clipping does: it takes the step of so many times lr. What further
+    terms of the loss add in the same backward pass stays, feedback is added to it; of other changes a warning tells.
+
+    A step takes B^3 operations for each layer, B samples: a warning says where that is ten times a plain step.
 
     Attributes:
         answers: for each player of the last step the weights v (without feedback) and w of its samples.

@@ -382,7 +382,7 @@ def test_a_batch_that_is_too_large_is_named_once():
     model, (x, y) = net(), data(300)
     optimizer = OCNOpt(model, 0.1)
     cross_entropy(model(x), y).backward()
-    with pytest.warns(UserWarning, match=r"matrices of 300 samples to the square .*: use smaller batches, or form="):
+    with pytest.warns(UserWarning, match=r"a matrix of samples by samples .*: use smaller batches, or form="):
         optimizer.step()
     other = OCNOpt(model, 0.1, form="sample")
     for _ in range(2):
