@@ -162,6 +162,7 @@ class OCNOpt(torch.optim.Optimizer):
         self._layers: dict[int, Layer] = {}
         self._plans: dict[object, Plan] = {}
         self._notes, self._received, self._is_new = Notes(), Received(), True
+        self._checked: list[Any] = []
         self._handles: list[RemovableHandle] = []
         weakref.finalize(self, release, self._handles)
         if self._feedback or self._curvature == "kronecker":
@@ -221,15 +222,17 @@ class OCNOpt(torch.optim.Optimizer):
                 different ways through the model.
         """
         check_one_process()
-        for group in self.param_groups:
-            check_options(group)
+        options = [group[name] for group in self.param_groups for name in self.defaults]
+        if options != self._checked:
+            for group in self.param_groups:
+                check_options(group)
+            self._checked = options
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         tapes, self._tapes = self._tapes, []
         received, self._received = self._received, Received()
-        received.look()
         groups = {p: group for group in self.param_groups for p in group["params"] if p.grad is not None}
         if not self._names.keys() >= {*map(id, groups)}:
             self._names = {id(p): name for name, p in self._model.named_parameters()}

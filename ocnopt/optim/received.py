@@ -5,7 +5,7 @@ N = P_u^T M^-1 P_u is c times as large, and du = -c M^-1 P_u w. For the mean ove
 stands in every costate and 1/c in S.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from torch import Tensor
 from ocnopt.differential.layers import Gradients, Scaled
 from ocnopt.optim.checks import sizes
 
-Mark = tuple[Tensor, int, int]
 # How far, relative to its size, a gradient may be from a multiple of another: what was cut off counts as noise.
 _SLACK = 1e-2
 
@@ -26,9 +25,10 @@ class Received:
     """
 
     def __init__(self) -> None:
-        self._left: list[Mark] = []
+        self._parameters: Sequence[Tensor] = ()
+        self._left: list[tuple[int, int]] = []
+        self._last: Tensor | None = None
         self._pass = -1
-        self._sizes: Tensor | None = None
         self.is_touched = False
 
     def begin(self) -> None:
@@ -38,27 +38,27 @@ class Received:
             self._pass = present
             self.look()
 
-    def note(self, parameters: Iterable[Tensor]) -> None:
+    def note(self, parameters: Sequence[Tensor]) -> None:
         """A backward pass is over."""
-        self._left = [mark(parameter) for parameter in parameters]
-        found = [p.grad for p, _, _ in self._left if p.grad is not None and p.numel()]
-        self._sizes = sizes(found) if all(g.layout is torch.strided for g in found) else None
+        gradients = [parameter.grad for parameter in parameters]
+        self._parameters, self._left = parameters, [*map(_mark, gradients)]
+        last = next((g for g in reversed(gradients) if g is not None and g.numel()), None)
+        self._last = sizes([last]) if last is not None and last.layout is torch.strided else None
 
     def look(self, present: Tensor | None = None) -> bool:
         """Whether gradients, now of the ``present`` sizes, were changed by now, or on their way into ``.grad``."""
-        if present is not None and self._sizes is not None and not torch.equal(present, self._sizes):
-            self.is_touched = True  # by p.grad.data, whose writes are not counted
-        self.is_touched = self.is_touched or any(
-            mark(seen[0]) != seen or seen[0]._backward_hooks or seen[0]._post_accumulate_grad_hooks
-            for seen in self._left
-        )
+        if present is not None and self._last is not None and not torch.equal(present[-1:], self._last):
+            self.is_touched = True  # by p.grad.data, whose writes are not counted; one speaks for all
+        if self._left != [_mark(parameter.grad) for parameter in self._parameters]:
+            self.is_touched = True
+        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self._parameters):
+            self.is_touched = True
         return self.is_touched
 
 
-def mark(parameter: Tensor) -> Mark:
-    """Changes with the gradient of a parameter."""
-    gradient = parameter.grad
-    return (parameter, 0, 0) if gradient is None else (parameter, id(gradient), gradient._version)
+def _mark(gradient: Tensor | None) -> tuple[int, int]:
+    """Changes with the gradient."""
+    return (0, 0) if gradient is None else (id(gradient), gradient._version)
 
 
 def factor(gradients: Gradients, received: Sequence[Tensor], coarse: float) -> float | None:
