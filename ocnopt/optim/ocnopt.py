@@ -43,6 +43,7 @@ from ocnopt.optim.received import Received, factor
 from ocnopt.optim.watch import Watch
 
 _PLANS = 64
+_OPTIONS = ("lr", "momentum", "weight_decay", "decay", "eps", "damping")  # torch adds defaults of its own
 
 
 class OCNOpt(torch.optim.Optimizer):
@@ -194,7 +195,7 @@ class OCNOpt(torch.optim.Optimizer):
         Raises:
             ProblemError: the state is another optimiser's, that of other rules, or of parameters of other shapes.
         """
-        check_saved(state_dict, self.defaults, self._chosen(), self.param_groups)
+        check_saved(state_dict, _OPTIONS, self._chosen(), self.param_groups)
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         restore(self.state, self.param_groups, state_dict)
 
@@ -222,7 +223,7 @@ class OCNOpt(torch.optim.Optimizer):
                 different ways through the model.
         """
         check_one_process()
-        options = [group[name] for group in self.param_groups for name in self.defaults]
+        options = [group[name] for group in self.param_groups for name in _OPTIONS]
         if options != self._checked:
             for group in self.param_groups:
                 check_options(group)

@@ -265,6 +265,14 @@ def test_the_state_of_other_shapes_is_refused(curvature):
         OCNOpt(nn.Linear(5, 3), 0.1, **options).load_state_dict(optimizer.state_dict())
 
 
+def test_a_state_is_loaded_twice():
+    model = net()
+    optimizer = OCNOpt(model, 0.1)
+    for _ in range(2):
+        optimizer.load_state_dict(OCNOpt(model, 0.2).state_dict())
+    assert optimizer.param_groups[0]["lr"] == 0.2
+
+
 class Waits(nn.Module):
     """Halts in the middle of its first forward pass."""
 
