@@ -313,12 +313,12 @@ def finite_path(steps: Sequence[Tensor], cost: Tensor, times: Tensor) -> None:
 
 
 def no_constraints(problem: Any, solver: str) -> None:
-    """Refuse terminal and path constraints for a solver without multipliers."""
-    for name in ("terminal_constraint", "path_constraint"):
+    """Refuse constraints and bounds on the states for a solver without multipliers."""
+    for name in ("terminal_constraint", "path_constraint", "state_bounds"):
         if getattr(problem, name) is not None:
             raise ProblemError(
-                f"the problem has a {name}; solver {solver!r} has no multipliers for it: use solver='casadi', or a "
-                "penalty in the cost"
+                f"the problem has {name}; solver {solver!r} has no multipliers for it: use solver='ddp' or 'casadi', "
+                "or a penalty in the cost"
             )
 
 

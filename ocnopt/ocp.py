@@ -102,6 +102,7 @@ class OCP:
         parameters: the static control p ``(q,)``, an initial guess for ``solve``; with it every function takes p as
             its last argument.
         control_bounds: ``(lower, upper)``, scalars or vectors ``(m,)``.
+        state_bounds: likewise ``(n,)``, at every node but the first, whose state is given.
         parameter_bounds: likewise, ``(q,)``.
         path_constraint: ``c(t, x, u[, p]) -> (..., c)``, <= 0 at every node.
         terminal_constraint: ``e(T, x[, p]) -> (..., e)``, == 0.
@@ -131,6 +132,7 @@ class OCP:
     horizon: Horizon | FreeHorizon
     parameters: Tensor | None
     control_bounds: Bounds | None
+    state_bounds: Bounds | None
     parameter_bounds: Bounds | None
     path_constraint: Function | None
     terminal_constraint: Function | None
@@ -151,6 +153,7 @@ class OCP:
         horizon: float | Horizon | FreeHorizon,
         parameters: Any = None,
         control_bounds: Any = None,
+        state_bounds: Any = None,
         parameter_bounds: Any = None,
         path_constraint: Function | None = None,
         terminal_constraint: Function | None = None,
@@ -171,6 +174,7 @@ class OCP:
         put(self, "parameters", p)
         q = self.parameter_dim
         put(self, "control_bounds", checks.bounds("control_bounds", control_bounds, control_dim, dtype, x0.device))
+        put(self, "state_bounds", checks.bounds("state_bounds", state_bounds, x0.shape[-1], dtype, x0.device))
         put(self, "parameter_bounds", checks.bounds("parameter_bounds", parameter_bounds, q, dtype, x0.device))
         put(self, "data", checks.data_tensors(data, dtype, x0.device))
         put(self, "initial_guess", checks.start_guess(initial_guess))

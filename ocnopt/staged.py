@@ -69,6 +69,7 @@ class StagedOCP:
         parameters: the static control p ``(q,)``; with it every function takes p as its last argument, indexed
             ``p[..., i]``.
         control_bounds: ``(lower, upper)``, scalars or vectors ``(m,)``.
+        state_bounds: likewise ``(n,)``, at the nodes 1..N; scalars where the size of the state varies.
         parameter_bounds: likewise, ``(q,)``.
         path_constraint: ``c(k, x, u[, p]) -> (..., c)``, <= 0 at the nodes 0..N-1, and at N with the last control.
         terminal_constraint: ``e(x[, p]) -> (..., e)``, == 0.
@@ -91,6 +92,7 @@ class StagedOCP:
     initial_state: Tensor
     parameters: Tensor | None
     control_bounds: tuple[checks.Bounds | None, ...]
+    state_bounds: checks.Bounds | None
     parameter_bounds: checks.Bounds | None
     path_constraint: Function | None
     terminal_constraint: Function | None
@@ -114,6 +116,7 @@ class StagedOCP:
         steps: int | None = None,
         parameters: Any = None,
         control_bounds: Any = None,
+        state_bounds: Any = None,
         parameter_bounds: Any = None,
         path_constraint: Function | None = None,
         terminal_constraint: Function | None = None,
@@ -146,6 +149,8 @@ class StagedOCP:
         if origin is None:
             with captured.must_be_read(self.data):
                 put(self, "state_sizes", staged_checks.check_stages(self))
+        given = state_bounds is not None
+        put(self, "state_bounds", staged_checks.state_bounds(self, state_bounds) if given else None)
 
     def altered(self, **changes: Any) -> "StagedOCP":
         """The same problem with some attributes replaced, unchecked: another initial state, other ``step_data``.
@@ -157,6 +162,12 @@ class StagedOCP:
         for name, value in changes.items():
             object.__setattr__(other, name, value)
         return other
+
+    @property
+    def constrained(self) -> bool:
+        """Whether anything but bounds on the controls and the parameters has to hold."""
+        given = (self.terminal_constraint, self.path_constraint, self.state_bounds)
+        return any(constraint is not None for constraint in given)
 
     @property
     def steps(self) -> int:
@@ -303,6 +314,7 @@ def transcribe(problem: OCP, steps: int, integrator: str = "rk4") -> StagedOCP:
         steps=steps,
         parameters=lifted.parameters if has_parameters else None,
         control_bounds=problem.control_bounds,
+        state_bounds=problem.state_bounds,
         parameter_bounds=lifted.parameter_bounds,
         path_constraint=along and _arity(along, has_parameters),
         terminal_constraint=problem.terminal_constraint and _arity(lifted.terminal_constraint, has_parameters),

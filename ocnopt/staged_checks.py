@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ocnopt import checks, problem_checks
+from ocnopt.errors import ProblemError
 
 
 def check_stages(problem: Any) -> tuple[int, ...]:
@@ -42,3 +43,15 @@ def _check_function(problem: Any, name: str, function: Any, here: dict[str, Any]
     return problem_checks.check_function(
         name, function, rows, batch=problem.batch_shape, dtype=problem.dtype, size=size
     )
+
+
+def state_bounds(problem: Any, value: Any) -> checks.Bounds | None:
+    """Read bounds of the states, two tensors of the largest state's size."""
+    sizes = set(problem.state_sizes)
+    pair = checks.bounds("state_bounds", value, max(sizes), problem.dtype, problem.device)
+    if pair is not None and len(sizes) > 1 and any(bool((side != side[0]).any()) for side in pair):
+        raise ProblemError(
+            f"state_bounds are vectors, but the size of the state varies from {min(sizes)} to {max(sizes)}; expected a "
+            "pair of scalars: write other bounds as path_constraint="
+        )
+    return pair

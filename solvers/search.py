@@ -147,7 +147,7 @@ def moved_to(iterate: Iterate, path: Path, step: Tensor, weight: Tensor) -> Iter
 class Outcome:
     """How the search for one problem ended, if it has."""
 
-    RUNNING, CONVERGED, NOT_FINITE, STUCK, LIMIT, NOT_SMOOTH, UNBOUNDED, LATE, INTERRUPTED = range(9)
+    RUNNING, CONVERGED, NOT_FINITE, STUCK, LIMIT, NOT_SMOOTH, UNBOUNDED, LATE, INTERRUPTED, UNMET, ROUNDS = range(11)
 
 
 class Progress(NamedTuple):

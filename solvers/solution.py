@@ -57,7 +57,8 @@ def perturbed(value: Tensor, amount: float | Tensor, bounds: Bounds | None, gene
 class Result(NamedTuple):
     """What a solver hands over: as in :class:`Solution`, but with time in front: states ``(N + 1, *batch, n)``.
 
-    ``parameters (*batch, q)`` still hold T where the horizon is free, ``gains`` are (k, K).
+    ``parameters (*batch, q)`` still hold T where the horizon is free, ``gains`` are (k, K); of the ``multipliers`` only
+    the "terminal_constraint" has no time in front.
     """
 
     states: Series
@@ -73,6 +74,7 @@ class Result(NamedTuple):
     history: Mapping[str, Tensor]
     costates: Series | None = None
     gains: tuple[Series, Series] | None = None
+    multipliers: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +98,10 @@ class Solution:
         history: "cost", "step" and "regularisation" (what the solver has of them) per iteration, the start first:
             ``(iterations + 1, ...)``.
         gains: :class:`Gains`, or None where a solver has none.
+        multipliers: of the constraints, by name: "terminal_constraint" ``(..., e)``, "path_constraint" ``(..., N + 1,
+            c)`` and "state_bounds" ``(..., N + 1, n)`` of each node; None without constraints. cost + multiplier *
+            constraint is stationary: >= 0 for a path constraint, > 0 at an upper and < 0 at a lower bound. Where the
+            number of constraints or states varies from node to node, zeros fill up.
     """
 
     times: Tensor
@@ -113,6 +119,7 @@ class Solution:
     history: Mapping[str, Tensor]
     costates: Series | None = None
     gains: Gains | None = None
+    multipliers: Mapping[str, Tensor] | None = None
     control_bounds: tuple[Tensor, Tensor] | None = None
     problem: StagedOCP | None = field(default=None, repr=False)
 

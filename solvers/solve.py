@@ -224,6 +224,11 @@ def make_solution(problem: StagedOCP, result: Result) -> Solution:
         "parameters": own,
         "costates": None if result.costates is None else behind(result.costates),
         "gains": None if result.gains is None else Gains(behind(result.gains[0]), behind(result.gains[1], tail=2)),
+        "multipliers": result.multipliers
+        and {
+            name: value if name == "terminal_constraint" else value.movedim(0, -2)
+            for name, value in result.multipliers.items()
+        },
     }
     return Solution(
         **{**result._asdict(), **shaped},
