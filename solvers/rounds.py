@@ -23,6 +23,8 @@ from ocnopt.staged import Series, StagedOCP
 
 # The penalty's growth where the violation did not fall below _ENOUGH of what it was, and its largest value.
 _UP, _ENOUGH, _CEILING = 10.0, 0.25, 1e8
+# Multipliers that change by less, relative to the largest, are good, and so are those that no longer settle.
+_STILL = 1e-7
 # The first inner solve's tolerance, and its decrease from one to the next.
 _LOOSE, _TIGHTER = 1e-3, 0.1
 
@@ -103,7 +105,9 @@ def _next_round(
     lost = (outcome == Outcome.UNBOUNDED) | (outcome == Outcome.NOT_SMOOTH) | ~torch.isfinite(misses)
     slow = (misses > _ENOUGH * rounds.misses) & (misses > solver.constraint_tolerance)
     iterations = torch.where(running, rounds.iterations + result.iterations, rounds.iterations)
-    met, stopped = misses <= solver.constraint_tolerance, torch.zeros_like(running)
+    sizes = _largest([value.abs() for value in old], rho)
+    still = (rho * misses <= _STILL * (1 + sizes)) | (misses > _ENOUGH * rounds.misses)
+    met, stopped = (misses <= solver.constraint_tolerance) & still, torch.zeros_like(running)
     for reason in (Outcome.LATE, Outcome.INTERRUPTED, Outcome.NOT_FINITE):
         stopped = stopped | (outcome == reason)
     ended = torch.where(stopped | (lost & (rho >= _CEILING)), outcome, Outcome.RUNNING)
