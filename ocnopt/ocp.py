@@ -101,7 +101,8 @@ class OCP:
         horizon: T, :class:`Horizon` or :class:`FreeHorizon`.
         parameters: the static control p ``(q,)``, an initial guess for ``solve``; with it every function takes p as
             its last argument.
-        control_bounds: ``(lower, upper)``, scalars or vectors ``(m,)``.
+        control_bounds: ``(lower, upper)``, scalars, vectors ``(m,)`` or ``(N, m)`` with a row for each step, or a
+            function of time that returns such a pair, asked where each step begins.
         state_bounds: likewise ``(n,)``, at every node but the first, whose state is given.
         parameter_bounds: likewise, ``(q,)``.
         path_constraint: ``c(t, x, u[, p]) -> (..., c)``, <= 0 at every node.
@@ -131,7 +132,7 @@ class OCP:
     control_dim: int
     horizon: Horizon | FreeHorizon
     parameters: Tensor | None
-    control_bounds: Bounds | None
+    control_bounds: Bounds | Function | None
     state_bounds: Bounds | None
     parameter_bounds: Bounds | None
     path_constraint: Function | None
@@ -173,7 +174,10 @@ class OCP:
         put(self, "horizon", read_horizon(horizon))
         put(self, "parameters", p)
         q = self.parameter_dim
-        put(self, "control_bounds", checks.bounds("control_bounds", control_bounds, control_dim, dtype, x0.device))
+        limits: Any = control_bounds
+        if not callable(control_bounds):
+            limits = checks.bounds("control_bounds", control_bounds, control_dim, dtype, x0.device, table=True)
+        put(self, "control_bounds", limits)
         put(self, "state_bounds", checks.bounds("state_bounds", state_bounds, x0.shape[-1], dtype, x0.device))
         put(self, "parameter_bounds", checks.bounds("parameter_bounds", parameter_bounds, q, dtype, x0.device))
         put(self, "data", checks.data_tensors(data, dtype, x0.device))
@@ -188,6 +192,15 @@ class OCP:
     def state_dim(self) -> int:
         """n."""
         return self.initial_state.shape[-1]
+
+    def control_bounds_at(self, t: float, step: int = 0) -> Bounds | None:
+        """The bounds of the controls at a time, ``(m,)``; those of a step where they have a row for each."""
+        given, x0 = self.control_bounds, self.initial_state
+        if callable(given):
+            name = f"control_bounds(t = {t:.6g})"
+            pair = given(x0.new_tensor(t))
+            return checks.bounds(name, () if pair is None else pair, self.control_dim, self.dtype, x0.device)
+        return given if given is None or given[0].ndim == 1 else (given[0][step], given[1][step])
 
     @property
     def parameter_dim(self) -> int:

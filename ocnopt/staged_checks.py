@@ -14,7 +14,8 @@ def check_stages(problem: Any) -> tuple[int, ...]:
     x, p = problem.initial_state, problem.start_parameters()
     static = {} if problem.parameters is None else {"p": p}
     sizes = [x.shape[-1]]
-    for group, bounds in zip(problem.groups, problem.control_bounds, strict=True):
+    for group in problem.groups:
+        bounds = problem.step_bounds[group.start]
         u = x.new_zeros((*problem.batch_shape, group.stage.control_dim))
         k: Any = group.start if group.single else torch.tensor(group.start, device=x.device)
         arguments = {"k": k, "x": x, "u": checks.clipped(u, bounds)}

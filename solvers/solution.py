@@ -98,6 +98,8 @@ class Solution:
         history: "cost", "step" and "regularisation" (what the solver has of them) per iteration, the start first:
             ``(iterations + 1, ...)``.
         gains: :class:`Gains`, or None where a solver has none.
+        control_bounds: two tensors ``(m,)``, or ``(N, m)`` where they vary from step to step; None where there are none
+            or the number of controls varies.
         multipliers: of the constraints, by name: "terminal_constraint" ``(..., e)``, "path_constraint" ``(..., N + 1,
             c)`` and "state_bounds" ``(..., N + 1, n)`` of each node; None without constraints. cost + multiplier *
             constraint is stationary: >= 0 for a path constraint, > 0 at an upper and < 0 at a lower bound. Where the
@@ -153,7 +155,8 @@ class Solution:
         if self.gains is not None:
             feedback = _pick(self._tensor("K"), k, 2)
             u = u + (feedback @ (x - nominal)[..., None])[..., 0]
-        return clipped(u, self.control_bounds)
+        bounds = self.control_bounds
+        return clipped(u, bounds if bounds is None or bounds[0].ndim == 1 else (bounds[0][k], bounds[1][k]))
 
     def rollout(
         self, initial_state: Tensor, disturbance: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -206,7 +209,7 @@ class Solution:
     def _by_step(self, problem: StagedOCP) -> Callable[[int, Tensor], Tensor]:
         """The policy at the nodes, of which no time needs to be looked up: sizes may vary, states be infinite."""
         states, controls = nodes_of(self.states), nodes_of(self.controls)
-        bounds = [self.control_bounds] * len(controls) if isinstance(self.controls, Tensor) else problem.step_bounds
+        bounds = problem.step_bounds
         K = None if self.gains is None else nodes_of(self.gains.K, tail=2)
 
         def feedback(k: int, x: Tensor) -> Tensor:

@@ -5,10 +5,10 @@ from dataclasses import dataclass, fields
 from importlib import import_module
 from typing import Any, Protocol, runtime_checkable
 
-from ocnopt.checks import can_differentiate, float_tensor, listed, nearest, shape
+from ocnopt.checks import Bounds, can_differentiate, float_tensor, listed, nearest, shape
 from ocnopt.errors import ConvergenceError, ProblemError
 from ocnopt.ocp import OCP
-from ocnopt.paths import behind
+from ocnopt.paths import Widened, behind
 from ocnopt.solvers.guess import own_guess, read_guess
 from ocnopt.solvers.solution import Gains, Guess, Result, Solution
 from ocnopt.staged import StagedOCP, transcribe
@@ -234,9 +234,15 @@ def make_solution(problem: StagedOCP, result: Result) -> Solution:
         **{**result._asdict(), **shaped},
         times=problem.times(p).expand(*cost.shape, -1),
         horizon=end.expand(cost.shape),
-        control_bounds=problem.control_bounds[0] if same else None,
+        control_bounds=_bounds(problem) if same else None,
         problem=problem,
     )
+
+
+def _bounds(problem: StagedOCP) -> Bounds | None:
+    """The control bounds, with a row for each step where they vary."""
+    first = problem.control_bounds[0]
+    return first if all(bounds is first for bounds in problem.control_bounds) else Widened(problem).control_bounds
 
 
 def make_solver(solver: str | Solver, options: dict[str, Any]) -> Solver:
