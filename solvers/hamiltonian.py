@@ -35,7 +35,7 @@ class Hamiltonian:
     def __init__(self, lifted: Lifted) -> None:
         self.lifted = lifted
         self.n, self.m, self.q = lifted.state_dim, lifted.control_dim, lifted.parameter_dim
-        self.bounds, self.box = lifted.problem.control_bounds, lifted.parameter_bounds
+        self.bounds, self.box = lifted.problem.control_bounds_at(lifted.problem.horizon.t0), lifted.parameter_bounds
         n, m = self.n, self.m
         self.x, self.costate = slice(0, n), slice(n, 2 * n)
         self.u, self.p = slice(2 * n, 2 * n + m), slice(2 * n + m, None)

@@ -85,10 +85,16 @@ class Indirect:
             NonFiniteError: a single problem has no finite path to start from.
         """
         can_differentiate()
-        if problem.path_constraint is not None:
+        for name in ("path_constraint", "state_bounds"):
+            if getattr(problem, name) is not None:
+                raise ProblemError(
+                    f"the problem has {name}, whose multipliers solver 'indirect' does not find: use solver='ddp' or "
+                    "'casadi', or a penalty in the cost"
+                )
+        if any(bounds is not None and bounds[0].ndim > 1 for bounds in problem.control_bounds):
             raise ProblemError(
-                "the problem has a path_constraint, whose multipliers solver 'indirect' does not find: use "
-                "solver='casadi', or a penalty in the cost"
+                "the problem has control_bounds that vary in time; solver 'indirect' takes one vector for all times: "
+                "use solver='ddp' or 'casadi'"
             )
         if problem.origin is None or problem.step_data is not None:
             raise ProblemError(

@@ -118,11 +118,12 @@ class Shooting:
 
     def _method(self, problem: StagedOCP) -> str:
         """The method for this problem, or a refusal."""
-        if problem.path_constraint is not None:
-            raise ProblemError(
-                "the problem has a path_constraint; solver 'shooting' has no unknown states to constrain: use "
-                "solver='casadi', or a penalty in the cost"
-            )
+        for name in ("path_constraint", "state_bounds"):
+            if getattr(problem, name) is not None:
+                raise ProblemError(
+                    f"the problem has {name}; solver 'shooting' has no unknown states to constrain: use solver='ddp' "
+                    "or 'casadi', or a penalty in the cost"
+                )
         has = {
             "control_bounds or parameter_bounds": any(problem.control_bounds) or problem.parameter_bounds is not None,
             "a terminal_constraint": problem.terminal_constraint is not None,

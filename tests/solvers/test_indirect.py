@@ -293,7 +293,7 @@ def test_a_control_in_which_h_is_linear_is_refused():
 
 def test_refusals_name_what_can():
     along = scalar_lqr(path_constraint=lambda t, x, u: x - 2)
-    with pytest.raises(oc.ProblemError, match=r"has a path_constraint, .* use solver='casadi', or a penalty"):
+    with pytest.raises(oc.ProblemError, match=r"has path_constraint, .* use solver='ddp' or 'casadi', or a penalty"):
         oc.solve(along, "indirect")
     discrete = oc.StagedOCP(
         oc.Stage(lambda k, x, u: x + u, lambda k, x, u: (x**2 + u**2).sum(-1), 1), initial_state=[1.0], steps=3

@@ -286,5 +286,7 @@ def test_refusals_name_what_can():
     ):
         oc.solve(ended, "shooting", method="L-BFGS-B")
     along = scalar_lqr(path_constraint=lambda t, x, u: x - 2)
-    with pytest.raises(oc.ProblemError, match=r"has a path_constraint; solver 'shooting' .* use solver='casadi'"):
+    with pytest.raises(
+        oc.ProblemError, match=r"has path_constraint; solver 'shooting' .* use solver='ddp' or 'casadi'"
+    ):
         oc.solve(along, "shooting")

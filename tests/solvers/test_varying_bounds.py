@@ -14,7 +14,7 @@ from tests.solvers.cases import swing
 F64 = torch.float64
 STEPS = 12
 UPPER = torch.linspace(0.2, 1.3, STEPS, dtype=F64)[:, None]
-LOWER = -0.3 - 0.5 * torch.sin(torch.arange(STEPS, dtype=F64))[:, None].abs()
+LOWER = -1.2 - 2.0 * torch.sin(torch.arange(STEPS, dtype=F64))[:, None].abs()
 
 
 def test_the_solvers_agree():
@@ -86,6 +86,26 @@ def test_with_constraints():
 def test_bounds_that_do_not_fit(bounds, message):
     with pytest.raises(ProblemError, match=message):
         transcribe(swing(control_bounds=bounds), STEPS)
+
+
+@pytest.mark.parametrize(
+    ("solver", "options", "message"),
+    [
+        ("indirect", {"state_bounds": (-9.0, 9.0)}, "the problem has state_bounds, whose multipliers"),
+        ("indirect", {"control_bounds": (LOWER, UPPER)}, "control_bounds that vary in time"),
+        ("shooting", {"state_bounds": (-9.0, 9.0)}, "the problem has state_bounds; solver 'shooting'"),
+    ],
+)
+def test_solvers_that_cannot_say_so(solver, options, message):
+    with pytest.raises(ProblemError, match=message):
+        solve(swing(**options), solver, steps=STEPS)
+
+
+def test_shooting_keeps_them():
+    problem = swing(control_bounds=(LOWER, UPPER))
+    torch.testing.assert_close(
+        solve(problem, "shooting", steps=STEPS).cost, solve(problem, "casadi", steps=STEPS).cost, rtol=1e-6, atol=0
+    )
 
 
 def test_a_function_of_time_needs_a_fixed_end():
