@@ -111,7 +111,9 @@ def _next_round(
     for reason in (Outcome.LATE, Outcome.INTERRUPTED, Outcome.NOT_FINITE):
         stopped = stopped | (outcome == reason)
     ended = torch.where(stopped | (lost & (rho >= _CEILING)), outcome, Outcome.RUNNING)
-    ended = torch.where(~stopped & ~lost & slow & (rho >= _CEILING), Outcome.UNMET, ended)
+    # only a minimum says that there is nothing nearer
+    given_up = torch.where(solved, Outcome.UNMET, outcome)
+    ended = torch.where(~stopped & ~lost & slow & (rho >= _CEILING), given_up, ended)
     ended = torch.where(iterations >= solver.max_iterations, Outcome.LIMIT, ended)
     if final:
         ended = torch.where(met & (solved | (outcome == Outcome.STUCK)), outcome, ended)
