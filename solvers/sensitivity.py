@@ -22,9 +22,8 @@ Source: Amos et al., "Differentiable MPC", NeurIPS 2018 (the sweep); Jin et al.,
 Programming", NeurIPS 2020.
 """
 
-import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,18 +31,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ocnopt.captured import substituted
-from ocnopt.checks import Bounds
 from ocnopt.differential.sweep import BellmanStep, CostToGo, bellman_step, minimise_box, sweep
 from ocnopt.errors import ProblemError
-from ocnopt.linearise import derivatives, gradient
-from ocnopt.paths import Widened, evaluate, step_numbers
+from ocnopt.linearise import gradient
 from ocnopt.solvers.solution import Result
-from ocnopt.staged import Group, Index, StagedOCP
+from ocnopt.solvers.stationary import Models, Point, Rows, expand, times
+from ocnopt.staged import StagedOCP
 
-# Points in one evaluation, times the size of what is differentiated.
-_POINTS = 100_000
-# A path whose gaps are larger than this, relative to its states, belongs to another discretisation.
-_GAP = 1e-6
+# The penalty on constraints that hold, relative to the largest second derivative; how often their multipliers are
+# mended at most, and what may be missed relative to the response.
+_PENALTY, _MENDINGS, _MENDED = 1e4, 30, 1e-11
 
 
 def refuse_gradients(problem: StagedOCP, solver: Any) -> None:
@@ -62,12 +59,6 @@ def refuse_gradients(problem: StagedOCP, solver: Any) -> None:
             "differentiable=True came with method='collocation', whose answer solves another problem than the discrete "
             "one that is differentiated; expected 'multiple_shooting', or solver 'ddp'"
         )
-    for name in ("terminal_constraint", "path_constraint"):
-        if getattr(problem, name) is not None:
-            raise ProblemError(
-                f"differentiable=True came with a {name}, of which no gradients are known here; expected bounds alone: "
-                "put a penalty into the cost"
-            )
 
 
 def with_gradients(problem: StagedOCP, result: Result, *, shared: bool = False) -> Result:
@@ -106,50 +97,6 @@ def _warn_of_unfinished(converged: Tensor) -> None:
         )
 
 
-class Point:
-    """A solution as it is differentiated: its path, and the data as they were."""
-
-    def __init__(self, problem: StagedOCP, result: Result, shared: bool) -> None:
-        self.problem, self.wide, self.shared = problem, Widened(problem), shared
-        states = self.wide.join(result.states, result.parameters)
-        controls = self.wide.join_controls(result.controls)
-        self.solution = (states[..., : self.wide.n - self.wide.q], controls, result.parameters, result.cost)
-        # problems given up at NaN stand at another's place: without cotangents nothing comes of them
-        self.fine = states.isfinite().all(-1).all(0) & result.cost.isfinite()
-        self.states, self.controls = _at_fine_places(states, self.fine), _at_fine_places(controls, self.fine)
-        # an optimiser may move them before the backward pass
-        self.data = [tensor.detach().clone() for tensor in problem.data]
-        with torch.no_grad():
-            gaps = evaluate(self.wide, self.states, self.controls).gaps
-        size = 0.0 if gaps is None else float((gaps.abs().amax((0, -1)) / (1 + self.states.abs().amax((0, -1)))).max())
-        if size > _GAP:
-            raise ProblemError(
-                f"differentiable=True came with a solution that misses the discrete dynamics by {size:.1e} of its "
-                "states; expected a solver of the discrete problem, 'ddp' or 'casadi', and one that converged"
-            )
-
-    @property
-    def p(self) -> Tensor:
-        """Static controls ``(*lead, q)``."""
-        return self.states[0, ..., self.wide.n - self.wide.q :]
-
-    def points(self) -> Iterator[tuple[slice, Group, Index, Tensor]]:
-        """Runs of steps with their numbers and w = (z, u)."""
-        wide, lead = self.wide, math.prod(self.states.shape[1:-1])
-        for group, start, stop in wide.stretches(max(1, _POINTS // (lead * (wide.n + wide.m)))):
-            w = torch.cat([self.states[start:stop], self.controls[start:stop]], dim=-1)
-            yield slice(start, stop), group, step_numbers(group, start, stop, self.states), w
-
-
-def _at_fine_places(values: Tensor, fine: Tensor) -> Tensor:
-    """Values with time in front, those of the first fine problem where one is not fine."""
-    if bool(fine.all()):
-        return values
-    flat = fine.reshape(-1)
-    place = torch.where(flat, torch.arange(len(flat), device=flat.device), flat.to(torch.int8).argmax())
-    return values.flatten(1, -2)[:, place].reshape(values.shape)
-
-
 def _only_fine(v: Tensor, fine: Tensor) -> Tensor:
     """Cotangents: a problem that was given up has no gradients but NaN."""
     lead = 1 if v.ndim > fine.ndim + 1 else 0
@@ -182,7 +129,7 @@ class _Solved(torch.autograd.Function):
         at, (_, state_wanted, *wanted) = ctx.at, ctx.needs_input_grad
         seen = [v if v is None else _only_fine(v, at.fine) for v in cotangents]
         with substituted(at.problem.data, at.data):
-            models = _expand(at)
+            models = expand(at)
             n, g = at.wide.n - at.wide.q, at.solution[3].new_zeros(at.fine.shape) if seen[3] is None else seen[3]
             if at.shared and seen[3] is not None:
                 # p is stationary for the sum of all costs alone
@@ -190,95 +137,31 @@ class _Solved(torch.autograd.Function):
                 seen[2] = of_cost if seen[2] is None else seen[2] + of_cost
             change = _respond(at, models, seen[:3])
         x0 = g[..., None] * models.costates[0] - change.costates[0]
-        return None, x0[..., :n] if state_wanted else None, *_pull_back(at, models.costates, change, g, wanted)
-
-
-class _Models(NamedTuple):
-    """F and L of all steps in homogeneous coordinates, L with the Lagrangian's curvature and without linear part.
-
-    ``end (*lead, n, n)`` is Phi_zz. Held entries have neither effect nor cost: ``held (N, *lead, m)`` of the controls,
-    ``held_p (*lead, q)`` of p.
-    """
-
-    F: Tensor
-    L: Tensor
-    end: Tensor
-    costates: Tensor
-    held: Tensor
-    held_p: Tensor
+        return None, x0[..., :n] if state_wanted else None, *_pull_back(at, models, change, g, wanted)
 
 
 class _Change(NamedTuple):
-    """dz ``(N + 1, *lead, n)``, du ``(N, *lead, m)``, dc ``(N + 1, *lead, n)``."""
+    """dz ``(N + 1, *lead, n)``, du ``(N, *lead, m)``, dc ``(N + 1, *lead, n)``, and the multipliers' changes."""
 
     states: Tensor
     controls: Tensor
     costates: Tensor
+    along: Tensor
+    last: Tensor
 
 
-def _expand(at: Point) -> _Models:
-    """First derivatives along the path, the costates that follow from them, second derivatives of the Lagrangian."""
-    wide, n = at.wide, at.wide.n
-    nx = n - wide.q
-    slopes = torch.cat([derivatives(wide.outputs(g, k), w, nx + 1, hessian=False)[1] for _, g, k, w in at.points()])
-    F = slopes.new_zeros((*slopes.shape[:-2], 1 + n, 1 + n + wide.m))
-    F[..., 0, 0] = 1.0
-    F[..., 1 : 1 + nx, 1:] = slopes[..., :-1, :]
-    F[..., 1 + nx :, 1 + nx : 1 + n] = torch.eye(wide.q).to(F)
-    _, end_slope, end = derivatives(wide.phi, at.states[-1], 1, hessian=True)
-    costate, costates, pushes = end_slope[..., 0, :], [end_slope[..., 0, :]], []
-    for A, lw in zip(F[..., 1:, 1:].flip(0), slopes[..., -1, :].flip(0), strict=True):
-        slope = lw + (A.mT @ costate[..., None])[..., 0]
-        costate = slope[..., :n]
-        costates.append(costate)
-        pushes.append(slope[..., n:])
-    c = torch.stack(costates[::-1])
-    held, held_p = _held(at, torch.stack(pushes[::-1]), c[0, ..., nx:])
-    L = pad(torch.cat([_curvature(wide, *point, c) for point in at.points()]), (1, 0, 1, 0))
-    F[..., 1 + n :].masked_fill_(held[..., None, :], 0.0)
-    L.masked_fill_(pad(held, (1 + n, 0))[..., None, :] | pad(held, (1 + n, 0))[..., None], 0.0)
-    torch.diagonal(L, dim1=-2, dim2=-1)[..., 1 + n :] += held
-    return _Models(F, L, end[..., 0, :, :], c, held, held_p)
+def _respond(at: Point, models: Models, cotangents: Sequence[Tensor | None]) -> _Change:
+    """Solve the linear-quadratic problem for cotangents of states ``(N + 1, ..)``, controls and p.
 
-
-def _weights(c: Tensor, nx: int) -> Tensor:
-    """What the outputs (f, l) of a step count for: the costates at its end, and one."""
-    return pad(c[..., :nx], (0, 1), value=1.0)
-
-
-def _curvature(wide: Widened, steps: slice, group: Group, k: Index, w: Tensor, c: Tensor) -> Tensor:
-    """Second derivatives of h_k at some steps."""
-    weights, outputs = _weights(c[1:][steps], wide.n - wide.q), wide.outputs(group, k)
-    _, _, H = derivatives(lambda v: (outputs(v) * weights).sum(-1, keepdim=True), w, 1, hessian=True)
-    return 0.5 * (H + H.mT)[..., 0, :, :]
-
-
-def _held(at: Point, push: Tensor, push_p: Tensor) -> tuple[Tensor, Tensor]:
-    """Which controls and static controls are held at a bound by their gradients, or only fill up."""
-    wide = at.wide
-    sizes = torch.tensor(wide.control_sizes, device=push.device).reshape(-1, *(1,) * (push.ndim - 1))
-    held = torch.arange(wide.m, device=push.device).expand(push.shape) >= sizes
-    if wide.control_bounds is not None:
-        lower, upper = (s.reshape(s.shape[0], *(1,) * at.fine.ndim, wide.m) for s in wide.control_bounds)
-        held = held | _pushed((lower, upper), at.controls, push)
-    if at.shared:
-        push_p = push_p.sum(tuple(range(push_p.ndim - 1))).expand(push_p.shape)
-    bounds = wide.parameter_bounds
-    return held, torch.zeros_like(push_p, dtype=torch.bool) if bounds is None else _pushed(bounds, at.p, push_p)
-
-
-def _pushed(bounds: Bounds, value: Tensor, push: Tensor) -> Tensor:
-    """Whether the gradient is larger than the distance to the bound it pushes against: interior points never touch."""
-    moved = value - push
-    return ((moved <= bounds[0]) & (push > 0)) | ((moved >= bounds[1]) & (push < 0))
-
-
-def _respond(at: Point, models: _Models, cotangents: Sequence[Tensor | None]) -> _Change:
-    """Solve the linear-quadratic problem for cotangents of states ``(N + 1, ..)``, controls and p."""
+    Constraints that hold are a penalty, whose multipliers are mended until they hold to rounding.
+    """
     wide, n = at.wide, at.wide.n
     vx, vu, vp = cotangents
+    along, end_rows = _unit(models.along), _unit(models.last)
+    mended, end_mended = torch.zeros_like(along.multipliers), torch.zeros_like(end_rows.multipliers)
     if vx is None and vu is None and vp is None:
-        return _Change(*(torch.zeros_like(v) for v in (at.states, at.controls, at.states)))
+        still, no_change = torch.zeros_like(at.states), torch.zeros_like(at.controls)
+        return _Change(still, no_change, still, mended, end_mended)
     v = torch.cat([torch.zeros_like(at.states[:-1]), torch.zeros_like(at.controls)], dim=-1)
     v_end = torch.zeros_like(at.states[-1])
     if vx is not None:
@@ -289,9 +172,46 @@ def _respond(at: Point, models: _Models, cotangents: Sequence[Tensor | None]) ->
     if vu is not None:
         v[..., n:] += vu.masked_fill(models.held, 0.0)
     L, end = models.L.clone(), pad(models.end, (1, 0, 1, 0))
-    L[..., 0, 1:] = L[..., 1:, 0] = -v
-    end[..., 0, 1:] = end[..., 1:, 0] = -v_end
-    nothing = L.new_zeros(*L.shape[1:-2], wide.m, wide.m)
+    weight = _PENALTY * torch.maximum(L.abs().amax((0, -1, -2)), end.abs().amax((-1, -2)))[..., None]
+    C, E, scale = along.jacobian, end_rows.jacobian, torch.zeros_like(end[..., 0, 0])
+    L[..., 1:, 1:] += weight[..., None] * (C.mT @ C)
+    end[..., 1:, 1:] += weight[..., None] * (E.mT @ E)
+    for _ in range(_MENDINGS if at.end_rows else 1):
+        L[..., 0, 1:] = L[..., 1:, 0] = times(C.mT, mended) - v
+        end[..., 0, 1:] = end[..., 1:, 0] = times(E.mT, end_mended) - v_end
+        change = _respond_freely(at, models, L, end)
+        both = torch.cat([change.states[:-1], change.controls], dim=-1)
+        missed, end_missed = times(C, both), times(E, change.states[-1])
+        mended, end_mended = mended + weight * missed, end_mended + weight * end_missed
+        # where constraints leave no freedom at all, nothing responds: then the first, soft response is the measure
+        scale = torch.maximum(scale, both.abs().amax((0, -1)))
+        most = torch.maximum(pad(missed, (0, 1)).abs().amax((0, -1)), pad(end_missed, (0, 1)).abs().amax(-1))
+        # written so that a NaN ends the loop
+        if not bool((most > _MENDED * scale).any()):
+            break
+    else:
+        warnings.warn(
+            "the active constraints at the solution depend on each other: gradients of it are not exact; leave out "
+            "constraints that follow from others",
+            stacklevel=2,
+        )
+    return change._replace(along=mended / _sizes(models.along), last=end_mended / _sizes(models.last))
+
+
+def _sizes(rows: Rows) -> Tensor:
+    """The norm of each row; one where it is zero."""
+    size = rows.jacobian.norm(dim=-1)
+    return torch.where(size > 0, size, 1.0)
+
+
+def _unit(rows: Rows) -> Rows:
+    """Rows of length one."""
+    return rows._replace(jacobian=rows.jacobian / _sizes(rows)[..., None])
+
+
+def _respond_freely(at: Point, models: Models, L: Tensor, end: Tensor) -> _Change:
+    """Solve it without constraints."""
+    nothing = L.new_zeros(*L.shape[1:-2], at.wide.m, at.wide.m)
     steps = [BellmanStep(F, Lk, None, None, nothing) for F, Lk in zip(models.F, L, strict=True)]
     value, gains = sweep(bellman_step, steps, CostToGo(end, end[..., 0, :], torch.ones_like(at.fine)))
     dp, fine = _respond_in_p(at, models, value)
@@ -299,7 +219,7 @@ def _respond(at: Point, models: _Models, cotangents: Sequence[Tensor | None]) ->
     return _walk(models, L, end, dp, [gain.K for gain in gains])
 
 
-def _respond_in_p(at: Point, models: _Models, value: CostToGo) -> tuple[Tensor, Tensor]:
+def _respond_in_p(at: Point, models: Models, value: CostToGo) -> tuple[Tensor, Tensor]:
     """The step of the static controls that are not held."""
     q = at.wide.q
     H, Hs = value.V[..., 1:, 1:][..., at.wide.n - q :, at.wide.n - q :], value.V[..., 1:, :1][..., at.wide.n - q :, :]
@@ -323,30 +243,28 @@ def _warn_of_saddle(fine: Tensor) -> None:
         )
 
 
-def _walk(models: _Models, L: Tensor, end: Tensor, dp: Tensor, gains: Sequence[Tensor]) -> _Change:
+def _walk(models: Models, L: Tensor, end: Tensor, dp: Tensor, gains: Sequence[Tensor]) -> _Change:
     """Walk the response forwards, and its costates back."""
     lead, rest = dp.shape[:-1], end.shape[-1] - 1 - dp.shape[-1]
     s = torch.cat([dp.new_ones((*lead, 1)), dp.new_zeros((*lead, rest)), dp], dim=-1)
     rows, responses = [s], []
     for F, K in zip(models.F, gains, strict=True):
-        responses.append(torch.cat([s, _times(K, s)], dim=-1))
-        s = _times(F, responses[-1])
+        responses.append(torch.cat([s, times(K, s)], dim=-1))
+        s = times(F, responses[-1])
         rows.append(s)
-    dc = _times(end, s)[..., 1:]
+    dc = times(end, s)[..., 1:]
     costates = [dc]
     for F, Lk, response in zip(models.F.flip(0), L.flip(0), responses[::-1], strict=True):
-        dc = (_times(Lk, response)[..., 1:] + _times(F[..., 1:, 1:].mT, dc))[..., : s.shape[-1] - 1]
+        dc = (times(Lk, response)[..., 1:] + times(F[..., 1:, 1:].mT, dc))[..., : s.shape[-1] - 1]
         costates.append(dc)
     states, both = torch.stack(rows)[..., 1:], torch.stack(responses)
-    return _Change(states, both[..., s.shape[-1] :], torch.stack(costates[::-1]))
-
-
-def _times(matrix: Tensor, vector: Tensor) -> Tensor:
-    return (matrix @ vector[..., None])[..., 0]
+    zero = torch.zeros_like
+    changes = states, both[..., s.shape[-1] :], torch.stack(costates[::-1])
+    return _Change(*changes, zero(models.along.multipliers), zero(models.last.multipliers))
 
 
 def _pull_back(
-    at: Point, costates: Tensor, change: _Change, g: Tensor, wanted: Sequence[bool]
+    at: Point, models: Models, change: _Change, g: Tensor, wanted: Sequence[bool]
 ) -> Sequence[Tensor | None]:
     """The gradient of g L - dy . L_y - dc . L_c in the data."""
     leaves = [tensor.clone().requires_grad_() for tensor in at.data]
@@ -354,7 +272,7 @@ def _pull_back(
     found = [torch.zeros_like(leaf) for leaf in asked]
     if not asked:
         return [None] * len(leaves)
-    wide, nx = at.wide, at.wide.n - at.wide.q
+    nx = at.wide.n - at.wide.q
 
     def add(function: Callable[[Tensor], Tensor], w: Tensor, dw: Tensor, weights: Tensor, dc: Tensor) -> None:
         point = w.detach().requires_grad_()
@@ -368,9 +286,8 @@ def _pull_back(
 
     for steps, group, k, w in at.points():
         dw = torch.cat([change.states[:-1][steps], change.controls[steps]], dim=-1)
-        dc = pad(change.costates[1:][steps][..., :nx], (0, 1))
-        add(wide.outputs(group, k), w, dw, _weights(costates[1:][steps], nx), dc)
-    one = torch.ones_like(g)[..., None]
-    add(wide.phi, at.states[-1], change.states[-1], one, torch.zeros_like(one))
+        dc = torch.cat([change.costates[1:][steps][..., :nx], change.along[steps]], dim=-1)
+        add(at.outputs(group, k), w, dw, models.weights[steps], pad(dc, (0, 1)))
+    add(at.end, at.states[-1], change.states[-1], models.end_weights, pad(change.last, (0, 1)))
     parts = iter(found)
     return [next(parts) if want else None for want in wanted]

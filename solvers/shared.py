@@ -16,6 +16,7 @@ from torch import Tensor
 from ocnopt.checks import Bounds, no_constraints
 from ocnopt.differential.sweep import CostToGo, Direction, minimise_start, sweep_path
 from ocnopt.errors import ProblemError
+from ocnopt.integrate.tableaus import IMPLICIT
 from ocnopt.linearise import expand_path, expand_terminal
 from ocnopt.paths import Path, Widened
 from ocnopt.solvers.audit import audit
@@ -65,6 +66,11 @@ class Shared:
                 )
             kernel = SharedKernel(Widened(problem))
             return PreparedShared(PreparedDDP(self.solver, kernel, 0.0))
+        if problem.tableau is not None and problem.tableau.name in IMPLICIT:
+            raise ProblemError(
+                f"shared_parameters=True came with the implicit integrator {problem.tableau.name!r}; expected an "
+                "explicit one for this solver, or solver 'ddp'"
+            )
         prepare_it = getattr(self.solver, "prepare", None)
         return PreparedShared(self.solver if prepare_it is None else prepare_it(joint, start))
 
@@ -148,6 +154,7 @@ def join_experiments(problem: StagedOCP) -> StagedOCP:
         terminal_constraint=problem.terminal_constraint
         and (lambda x, p: together(problem.end_error(apart(x), each(p)))),
         step_data=None if problem.step_data is None else problem.step_data.flatten(1),
+        tableau=None,
         state_sizes=tuple(count * size for size in problem.state_sizes),
     )
 

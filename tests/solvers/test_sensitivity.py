@@ -8,6 +8,7 @@ import torch
 from ocnopt.errors import ProblemError
 from ocnopt.ocp import OCP, FreeHorizon
 from ocnopt.paths import rollout
+from ocnopt.solvers.ddp import DDP
 from ocnopt.solvers.solve import prepare, solve
 from ocnopt.staged import Stage, StagedOCP
 
@@ -259,15 +260,81 @@ def test_gradients_that_nobody_asks_for_are_refused():
         solve(pendulum(numbers([1.3, 0.8, 1.1]), [1.0, 0.0]), steps=5, differentiable=True)
 
 
-@pytest.mark.parametrize(
-    ("changes", "options", "message"),
-    [
-        ({}, {"method": "collocation"}, "solves another problem than the discrete"),
-        ({"terminal_constraint": lambda t, x, p: x}, {}, "terminal_constraint, of which no gradients"),
-        ({"path_constraint": lambda t, x, u, p: x - 5}, {}, "path_constraint, of which no gradients"),
-    ],
-)
-def test_what_has_no_gradients_is_refused(changes, options, message):
+def test_collocation_has_no_gradients():
     data = numbers([1.3, 0.8, 1.1]).requires_grad_()
-    with pytest.raises(ProblemError, match=message):
-        solve(pendulum(data, [1.0, 0.0], **changes), "casadi", steps=5, differentiable=True, **options)
+    with pytest.raises(ProblemError, match="solves another problem than the discrete"):
+        solve(pendulum(data, [1.0, 0.0]), "casadi", steps=5, differentiable=True, method="collocation")
+
+
+def test_an_answer_that_misses_the_dynamics_has_no_gradients():
+    data = numbers([1.3, 0.8, 1.1]).requires_grad_()
+    problem = pendulum(data, [1.0, 0.0])
+    solver = DDP(kernel="torch")
+
+    class Own:
+        def solve(self, problem, guess, *, progress=False):
+            result = solver.solve(problem, guess)
+            return result._replace(states=result.states * 1.01)
+
+    with pytest.raises(ProblemError, match="misses the discrete dynamics by"):
+        solve(problem, Own(), steps=5, differentiable=True)
+
+
+CONSTRAINTS = {
+    "end": {"terminal_constraint": lambda data: lambda t, x, p: x[..., :1] - 0.2 * data[..., :1]},
+    "path": {
+        "path_constraint": lambda data: (
+            lambda t, x, u, p: torch.stack([-0.9 - x[..., 1], u[..., 0] - 0.5 * data[..., 1]], dim=-1)
+        )
+    },
+}
+CONSTRAINTS["both, free T"] = CONSTRAINTS["end"] | CONSTRAINTS["path"]
+
+
+@pytest.mark.parametrize("case", CONSTRAINTS)
+def test_active_constraints_stay_active(case):
+    start, data = numbers([1.0, -0.5]), numbers([1.3, 0.8, 1.1])
+    changes = {name: make(data) for name, make in CONSTRAINTS[case].items()}
+    horizon = FreeHorizon(1.0, 0.2, 3.0) if "free" in case else 1.0
+    problem = pendulum(data, start, horizon=horizon, **changes)
+    prepared = prepare(problem, "casadi", steps=STEPS, tolerance=1e-11)
+    solution, found, wanted = gradients(prepared, start, data, random_loss)
+    if "path" in changes:
+        assert int((solution.controls > 0.4 - 1e-7).sum()) > 2
+    assert_close(found, wanted)
+
+
+def test_a_batch_with_constraints():
+    start, data = numbers([[1.0, -0.5], [0.3, 0.8]]), numbers([1.3, 0.8, 1.1])
+    changes = {name: make(data) for name, make in CONSTRAINTS["both, free T"].items()}
+    data.requires_grad_()
+    options = {"steps": STEPS, "differentiable": True}
+    together = solve(pendulum(data, start, **changes), "casadi", **options)
+    (found,) = torch.autograd.grad(together.states.square().sum(), data)
+    alone = [solve(pendulum(data, x, **changes), "casadi", **options).states.square().sum() for x in start]
+    (wanted,) = torch.autograd.grad(sum(alone), data)
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-8)
+
+
+def test_the_last_node_takes_no_constraint_of_states_and_controls():
+    data = numbers([0.5]).requires_grad_()
+    problem = OCP(
+        lambda t, x, u: u,
+        lambda t, x, u: ((x - 1) ** 2).sum(-1),
+        lambda t, x: 10 * ((x - 1) ** 2).sum(-1),
+        path_constraint=lambda t, x, u: x + 0.1 * u - data,
+        initial_state=[0.0],
+        control_dim=1,
+        horizon=1.0,
+        data=(data,),
+    )
+    solution = solve(problem, "casadi", steps=4, differentiable=True)
+    with pytest.raises(ProblemError, match="states and controls together at the last node"):
+        torch.autograd.grad(solution.states.sum(), data)
+
+
+def test_an_implicit_integrator():
+    start, data = numbers([1.0, -0.5]), numbers([1.3, 0.8, 1.1])
+    prepared = prepare(pendulum(data, start), steps=3, integrator="radau2", tolerance=1e-9)
+    _, found, wanted = gradients(prepared, start, data, random_loss)
+    assert_close(found, wanted)
