@@ -21,6 +21,7 @@ from ocnopt.linearise import expand_path, expand_terminal
 from ocnopt.paths import Path, Widened
 from ocnopt.solvers.audit import audit
 from ocnopt.solvers.ddp import DDP, PreparedDDP
+from ocnopt.solvers.kernels import Merit
 from ocnopt.solvers.search import TorchKernel
 from ocnopt.solvers.solution import Guess, Result
 from ocnopt.staged import Index, Series, Stage, StagedOCP
@@ -220,15 +221,15 @@ class SharedKernel:
         self.inner, self._expanded = TorchKernel(wide), _NOTHING
 
     def refresh(self, problem: Any) -> None:
-        """See :class:`ocnopt.solvers.search.Kernel`."""
+        """See :class:`ocnopt.solvers.kernels.Kernel`."""
         self.inner, self._expanded = TorchKernel(Widened(problem)), _NOTHING
 
     def evaluate(self, states: Tensor, controls: Tensor, rows: Tensor | None = None) -> Path:
-        """See :class:`ocnopt.solvers.search.Kernel`."""
+        """See :class:`ocnopt.solvers.kernels.Kernel`."""
         return self._outside(self.inner.evaluate(self._each(states), self._own(controls)))
 
     def direction(self, path: Path, mu: Tensor, *, exact: bool) -> Direction:
-        """See :class:`ocnopt.solvers.search.Kernel`."""
+        """See :class:`ocnopt.solvers.kernels.Kernel`."""
         wide, own = self.inner.wide, self._inside(path)
         states, was_exact, *models = self._expanded
         if states is not path.states or (exact and not was_exact):
@@ -247,15 +248,21 @@ class SharedKernel:
         )
 
     def roll_out(self, path: Path, direction: Direction, alphas: Tensor) -> Path:
-        """See :class:`ocnopt.solvers.search.Kernel`."""
+        """See :class:`ocnopt.solvers.kernels.Kernel`."""
         own, wide, k = self._inside(path), self.inner.wide, self._own(direction.k)
         # the first path is rolled out without gains
         K = direction.K if direction.K.ndim > k.ndim else k.new_zeros(()).expand(*k.shape, wide.n)
         law = direction._replace(k=k, K=K, dp=direction.dp.expand(*own.cost.shape, wide.q))
         return self._outside(self.inner.roll_out(own, law, alphas))
 
+    def search(
+        self, path: Path, direction: Direction, merit: Merit, active: Tensor, alphas: Sequence[float]
+    ) -> tuple[Path, Tensor] | None:
+        """See :class:`ocnopt.solvers.kernels.Kernel`."""
+        return None
+
     def ladder(self, lanes: int, alphas: Sequence[float]) -> Sequence[Sequence[float]]:
-        """See :class:`ocnopt.solvers.search.Kernel`."""
+        """See :class:`ocnopt.solvers.kernels.Kernel`."""
         return self.inner.ladder(math.prod(self._batch), alphas)
 
     @property
