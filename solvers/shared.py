@@ -161,7 +161,10 @@ def join_experiments(problem: StagedOCP) -> StagedOCP:
 
 
 def _repeated(bounds: Bounds | None, count: int) -> Bounds | None:
-    return None if bounds is None else (bounds[0].repeat(count), bounds[1].repeat(count))
+    if bounds is None:
+        return None
+    lower, upper = (side.repeat(*(1,) * (side.ndim - 1), count) for side in bounds)
+    return lower, upper
 
 
 def join_guess(problem: StagedOCP, guess: Guess) -> Guess:
