@@ -57,6 +57,11 @@ def float_tensor(name: str, value: Any, dtype: torch.dtype, device: torch.device
     return tensor
 
 
+def traced(value: Any, dtype: torch.dtype) -> Tensor | None:
+    """The numbers with their graph, where they have one."""
+    return value.to(dtype) if isinstance(value, Tensor) and value.requires_grad else None
+
+
 def numbers(name: str, value: Any, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
     """Read numbers, NaN and infinity among them, as a float tensor; a tensor keeps its graph.
 

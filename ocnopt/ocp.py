@@ -140,6 +140,8 @@ class OCP:
     data: tuple[Tensor, ...]
     initial_guess: Any
     dtype: torch.dtype
+    traced_state: Tensor | None = field(init=False)
+    """The initial state with its graph, where it came with one."""
     parameters_broadcast: bool = field(init=False)
     """Whether the functions accept p with leading axes, as a batched ``solve`` needs."""
 
@@ -170,6 +172,7 @@ class OCP:
         x0, p = checks.start(initial_state, parameters, dtype)
         control_dim = checks.whole("control_dim", control_dim, 0)
         put(self, "initial_state", x0)
+        put(self, "traced_state", checks.traced(initial_state, dtype))
         put(self, "control_dim", control_dim)
         put(self, "horizon", read_horizon(horizon))
         put(self, "parameters", p)

@@ -101,6 +101,8 @@ class StagedOCP:
     initial_guess: Any
     dtype: torch.dtype
     origin: Lifted | None
+    traced_state: Tensor | None = field(init=False)
+    """The initial state with its graph, where it came with one."""
     step_data: Tensor | None = field(init=False, default=None)
     """What each step and the end are given besides, ``(N + 1, *batch, s)``: see :meth:`altered`."""
     tableau: Tableau | None = field(init=False, default=None)
@@ -132,6 +134,7 @@ class StagedOCP:
         put(self, "groups", groups)
         put(self, "terminal_cost", terminal_cost)
         put(self, "initial_state", x0)
+        put(self, "traced_state", checks.traced(initial_state, dtype))
         put(self, "parameters", p)
         put(self, "control_bounds", _control_bounds(groups, control_bounds, dtype, x0.device))
         n, q = self.state_dim, self.parameter_dim
@@ -351,7 +354,7 @@ def transcribe(problem: OCP, steps: int, integrator: str = "rk4") -> StagedOCP:
     staged = StagedOCP(
         Stage(None, None, problem.control_dim, joint),
         problem.terminal_cost and _arity(lifted.terminal_cost, has_parameters),
-        initial_state=problem.initial_state,
+        initial_state=problem.initial_state if problem.traced_state is None else problem.traced_state,
         steps=steps,
         parameters=lifted.parameters if has_parameters else None,
         control_bounds=_bounds_of_steps(problem, lifted, steps),

@@ -134,7 +134,7 @@ def roll_controls(kernel: Kernel, first: Tensor, controls: Tensor, q: int, rows:
     """The path of given controls, for those rows of the batch."""
     lead = first.shape[:-1]
     k, nothing = torch.zeros_like(controls), first.new_zeros(lead)
-    K = controls.new_zeros((*controls.shape, first.shape[-1]))
+    K = controls.new_zeros(()).expand(*controls.shape, first.shape[-1])
     states = first.expand(len(controls) + 1, *first.shape)
     still = Direction(k, K, states, first.new_zeros((*lead, q)), nothing, nothing, nothing == 0)
     trial = kernel.roll_out(Path(states, controls, nothing, None, rows), still, first.new_zeros(1))
