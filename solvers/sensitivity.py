@@ -59,6 +59,11 @@ def refuse_gradients(problem: StagedOCP, solver: Any) -> None:
             "differentiable=True came with method='collocation', whose answer solves another problem than the discrete "
             "one that is differentiated; expected 'multiple_shooting', or solver 'ddp'"
         )
+    if problem.state_bounds is not None:
+        raise ProblemError(
+            "differentiable=True came with state_bounds, whose active ones the gradients do not hold; expected them "
+            "among path_constraint: torch.cat([lower - x, x - upper], dim=-1)"
+        )
 
 
 def with_gradients(problem: StagedOCP, result: Result, *, shared: bool = False) -> Result:

@@ -109,6 +109,11 @@ def _check(problem: StagedOCP) -> None:
         raise ProblemError(
             "shared_parameters=True came with sizes that vary by stage; expected one state and one control size"
         )
+    if problem.state_bounds is not None:
+        raise ProblemError(
+            "shared_parameters=True came with state_bounds, which would not reach each experiment; expected them among "
+            "path_constraint: torch.cat([lower - x, x - upper], dim=-1)"
+        )
 
 
 def join_experiments(problem: StagedOCP) -> StagedOCP:

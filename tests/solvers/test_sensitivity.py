@@ -260,6 +260,24 @@ def test_gradients_that_nobody_asks_for_are_refused():
         solve(pendulum(numbers([1.3, 0.8, 1.1]), [1.0, 0.0]), steps=5, differentiable=True)
 
 
+def test_bounds_on_states_are_sent_to_the_path_constraint():
+    data = numbers([1.3, 0.8, 1.1]).requires_grad_()
+    with pytest.raises(ProblemError, match="state_bounds, whose active ones the gradients do not hold"):
+        solve(pendulum(data, [1.0, 0.0], state_bounds=(-9.0, 9.0)), steps=5, differentiable=True)
+
+
+def test_the_gradient_of_an_augmented_lagrangian_is_that_of_ipopts_answer():
+    gradients = []
+    for solver, options in (("ddp", {"kernel": "torch"}), ("casadi", {})):
+        data = numbers([1.3, 0.8, 1.1]).requires_grad_()
+        target = numbers([0.3, 0.0])
+        problem = pendulum(data, [1.0, 0.0], terminal_constraint=lambda t, x, p: x - target)
+        solution = solve(problem, solver, steps=8, differentiable=True, **options)
+        (solution.cost + solution.controls.square().sum()).backward()
+        gradients.append(data.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-6)
+
+
 def test_collocation_has_no_gradients():
     data = numbers([1.3, 0.8, 1.1]).requires_grad_()
     with pytest.raises(ProblemError, match="solves another problem than the discrete"):
