@@ -267,10 +267,9 @@ def test_bounds_on_states_are_sent_to_the_path_constraint():
 
 
 def test_the_gradient_of_an_augmented_lagrangian_is_that_of_ipopts_answer():
-    gradients = []
+    gradients, target = [], numbers([0.3, 0.0])
     for solver, options in (("ddp", {"kernel": "torch"}), ("casadi", {})):
         data = numbers([1.3, 0.8, 1.1]).requires_grad_()
-        target = numbers([0.3, 0.0])
         problem = pendulum(data, [1.0, 0.0], terminal_constraint=lambda t, x, p: x - target)
         solution = solve(problem, solver, steps=8, differentiable=True, **options)
         (solution.cost + solution.controls.square().sum()).backward()
