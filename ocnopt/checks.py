@@ -57,6 +57,11 @@ def float_tensor(name: str, value: Any, dtype: torch.dtype, device: torch.device
     return tensor
 
 
+def traced(value: Any, dtype: torch.dtype) -> Tensor | None:
+    """The numbers with their graph, where they have one."""
+    return value.to(dtype) if isinstance(value, Tensor) and value.requires_grad else None
+
+
 def numbers(name: str, value: Any, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
     """Read numbers, NaN and infinity among them, as a float tensor; a tensor keeps its graph.
 
@@ -125,8 +130,12 @@ def callable_or_none(name: str, function: Any, *, required: bool = False) -> Non
         raise ProblemError(f"{name} is {type(function).__name__}; expected a function of plain torch code")
 
 
-def bounds(name: str, value: Any, size: int, dtype: torch.dtype, device: torch.device) -> Bounds | None:
+def bounds(
+    name: str, value: Any, size: int, dtype: torch.dtype, device: torch.device, *, table: bool = False
+) -> Bounds | None:
     """Read ``(lower, upper)``, scalars or vectors, as two tensors ``(size,)``; None stays None.
+
+    Where a ``table`` is allowed, either side may have a row for each step, and both then do: ``(N, size)``.
 
     Raises:
         ProblemError: not a pair, wrong size, NaN, or a lower bound above its upper bound.
@@ -143,23 +152,27 @@ def bounds(name: str, value: Any, size: int, dtype: torch.dtype, device: torch.d
         raise ProblemError(
             f"{name} is {value!r}; expected a pair (lower, upper) of scalars or of vectors of {size} numbers"
         )
-    lower, upper = (_bound(f"{name}[{i}]", side, size, dtype, device) for i, side in enumerate(value))
+    lower, upper = (_bound(f"{name}[{i}]", side, size, dtype, device, table) for i, side in enumerate(value))
+    if len({len(side) for side in (lower, upper) if side.ndim > 1}) > 1:
+        raise ProblemError(f"{name} have {len(lower)} and {len(upper)} rows; expected one for each step on both sides")
+    lower, upper = torch.broadcast_tensors(lower, upper)
     if bool((lower > upper).any()):
-        i = int((lower > upper).nonzero()[0])
+        at = tuple((lower > upper).nonzero()[0].tolist())
+        i = at[0] if len(at) == 1 else at
         raise ProblemError(
-            f"{name}: lower {lower[i].item()} exceeds upper {upper[i].item()} at entry {i}; expected lower <= upper"
+            f"{name}: lower {lower[at].item()} exceeds upper {upper[at].item()} at entry {i}; expected lower <= upper"
         )
     return lower, upper
 
 
-def _bound(name: str, value: Any, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _bound(name: str, value: Any, size: int, dtype: torch.dtype, device: torch.device, table: bool) -> Tensor:
     if value is None or (isinstance(value, list | tuple) and None in value):
         raise ProblemError(
             f"{name} is {value!r}; expected numbers: float('inf') or -float('inf') stands for a side without a bound"
         )
     try:
         side = torch.as_tensor(_real(value), dtype=dtype, device=device).detach()
-        side = side.expand(size).clone()
+        side = side.expand(*(side.shape[:-1] if table and side.ndim == 2 else ()), size).clone()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ProblemError(f"{name} is {value!r}; expected a number or a vector of {size} numbers") from error
     if bool(torch.isnan(side).any()):
@@ -313,21 +326,20 @@ def finite_path(steps: Sequence[Tensor], cost: Tensor, times: Tensor) -> None:
 
 
 def no_constraints(problem: Any, solver: str) -> None:
-    """Refuse terminal and path constraints for a solver without multipliers."""
-    for name in ("terminal_constraint", "path_constraint"):
+    """Refuse constraints and bounds on the states for a solver without multipliers."""
+    for name in ("terminal_constraint", "path_constraint", "state_bounds"):
         if getattr(problem, name) is not None:
             raise ProblemError(
-                f"the problem has a {name}; solver {solver!r} has no multipliers for it: use solver='casadi', or a "
-                "penalty in the cost"
+                f"the problem has {name}; solver {solver!r} has no multipliers for it: use solver='ddp' or 'casadi', "
+                "or a penalty in the cost"
             )
 
 
-def check_model(model: object) -> None:
+def check_model(model: object, call: str = "SNOpt(model, lr=0.01)") -> None:
     """Refuse what is not a module with something to train."""
     if not isinstance(model, nn.Module):
         raise ProblemError(
-            f"model is {type(model).__name__}; expected the nn.Module that is trained, not its parameters: "
-            "SNOpt(model, lr=0.01)"
+            f"model is {type(model).__name__}; expected the nn.Module that is trained, not its parameters: {call}"
         )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ProblemError("the model has no trainable parameter; expected one or more with requires_grad=True")

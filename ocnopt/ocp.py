@@ -101,7 +101,9 @@ class OCP:
         horizon: T, :class:`Horizon` or :class:`FreeHorizon`.
         parameters: the static control p ``(q,)``, an initial guess for ``solve``; with it every function takes p as
             its last argument.
-        control_bounds: ``(lower, upper)``, scalars or vectors ``(m,)``.
+        control_bounds: ``(lower, upper)``, scalars, vectors ``(m,)`` or ``(N, m)`` with a row for each step, or a
+            function of time that returns such a pair, asked where each step begins.
+        state_bounds: likewise ``(n,)``, at every node but the first, whose state is given.
         parameter_bounds: likewise, ``(q,)``.
         path_constraint: ``c(t, x, u[, p]) -> (..., c)``, <= 0 at every node.
         terminal_constraint: ``e(T, x[, p]) -> (..., e)``, == 0.
@@ -130,13 +132,16 @@ class OCP:
     control_dim: int
     horizon: Horizon | FreeHorizon
     parameters: Tensor | None
-    control_bounds: Bounds | None
+    control_bounds: Bounds | Function | None
+    state_bounds: Bounds | None
     parameter_bounds: Bounds | None
     path_constraint: Function | None
     terminal_constraint: Function | None
     data: tuple[Tensor, ...]
     initial_guess: Any
     dtype: torch.dtype
+    traced_state: Tensor | None = field(init=False)
+    """The initial state with its graph, where it came with one."""
     parameters_broadcast: bool = field(init=False)
     """Whether the functions accept p with leading axes, as a batched ``solve`` needs."""
 
@@ -151,6 +156,7 @@ class OCP:
         horizon: float | Horizon | FreeHorizon,
         parameters: Any = None,
         control_bounds: Any = None,
+        state_bounds: Any = None,
         parameter_bounds: Any = None,
         path_constraint: Function | None = None,
         terminal_constraint: Function | None = None,
@@ -166,11 +172,16 @@ class OCP:
         x0, p = checks.start(initial_state, parameters, dtype)
         control_dim = checks.whole("control_dim", control_dim, 0)
         put(self, "initial_state", x0)
+        put(self, "traced_state", checks.traced(initial_state, dtype))
         put(self, "control_dim", control_dim)
         put(self, "horizon", read_horizon(horizon))
         put(self, "parameters", p)
         q = self.parameter_dim
-        put(self, "control_bounds", checks.bounds("control_bounds", control_bounds, control_dim, dtype, x0.device))
+        limits: Any = control_bounds
+        if not callable(control_bounds):
+            limits = checks.bounds("control_bounds", control_bounds, control_dim, dtype, x0.device, table=True)
+        put(self, "control_bounds", limits)
+        put(self, "state_bounds", checks.bounds("state_bounds", state_bounds, x0.shape[-1], dtype, x0.device))
         put(self, "parameter_bounds", checks.bounds("parameter_bounds", parameter_bounds, q, dtype, x0.device))
         put(self, "data", checks.data_tensors(data, dtype, x0.device))
         put(self, "initial_guess", checks.start_guess(initial_guess))
@@ -184,6 +195,15 @@ class OCP:
     def state_dim(self) -> int:
         """n."""
         return self.initial_state.shape[-1]
+
+    def control_bounds_at(self, t: float, step: int = 0) -> Bounds | None:
+        """The bounds of the controls at a time, ``(m,)``; those of a step where they have a row for each."""
+        given, x0 = self.control_bounds, self.initial_state
+        if callable(given):
+            name = f"control_bounds(t = {t:.6g})"
+            pair = given(x0.new_tensor(t))
+            return checks.bounds(name, () if pair is None else pair, self.control_dim, self.dtype, x0.device)
+        return given if given is None or given[0].ndim == 1 else (given[0][step], given[1][step])
 
     @property
     def parameter_dim(self) -> int:

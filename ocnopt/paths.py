@@ -70,7 +70,7 @@ class Widened:
             for bounds, size in zip(given, self.control_sizes, strict=True)
         ]
         lower, upper = (
-            torch.stack([pad(side, (0, m - len(side))) for side in sides]) for sides in zip(*pairs, strict=True)
+            torch.stack([pad(side, (0, m - side.shape[-1])) for side in sides]) for sides in zip(*pairs, strict=True)
         )
         return lower, upper
 

@@ -311,7 +311,10 @@ def _rows(problem: Any, end: float) -> tuple[dict[str, Tensor], dict[str, Tensor
     """Arguments of two rows: the initial state, controls clipped to their bounds; a seeded point nearby, at the end."""
     x0 = problem.initial_state
     u0 = x0.new_zeros((*x0.shape[:-1], problem.control_dim))
-    u0, u1 = (checks.clipped(u, problem.control_bounds) for u in (u0, nearby(u0)))
+    start = problem.horizon.t0
+    u0, u1 = (
+        checks.clipped(u, problem.control_bounds_at(t, step)) for u, t, step in ((u0, start, 0), (nearby(u0), end, -1))
+    )
     near = {"t": x0.new_tensor(problem.horizon.t0), "x": x0, "u": u0}
     return near, {"t": x0.new_tensor(end), "x": nearby(x0), "u": u1}
 
@@ -354,8 +357,8 @@ def check_ends(problem: Any, x: Tensor) -> None:
         "terminal_cost": [{"x": x, **static}],
         "terminal_constraint": [{"x": x, **static}],
         "path_constraint": [
-            row(first, 0, problem.initial_state, problem.control_bounds[0]),
-            row(last, last.stop, x, problem.control_bounds[-1]),
+            row(first, 0, problem.initial_state, problem.step_bounds[0]),
+            row(last, last.stop, x, problem.step_bounds[-1]),
         ],
     }
     for name, arguments in rows.items():

@@ -68,7 +68,8 @@ class StagedOCP:
         steps: N, with one stage.
         parameters: the static control p ``(q,)``; with it every function takes p as its last argument, indexed
             ``p[..., i]``.
-        control_bounds: ``(lower, upper)``, scalars or vectors ``(m,)``.
+        control_bounds: ``(lower, upper)``, scalars, vectors ``(m,)`` or ``(N, m)`` with a row for each step.
+        state_bounds: likewise ``(n,)``, at the nodes 1..N; scalars where the size of the state varies.
         parameter_bounds: likewise, ``(q,)``.
         path_constraint: ``c(k, x, u[, p]) -> (..., c)``, <= 0 at the nodes 0..N-1, and at N with the last control.
         terminal_constraint: ``e(x[, p]) -> (..., e)``, == 0.
@@ -91,6 +92,8 @@ class StagedOCP:
     initial_state: Tensor
     parameters: Tensor | None
     control_bounds: tuple[checks.Bounds | None, ...]
+    """Of each group, ``(m,)`` or ``(steps, m)``."""
+    state_bounds: checks.Bounds | None
     parameter_bounds: checks.Bounds | None
     path_constraint: Function | None
     terminal_constraint: Function | None
@@ -98,6 +101,8 @@ class StagedOCP:
     initial_guess: Any
     dtype: torch.dtype
     origin: Lifted | None
+    traced_state: Tensor | None = field(init=False)
+    """The initial state with its graph, where it came with one."""
     step_data: Tensor | None = field(init=False, default=None)
     """What each step and the end are given besides, ``(N + 1, *batch, s)``: see :meth:`altered`."""
     tableau: Tableau | None = field(init=False, default=None)
@@ -114,6 +119,7 @@ class StagedOCP:
         steps: int | None = None,
         parameters: Any = None,
         control_bounds: Any = None,
+        state_bounds: Any = None,
         parameter_bounds: Any = None,
         path_constraint: Function | None = None,
         terminal_constraint: Function | None = None,
@@ -128,10 +134,9 @@ class StagedOCP:
         put(self, "groups", groups)
         put(self, "terminal_cost", terminal_cost)
         put(self, "initial_state", x0)
+        put(self, "traced_state", checks.traced(initial_state, dtype))
         put(self, "parameters", p)
-        dims = {group.stage.control_dim for group in groups}
-        bounds = {m: checks.bounds("control_bounds", control_bounds, m, dtype, x0.device) for m in dims}
-        put(self, "control_bounds", tuple(bounds[group.stage.control_dim] for group in groups))
+        put(self, "control_bounds", _control_bounds(groups, control_bounds, dtype, x0.device))
         n, q = self.state_dim, self.parameter_dim
         put(self, "parameter_bounds", checks.bounds("parameter_bounds", parameter_bounds, q, dtype, x0.device))
         put(self, "path_constraint", path_constraint)
@@ -146,6 +151,8 @@ class StagedOCP:
         if origin is None:
             with captured.must_be_read(self.data):
                 put(self, "state_sizes", staged_checks.check_stages(self))
+        given = state_bounds is not None
+        put(self, "state_bounds", staged_checks.state_bounds(self, state_bounds) if given else None)
 
     def altered(self, **changes: Any) -> "StagedOCP":
         """The same problem with some attributes replaced, unchecked: another initial state, other ``step_data``.
@@ -157,6 +164,12 @@ class StagedOCP:
         for name, value in changes.items():
             object.__setattr__(other, name, value)
         return other
+
+    @property
+    def constrained(self) -> bool:
+        """Whether anything but bounds on the controls and the parameters has to hold."""
+        given = (self.terminal_constraint, self.path_constraint, self.state_bounds)
+        return any(constraint is not None for constraint in given)
 
     @property
     def steps(self) -> int:
@@ -186,7 +199,11 @@ class StagedOCP:
     @property
     def step_bounds(self) -> list[checks.Bounds | None]:
         """The control bounds of each of the N steps."""
-        return [b for g, b in zip(self.groups, self.control_bounds, strict=True) for _ in range(g.start, g.stop)]
+        return [
+            bounds if bounds is None or bounds[0].ndim == 1 else (bounds[0][i], bounds[1][i])
+            for group, bounds in zip(self.groups, self.control_bounds, strict=True)
+            for i in range(group.stop - group.start)
+        ]
 
     def times(self, p: Tensor) -> Tensor:
         """Times of the nodes ``(..., N + 1)`` for p ``(..., q)``; step numbers where there is no continuous problem."""
@@ -255,6 +272,44 @@ def _groups(stages: Any, steps: Any) -> tuple[Group, ...]:
     return tuple(Group(stage, k, k + 1, single=True) for k, stage in enumerate(stages))
 
 
+def _control_bounds(
+    groups: Sequence[Group], value: Any, dtype: torch.dtype, device: torch.device
+) -> tuple[checks.Bounds | None, ...]:
+    """The bounds of each group; those for every step must be as many as these."""
+    read = {
+        m: checks.bounds("control_bounds", value, m, dtype, device, table=True)
+        for m in {group.stage.control_dim for group in groups}
+    }
+    found: list[checks.Bounds | None] = []
+    for group in groups:
+        bounds = read[group.stage.control_dim]
+        if bounds is not None and bounds[0].ndim > 1:
+            if len(bounds[0]) != groups[-1].stop:
+                raise ProblemError(
+                    f"control_bounds have {len(bounds[0])} rows for {groups[-1].stop} steps; expected one row for "
+                    "each, a vector for all, or a function of time"
+                )
+            place = group.start if group.single else slice(group.start, group.stop)
+            bounds = (bounds[0][place], bounds[1][place])
+        found.append(bounds)
+    return tuple(found)
+
+
+def _bounds_of_steps(problem: OCP, lifted: Lifted, steps: int) -> checks.Bounds | None:
+    """The control bounds, those that are a function of time at the beginning of each step."""
+    if not callable(problem.control_bounds):
+        return problem.control_bounds
+    if lifted.free:
+        raise ProblemError(
+            "control_bounds is a function of time, but the end time is free; expected a vector for all steps or (N, m) "
+            "with a row for each"
+        )
+    times = lifted.times(steps, lifted.parameters)[:-1].tolist()
+    pairs = [problem.control_bounds_at(t) for t in times]
+    lower, upper = (torch.stack([pair[i] for pair in pairs if pair is not None]) for i in (0, 1))
+    return lower, upper
+
+
 def transcribe(problem: OCP, steps: int, integrator: str = "rk4") -> StagedOCP:
     """Cut a continuous problem into N equal steps, each with one constant control.
 
@@ -299,10 +354,11 @@ def transcribe(problem: OCP, steps: int, integrator: str = "rk4") -> StagedOCP:
     staged = StagedOCP(
         Stage(None, None, problem.control_dim, joint),
         problem.terminal_cost and _arity(lifted.terminal_cost, has_parameters),
-        initial_state=problem.initial_state,
+        initial_state=problem.initial_state if problem.traced_state is None else problem.traced_state,
         steps=steps,
         parameters=lifted.parameters if has_parameters else None,
-        control_bounds=problem.control_bounds,
+        control_bounds=_bounds_of_steps(problem, lifted, steps),
+        state_bounds=problem.state_bounds,
         parameter_bounds=lifted.parameter_bounds,
         path_constraint=along and _arity(along, has_parameters),
         terminal_constraint=problem.terminal_constraint and _arity(lifted.terminal_constraint, has_parameters),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ocnopt import checks, problem_checks
+from ocnopt.errors import ProblemError
 
 
 def check_stages(problem: Any) -> tuple[int, ...]:
@@ -13,7 +14,8 @@ def check_stages(problem: Any) -> tuple[int, ...]:
     x, p = problem.initial_state, problem.start_parameters()
     static = {} if problem.parameters is None else {"p": p}
     sizes = [x.shape[-1]]
-    for group, bounds in zip(problem.groups, problem.control_bounds, strict=True):
+    for group in problem.groups:
+        bounds = problem.step_bounds[group.start]
         u = x.new_zeros((*problem.batch_shape, group.stage.control_dim))
         k: Any = group.start if group.single else torch.tensor(group.start, device=x.device)
         arguments = {"k": k, "x": x, "u": checks.clipped(u, bounds)}
@@ -42,3 +44,15 @@ def _check_function(problem: Any, name: str, function: Any, here: dict[str, Any]
     return problem_checks.check_function(
         name, function, rows, batch=problem.batch_shape, dtype=problem.dtype, size=size
     )
+
+
+def state_bounds(problem: Any, value: Any) -> checks.Bounds | None:
+    """Read bounds of the states, two tensors of the largest state's size."""
+    sizes = set(problem.state_sizes)
+    pair = checks.bounds("state_bounds", value, max(sizes), problem.dtype, problem.device)
+    if pair is not None and len(sizes) > 1 and any(bool((side != side[0]).any()) for side in pair):
+        raise ProblemError(
+            f"state_bounds are vectors, but the size of the state varies from {min(sizes)} to {max(sizes)}; expected a "
+            "pair of scalars: write other bounds as path_constraint="
+        )
+    return pair

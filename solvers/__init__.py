@@ -8,8 +8,10 @@ from ocnopt.solvers.compare import Row as Row
 from ocnopt.solvers.compare import compare as compare
 from ocnopt.solvers.ddp import DDP as DDP
 from ocnopt.solvers.direct.casadi_solver import CasADi as CasADi
+from ocnopt.solvers.indirect import Indirect as Indirect
 from ocnopt.solvers.mpc import MPC as MPC
 from ocnopt.solvers.mpc import ClosedLoop as ClosedLoop
+from ocnopt.solvers.shooting import Shooting as Shooting
 from ocnopt.solvers.solution import Gains as Gains
 from ocnopt.solvers.solution import Solution as Solution
 from ocnopt.solvers.solution import load_solution as load_solution

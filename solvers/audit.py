@@ -35,6 +35,8 @@ def audit(problem: StagedOCP, states: Sequence[Tensor], controls: Sequence[Tenso
     for group, start, stop in wide.stretches():
         excess.append(wide.path_excess(group, step_numbers(group, start, stop, Z), Z[start:stop], U[start:stop]))
     excess.append(wide.path_excess(last, step_number(last, wide.steps, Z), Z[-1], U[-1])[None])
+    if problem.state_bounds is not None:
+        excess.append(_outside(Z[1:, ..., : wide.n - wide.q], problem.state_bounds))
     excess.append(wide.end_error(Z[-1]).abs()[None])
     worst = torch.cat([part.movedim(0, -1).flatten(len(problem.batch_shape)) for part in excess], dim=-1)
     # what is not finite is no path at all

@@ -5,16 +5,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ocnopt.errors import OcnoptError, ProblemError
 from ocnopt.ocp import OCP
+from ocnopt.solvers.audit import audit
 from ocnopt.solvers.guess import read_guess
 from ocnopt.solvers.solution import Solution, nodes_of
 from ocnopt.solvers.solve import Solver, make_solution, make_solver, read_problem
 from ocnopt.staged import StagedOCP
 
 HEAD = ("solver", "cost", "T", "iterations", "time [s]", "build [s]", "max |dx|", "converged")
-_SAME = 1e-5
+# Costs that agree to this are the same; paths that agree to this share of their size too.
+_SAME, _NEAR = 1e-5, 0.05
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Comparison:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """One sentence for each solver that refused the problem or came to another cost."""
+        """One sentence for each solver that refused the problem or came to another minimum or cost."""
         return tuple(f"{row.solver}: {row.note}" for row in self.rows if row.note)
 
     def __str__(self) -> str:
@@ -77,7 +80,9 @@ def compare(
 
     Returns:
         Rows with cost, T, iterations, time and the largest state difference to the first solver. A solver that refuses
-        the problem has a row with the reason.
+        the problem has a row with the reason, one that converged to another minimum than the first a note: another
+        cost of the same discrete problem, or another path. "indirect" and collocation solve another discretisation, or
+        the continuous problem; there a cost that differs along nearly the same path is noted as that.
 
     Raises:
         ProblemError: no solvers, an unknown one, or no problem.
@@ -145,11 +150,15 @@ def _refused(name: str, refusal: OcnoptError) -> Row:
 
 
 def _other_minimum(solution: Solution, first: Solution, name: str) -> str:
-    """A sentence where both converged, but to different costs."""
+    """A sentence where both converged, but to different costs or paths."""
     gap, both = (solution.cost - first.cost).abs(), solution.converged & first.converged
     larger = torch.maximum(solution.cost.abs(), first.cost.abs())
+    far, apart = _paths_differ(solution, first), gap > _SAME * (1 + first.cost.abs())
+    # two answers to one discrete problem have no other discretisation between them
+    same_problem = _is_discrete(solution) & _is_discrete(first)
     reasons = {
-        "another local minimum, or another discretisation": gap > _SAME * (1 + first.cost.abs()),
+        "another local minimum": apart & (far | same_problem),
+        "the same minimum of another discretisation": apart & ~far & ~same_problem,
         "costs so near zero pass the absolute tolerances of IPOPT before the minimum; scale the cost up to compare": (
             (larger < _SAME) & (gap > _SAME * larger)
         ),
@@ -159,4 +168,30 @@ def _other_minimum(solution: Solution, first: Solution, name: str) -> str:
         if bool(other.any()):
             many = f" in {int(other.sum())} of {other.numel()} problems" if other.ndim else ""
             return f"cost differs from {name}'s by {float(gap[other].max()):.2g}{many}: {reason}"
-    return ""
+    mirrored = both & ~apart & far
+    if not bool(mirrored.any()):
+        return ""
+    many = f" in {int(mirrored.sum())} of {mirrored.numel()} problems" if mirrored.ndim else ""
+    return f"another minimum of the same cost as {name}'s{many}, such as a mirror image: the states differ"
+
+
+def _paths_differ(solution: Solution, first: Solution) -> Tensor:
+    """Where states are apart by more than a small share of their size, or by NaN ``(*batch)``."""
+    differ = torch.zeros_like(first.cost, dtype=torch.bool)
+    pairs = list(zip(nodes_of(solution.states), nodes_of(first.states), strict=True))
+    size = torch.stack([torch.maximum(a.abs().amax(-1), b.abs().amax(-1)) for a, b in pairs]).amax(0)
+    for a, b in pairs:
+        differ = differ | ~((a - b).abs().amax(-1) <= _NEAR * size + _SAME)
+    return differ
+
+
+def _is_discrete(solution: Solution) -> Tensor:
+    """Where the answer is one of the discrete problem itself: its states follow from its controls ``(*batch)``."""
+    problem = solution.problem
+    if problem is None or problem.origin is None:
+        return torch.ones_like(solution.cost, dtype=torch.bool)
+    p = solution.parameters
+    p = torch.cat([p, solution.horizon[..., None]], dim=-1) if problem.origin.free else p
+    with torch.no_grad():
+        found = audit(problem, nodes_of(solution.states), nodes_of(solution.controls), p)
+    return (found.gaps <= _SAME) & ((found.cost - solution.cost).abs() <= _SAME * (1 + solution.cost.abs()))

@@ -14,9 +14,6 @@ Source: Mayne 1966; Tassa, Mansard and Todorov, ICRA 2014 (bounds, regularisatio
 (gaps).
 """
 
-import math
-import signal
-import threading
 import time
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,18 +21,23 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ocnopt.checks import can_differentiate, finite_path, nearest, no_constraints, solver_options
+from ocnopt.checks import can_differentiate, finite_path, nearest, solver_options
 from ocnopt.differential.sweep import Direction
 from ocnopt.errors import ProblemError
 from ocnopt.paths import Path, Widened
+from ocnopt.solvers.augmented import first_augmented
+from ocnopt.solvers.endings import Stopwatch, sentence
+from ocnopt.solvers.kernels import Kernel
 from ocnopt.solvers.lowered.limits import fits
+from ocnopt.solvers.rounds import PreparedAugmented
 from ocnopt.solvers.search import (
     Curvature,
     Iterate,
-    Kernel,
     Outcome,
     Progress,
     TorchKernel,
+    alike,
+    begin,
     find_direction,
     joined,
     judge,
@@ -58,7 +60,8 @@ class History:
 
     def add(self, progress: Progress, cost: Tensor, step: Tensor, moving: Tensor) -> None:
         """Note one sweep of the problems that are moving."""
-        sweeps, row, *values = (v[moving] for v in (progress.sweeps, progress.row, cost, step, progress.mu))
+        told, whole = (progress.sweeps, progress.row, cost, step, progress.mu), bool(moving.all())
+        sweeps, row, *values = (v.reshape(-1) if whole else v[moving] for v in told)
         self._rows.append((sweeps, row, torch.stack(values)))
         if self._print:
             sweep, mean, size, mu = (
@@ -80,37 +83,6 @@ class History:
             name: v.unflatten(1, shape) if shape else v[:, 0]
             for name, v in zip(("cost", "step", "regularisation"), table, strict=True)
         }
-
-
-class Stopwatch:
-    """Says when a solve has to stop. Within it Ctrl-C is noted; pressed again it raises as ever."""
-
-    def __init__(self, limit: float | None) -> None:
-        self._end = math.inf if limit is None else time.perf_counter() + limit
-        self._pressed, self._before = False, signal.getsignal(signal.SIGINT)
-        main = threading.current_thread() is threading.main_thread()
-        self._listens = main and self._before is signal.default_int_handler
-
-    def __enter__(self) -> "Stopwatch":
-        if self._listens:
-            signal.signal(signal.SIGINT, self._press)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._listens:
-            signal.signal(signal.SIGINT, self._before)
-
-    def _press(self, number: int, frame: Any) -> None:
-        if self._pressed:
-            raise KeyboardInterrupt
-        self._pressed = True
-
-    @property
-    def reason(self) -> int | None:
-        """Why to stop now, an :class:`Outcome`; None to go on."""
-        if self._pressed:
-            return Outcome.INTERRUPTED
-        return Outcome.LATE if time.perf_counter() > self._end else None
 
 
 class Start:
@@ -155,14 +127,14 @@ class Start:
         outcome = torch.where(finite, Outcome.RUNNING, Outcome.NOT_FINITE)
         row = rows.to(count.device).reshape(count.shape)
         progress = Progress(row, zero + regularisation, zero, count, count, count, outcome)
-        return Iterate(*path, zero), progress
+        return begin(path), progress
 
 
 def roll_controls(kernel: Kernel, first: Tensor, controls: Tensor, q: int, rows: Tensor | None) -> Path:
     """The path of given controls, for those rows of the batch."""
     lead = first.shape[:-1]
     k, nothing = torch.zeros_like(controls), first.new_zeros(lead)
-    K = controls.new_zeros((*controls.shape, first.shape[-1]))
+    K = controls.new_zeros(()).expand(*controls.shape, first.shape[-1])
     states = first.expand(len(controls) + 1, *first.shape)
     still = Direction(k, K, states, first.new_zeros((*lead, q)), nothing, nothing, nothing == 0)
     trial = kernel.roll_out(Path(states, controls, nothing, None, rows), still, first.new_zeros(1))
@@ -171,7 +143,7 @@ def roll_controls(kernel: Kernel, first: Tensor, controls: Tensor, q: int, rows:
 
 @dataclass(frozen=True)
 class DDP:
-    """DDP with feedback gains, box bounds, infeasible start, static parameters, free T and batches.
+    """DDP with feedback gains, box bounds, constraints, infeasible start, static parameters, free T and batches.
 
     Attributes:
         curvature: "exact" keeps the second derivatives of the dynamics; "gauss_newton" (iLQR) drops them; "auto" is
@@ -185,6 +157,12 @@ class DDP:
         kernel: "torch" runs any function on any device; "lowered" runs expressions that CasADi makes of the functions,
             much faster for small problems; "auto" takes the lowered kernel where the problem is small and allows it.
             The status says which was used.
+        compile: whether the lowered kernel is compiled, where the machine has a C compiler: "auto", if it was compiled
+            before, or the batch is large, or the problem is prepared for many solves.
+        constraint_tolerance: how far terminal constraints, path constraints and state bounds may be broken.
+        max_outer: how often a constrained problem is solved with better multipliers (:mod:`ocnopt.solvers.rounds`);
+            ``max_iterations`` then counts the accepted steps of all these solves, and ``history`` shows one after the
+            other, with what the constraints add to the cost.
     """
 
     curvature: Curvature = "auto"
@@ -193,60 +171,75 @@ class DDP:
     regularisation: float = 0.0
     time_limit: float | None = None
     kernel: Literal["auto", "torch", "lowered"] = "auto"
+    compile: bool | Literal["auto"] = "auto"
+    constraint_tolerance: float = 1e-8
+    max_outer: int = 40
 
     def __post_init__(self) -> None:
-        for name, known in (("curvature", ("exact", "gauss_newton", "auto")), ("kernel", ("auto", "torch", "lowered"))):
+        choices: dict[str, tuple[Any, ...]] = {
+            "curvature": ("exact", "gauss_newton", "auto"),
+            "kernel": ("auto", "torch", "lowered"),
+            "compile": ("auto", True, False),
+        }
+        for name, known in choices.items():
             value = getattr(self, name)
             if value not in known:
-                hint = nearest(str(value), known)
-                raise ProblemError(f"{name} is {value!r}; expected one of {', '.join(known)}{hint}")
-        positive = ["tolerance"] if self.time_limit is None else ["tolerance", "time_limit"]
-        solver_options(self, at_least={"max_iterations": 1}, positive=positive, not_negative=["regularisation"])
+                words = [str(choice) for choice in known]
+                hint = nearest(str(value), words)
+                raise ProblemError(f"{name} is {value!r}; expected one of {', '.join(words)}{hint}")
+        positive = ["tolerance", "constraint_tolerance", *([] if self.time_limit is None else ["time_limit"])]
+        solver_options(
+            self, at_least={"max_iterations": 1, "max_outer": 1}, positive=positive, not_negative=["regularisation"]
+        )
 
     def solve(self, problem: StagedOCP, guess: Guess, *, progress: bool = False) -> Result:
         """Solve a discrete problem from a guess.
 
         Raises:
-            ProblemError: the problem has terminal or path constraints, which need multipliers, or cannot be lowered;
-                torch.inference_mode() is on.
+            ProblemError: the problem cannot be lowered, where ``kernel`` asks for it; torch.inference_mode() is on.
             NonFiniteError: the first path of a single problem is not finite.
         """
-        prepared = self.prepare(problem, guess)
+        prepared = self._build(problem, guess, self.compile)
         return prepared.search(problem, guess, progress=progress)._replace(build_time=prepared.build_time)
 
-    def prepare(self, problem: StagedOCP, guess: Guess) -> "PreparedDDP":
-        """Choose and build the kernel; the guess says near which controls lowered functions are compared with torch.
+    def prepare(self, problem: StagedOCP, guess: Guess) -> "PreparedDDP | PreparedAugmented":
+        """Choose, build and compile the kernel; lowered functions are compared with torch near the guess's controls.
 
         Raises:
             ProblemError: as for :meth:`solve`.
         """
+        return self._build(problem, guess, True if self.compile == "auto" else self.compile)
+
+    def _build(
+        self,
+        problem: StagedOCP,
+        guess: Guess,
+        compile: bool | Literal["auto"],  # noqa: A002
+    ) -> "PreparedDDP | PreparedAugmented":
         can_differentiate()
-        no_constraints(problem, "ddp")
         began = time.perf_counter()
         with torch.no_grad():
-            kernel = self.make_kernel(Widened(problem), guess)
-        return PreparedDDP(self, kernel, time.perf_counter() - began)
+            free = first_augmented(problem) if problem.constrained else problem
+            kernel = self.make_kernel(Widened(free), guess, compile)
+        prepared = PreparedDDP(self, kernel, time.perf_counter() - began)
+        return PreparedAugmented(prepared) if problem.constrained else prepared
 
-    def make_kernel(self, wide: Widened, guess: Guess) -> Kernel:
+    def make_kernel(self, wide: Widened, guess: Guess, compile: bool | Literal["auto"] = "auto") -> Kernel:  # noqa: A002
         """What the iterations run on."""
         if self.kernel == "lowered" or (self.kernel == "auto" and fits(wide.problem) is None):
             from ocnopt.solvers.lowered.kernel import LoweredKernel
 
             try:
-                return LoweredKernel(wide.problem, guess)
+                return LoweredKernel(wide.problem, guess, compile=compile)
             except ProblemError:
                 if self.kernel == "lowered":
                     raise
         return TorchKernel(wide)
 
-    def search(self, kernel: Kernel, start: Start, history: History) -> list[tuple[Iterate, Progress, Direction]]:
-        """Work on a window of problems until all have ended, the time is up, or Ctrl-C was pressed."""
-        with Stopwatch(self.time_limit) as stopwatch:
-            return self._search(kernel, start, history, stopwatch)
-
-    def _search(
+    def search(
         self, kernel: Kernel, start: Start, history: History, stopwatch: Stopwatch
     ) -> list[tuple[Iterate, Progress, Direction]]:
+        """Work on a window of problems until all have ended, the time is up, or Ctrl-C was pressed."""
         ended: list[tuple[Iterate, Progress, Direction]] = []
         iterate, progress = start.admit(self.regularisation, kernel.window)
         history.add(progress, iterate.cost, torch.zeros_like(iterate.cost), progress.row >= 0)
@@ -259,11 +252,13 @@ class DDP:
             running = progress.running
             done = running.numel() - int(running.sum())
             if done == running.numel() and not start.waiting:
-                return [*ended, (iterate, progress, undamped(kernel, iterate, progress, direction, self.curvature))]
+                direction = undamped(kernel, iterate, progress, direction, self.curvature)
+                return [*ended, (iterate._replace(gaps=None), progress, direction)]
             if start.split and 8 * done >= running.numel():
                 rows, left = running.nonzero()[:, 0], (~running).nonzero()[:, 0]
                 path, end = pick_rows(iterate, left), pick_rows(progress, left)
-                ended.append((path, end, undamped(kernel, path, end, pick_rows(direction, left), self.curvature)))
+                last = undamped(kernel, path, end, pick_rows(direction, left), self.curvature)
+                ended.append((path._replace(gaps=None), end, last))
                 iterate, progress, direction = (
                     pick_rows(iterate, rows),
                     pick_rows(progress, rows),
@@ -278,8 +273,8 @@ class DDP:
             if start.waiting and running.numel() < kernel.window:
                 new, begun = start.admit(self.regularisation, kernel.window - running.numel())
                 history.add(begun, new.cost, torch.zeros_like(new.cost), begun.row >= 0)
-                iterate, progress = joined(iterate, new), joined(progress, begun)
-            elif not start.split and iterate.gaps is not None and not bool(iterate.gaps.any()):
+                iterate, progress = joined(*alike(iterate, new)), joined(progress, begun)
+            elif iterate.gaps is not None and not bool(iterate.gap_size.any()):
                 iterate = iterate._replace(gaps=None)
 
 
@@ -303,11 +298,18 @@ class PreparedDDP:
 
     def search(self, problem: StagedOCP, guess: Guess, *, progress: bool = False) -> Result:
         """Solve the problem that the kernel was built or refreshed for."""
+        with Stopwatch(self.solver.time_limit) as stopwatch:
+            return self.run(problem, guess, stopwatch, progress=progress)[0]
+
+    def run(
+        self, problem: StagedOCP, guess: Guess, stopwatch: Stopwatch, *, progress: bool = False
+    ) -> tuple[Result, Tensor]:
+        """As :meth:`search`, and how it ended for each problem, an :class:`Outcome`."""
         began = time.perf_counter()
         with torch.no_grad():
             wide, history = Widened(problem), History(progress)
-            ended = self.solver.search(self.kernel, Start(wide, self.kernel, guess), history)
-        return _result(wide, ended, self.kernel, history, time.perf_counter() - began)
+            ended = self.solver.search(self.kernel, Start(wide, self.kernel, guess), history, stopwatch)
+            return _result(wide, ended, self.kernel, history, time.perf_counter() - began)
 
 
 def _result(
@@ -316,7 +318,7 @@ def _result(
     kernel: Kernel,
     history: History,
     wall_time: float,
-) -> Result:
+) -> tuple[Result, Tensor]:
     shape = wide.problem.batch_shape
     iterate, progress, direction = ended[0]
     if kernel.apart and shape:
@@ -324,7 +326,7 @@ def _result(
         together = [pick_rows(joined(*parts), order) for parts in zip(*ended, strict=True)]
         iterate, progress, direction = (unflattened(part, shape) for part in together)
     states, p = wide.split(iterate.states)
-    return Result(
+    result = Result(
         states=states,
         controls=wide.cut(iterate.controls, wide.control_sizes),
         parameters=p,
@@ -332,13 +334,14 @@ def _result(
         converged=progress.outcome == Outcome.CONVERGED,
         iterations=progress.iterations,
         status=_status(progress, iterate, kernel.name),
-        constraint_violation=iterate.gap_size(),
+        constraint_violation=iterate.gap_size,
         build_time=0.0,
         wall_time=wall_time,
         history=history.tables(iterate.cost.shape),
         costates=wide.split(direction.costates)[0],
         gains=(wide.cut(direction.k, wide.control_sizes), _cut_gains(wide, direction.K)),
     )
+    return result, progress.outcome
 
 
 def _cut_gains(wide: Widened, K: Tensor) -> Series:
@@ -351,33 +354,6 @@ def _cut_gains(wide: Widened, K: Tensor) -> Series:
 
 def _status(progress: Progress, iterate: Iterate, kernel: str) -> str | list[str]:
     """One sentence for each problem."""
-    flat = [v.reshape(-1).tolist() for v in (progress.outcome, progress.iterations, iterate.gap_size())]
-    sentences = [_sentence(kernel, *row) for row in zip(*flat, strict=True)]
+    flat = [v.reshape(-1).tolist() for v in (progress.outcome, progress.iterations, iterate.gap_size)]
+    sentences = [sentence(kernel, *row) for row in zip(*flat, strict=True)]
     return sentences if iterate.cost.ndim else sentences[0]
-
-
-def _sentence(kernel: str, outcome: int, iterations: int, gap: float) -> str:
-    steps = f"{iterations} step{'' if iterations == 1 else 's'}"
-    if outcome == Outcome.CONVERGED:
-        return f"converged after {steps} ({kernel} kernel)"
-    if outcome == Outcome.NOT_FINITE:
-        return "given up: the first path is not finite; pass another initial_guess"
-    reason, advice = {
-        Outcome.STUCK: (
-            "no step decreases the cost under the largest regularisation",
-            "look for a kink in the functions, or start elsewhere",
-        ),
-        Outcome.NOT_SMOOTH: (
-            "a derivative is NaN or infinite",
-            "look for a square root, a norm or a division at zero, also behind torch.where, or start elsewhere",
-        ),
-        Outcome.UNBOUNDED: (
-            "the cost falls without bound",
-            "bound the controls, or look for a cost that is not bounded below",
-        ),
-        Outcome.LIMIT: ("the iteration limit was reached", "raise max_iterations, or start from this solution"),
-        Outcome.LATE: ("the time limit was reached", "raise time_limit, or start from this solution"),
-        Outcome.INTERRUPTED: ("Ctrl-C was pressed", "start from this solution to go on"),
-    }[outcome]
-    gaps = f"; gaps up to {gap:.1e} are still open" if gap > 0 else ""
-    return f"stopped after {steps}: {reason}{gaps}; {advice} ({kernel} kernel)"

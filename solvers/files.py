@@ -38,7 +38,11 @@ def fingerprint(
     """What the problem gives on a path: another problem gives other numbers."""
     with torch.no_grad():
         numbers = audit(problem, states, controls, p)
-    bounds = [side for pair in (*problem.control_bounds, problem.parameter_bounds) for side in pair or ()]
+    bounds = [
+        side
+        for pair in (*problem.control_bounds, problem.parameter_bounds)
+        for side in (v.reshape(-1) for v in pair or ())
+    ]
     return {
         "initial state": problem.initial_state,
         "times": problem.times(p),

@@ -49,9 +49,9 @@ def _read(problem: StagedOCP, given: Any) -> tuple[Guess, bool]:
 def default_guess(problem: StagedOCP) -> Guess:
     """Zero controls clipped to the bounds, and the problem's parameters."""
     controls = []
-    for group, bounds in zip(problem.groups, problem.control_bounds, strict=True):
+    for group in problem.groups:
         u = problem.initial_state.new_zeros((*problem.batch_shape, group.stage.control_dim))
-        controls += [clipped(u, bounds)] * (group.stop - group.start)
+        controls += [clipped(u, bounds) for bounds in problem.step_bounds[group.start : group.stop]]
     return Guess(controls, problem.start_parameters())
 
 

@@ -8,8 +8,9 @@ Source: Tassa, Mansard and Todorov, ICRA 2014 (regularisation schedule); Nocedal
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from ocnopt.captured import belongs_to_each
 from ocnopt.differential.sweep import Direction, sweep_path
 from ocnopt.linearise import expand_path, expand_terminal
 from ocnopt.paths import FeedbackLaw, Path, Widened, evaluate, rows_stand_alone, walk
+from ocnopt.solvers.kernels import Kernel, Merit
 
 _MU_MIN, _MU_MAX = 1e-6, 1e12
 # mu grows by _UP when nothing was accepted, falls by _DOWN after a step >= _LONG, rises by _DOWN after one < _SHORT:
@@ -33,40 +35,6 @@ _BOTTOM = -1e20
 
 
 Curvature = Literal["exact", "gauss_newton", "auto"]
-
-
-@runtime_checkable
-class Kernel(Protocol):
-    """What an iteration spends its time on.
-
-    Attributes:
-        apart: whether rows of a batch may be left out.
-        window: how many problems of a batch are best worked on at a time.
-    """
-
-    name: str
-    apart: bool
-    window: int
-
-    def refresh(self, problem: Any) -> None:
-        """Take up what may have changed of the problem: its data and ``step_data``."""
-        ...
-
-    def evaluate(self, states: Tensor, controls: Tensor, rows: Tensor | None = None) -> Path:
-        """A given path of all problems, or of those rows of the batch, with its cost and its gaps."""
-        ...
-
-    def direction(self, path: Path, mu: Tensor, *, exact: bool) -> Direction:
-        """Sweep backwards, with the curvature of the dynamics where ``exact``."""
-        ...
-
-    def roll_out(self, path: Path, direction: Direction, alphas: Tensor) -> Path:
-        """The path of the feedback law for each step size ``(A,)``, on an axis in front of the lead."""
-        ...
-
-    def ladder(self, lanes: int, alphas: Sequence[float]) -> Sequence[Sequence[float]]:
-        """The groups in which some step sizes are best tried for that many problems."""
-        ...
 
 
 class TorchKernel:
@@ -108,6 +76,12 @@ class TorchKernel:
         gaps = None if path.gaps is None else (1 - a) * path.gaps[:, None]
         return walk(self._of(path.rows), law, start, gaps)
 
+    def search(
+        self, path: Path, direction: Direction, merit: Merit, active: Tensor, alphas: Sequence[float]
+    ) -> tuple[Path, Tensor] | None:
+        """See :class:`Kernel`."""
+        return None
+
     def ladder(self, lanes: int, alphas: Sequence[float]) -> Sequence[Sequence[float]]:
         """See :class:`Kernel`."""
         return (alphas,) if lanes <= _SMALL else (alphas[:1], alphas[1:])
@@ -122,13 +96,15 @@ class TorchKernel:
 
 
 class Iterate(NamedTuple):
-    """A path and the weight of its gaps in the merit that a search decreases."""
+    """A path with the sum and the largest of its |gaps|, and the weight of the sum in the merit of the search."""
 
     states: Tensor
     controls: Tensor
     cost: Tensor
     gaps: Tensor | None
     rows: Tensor | None
+    gap_sum: Tensor
+    gap_size: Tensor
     weight: Tensor
 
     @property
@@ -136,19 +112,42 @@ class Iterate(NamedTuple):
         """The path alone."""
         return Path(*self[:5])
 
-    def gap_sum(self) -> Tensor:
-        """Sum of |g_k| over the path."""
-        return torch.zeros_like(self.cost) if self.gaps is None else self.gaps.abs().sum(-1).sum(0)
 
-    def gap_size(self) -> Tensor:
-        """The largest |g_k|."""
-        return torch.zeros_like(self.cost) if self.gaps is None else self.gaps.abs().amax(-1).amax(0)
+def begin(path: Path) -> Iterate:
+    """A path before the first step."""
+    zero = torch.zeros_like(path.cost)
+    if path.gaps is None:
+        return Iterate(*path, zero, zero, zero)
+    size = path.gaps.abs()
+    return Iterate(*path, size.sum(-1).sum(0), size.amax(-1).amax(0), zero)
+
+
+def alike(first: Iterate, second: Iterate) -> tuple[Iterate, Iterate]:
+    """Both with gaps, zero where one had none, or both without."""
+    if (first.gaps is None) == (second.gaps is None):
+        return first, second
+    one, other = (
+        part if part.gaps is not None else part._replace(gaps=torch.zeros_like(part.states[1:]))
+        for part in (first, second)
+    )
+    return one, other
+
+
+def moved_to(iterate: Iterate, path: Path, step: Tensor, weight: Tensor) -> Iterate:
+    """The path that a step leads to: of every gap, 1 - step is left."""
+    rows = None if iterate.rows is None else iterate.rows.expand(path.cost.shape)
+    if iterate.gaps is None:
+        return Iterate(*path[:3], None, rows, *(part.expand_as(path.cost) for part in iterate[5:]))
+    left = (1 - step).expand_as(path.cost)
+    gaps = left[..., None] * iterate.gaps if path.gaps is None else path.gaps
+    sums = left * iterate.gap_sum, left * iterate.gap_size, weight.expand_as(path.cost)
+    return Iterate(*path[:3], gaps, rows, *sums)
 
 
 class Outcome:
     """How the search for one problem ended, if it has."""
 
-    RUNNING, CONVERGED, NOT_FINITE, STUCK, LIMIT, NOT_SMOOTH, UNBOUNDED, LATE, INTERRUPTED = range(9)
+    RUNNING, CONVERGED, NOT_FINITE, STUCK, LIMIT, NOT_SMOOTH, UNBOUNDED, LATE, INTERRUPTED, UNMET, ROUNDS = range(11)
 
 
 class Progress(NamedTuple):
@@ -199,9 +198,14 @@ def find_direction(kernel: Kernel, iterate: Iterate, mu: Tensor, curvature: Curv
     if curvature == "gauss_newton":
         return direction
     # An infeasible path's costates belong to no trajectory: its exact curvature misleads more than it helps.
-    keep = direction.solvable if curvature == "auto" else direction.solvable | (iterate.gap_size() == 0)
+    keep = direction.solvable if curvature == "auto" else direction.solvable | (iterate.gap_size == 0)
     if bool(keep.all()):
         return direction
+    rows = (~keep).nonzero()
+    if kernel.apart and keep.ndim == 1 and 4 * len(rows) <= keep.numel():
+        rows = rows[:, 0]
+        convex = kernel.direction(pick_rows(iterate, rows).path, mu[rows], exact=False)
+        return put_rows(direction, rows, convex)
     convex = kernel.direction(iterate.path, mu, exact=False)
     return each(lambda axis, exact, other: choose(keep, axis, exact, other), direction, convex)
 
@@ -224,6 +228,12 @@ def line_search(kernel: Kernel, iterate: Iterate, direction: Direction, active: 
     Returns:
         The new iterate and the step taken, zero where none was.
     """
+    weight, merit = weigh(iterate, direction)
+    searched = kernel.search(iterate.path, direction, merit, active, _ALPHAS)
+    if searched is not None:
+        path, step = searched
+        weight = weight if path.gaps is None else torch.where(step > 0, weight, iterate.weight)
+        return moved_to(iterate, path._replace(gaps=None), step, weight), step
     step = torch.zeros_like(iterate.cost)
     for sizes in kernel.ladder(active.numel(), _ALPHAS):
         open_ = active & (step == 0)
@@ -260,28 +270,36 @@ def put_rows(record: Record, rows: Tensor, some: Record) -> Record:
     return each(lambda axis, value, new: value.index_copy(axis, rows, new), record, some)
 
 
+def weigh(iterate: Iterate, direction: Direction) -> tuple[Tensor, Merit]:
+    """The weight of the gaps and what a step must gain."""
+    infeasible, weight, slack = iterate.gap_sum, iterate.weight, rounding(iterate.cost)
+    if iterate.gaps is None:
+        slope = -direction.linear
+        return weight, Merit(infeasible, slope, 1e-4 * slope, slack)
+    # twice the smallest weight for which the step descends on cost + weight * |gaps| (Nocedal and Wright, 18.36)
+    needed = 2 * (direction.linear + direction.quadratic.clamp_min(0)) / infeasible
+    weight = torch.where(infeasible > 0, torch.maximum(weight, needed), weight)
+    penalty = weight * infeasible
+    slope = penalty - direction.linear
+    return weight, Merit(penalty, slope, 1e-4 * slope, slack)
+
+
 def search_some(
     kernel: Kernel, iterate: Iterate, direction: Direction, alphas: Tensor, allowed: Tensor | None = None
 ) -> tuple[Iterate, Tensor]:
     """Roll the feedback law out for every step size and take the longest that decreases the merit enough."""
     trial = kernel.roll_out(iterate.path, direction, alphas)
     alpha = alphas.reshape((-1, *(1,) * iterate.cost.ndim))
-    infeasible, weight = iterate.gap_sum(), iterate.weight
-    if iterate.gaps is not None:
-        # twice the smallest weight for which the step descends on cost + weight * |gaps| (Nocedal and Wright, 18.36)
-        needed = 2 * (direction.linear + direction.quadratic.clamp_min(0)) / infeasible
-        weight = torch.where(infeasible > 0, torch.maximum(weight, needed), weight)
-    slope = weight * infeasible - direction.linear
-    actual = iterate.cost - trial.cost + weight * alpha * infeasible
+    weight, merit = weigh(iterate, direction)
+    gain = iterate.cost - trial.cost + alpha * merit.penalty
     # a step predicted to gain less than rounding is taken if it loses no more
-    enough = actual >= torch.minimum(1e-4 * alpha * slope, alpha * slope - rounding(iterate.cost))
-    accepted = enough & (slope >= 0) & torch.isfinite(trial.cost) & torch.isfinite(trial.states).all(-1).all(0)
+    enough = gain >= torch.minimum(alpha * merit.least, alpha * merit.slope - merit.slack)
+    accepted = enough & (merit.slope >= 0) & torch.isfinite(trial.cost) & torch.isfinite(trial.states).all(-1).all(0)
     accepted = accepted if allowed is None else accepted & allowed
     chosen, found = accepted.to(torch.int8).argmax(0), accepted.any(0)
     if not bool(found.any()):
         return iterate, torch.zeros_like(iterate.cost)
-    rows = None if iterate.rows is None else iterate.rows.expand(trial.cost.shape)
-    tried = Iterate(*trial[:4], rows, weight.expand_as(trial.cost))
+    tried = moved_to(iterate, trial, alpha, weight)
     if len(alphas) == 1 and bool(found.all()):
         return each(lambda axis, candidates: candidates.select(axis, 0), tried), alphas[0].expand(iterate.cost.shape)
 
@@ -293,36 +311,55 @@ def search_some(
     return each(taken, iterate, tried), torch.where(found, alphas[chosen], 0.0)
 
 
+def numbers(*tensors: Tensor) -> list[Any]:
+    """One number of each problem, as numpy arrays: over so few a call of torch's costs several times as much."""
+    return [tensor.cpu().numpy() for tensor in tensors]
+
+
+def tensors(like: Tensor, *arrays: Any) -> list[Tensor]:
+    """Back to where the problems are."""
+    return [torch.from_numpy(np.asarray(array)).to(like.device) for array in arrays]
+
+
+@np.errstate(all="ignore")
 def judge(progress: Progress, iterate: Iterate, direction: Direction, tolerance: float, sweeps: int) -> Progress:
     """Which searches end at this path."""
-    decrease = -(direction.linear + direction.quadratic)
-    closed = iterate.gap_size() <= tolerance
-    flat = decrease.abs() <= tolerance**2 * (1 + iterate.cost.abs())
+    now: Any = Progress(*numbers(*progress))
+    linear, quadratic, solvable = numbers(direction.linear, direction.quadratic, direction.solvable)
+    cost, gap = numbers(iterate.cost, iterate.gap_size)
+    decrease = -(linear + quadratic)
+    flat = abs(decrease) <= tolerance**2 * (1 + abs(cost))
     # no room to move at any mu: every gradient vanishes or pushes against a bound, whatever the curvature there
-    idle = (progress.quiet >= _IDLE) | (decrease == 0)
-    converged = direction.solvable & closed & ((flat & (progress.mu <= _MU_MIN)) | idle)
-    stuck = torch.where(torch.isfinite(direction.linear), Outcome.STUCK, Outcome.NOT_SMOOTH)
-    outcome = torch.where(progress.sweeps >= sweeps, Outcome.LIMIT, progress.outcome)
-    outcome = torch.where(progress.mu > _MU_MAX, stuck, outcome)
-    outcome = torch.where(iterate.cost < _BOTTOM, Outcome.UNBOUNDED, outcome)
-    outcome = torch.where(converged, Outcome.CONVERGED, outcome)
-    return progress._replace(outcome=torch.where(progress.running, outcome, progress.outcome))
+    idle = (now.quiet >= _IDLE) | (decrease == 0)
+    converged = solvable & (gap <= tolerance) & ((flat & (now.mu <= _MU_MIN)) | idle)
+    limit, large, low = now.sweeps >= sweeps, now.mu > _MU_MAX, cost < _BOTTOM
+    if not (converged | limit | large | low).any():
+        return progress
+    stuck = np.where(np.isfinite(linear), Outcome.STUCK, Outcome.NOT_SMOOTH)
+    outcome = np.where(limit, Outcome.LIMIT, now.outcome)
+    outcome = np.where(large, stuck, outcome)
+    outcome = np.where(low, Outcome.UNBOUNDED, outcome)
+    outcome = np.where(converged, Outcome.CONVERGED, outcome)
+    outcome = np.where(now.outcome == Outcome.RUNNING, outcome, now.outcome)
+    return progress._replace(outcome=tensors(progress.outcome, outcome)[0])
 
 
+@np.errstate(all="ignore")
 def record(progress: Progress, before: Tensor, iterate: Iterate, direction: Direction, step: Tensor) -> Progress:
     """Count accepted steps and move mu: up on failure, down to zero on success."""
-    moved, running = step > 0, progress.running
-    mu, restart = progress.mu, progress.restart
-    up = torch.maximum(_UP * mu, restart.clamp_min(_MU_MIN))
-    down = torch.where(step >= _LONG, mu / _DOWN, torch.where(step >= _SHORT, mu, _DOWN * mu))
-    down = torch.where(down < _MU_MIN, 0.0, down)
-    small = (before - iterate.cost).abs() <= rounding(iterate.cost)
-    predicted = -(direction.linear + direction.quadratic) <= 1e3 * rounding(iterate.cost)
-    return progress._replace(
-        mu=torch.where(running, torch.where(moved, down, up), mu),
-        restart=torch.where(moved & (mu > 0), mu / _DOWN, restart),
-        # a sweep or search that failed on the way says nothing about progress
-        quiet=torch.where(moved, torch.where(small & predicted, progress.quiet + 1, 0), progress.quiet),
-        iterations=progress.iterations + (moved & running),
-        sweeps=progress.sweeps + running.to(torch.int64),
-    )
+    now: Any = Progress(*numbers(*progress))
+    linear, quadratic, old, cost, taken = numbers(direction.linear, direction.quadratic, before, iterate.cost, step)
+    moved, running, mu, restart = taken > 0, now.outcome == Outcome.RUNNING, now.mu, now.restart
+    if (mu > 0).any() or not (moved | ~running).all():
+        up = np.maximum(_UP * mu, np.maximum(restart, _MU_MIN))
+        down = np.where(taken >= _LONG, mu / _DOWN, np.where(taken >= _SHORT, mu, _DOWN * mu))
+        down = np.where(down < _MU_MIN, np.zeros_like(mu), down)
+        restart = np.where(moved & (mu > 0), mu / _DOWN, restart)
+        mu = np.where(running, np.where(moved, down, up), mu)
+    slack = 64 * np.finfo(cost.dtype).eps * (1 + abs(cost))
+    small = (abs(old - cost) <= slack) & (-(linear + quadratic) <= 1e3 * slack)
+    # a sweep or search that failed on the way says nothing about progress
+    quiet = np.where(moved, (now.quiet + 1) * small, now.quiet)
+    counts = quiet, now.iterations + (moved & running), now.sweeps + running
+    mu, restart, quiet, iterations, tried = tensors(progress.mu, mu, restart, *counts)
+    return Progress(progress.row, mu, restart, quiet, iterations, tried, progress.outcome)

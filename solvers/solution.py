@@ -57,7 +57,8 @@ def perturbed(value: Tensor, amount: float | Tensor, bounds: Bounds | None, gene
 class Result(NamedTuple):
     """What a solver hands over: as in :class:`Solution`, but with time in front: states ``(N + 1, *batch, n)``.
 
-    ``parameters (*batch, q)`` still hold T where the horizon is free, ``gains`` are (k, K).
+    ``parameters (*batch, q)`` still hold T where the horizon is free, ``gains`` are (k, K); of the ``multipliers`` only
+    the "terminal_constraint" has no time in front.
     """
 
     states: Series
@@ -73,6 +74,7 @@ class Result(NamedTuple):
     history: Mapping[str, Tensor]
     costates: Series | None = None
     gains: tuple[Series, Series] | None = None
+    multipliers: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +87,7 @@ class Solution:
         controls: ``(..., N, m)``.
         parameters: ``(..., q)``; T is in ``horizon``.
         horizon: end time, ``(...)``.
-        cost: of the discrete problem, ``(...)``.
+        cost: of the discrete problem, ``(...)``; of the continuous one from "indirect", as its status says.
         converged: ``(...)`` bool.
         iterations: accepted steps, ``(...)`` int.
         status: one sentence; a list of them in a batch.
@@ -96,6 +98,12 @@ class Solution:
         history: "cost", "step" and "regularisation" (what the solver has of them) per iteration, the start first:
             ``(iterations + 1, ...)``.
         gains: :class:`Gains`, or None where a solver has none.
+        control_bounds: two tensors ``(m,)``, or ``(N, m)`` where they vary from step to step; None where there are none
+            or the number of controls varies.
+        multipliers: of the constraints, by name: "terminal_constraint" ``(..., e)``, "path_constraint" ``(..., N + 1,
+            c)`` and "state_bounds" ``(..., N + 1, n)`` of each node; None without constraints. cost + multiplier *
+            constraint is stationary: >= 0 for a path constraint, > 0 at an upper and < 0 at a lower bound. Where the
+            number of constraints or states varies from node to node, zeros fill up.
     """
 
     times: Tensor
@@ -113,6 +121,7 @@ class Solution:
     history: Mapping[str, Tensor]
     costates: Series | None = None
     gains: Gains | None = None
+    multipliers: Mapping[str, Tensor] | None = None
     control_bounds: tuple[Tensor, Tensor] | None = None
     problem: StagedOCP | None = field(default=None, repr=False)
 
@@ -146,7 +155,8 @@ class Solution:
         if self.gains is not None:
             feedback = _pick(self._tensor("K"), k, 2)
             u = u + (feedback @ (x - nominal)[..., None])[..., 0]
-        return clipped(u, self.control_bounds)
+        bounds = self.control_bounds
+        return clipped(u, bounds if bounds is None or bounds[0].ndim == 1 else (bounds[0][k], bounds[1][k]))
 
     def rollout(
         self, initial_state: Tensor, disturbance: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -199,7 +209,7 @@ class Solution:
     def _by_step(self, problem: StagedOCP) -> Callable[[int, Tensor], Tensor]:
         """The policy at the nodes, of which no time needs to be looked up: sizes may vary, states be infinite."""
         states, controls = nodes_of(self.states), nodes_of(self.controls)
-        bounds = [self.control_bounds] * len(controls) if isinstance(self.controls, Tensor) else problem.step_bounds
+        bounds = problem.step_bounds
         K = None if self.gains is None else nodes_of(self.gains.K, tail=2)
 
         def feedback(k: int, x: Tensor) -> Tensor:

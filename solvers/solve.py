@@ -5,15 +5,22 @@ from dataclasses import dataclass, fields
 from importlib import import_module
 from typing import Any, Protocol, runtime_checkable
 
-from ocnopt.checks import can_differentiate, float_tensor, listed, nearest, shape
+from ocnopt.checks import Bounds, can_differentiate, float_tensor, listed, nearest, shape, traced
 from ocnopt.errors import ConvergenceError, ProblemError
 from ocnopt.ocp import OCP
-from ocnopt.paths import behind
+from ocnopt.paths import Widened, behind
 from ocnopt.solvers.guess import own_guess, read_guess
+from ocnopt.solvers.sensitivity import refuse_gradients, with_gradients
+from ocnopt.solvers.shared import Shared
 from ocnopt.solvers.solution import Gains, Guess, Result, Solution
 from ocnopt.staged import StagedOCP, transcribe
 
-_SOLVERS = {"ddp": ("ocnopt.solvers.ddp", "DDP"), "casadi": ("ocnopt.solvers.direct.casadi_solver", "CasADi")}
+_SOLVERS = {
+    "ddp": ("ocnopt.solvers.ddp", "DDP"),
+    "casadi": ("ocnopt.solvers.direct.casadi_solver", "CasADi"),
+    "indirect": ("ocnopt.solvers.indirect", "Indirect"),
+    "shooting": ("ocnopt.solvers.shooting", "Shooting"),
+}
 
 
 @runtime_checkable
@@ -36,13 +43,15 @@ def solve(
     tolerance: float | None = None,
     strict: bool = False,
     progress: bool = False,
+    differentiable: bool = False,
+    shared_parameters: bool = False,
     **options: Any,
 ) -> Solution:
     """Solve an optimal-control problem; a leading batch shape means independent problems.
 
     Args:
         problem: continuous, or discrete (then ``steps`` and ``integrator`` are not used).
-        solver: "ddp", "casadi", or a solver object.
+        solver: "ddp", "casadi", "indirect", "shooting", or a solver object.
         steps: N equal steps with one constant control each.
         integrator: "euler", "midpoint", "rk4", ...; "implicit_midpoint", "radau2" for stiff dynamics.
         initial_guess: controls ``(..., N, m)``, a mapping with any of controls, states, parameters, horizon, or a
@@ -51,6 +60,10 @@ def solve(
         tolerance: of the solver; its own default if None.
         strict: raise instead of returning what did not converge.
         progress: show the iterations.
+        differentiable: give states, controls, parameters, horizon and cost gradients in the initial state and in the
+            problem's data, where those require them; of first order.
+        shared_parameters: the batch are experiments with one system: one p, and one T where it is free, for all of
+            them, which minimise the sum of their costs.
         **options: the solver's own.
 
     Raises:
@@ -65,7 +78,13 @@ def solve(
     """
     chosen = make_solver(solver, _given(options, max_iterations=max_iterations, tolerance=tolerance))
     staged = read_problem(problem, steps, integrator)
+    if differentiable:
+        refuse_gradients(staged, chosen)
+    if shared_parameters:
+        chosen = Shared(chosen, staged)
     result = chosen.solve(staged, read_guess(staged, initial_guess), progress=progress)
+    if differentiable:
+        result = with_gradients(staged, result, shared=shared_parameters)
     return _finished(make_solution(staged, result), strict)
 
 
@@ -79,14 +98,22 @@ class Prepared:
         problem: the discrete problem.
         solver: built for this problem.
         build_time: seconds that took.
+        shared_parameters: as for ``solve``.
     """
 
     problem: StagedOCP
     solver: Solver
     build_time: float
+    shared_parameters: bool = False
 
     def solve(
-        self, initial_state: Any = None, *, initial_guess: Any = None, strict: bool = False, progress: bool = False
+        self,
+        initial_state: Any = None,
+        *,
+        initial_guess: Any = None,
+        strict: bool = False,
+        progress: bool = False,
+        differentiable: bool = False,
     ) -> Solution:
         """Solve from a state.
 
@@ -95,6 +122,7 @@ class Prepared:
             initial_guess: as for ``solve``.
             strict: as for ``solve``.
             progress: as for ``solve``.
+            differentiable: as for ``solve``.
 
         Returns:
             As ``solve`` would; its ``build_time`` is zero.
@@ -113,9 +141,15 @@ class Prepared:
                     f"initial_state has shape {shape(x0)}; expected {wanted}, as the problem was prepared for: prepare "
                     "again for another batch"
                 )
-            problem = problem.altered(initial_state=x0.expand(wanted))
+            graph = traced(initial_state, problem.dtype)
+            graph = None if graph is None else graph.expand(wanted)
+            problem = problem.altered(initial_state=x0.expand(wanted), traced_state=graph)
         can_differentiate()
+        if differentiable:
+            refuse_gradients(problem, self.solver)
         result = self.solver.solve(problem, read_guess(problem, initial_guess), progress=progress)
+        if differentiable:
+            result = with_gradients(problem, result, shared=self.shared_parameters)
         return _finished(make_solution(problem, result), strict)
 
 
@@ -127,6 +161,7 @@ def prepare(
     integrator: str = "rk4",
     max_iterations: int | None = None,
     tolerance: float | None = None,
+    shared_parameters: bool = False,
     **options: Any,
 ) -> Prepared:
     """Check, lower and compile a problem once, to solve it many times from other states and with other data.
@@ -138,6 +173,7 @@ def prepare(
         integrator: as for ``solve``.
         max_iterations: as for ``solve``.
         tolerance: as for ``solve``.
+        shared_parameters: as for ``solve``.
         **options: the solver's own.
 
     Raises:
@@ -157,10 +193,12 @@ def prepare(
     """
     chosen = make_solver(solver, _given(options, max_iterations=max_iterations, tolerance=tolerance))
     staged = read_problem(problem, steps, integrator)
+    if shared_parameters:
+        chosen = Shared(chosen, staged)
     began = time.perf_counter()
     prepare_it = getattr(chosen, "prepare", None)
     built = chosen if prepare_it is None else prepare_it(staged, own_guess(staged))
-    return Prepared(staged, built, time.perf_counter() - began)
+    return Prepared(staged, built, time.perf_counter() - began, shared_parameters)
 
 
 def _given(options: dict[str, Any], **common: Any) -> dict[str, Any]:
@@ -219,14 +257,25 @@ def make_solution(problem: StagedOCP, result: Result) -> Solution:
         "parameters": own,
         "costates": None if result.costates is None else behind(result.costates),
         "gains": None if result.gains is None else Gains(behind(result.gains[0]), behind(result.gains[1], tail=2)),
+        "multipliers": result.multipliers
+        and {
+            name: value if name == "terminal_constraint" else value.movedim(0, -2)
+            for name, value in result.multipliers.items()
+        },
     }
     return Solution(
         **{**result._asdict(), **shaped},
         times=problem.times(p).expand(*cost.shape, -1),
         horizon=end.expand(cost.shape),
-        control_bounds=problem.control_bounds[0] if same else None,
+        control_bounds=_bounds(problem) if same else None,
         problem=problem,
     )
+
+
+def _bounds(problem: StagedOCP) -> Bounds | None:
+    """The control bounds, with a row for each step where they vary."""
+    first = problem.control_bounds[0]
+    return first if all(bounds is first for bounds in problem.control_bounds) else Widened(problem).control_bounds
 
 
 def make_solver(solver: str | Solver, options: dict[str, Any]) -> Solver:

@@ -158,7 +158,7 @@ def test_steps(steps):
 def test_unknown_integrator():
     problem = OCP(slope, initial_state=[1.0, 0.5], control_dim=1, horizon=1.0)
     with pytest.raises(
-        ProblemError, match=r"integrator 'rk5' is unknown; expected one of euler, .*dopri5; did you mean 'rk4'\?"
+        ProblemError, match=r"integrator 'rk5' is unknown; expected one of euler, .*radau2; did you mean 'rk4'\?"
     ):
         transcribe(problem, 4, integrator="rk5")
 

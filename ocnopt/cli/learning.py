@@ -64,8 +64,8 @@ def train_request(
         others: fields of :class:`TrainConfig`; None means its default.
 
     Raises:
-        ProblemError: unknown names, numbers out of range, both epochs and iterations, or a rule's numbers
-            for a fixed T.
+        ProblemError: unknown names, numbers out of range, both epochs and iterations, a rule's numbers for a fixed T,
+            or a rule or optimiser that does not fit the model.
     """
     if epochs is not None and iterations is not None:
         raise ProblemError(
@@ -83,15 +83,16 @@ def train_request(
     chosen = optimizer_record(optimizer or "snopt")
     batch = batch_size or record.batch_size
     epochs = None if iterations else epochs or record.epochs
-    samples = len(record.build().train_targets)
+    task = record.build()
     config = TrainConfig(
         problem=name,
         optimizer=chosen.name,
         lr=lr if lr is not None else record.learning_rates.get(chosen.name, chosen.lr),
-        iterations=iterations or (epochs or 0) * max(1, samples // batch),
+        iterations=iterations or (epochs or 0) * max(1, len(task.train_targets) // batch),
         batch_size=batch,
         **{key: value for key, value in others.items() if value is not None},
     )
+    Trainer(task, config)  # refuses what does not fit while there is no folder yet
     return {"problem": name, "epochs": epochs, "train": asdict(config)}
 
 

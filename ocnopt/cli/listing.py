@@ -17,7 +17,7 @@ def problem_tables(kind: str | None = None) -> list[Table]:
     Raises:
         ProblemError: another kind.
     """
-    records = [get(name) for name in names(kind)]
+    records = [*map(get, names(kind))]
     control = [
         (r.name, f"{r.optimal_cost:.7g}", f"{r.summary} ({_sizes(r)})") for r in records if isinstance(r, ControlRecord)
     ]
@@ -37,7 +37,7 @@ def _sizes(record: ControlRecord) -> str:
 
 
 def problem_records(kind: str | None = None) -> list[dict[str, Any]]:
-    """What ``ocnopt problems --json`` prints: every entry of a record that is a number, a text, or several of them.
+    """What ``ocnopt problems --json`` prints: the entries of a record that are None, a number, a text, or several.
 
     Args:
         kind: "control", "learning", or None for both.
@@ -45,10 +45,12 @@ def problem_records(kind: str | None = None) -> list[dict[str, Any]]:
     Raises:
         ProblemError: another kind.
     """
-    plain = str | int | float | tuple | None
-    records = []
-    for record in (get(name) for name in names(kind)):
-        entries = {field.name: getattr(record, field.name) for field in fields(record)}
-        maps = {key: dict(value) for key, value in entries.items() if isinstance(value, Mapping)}
-        records.append({key: value for key, value in entries.items() if isinstance(value, plain)} | maps)
-    return records
+    kept = str | int | float | tuple | Mapping | None
+    return [
+        {
+            field.name: dict(value) if isinstance(value, Mapping) else value
+            for field in fields(record)
+            if isinstance(value := getattr(record, field.name), kept)
+        }
+        for record in map(get, names(kind))
+    ]

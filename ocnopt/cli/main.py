@@ -137,7 +137,9 @@ def problems(
 @explain_errors
 def solve(
     name: Name = None,
-    solver: Annotated[str | None, typer.Option(help="ddp or casadi; ddp if not given.", show_default=False)] = None,
+    solver: Annotated[
+        str | None, typer.Option(help="ddp, casadi, indirect or shooting; ddp if not given.", show_default=False)
+    ] = None,
     steps: Steps = None,
     integrator: Integrator = None,
     max_iterations: Annotated[int | None, typer.Option(min=1, help="Of the solver.", show_default=False)] = None,
@@ -166,7 +168,8 @@ def solve(
 def compare(
     name: Name = None,
     solver: Annotated[
-        list[str] | None, typer.Option(help="Repeat for each solver; ddp and casadi if not given.")
+        list[str] | None,
+        typer.Option(help="Repeat for each solver (ddp, casadi, indirect, shooting); ddp and casadi if not given."),
     ] = None,
     steps: Steps = None,
     integrator: Integrator = None,

@@ -16,6 +16,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 BREAK = "\n"
+# names of options that are no words of a sentence: an option wherever they stand; the others only before = and "is"
 _LONG = "max_iterations|horizon_lr|horizon_penalty|batch_size|checkpoint_every"
 _OPTIONS = f"{_LONG}|solver|steps|integrator|tolerance|optimizer|horizon|lr|epochs|iterations|seed"
 
@@ -51,7 +52,8 @@ def as_options(message: str) -> str:
     """
 
     def option(match: re.Match[str]) -> str:
-        return " ".join(filter(None, (f"--{match[1].replace('_', '-')}", *match.groups()[1:])))
+        name, *values = match.groups()
+        return " ".join([f"--{name.replace('_', '-')}", *filter(None, values)])
 
     message = re.sub(rf"\b({_OPTIONS})=(?:'([^']*)'|([\w.+-]*))", option, message)
     message = re.sub(rf"(?<!-)\b({_LONG})\b", option, message)

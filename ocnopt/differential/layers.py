@@ -149,6 +149,10 @@ class Gradients:
     weight: bool = True
     of: Sequence[Tensor] = ()
 
+    def __len__(self) -> int:
+        """How many samples there are."""
+        return len(self.of[0] if self.g is None else self.g)
+
     @cached_property
     def rows(self) -> Sequence[Tensor]:
         """The gradients ``(B, *shape)``, spelt out."""

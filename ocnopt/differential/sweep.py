@@ -149,8 +149,18 @@ class Direction(NamedTuple):
     solvable: Tensor
 
 
-def sweep_path(wide: Widened, path: Path, models: StepModels, terminal: Tensor, mu: Tensor) -> Direction:
-    """Sweep backwards over the models of a path, then minimise over the static controls."""
+StartRule = Callable[[CostToGo, int, Tensor, Bounds | None], tuple[Tensor, CostToGo]]
+
+
+def sweep_path(
+    wide: Widened,
+    path: Path,
+    models: StepModels,
+    terminal: Tensor,
+    mu: Tensor,
+    start: StartRule = minimise_start,
+) -> Direction:
+    """Sweep backwards over the models of a path, then let ``start`` minimise over the static controls."""
     damping = mu[..., None, None] * torch.eye(wide.m, dtype=mu.dtype, device=mu.device)
     rooms = _rooms(wide, path)
     curvature: Sequence[StepCurvature | None] = models.curvature or [None] * wide.steps
@@ -164,7 +174,7 @@ def sweep_path(wide: Widened, path: Path, models: StepModels, terminal: Tensor, 
     dp = path.states[0][..., :0]
     if wide.q:
         p, damping = path.states[0][..., -wide.q :], mu[..., None, None] * torch.eye(wide.q).to(mu)
-        dp, value = minimise_start(value, wide.q, damping, _room(wide.parameter_bounds, p))
+        dp, value = start(value, wide.q, damping, _room(wide.parameter_bounds, p))
     return Direction(
         k=K[..., 0],
         K=K[..., 1:],

@@ -11,7 +11,8 @@ from ocnopt.checks import check_model
 from ocnopt.errors import ProblemError
 from ocnopt.neural.evaluation import Surroundings
 from ocnopt.neural.players import plan
-from ocnopt.neural.tape import Recorder, Tape, tensors
+from ocnopt.neural.tape import Recorder, Tape
+from ocnopt.neural.trees import tensors
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -41,7 +42,7 @@ def layer_graph(model: nn.Module | Any, *inputs: Any, answers: Answers | None = 
     """
     import networkx as nx
 
-    check_model(model)
+    check_model(model, "layer_graph(model, inputs)")
     names = {id(p): name for name, p in model.named_parameters()}
     tape = _recorded(model, inputs, {id(p): p for p in model.parameters() if p.requires_grad})
     if not tape.calls:

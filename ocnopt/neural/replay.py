@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocnopt.neural.tape import Call, Slot, Tape, like, precise, tensors
+from ocnopt.neural.tape import Call, Slot, Tape, precise
+from ocnopt.neural.trees import like, tensors
 
 
 class Replay:

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.nn.functional import linear
 
 from ocnopt.checks import check_choice, is_number, is_whole, shape
@@ -35,7 +36,7 @@ from ocnopt.integrate.runge_kutta import step as take_step
 from ocnopt.integrate.tableaus import HEUN, RK4, TABLEAUS, Tableau
 from ocnopt.neural.checks import search
 from ocnopt.neural.evaluation import Surroundings
-from ocnopt.neural.stability import Activation, Stability, stability
+from ocnopt.neural.stability import Activation, Stability, check_entrywise, stability
 
 METHODS: Mapping[str, Tableau] = MappingProxyType({"improved_euler": HEUN, "kutta4": RK4, **TABLEAUS})
 STEPS = ("fixed", "free", "simplex")
@@ -64,10 +65,12 @@ def project_simplex(h: Tensor, total: float = 1.0) -> Tensor:
     >>> project_simplex(torch.tensor([0.5, 1.0, -2.0]))
     tensor([0.2500, 0.7500, 0.0000])
     """
-    mu, _ = torch.sort(h, descending=True)
-    excess = (mu.cumsum(0) - total) / torch.arange(1, len(h) + 1, dtype=h.dtype, device=h.device)
-    rho = (mu > excess).sum()
-    return (h - excess[rho - 1]).clamp(min=0.0)
+    # the nearest point is the same for h + c, and nothing cancels where the largest entry is 0
+    v = (h.to(torch.promote_types(h.dtype, torch.float32)) - h.amax()) / total
+    mu, _ = torch.sort(v, descending=True)
+    theta = ((mu.cumsum(0) - 1) / torch.arange(1, len(h) + 1, dtype=v.dtype, device=v.device)).amax()
+    on_simplex = (v - theta).clamp(min=0.0)
+    return (total * (on_simplex / on_simplex.sum())).to(h.dtype)
 
 
 class RungeKuttaNet(nn.Module):
@@ -83,8 +86,9 @@ class RungeKuttaNet(nn.Module):
             :mod:`ocnopt.integrate.tableaus`.
         step: ``"fixed"``: h = horizon/N. ``"free"``: learned from there, without a sign. ``"simplex"``: learned, h >= 0
             with sum ``horizon``: after any change, such as an optimiser's step, the stored sizes are projected before
-            they are read again.
-        activation: an elementwise function or module.
+            they are read again. Tensors that ``torch.func.functional_call`` puts in their place, and parameters that
+            are exported, are projected in a copy; gradients are those at the projected sizes throughout.
+        activation: a function or module that acts on each entry alone.
         field: ``"standard"``, ``"gradient"`` or ``"hamiltonian"`` (width even).
         horizon: T > 0, the sum of the step sizes at the start.
         skip: False leaves x_k out of x_{k+1} = x_k + h f(x_k), with the Euler method.
@@ -114,7 +118,7 @@ class RungeKuttaNet(nn.Module):
         activation: Activation | Any = torch.tanh,
         field: str = "standard",
         horizon: float | Any = 1.0,
-        skip: bool = True,
+        skip: bool | Any = True,
         adjoint: str = "backprop",
     ) -> None:
         super().__init__()
@@ -126,6 +130,7 @@ class RungeKuttaNet(nn.Module):
         if step != "fixed":
             self.sizes = nn.Parameter(torch.empty(layers))
         self.reset_parameters()
+        check_entrywise(activation, self.weight)
 
     @property
     def width(self) -> int:
@@ -142,7 +147,7 @@ class RungeKuttaNet(nn.Module):
         """Step sizes h ``(N,)`` as the next forward pass uses them, a copy without a graph."""
         if self.step == "fixed":
             return torch.full_like(self.weight[:, 0, 0], self.horizon / max(1, self.layers), requires_grad=False)
-        return self.project_().sizes.detach().clone()
+        return self._learned_sizes().detach().clone()
 
     def reset_parameters(self) -> None:
         """Draw the weights, and set biases and step sizes to their first values."""
@@ -151,14 +156,10 @@ class RungeKuttaNet(nn.Module):
         if self.step != "fixed":
             nn.init.constant_(self.sizes, self.horizon / max(1, self.layers))
 
-    @torch.no_grad()
     def project_(self) -> "RungeKuttaNet":
-        """Put the step sizes of ``step="simplex"`` on the simplex, in place; every reader of them does so first."""
-        if self.step == "simplex" and self.layers:
-            slack = 4 * self.layers * torch.finfo(self.sizes.dtype).eps * self.horizon
-            # what is on the simplex stays bit for bit, so that a graph that was built with it stays valid
-            if not (float(self.sizes.min()) >= 0 and abs(float(self.sizes.sum()) - self.horizon) <= slack):
-                self.sizes.copy_(project_simplex(self.sizes, self.horizon))
+        """Put the parameter ``sizes`` of ``step="simplex"`` on the simplex; every reader of it does so first."""
+        if self.step == "simplex":
+            self._learned_sizes()
         return self
 
     def layer(self, x: Tensor, weight: Tensor, bias: Tensor, size: Size) -> Tensor:
@@ -200,9 +201,11 @@ class RungeKuttaNet(nn.Module):
         Raises:
             ProblemError: x does not fit, or the discrete adjoint cannot take the layers again.
         """
-        if self.adjoint == "backprop" or not torch.is_grad_enabled() or not self.layers:
-            return self.states(x)[-1]
         self._check_input(x)
+        if self.adjoint == "backprop" or not torch.is_grad_enabled() or not self.layers:
+            for controls in self._controls():
+                x = self._advance(x, *controls)
+            return x
         surroundings = Surroundings(self, x.device)
         noise = surroundings.noise()
         _check_replayable(self._advance, x, self._controls()[0])
@@ -220,8 +223,8 @@ class RungeKuttaNet(nn.Module):
     def prune(self) -> "RungeKuttaNet":
         """Remove the layers whose step size is zero, in place; the function stays the same.
 
-        The parameters stay the same objects, shorter and without gradients; an optimiser that keeps tensors of their
-        old shapes has to be made anew.
+        The parameters stay the same objects, shorter and without gradients, and what was computed before has none to
+        give any more. An optimiser that keeps tensors of their old shapes has to be made anew.
 
         Returns:
             This network.
@@ -242,6 +245,7 @@ class RungeKuttaNet(nn.Module):
         kept = self.step_sizes != 0
         if not bool(kept.all()):
             for parameter in self._stacks():
+                increment_version(parameter)  # a graph from before would leave a gradient of the old shape
                 parameter.grad, parameter.data = None, parameter.data[kept].clone()
         return self
 
@@ -265,7 +269,22 @@ class RungeKuttaNet(nn.Module):
 
     def _stacks(self) -> list[Tensor]:
         """What is learned, one entry a layer."""
-        return [self.weight, self.bias, *([] if self.step == "fixed" else [self.project_().sizes])]
+        return [self.weight, self.bias, *([] if self.step == "fixed" else [self._learned_sizes()])]
+
+    def _learned_sizes(self) -> Tensor:
+        """The learned sizes, projected without a look at their values: no synchronisation, no break in a graph."""
+        sizes: Tensor = self.sizes
+        if self.step != "simplex" or not self.layers:
+            return sizes
+        with torch.no_grad():
+            h, slack = sizes.detach(), 4 * self.layers * torch.finfo(sizes.dtype).eps * self.horizon
+            is_on = (h.amin() >= 0) & ((h.sum() - self.horizon).abs() <= slack)
+            h = torch.where(is_on, h, project_simplex(h, self.horizon))
+        if isinstance(sizes, nn.Parameter) and not torch.compiler.is_exporting():
+            # whoever changed the sizes has invalidated earlier graphs; where nobody did, this writes what is there
+            sizes.data.copy_(h)
+            return sizes
+        return h + (sizes - sizes.detach())
 
     def _controls(self) -> list[tuple[Tensor, ...]]:
         """The same by layers."""
@@ -326,7 +345,7 @@ def _check(
     activation: Any,
     field: str,
     horizon: Any,
-    skip: bool,
+    skip: Any,
     adjoint: str,
 ) -> None:
     for name, count in (("width", width), ("layers", layers)):
@@ -347,6 +366,8 @@ def _check(
         )
     if not is_number(horizon) or not 0 < horizon < float("inf"):
         raise ProblemError(f"horizon is {horizon!r}; expected a positive number, the sum of all step sizes")
+    if not isinstance(skip, bool):
+        raise ProblemError(f"skip is {skip!r}; expected True or False: whether a layer adds its input to its output")
     if field == "hamiltonian" and width % 2:
         raise ProblemError(f"width is {width} with field='hamiltonian'; expected an even one: positions and momenta")
     if not skip and METHODS[tableau] is not TABLEAUS["euler"]:

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ocnopt.differential.discrete import shortened
 from ocnopt.errors import ProblemError
@@ -88,6 +88,60 @@ def contractivity_radius(tableau: Tableau) -> float:
 def _step_bound(radius: float, largest: Tensor) -> Tensor:
     """2 r / |A|^2; without weights the field is the same everywhere, and any step will do."""
     return torch.where(largest > 0, 2 * radius / largest**2, torch.inf)
+
+
+def check_entrywise(activation: Activation, like: Tensor) -> None:
+    """Refuse an activation that changes shapes or mixes entries, looked at on three states ``(3, n)``.
+
+    Where every entry is on its own, the Jacobian is diagonal: its product with c is c times that with ones.
+
+    Args:
+        activation: a function or module.
+        like: weights ``(layers, n, n)``.
+
+    Raises:
+        ProblemError: it takes more than one tensor, returns another shape, or mixes entries.
+    """
+    own = next(iter(activation.parameters()), like) if isinstance(activation, nn.Module) else like
+    if own.is_meta or type(own) not in (Tensor, nn.Parameter):
+        return  # no values to look at: on the meta device, or a tensor class that stands for others
+    count = 3 * like.shape[-1]
+    # no order and no symmetry among the entries, and powers of two, which round nothing
+    z = torch.sin(torch.arange(1.0, count + 1, dtype=torch.float64) ** 2).view(3, -1).to(own.device, own.dtype)
+    c = (2.0 ** (torch.arange(count) % 5)).view(3, -1).to(z)
+    ones, weighted = (_products(activation, z, cotangent) for cotangent in (torch.ones_like(z), c))
+    if not torch.allclose(weighted, c * ones, rtol=1e-3, atol=1e-6, equal_nan=True):
+        raise ProblemError(
+            "the activation mixes the entries of a state, or the states of a batch; expected a function of each entry "
+            "alone, such as torch.tanh: put softmax, normalisations and the like before or behind the network"
+        )
+
+
+def _products(activation: Activation, z: Tensor, cotangent: Tensor) -> Tensor:
+    """The transposed Jacobian of an activation times a cotangent, zero where it has none; random numbers stay."""
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.random.fork_rng([z.device] if z.is_cuda else []),
+    ):
+        leaf = z.clone().requires_grad_()
+        try:
+            y: object = activation(leaf.clone())  # it may work in place
+        except TypeError as error:
+            raise ProblemError(
+                f"the activation refused a tensor {tuple(z.shape)} ({error}); expected a function of one tensor, such "
+                "as torch.tanh: bind other arguments by functools.partial"
+            ) from error
+        if not isinstance(y, Tensor) or y.shape != z.shape:
+            came = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"type {type(y).__name__}"
+            raise ProblemError(
+                f"the activation made {came} of a tensor {tuple(z.shape)}; expected the same shape: a function of each "
+                "entry alone, such as torch.tanh"
+            )
+        if not y.requires_grad:
+            return torch.zeros_like(z)
+        (product,) = torch.autograd.grad(y, leaf, cotangent, materialize_grads=True)
+        return product
 
 
 def _check_slopes(activation: Activation, like: Tensor) -> None:

@@ -10,7 +10,6 @@ has been computed to what has not.
 A replay (:mod:`ocnopt.neural.replay`) takes the calls again, after some parameters have moved.
 """
 
-import copy
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from ocnopt.errors import ProblemError
 from ocnopt.neural.evaluation import Noise, Surroundings
+from ocnopt.neural.trees import like, mapped, tensors
 
 # Attributes of a tensor that are tensors on its path; all others are only looked at.
 _VIEWS = frozenset({"T", "mT", "H", "mH", "real", "imag"})
@@ -155,6 +155,12 @@ class Tape:
         total = self.gradients.get(slot)
         return total if total is None or not edges else total - sum(edges[1:], edges[0])
 
+    def reached(self) -> dict[int, Tensor]:
+        """What the model's caller feels for each slot that was returned to it, where anything was felt."""
+        inside = len(self.calls)
+        felt = {slot: self.felt(slot, lambda call: call < inside) for slot in self.returned}
+        return {slot: p for slot, p in felt.items() if p is not None}
+
     def arrive(self, where: int | tuple[int, int], gradient: Tensor | None, begun: Callable[["Tape"], None]) -> None:
         """Note the gradient of a slot, or of one of its edges, in the present backward pass."""
         if gradient is None:
@@ -258,7 +264,7 @@ class Recorder(TorchFunctionMode):
         tape.returned = [self._slots[id(tensor)][1] for tensor in tensors(output) if id(tensor) in self._slots]
         tape.rows = next((shape[0] for shape in map(tape.shapes.__getitem__, tape.returned) if shape), 0)
         call = Call(self.end, (), {})
-        result = _mapped(output, lambda tensor: self._read_tensor(tensor, call, len(tape.calls))[1])
+        result = mapped(output, lambda tensor: self._read_tensor(tensor, call, len(tape.calls))[1])
         for kept in (self._slots, self._foreign, self._fixed):
             kept.clear()
         return result
@@ -370,31 +376,3 @@ def precise(tensor: Tensor) -> Tensor:
     """The tensor in that precision."""
     dtype = working(tensor)
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
-
-
-def like(value: Any, items: list[Any]) -> Any:
-    """The items as a list or (named) tuple of the kind that ``value`` is."""
-    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-
-
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        mapped = copy.copy(value)
-        mapped.update({key: _mapped(item, change) for key, item in value.items()})
-        return mapped
-    if isinstance(value, (list, tuple)):
-        return like(value, [_mapped(item, change) for item in value])
-    return value
-
-
-def tensors(value: object) -> list[Tensor]:
-    """All tensors in nested lists, tuples and dicts."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        return [tensor for item in value.values() for tensor in tensors(item)]
-    if isinstance(value, (list, tuple)):
-        return [tensor for item in value for tensor in tensors(item)]
-    return []

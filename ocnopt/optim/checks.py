@@ -9,13 +9,16 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from ocnopt.checks import check_choice, check_count, check_number, check_options, listed
+from ocnopt.checks import check_choice, check_count, check_number, check_options, listed, nearest
 from ocnopt.differential.kronecker import LAYERS, Layer, as_matrix, is_layer
 from ocnopt.errors import NonFiniteError, ProblemError
 from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.ocp import FreeHorizon
 
 WIDEST = 2048  # outputs of a layer (in a group) up to which B and its eigenbasis are affordable
+# what a group may hold beside options: what torch and its schedulers write, and what it is called
+_SCHEDULED = ("initial_lr", "swa_lr", "max_lr", "min_lr", "max_momentum", "base_momentum")
+_BESIDE_OPTIONS = frozenset(("params", "param_names", "name", "layer", *_SCHEDULED))
 
 _ONE_PROCESS = (
     "train in one process, or with an optimiser of torch.optim: each process would build its curvature and its T from "
@@ -80,23 +83,30 @@ def check_one_process() -> None:
         )
 
 
-def check_gradients(named: Iterable[tuple[str, Tensor]], step: int | None = None) -> None:
-    """Refuse sparse gradients, and NaN or infinity."""
+def sizes(gradients: Sequence[Tensor]) -> Tensor:
+    """The largest entry of each."""
+    found = torch._foreach_norm([*gradients], math.inf) if gradients else (torch.zeros(()),)
+    several = len({(size.device, size.dtype) for size in found}) > 1
+    return torch.stack([size.to(found[0]) for size in found] if several else [*found])
+
+
+def check_gradients(named: Iterable[tuple[str, Tensor]], step: int | None = None) -> Tensor:
+    """Refuse sparse gradients, and NaN or infinity; their sizes."""
     found = [(name, parameter.grad) for name, parameter in named if parameter.grad is not None and parameter.numel()]
     sparse = [name for name, gradient in found if gradient.layout is not torch.strided]
     if sparse:
         raise ProblemError(
             f"the gradients of {listed(sparse)} are sparse; expected dense ones: build the layer with sparse=False"
         )
-    sizes = torch._foreach_norm([gradient for _, gradient in found], math.inf) if found else ()
-    several = len({(size.device, size.dtype) for size in sizes}) > 1
-    if found and not math.isfinite(torch.stack([size.to(sizes[0]) for size in sizes] if several else sizes).amax()):
-        names = [name for (name, _), size in zip(found, sizes, strict=True) if not bool(size.isfinite())]
+    largest = sizes([gradient for _, gradient in found])
+    if not math.isfinite(largest.amax()):
+        names = [name for (name, _), size in zip(found, largest, strict=True) if not bool(size.isfinite())]
         raise NonFiniteError(
             f"the gradients of {listed(names)} hold NaN or infinity{'' if step is None else f' at step {step}'}; "
             "expected finite numbers. Parameters and state are as before this step: catch this error to skip it; "
             "if it comes again, lower lr, or raise the damping if there is one"
         )
+    return largest
 
 
 def check_known(parameters: Iterable[Tensor], names: Mapping[Tensor, str]) -> None:
@@ -131,9 +141,29 @@ def add_group(optimizer: torch.optim.Optimizer, group: Any, names: Mapping[Tenso
     except (KeyError, TypeError) as error:
         raise not_a_group(group, error) from error
     read = optimizer.param_groups.pop()
+    check_option_names(read, optimizer.defaults, type(optimizer).__name__)
     check_options(read)
     check_known(read["params"], names)
     optimizer.param_groups.append(read)
+
+
+def check_option_names(group: Mapping[str, Any], options: Collection[str], optimizer: str) -> None:
+    """Refuse options that nobody would read."""
+    for name in group:
+        if name not in options and name not in _BESIDE_OPTIONS:
+            raise ProblemError(
+                f"a group of parameters has the option {name!r}; expected options of a group of {optimizer}, "
+                f"{listed([*options])}{nearest(name, options)}: leave it out, or give it to the constructor"
+            )
+
+
+def check_same_shape(name: str, key: str, came: torch.Size, expected: torch.Size) -> None:
+    """Refuse a state that was made for a parameter of another shape."""
+    if came != expected:
+        raise ProblemError(
+            f"the {key} of {name} has shape {tuple(came)}; expected {tuple(expected)}: the optimiser was made before "
+            "prune(), or something else that changed shapes: make it anew"
+        )
 
 
 def check_groups(groups: Iterable[Mapping[str, Any]]) -> None:
@@ -143,83 +173,6 @@ def check_groups(groups: Iterable[Mapping[str, Any]]) -> None:
             "param_groups holds no parameter; expected one at least, as nothing would be trained: leave param_groups "
             "out to train the whole model"
         )
-
-
-def check_game(model: nn.Module, feedback: object, form: str, game: str, tikhonov: float) -> None:
-    """Refuse a compiled model, and options that would say nothing."""
-    if form == "gauss_newton" and game != "cooperative":
-        raise ProblemError(
-            f'game={game!r} met form="gauss_newton", the joint step of all layers; expected game="cooperative", or '
-            'form="batch"'
-        )
-    if tikhonov and form != "sample":
-        raise ProblemError(
-            f'tikhonov={tikhonov} met form={form!r}; expected form="sample", the published one that it belongs to, '
-            "or tikhonov=0"
-        )
-    if not isinstance(feedback, bool):
-        raise ProblemError(
-            f"feedback is {feedback!r}; expected True or False: False leaves the first-order method alone"
-        )
-    for name, module in model.named_modules() if feedback else ():
-        if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
-            raise ProblemError(
-                f"the {f'part {name!r} of the ' if name else ''}model is compiled, so that its layers cannot be seen "
-                "at work; expected the module itself: OCNOpt(model, lr), without torch.compile"
-            )
-
-
-def check_outputs(tapes: Sequence[Any]) -> None:
-    """Refuse models that do not return samples."""
-    for tape in tapes:
-        shapes = [tuple(tape.shapes[slot]) for slot in tape.returned if slot in tape.gradients]
-        if not tape.returned or any(shape[:1] != (tape.rows,) for shape in shapes):
-            came = f"tensors of shapes {shapes}" if shapes else "no tensor that depends on what is trained"
-            raise ProblemError(
-                f"the model returned {came}; expected outputs, or tuples, lists and dicts of them, with one row a "
-                "sample: compute the loss outside of the model, or use feedback=False"
-            )
-
-
-def check_scale(tapes: Sequence[Any], scale: Tensor | None) -> None:
-    """Refuse costates of a loss that was scaled by nobody knows what."""
-    if tapes and scale is None:
-        raise ProblemError(
-            "GradScaler.unscale_ met OCNOpt before its step, which needs the scale for more than the gradients; "
-            "expected scaler.step(optimizer) to unscale: leave unscale_ out, train in bfloat16, which needs no scaler, "
-            "or use feedback=False"
-        )
-
-
-def check_tapes(tapes: Sequence[Any]) -> None:
-    """Refuse forward passes before one step that took different ways through the model."""
-    first = tapes[0]
-    for tape in tapes[1:]:
-        same = [(call.function, call.inputs) for call in tape.calls] == [(c.function, c.inputs) for c in first.calls]
-        if not same or [shape[1:] for shape in tape.shapes] != [shape[1:] for shape in first.shapes]:
-            raise ProblemError(
-                f"{len(tapes)} forward passes before one step took different ways through the model "
-                f"({len(first.calls)} operations in the first, {len(tape.calls)} in another, or states of other "
-                "shapes); expected equal ones: call step() after each, or use feedback=False"
-            )
-
-
-def warn_alone(names: Sequence[str]) -> None:
-    """Name parameters that take no part in the game."""
-    warnings.warn(
-        "OCNOpt feeds back through linear layers, convolutions and normalisations that are used once in a forward "
-        f"pass; these parameters are used otherwise and take the plain step of the first-order method: {listed(names)}",
-        stacklevel=7,
-    )
-
-
-def warn_unrecorded() -> None:
-    """Say that a step was none of OCNOpt's own."""
-    warnings.warn(
-        "OCNOpt met gradients that no forward and backward pass of its model since the last step has made: this step "
-        "is that of the first-order method; expected model(x) to be called as a whole, with gradients enabled",
-        stacklevel=7,
-    )
 
 
 def check_fields(odes: Sequence[NeuralODE]) -> None:
@@ -242,18 +195,6 @@ def check_state(state: Mapping[str, Any]) -> None:
     if "step_count" not in state:
         raise ProblemError(
             f"the state holds {sorted(state)}; expected the state of an SNOpt, with its 'step_count': "
-            "load the state of another optimiser into that one"
-        )
-
-
-def check_options_of(state: Mapping[str, Any], options: Iterable[str]) -> None:
-    """Refuse the state of another optimiser than OCNOpt."""
-    groups = state.get("param_groups", ())
-    missing = sorted({name for name in options for group in groups if name not in group})
-    if missing or not groups or "state" not in state:
-        came = f"groups without {listed(missing)}" if missing else f"{sorted(state)}"
-        raise ProblemError(
-            f"the state holds {came}; expected the state of an OCNOpt: "
             "load the state of another optimiser into that one"
         )
 
@@ -344,5 +285,25 @@ def warn_unseen(name: str) -> None:
         f"the layer {name!r} received a gradient without a forward pass that SNOpt could see: its "
         "weights are used without calling it, or its inputs are not those of its type; expected the layer "
         "itself to be called; it gets the first-order update",
+        stacklevel=7,
+    )
+
+
+def strangers(model: nn.Module, trained: Collection[int], *, whole: bool) -> list[str]:
+    """The model's parameters that have a gradient and that nobody trains, given the ids of those that are trained.
+
+    Of a model of which a part is trained (not ``whole``), only where parameters that are trained have left it.
+    """
+    named = [*model.named_parameters()]
+    found = [name for name, p in named if id(p) not in trained and p.grad is not None]
+    return found if found and (whole or not {id(p) for _, p in named}.issuperset(trained)) else []
+
+
+def warn_strangers(names: Sequence[str]) -> None:
+    """Name parameters that came into the model after its optimiser."""
+    warnings.warn(
+        f"the parameters {listed(names)} of the model have gradients and are not trained: they came, or took the place "
+        "of others, after the optimiser was made (load_state_dict(assign=True), model.append); expected those of the "
+        "start: make a new optimiser, or call add_param_group",
         stacklevel=7,
     )

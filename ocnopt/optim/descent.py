@@ -1,7 +1,7 @@
 """What the optimisers of structured descent share: options, manifolds, states, gradients and closures, checked."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ocnopt.checks import check_choice, check_number, is_number, listed
-from ocnopt.errors import ProblemError
-from ocnopt.optim.checks import check_gradients
-from ocnopt.optim.manifolds import check_on_manifold, put_onto
+from ocnopt.errors import NonFiniteError, ProblemError
+from ocnopt.optim.checks import check_gradients, check_option_names, check_same_shape
+from ocnopt.optim.manifolds import DRIFT, check_on_manifold, drifts, put_onto
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Descent(torch.optim.Optimizer):
     """Base of the optimisers: everything that a step depends on lies in the groups and the state.
 
     ``expected`` says for each option of a group what it may be: a :class:`Number`, a type, or a tuple of words. Where
-    "manifold" is one of them, the matrices of a group are put onto its manifold when the group comes.
+    "manifold" is one of them, the matrices of a group that are trained are put onto its manifold when the group comes.
     """
 
     expected: ClassVar[Mapping[str, Number | type | tuple[str, ...]]]
@@ -44,22 +44,21 @@ class Descent(torch.optim.Optimizer):
             param_group: ``{"params": ..., option: value, ...}``, as for every torch optimiser.
 
         Raises:
-            ProblemError: an option is out of range, or a parameter cannot be trained by this optimiser.
+            ProblemError: an option is unknown or out of range, or a parameter cannot be trained by this optimiser.
         """
         super().add_param_group(param_group)
         group = self.param_groups.pop()
-        for name, expected in self.expected.items():
-            _check_option(f"{name} of {type(self).__name__}", group[name], expected)
+        check_option_names(group, self.expected, type(self).__name__)
+        self._check_group(group)
         names = names_of(group)
         for parameter, name in zip(group["params"], names, strict=True):
             if not parameter.is_floating_point():
-                raise ProblemError(
-                    f"{name} is of {parameter.dtype}; expected real floating-point numbers: use torch.view_as_real "
-                    "for complex parameters"
+                cure = (
+                    "use torch.view_as_real" if parameter.is_complex() else "convert it by .double(), or leave it out"
                 )
-        self._admit(group)
+                raise ProblemError(f"{name} is of {parameter.dtype}; expected real floating-point numbers: {cure}")
         if is_constrained(group):
-            put_onto(group["params"], names)
+            put_onto(group["params"], names, group["manifold"])
         self.param_groups.append(group)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -80,8 +79,10 @@ class Descent(torch.optim.Optimizer):
                 )
         super().load_state_dict({**state_dict})
 
-    def _admit(self, group: dict[str, Any]) -> None:
-        """Refuse a new group."""
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Refuse options out of range: those of a new group, and before each step, as anybody may have set them."""
+        for name, expected in self.expected.items():
+            _check_option(f"{name} of {type(self).__name__}", group[name], expected)
 
 
 class Moved(NamedTuple):
@@ -93,8 +94,21 @@ class Moved(NamedTuple):
     names: list[str]
 
 
+Tensors = list[Tensor] | tuple[Tensor, ...]
+
+
+class Change(NamedTuple):
+    """What a step makes of the parameters of a group: new values, and new entries of their states."""
+
+    values: Tensors
+    state: Mapping[str, Sequence[Any]]
+
+
 class GradientDescent(Descent):
-    """Base of those that take one gradient a step: they say how the parameters of a group move."""
+    """Base of those that take one gradient a step: they say what becomes of the parameters of a group.
+
+    They write nothing: the changes of all groups are made together, or none where one is not finite.
+    """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -104,8 +118,10 @@ class GradientDescent(Descent):
             closure: computes the loss again and calls backward; its value is returned.
 
         Raises:
-            NonFiniteError: a gradient is NaN or infinite; parameters and state are those before the step.
-            ProblemError: a gradient is sparse, or a matrix was moved off its manifold.
+            NonFiniteError: a gradient is NaN or infinite, or the step would make a parameter so, or cannot be taken on
+                its manifold; parameters and state are those before the step.
+            ProblemError: a gradient is sparse, an option out of range, a matrix was moved off its manifold, or the
+                shape of a parameter is not that of its state.
         """
         loss = None
         if closure is not None:
@@ -115,11 +131,20 @@ class GradientDescent(Descent):
         for moved in found:
             if is_constrained(moved.group):
                 check_on_manifold(moved.parameters, moved.names)
-        for moved in found:
-            self._move(moved)
+        try:
+            changes = [self._change(moved) for moved in found]
+        except torch.linalg.LinAlgError as error:
+            raise _cannot_step(self, f"has no solution ({error})") from error
+        for moved, change in zip(found, changes, strict=True):
+            _check_change(self, moved, change)
+        for moved, change in zip(found, changes, strict=True):
+            torch._foreach_copy_(moved.parameters, change.values)
+            for key, entries in change.state.items():
+                for parameter, entry in zip(moved.parameters, entries, strict=True):
+                    self.state[parameter][key] = entry
         return loss
 
-    def _move(self, moved: Moved) -> None:
+    def _change(self, moved: Moved) -> Change:
         raise NotImplementedError
 
 
@@ -129,21 +154,25 @@ def is_constrained(group: Mapping[str, Any]) -> bool:
 
 
 def found_gradients(optimizer: Descent) -> list[Moved]:
-    """The gradients of each group, looked at before anything moves.
+    """The gradients of each group, negated where it maximises, looked at before anything moves.
 
     Raises:
-        ProblemError: one is sparse.
+        ProblemError: one is sparse, or an option is out of range.
         NonFiniteError: one holds NaN or infinity.
     """
     found = []
     for group in optimizer.param_groups:
+        optimizer._check_group(group)
         items = zip(group["params"], names_of(group), strict=True)
         live = [(parameter, name) for parameter, name in items if parameter.grad is not None]
         if live:
             parameters = [parameter for parameter, _ in live]
             found.append(Moved(group, parameters, [p.grad for p in parameters], [name for _, name in live]))
     check_gradients(item for moved in found for item in zip(moved.names, moved.parameters, strict=True))
-    return found
+    return [
+        moved._replace(gradients=[*torch._foreach_neg(moved.gradients)]) if moved.group.get("maximize") else moved
+        for moved in found
+    ]
 
 
 def needed(closure: Callable[[], Any] | None, example: str) -> Callable[[], Any]:
@@ -183,18 +212,44 @@ def calls_backward() -> ProblemError:
     )
 
 
-def state_of(optimizer: Descent, key: str, parameters: list[Tensor]) -> list[Tensor]:
-    """An entry of the state of each parameter, zero at first; it follows where the parameter went (``model.to``)."""
-    for parameter in parameters:
-        state = optimizer.state[parameter]
-        state[key] = state[key].to(parameter) if key in state else torch.zeros_like(parameter)
-    return [optimizer.state[parameter][key] for parameter in parameters]
+def state_of(
+    optimizer: Descent, key: str, moved: Moved, shape: Callable[[Tensor], torch.Size] = Tensor.size
+) -> list[Tensor]:
+    """An entry of the state of each parameter, zero at first; it follows where the parameter went (``model.to``).
+
+    Raises:
+        ProblemError: it has another shape.
+    """
+    entries = []
+    for parameter, name in zip(moved.parameters, moved.names, strict=True):
+        entry = optimizer.state.get(parameter, {}).get(key)
+        entries.append(parameter.new_zeros(shape(parameter)) if entry is None else entry.to(parameter))
+        check_same_shape(name, key, entries[-1].shape, shape(parameter))
+    return entries
 
 
 def names_of(group: Mapping[str, Any]) -> list[str]:
     """What messages call the parameters of a group."""
     given = group.get("param_names")
     return given or [f"parameter {i} of its group" for i in range(len(group["params"]))]
+
+
+def _check_change(optimizer: Descent, moved: Moved, change: Change) -> None:
+    """Refuse a change that is not finite, or that leaves the manifold."""
+    # a state that is not finite shows in the values, to which it is added
+    sizes = torch._foreach_norm([value for value in change.values if value.numel()], math.inf)
+    if sizes and not bool(torch.stack([size.to(sizes[0]) for size in sizes]).isfinite().all()):
+        raise _cannot_step(optimizer, f"would put NaN or infinity into {listed(moved.names)}")
+    far = max(drifts(change.values), default=0.0) if is_constrained(moved.group) else 0.0
+    if not far <= DRIFT:
+        raise _cannot_step(optimizer, f"would leave the manifold of {listed(moved.names)} by |U^T U - I| = {far:.3g}")
+
+
+def _cannot_step(optimizer: Descent, why: str) -> NonFiniteError:
+    return NonFiniteError(
+        f"the step of {type(optimizer).__name__} {why}; expected one that can be computed. Parameters and state are as "
+        "before it: lower lr, or scale the loss or its gradients down"
+    )
 
 
 def _check_option(what: str, value: object, expected: Number | type | tuple[str, ...]) -> None:

@@ -31,7 +31,7 @@ GAMES: dict[str, Callable[[Sequence[Tensor], CostToGo], tuple[CostToGo, Readouts
     "cooperative": layers.cooperative,
 }
 Terminal = Callable[[Tensor, Tensor], Tensor]
-# The share of the published terminal factor beside the loss's own curvature, and all of it where that is unknown.
+# How much of the published factor p p^T stands beside the curvature of losses without units.
 SHARE = 0.03
 
 
@@ -49,21 +49,23 @@ class Rules:
 
 
 class Turn(NamedTuple):
-    """A player, what it moves, and what its samples want."""
+    """A player, what it moves, what its samples want, and what its gradient was multiplied by; None: it is another."""
 
     player: Player
     block: Block
     gradients: Gradients
+    factor: float | None = 1.0
 
 
 @dataclass
 class Game:
-    """The turns of some tapes of one plan, and who else moves when."""
+    """The turns of some tapes of one plan, who else moves when, and why the loss was not recognised."""
 
     plan: Plan
     tapes: Sequence[Tape]
     turns: list[Turn]
     others: dict[int, list[Block]] = field(default_factory=dict)
+    unknown: str = ""
 
     def groups(self, rules: Rules) -> list[list[Turn]]:
         """The turns by generation; those who cooperate are one group."""
@@ -106,7 +108,7 @@ def _kappa(tape: Tape, mean: bool) -> float:
 def play(game: Game, rules: Rules, base: Base) -> dict[str, tuple[Tensor, Tensor]]:
     """Move all blocks; for each turn what the samples weigh, without and with feedback."""
     groups = game.groups(rules)
-    value, readouts = _sweep(groups, _end(game.tapes, rules), rules, base)
+    value, readouts = _sweep(groups, _end(game, rules), rules, base)
     weights: dict[str, tuple[Tensor, Tensor]] = {}
     cuts = {player.call: cut for player, cut in zip(game.plan.players, game.plan.cuts, strict=True)}
     replays = [Replay(tape, game.plan.order, game.plan.places) for tape in game.tapes]
@@ -138,10 +140,11 @@ def uncast(device: str) -> AbstractContextManager[Any]:
 
 def _move(turn: Turn, tapes: Sequence[Tape], replays: Sequence[Replay], w: Tensor, tikhonov: float, base: Base) -> None:
     """Move a player by the gradient of samples that weigh w."""
-    found: Sequence[Tensor] = turn.gradients.add_weighted(w - 1.0, turn.block.gradients)
+    c = 1.0 if turn.factor is None else turn.factor
+    found: Sequence[Tensor] = turn.gradients.add_weighted(_times(w - 1.0, c), turn.block.gradients)
     if tikhonov:
         for tape, replay in zip(tapes, replays, strict=False):
-            found = pushed(tape, turn.player, replay, tikhonov, found)
+            found = pushed(tape, turn.player, replay, tikhonov * c, found)
     base.move(turn.block, found)
 
 
@@ -174,8 +177,13 @@ def _swept(group: Sequence[Turn], value: CostToGo, rules: Rules, base: Base) -> 
     if rules.form == "sample":
         if rules.game == "open_loop":  # M stands for Q_uu, so a player alone takes the first-order step
             return value, [CostToGo(value.v, torch.zeros_like(value.R))] * len(group)
-        return layers.sample([metric.squares(own) for metric, own in metrics], value)
-    return GAMES[rules.game]([metric.gram(own) for metric, own in metrics], value)
+        return layers.sample(_scaled(group, [metric.squares(own) for metric, own in metrics]), value)
+    return GAMES[rules.game](_scaled(group, [metric.gram(own) for metric, own in metrics]), value)
+
+
+def _scaled(group: Sequence[Turn], found: list[Tensor]) -> list[Tensor]:
+    """N of gradients that were multiplied since."""
+    return [_times(N, 1.0 if turn.factor is None else turn.factor) for turn, N in zip(group, found, strict=True)]
 
 
 class _Others:
@@ -202,23 +210,29 @@ class _Others:
         self.moved = True
 
 
-def _end(tapes: Sequence[Tape], rules: Rules) -> CostToGo:
+def _end(game: Game, rules: Rules) -> CostToGo:
     """The value at the end of the path: S = kappa (bend along the costate + scale), sample by sample."""
     factors = []
-    for tape in tapes:
+    for tape in game.tapes:
         kappa = _kappa(tape, rules.mean)
-        bend, scale = None, rules.scale
-        reached = [slot for slot in dict.fromkeys(tape.returned) if slot in tape.gradients]
+        bend, terminal = None, "gradient"
+        reached = tape.reached()
+        if len(reached) > 1:
+            reached = {slot: p for slot, p in reached.items() if p.any()}
         if len(reached) == 1:
-            x, p = tape.value(reached[0]), tape.gradients[reached[0]]
-            bend = _bend(x, p.to(working(x)) * kappa, rules)
+            ((slot, p),) = reached.items()
+            x = tape.value(slot)
+            terminal, bend = _bend(x, p.to(working(x)) * kappa, rules)
         elif rules.terminal not in ("auto", "gradient"):
             raise ProblemError(
                 f"terminal={rules.terminal!r} met a loss of {len(reached)} outputs of the model; expected one, whose "
                 'curvature it is: return what the loss uses as one tensor, or use terminal="gradient"'
             )
-        if scale is None:
-            scale = 1.0 if bend is None else SHARE
+        if terminal == "gradient" and rules.terminal == "auto" and reached:
+            game.unknown = (
+                f"a loss of {len(reached)} outputs" if len(reached) > 1 else f"the loss of outputs {shape(x)}"
+            )
+        scale = _SCALES.get(terminal, 0.0) if rules.scale is None else rules.scale
         if bend is None:
             like = next(iter(tape.gradients.values()))
             bend = like.new_zeros(tape.rows, dtype=working(like))
@@ -227,13 +241,13 @@ def _end(tapes: Sequence[Tape], rules: Rules) -> CostToGo:
     return CostToGo(torch.ones_like(R), R)
 
 
-def _bend(x: Tensor, p: Tensor, rules: Rules) -> Tensor | None:
-    """p . H p / |p|^4 of each sample, H the Hessian of its loss; None where that is not known."""
+def _bend(x: Tensor, p: Tensor, rules: Rules) -> tuple[str, Tensor | None]:
+    """The loss, and p . H p / |p|^4 of each sample, H its Hessian; None where that is not known."""
     slack = max(1e-3, 4 * torch.finfo(x.dtype).eps)  # p is as coarse as the outputs were
     x = x.to(working(x))
     terminal = _recognised(x, p, rules.mean, slack) if rules.terminal == "auto" else rules.terminal
     if terminal == "gradient":
-        return None
+        return terminal, None
     if isinstance(terminal, str):
         if terminal in _IS_OF and not _IS_OF[terminal](x, p, rules.mean, slack):
             raise ProblemError(
@@ -243,7 +257,7 @@ def _bend(x: Tensor, p: Tensor, rules: Rules) -> Tensor | None:
             )
         Hp: Any = LOSSES[terminal](x, p, rules.mean)
     else:
-        Hp = terminal(x, p)
+        Hp = terminal(x.clone(), p.clone())  # it may work in place
         if not isinstance(Hp, Tensor) or Hp.shape != p.shape:
             came = f"a tensor of shape {shape(Hp)}" if isinstance(Hp, Tensor) else type(Hp).__name__
             raise ProblemError(
@@ -255,9 +269,11 @@ def _bend(x: Tensor, p: Tensor, rules: Rules) -> Tensor | None:
                 "p, also where p is zero. Parameters are as before this step: catch this error to skip the batch"
             )
     flat = p.reshape(len(p), -1)
-    bend = torch.linalg.vecdot(Hp.reshape(flat.shape), flat) / torch.linalg.vecdot(flat, flat).square()
+    size = torch.linalg.vecdot(flat, flat)  # whose square may be too small or too large a number
+    bend = (torch.linalg.vecdot(Hp.reshape(flat.shape), flat) / size).div_(size)
     # where nothing pulls, nothing bends; a loss that bends down counts as straight
-    return bend.nan_to_num_(nan=0.0, posinf=0.0).clamp_(min=0.0)
+    bend = bend.nan_to_num_(nan=0.0, posinf=0.0).clamp_(min=0.0)
+    return terminal if isinstance(terminal, str) else "", bend
 
 
 def _recognised(x: Tensor, p: Tensor, mean: bool, slack: float) -> str:
@@ -310,6 +326,8 @@ def _squares(x: Tensor, p: Tensor, mean: bool) -> Tensor:
     return 2 * p / _share(x.shape[1:], mean)
 
 
+# p p^T is measured in 1 / loss: beside squares, or a curvature that the user gives, no number of it suits every scale.
+_SCALES = {"cross_entropy": SHARE, "binary_cross_entropy": SHARE, "gradient": 1.0}
 LOSSES: dict[str, Callable[[Tensor, Tensor, bool], Tensor]] = {
     "cross_entropy": _cross_entropy,
     "binary_cross_entropy": _binary_cross_entropy,

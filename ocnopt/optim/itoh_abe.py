@@ -19,8 +19,18 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ocnopt.errors import NonFiniteError, ProblemError
+from ocnopt.optim.checks import check_same_shape
 from ocnopt.optim.descent import POSITIVE, Descent, Number, is_constrained, loss_of, names_of, needed
-from ocnopt.optim.manifolds import MANIFOLDS, RETRACTIONS, check_on_manifold, orthonormal, retract, tangent
+from ocnopt.optim.manifolds import (
+    DRIFT,
+    MANIFOLDS,
+    RETRACTIONS,
+    check_on_manifold,
+    drifts,
+    orthonormal,
+    retract,
+    tangent,
+)
 from ocnopt.optim.scalar import Equation, solve
 
 ROUNDING = 8  # units in the last place of V that say nothing
@@ -94,26 +104,47 @@ class ItohAbe(Descent):
 
         Raises:
             ProblemError: there is no closure, it returns no number or another one at the same parameters, or it falls
-                without bound.
+                without bound; an option is out of range, a matrix was moved off its manifold, or the shape of a
+                parameter is not that of its state. Parameters and state are those before the step.
             NonFiniteError: the loss before the step is NaN or infinite.
         """
         closure = needed(closure, "computes the loss: optimizer.step(lambda: loss(model(x)))")
-        trained = [(group, p) for group in self.param_groups for p in group["params"] if p.requires_grad]
+        trained = self._trained()
+        loss, value, unit = _first(closure)
+        start, steps = [p.clone() for _, p in trained], []
+        try:
+            for group, p in trained:
+                value, found = self._sweep(group, p, closure, value, max(unit, torch.finfo(p.dtype).eps))
+                steps.append(found)
+        except BaseException:
+            for (_, p), old in zip(trained, start, strict=True):
+                p.copy_(old)
+            raise
+        for (_, p), found in zip(trained, steps, strict=True):
+            self.state[p]["steps"] = p.new_tensor(found)
+        return loss
+
+    def _trained(self) -> list[tuple[dict[str, Any], Tensor]]:
+        """The parameters that a step moves, with their groups, looked at before anything moves."""
+        trained = []
+        for group in self.param_groups:
+            self._check_group(group)
+            items = [item for item in zip(group["params"], names_of(group), strict=True) if item[0].requires_grad]
+            if is_constrained(group):
+                check_on_manifold([p for p, _ in items], [name for _, name in items])
+            for p, name in items:
+                if "steps" in self.state.get(p, {}):
+                    check_same_shape(name, "steps", self.state[p]["steps"].shape, torch.Size([_count(p, group)]))
+                trained.append((group, p))
         if not trained:
             raise ProblemError("no parameter is trained; expected one or more with requires_grad=True: set one free")
-        for group in self.param_groups:
-            if is_constrained(group):
-                check_on_manifold(group["params"], names_of(group))
-        loss, value, unit = _first(closure)
-        for group, parameter in trained:
-            value = self._sweep(group, parameter, closure, value, max(unit, torch.finfo(parameter.dtype).eps))
-        return loss
+        return trained
 
     def _sweep(
         self, group: dict[str, Any], parameter: Tensor, closure: Callable[[], Any], value: float, unit: float
-    ) -> float:
-        """Move along every curve of a parameter; V is known before and returned after."""
-        before = self.state[parameter].get("steps")
+    ) -> tuple[float, list[float]]:
+        """Move along every curve of a parameter; V is known before, and returned after with the steps."""
+        before = self.state.get(parameter, {}).get("steps")
         guesses = itertools.repeat(0.0) if before is None else before.tolist()
         steps = []
         for curve, guess in zip(_curves(parameter, group), guesses, strict=before is not None):
@@ -125,16 +156,19 @@ class ItohAbe(Descent):
                 ROUNDING * unit * abs(value),
                 group["tolerance"],
             )
-            try:
-                point = solve(equation, max(abs(guess), scale), scale, unit * curve.size)
-            except BaseException:
-                curve.move(0.0)
-                raise
+            point = solve(equation, max(abs(guess), scale), scale, unit * curve.size)
             curve.move(point.s)
             value = point.value
             steps.append(point.s)
-        self.state[parameter]["steps"] = parameter.new_tensor(steps)
-        return value
+        return value, steps
+
+
+def _count(parameter: Tensor, group: dict[str, Any]) -> int:
+    """Lines or curves of a parameter."""
+    if not is_constrained(group):
+        return parameter.numel()
+    n = max(parameter.shape[-2:])
+    return math.prod(parameter.shape[:-2]) * n * (n - 1) // 2
 
 
 def _curves(parameter: Tensor, group: dict[str, Any]) -> Iterator[Curve]:
@@ -165,13 +199,19 @@ def _rotation(U: Tensor, i: int, j: int, group: dict[str, Any]) -> Curve:
     xi = tangent(start, xi, group["manifold"])
 
     def move(s: float) -> None:
-        U.copy_(retract(start, s * xi, group["retraction"]) if s else start)
+        end = retract(start, s * xi, group["retraction"]) if s else start
+        if not drifts([end])[0] <= DRIFT:
+            raise torch.linalg.LinAlgError
+        U.copy_(end)
 
     return Curve(move, 1.0)
 
 
 def _value(move: Callable[[float], None], closure: Callable[[], Any], s: float) -> float:
-    move(s)
+    try:
+        move(s)
+    except torch.linalg.LinAlgError:
+        return math.inf  # so far out that the retraction cannot be computed
     return _number(closure())
 
 

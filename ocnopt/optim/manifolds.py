@@ -70,13 +70,14 @@ def polished(U: Tensor) -> Tensor:
     return U + U @ (torch.eye(U.shape[-1], dtype=U.dtype, device=U.device) - U.mT @ U) / 2
 
 
-def put_onto(parameters: Sequence[Tensor], names: Sequence[str]) -> None:
-    """Replace matrices by the nearest ones with orthonormal columns, or rows where they are wide.
+def put_onto(parameters: Sequence[Tensor], names: Sequence[str], manifold: str) -> None:
+    """Replace matrices by the nearest ones with orthonormal columns, or rows where they are wide; frozen ones stay.
 
     Raises:
-        ProblemError: not a matrix, half precision, NaN, or columns that are linearly dependent; nothing was replaced.
+        ProblemError: not a matrix, half precision, one that could not move, NaN, or columns that are linearly
+            dependent; nothing was replaced.
     """
-    nearest = []
+    nearest = {}
     for parameter, name in zip(parameters, names, strict=True):
         if parameter.ndim < 2 or parameter.numel() == 0 or parameter.dtype not in (torch.float32, torch.float64):
             raise ProblemError(
@@ -84,6 +85,15 @@ def put_onto(parameters: Sequence[Tensor], names: Sequence[str]) -> None:
                 "float32 or float64: put biases and the like into a group with manifold='euclidean', or into an "
                 "optimiser of their own"
             )
+        n, p = parameter.shape[-2:]
+        if n == p and (manifold == "grassmann" or n == 1):
+            why = "is 1 or -1 there" if n == 1 else "spans the whole space, the only point of its Grassmann manifold"
+            raise ProblemError(
+                f"{name} has shape {tuple(parameter.shape)}, and a square matrix {n} x {n} {why}, so that it would "
+                "never move; expected room to move: put it into a group with another manifold"
+            )
+        if not parameter.requires_grad:
+            continue
         A = orthonormal(parameter.detach())
         if not bool(A.isfinite().all()):
             raise ProblemError(f"{name} holds NaN or infinity; expected finite numbers: initialise it anew")
@@ -94,8 +104,8 @@ def put_onto(parameters: Sequence[Tensor], names: Sequence[str]) -> None:
                 "full rank: initialise it, as by torch.nn.init.orthogonal_"
             )
         # what is on the manifold already stays, bit for bit
-        nearest.append(A if bool(_drift(A).amax() <= 100 * torch.finfo(A.dtype).eps) else polar(A))
-    for parameter, U in zip(parameters, nearest, strict=True):
+        nearest[parameter] = A if bool(_drift(A).amax() <= 100 * torch.finfo(A.dtype).eps) else polar(A)
+    for parameter, U in nearest.items():
         orthonormal(parameter.detach()).copy_(U)
 
 
@@ -105,14 +115,22 @@ def check_on_manifold(parameters: Sequence[Tensor], names: Sequence[str]) -> Non
     Raises:
         ProblemError: U^T U is not the identity.
     """
+    for name, drift in zip(names, drifts(parameters), strict=True):
+        if not drift <= DRIFT:
+            raise ProblemError(
+                f"{name} is off its manifold: |U^T U - I| = {drift:.3g}; expected at most {DRIFT}: load, change or "
+                "unfreeze weights before the optimiser is made, which puts them onto it; nothing else may move them"
+            )
+
+
+def drifts(parameters: Sequence[Tensor]) -> list[float]:
+    """The largest entry of U^T U - I of each parameter."""
+    found = [0.0] * len(parameters)
     for same in alike(parameters):
-        drifts = _drift(torch.stack([orthonormal(parameters[i].detach()) for i in same])).reshape(len(same), -1).amax(1)
-        for i, drift in zip(same, drifts.tolist(), strict=True):
-            if not drift <= DRIFT:
-                raise ProblemError(
-                    f"{names[i]} is off its manifold: |U^T U - I| = {drift:.3g}; expected at most {DRIFT}: load or "
-                    "change weights before the optimiser is made, which puts them onto it; nothing else may move them"
-                )
+        each = _drift(torch.stack([orthonormal(parameters[i].detach()) for i in same])).reshape(len(same), -1).amax(1)
+        for i, drift in zip(same, each.tolist(), strict=True):
+            found[i] = drift
+    return found
 
 
 def alike(parameters: Sequence[Tensor]) -> list[list[int]]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ocnopt.optim.descent import NOT_NEGATIVE, GradientDescent, Moved, is_constrained
+from ocnopt.optim.descent import NOT_NEGATIVE, Change, GradientDescent, Moved, is_constrained, state_of
 from ocnopt.optim.manifolds import orthonormal, rotate
 
 
@@ -34,6 +34,7 @@ class MEC(GradientDescent):
         lr: the time step h; forces act on velocities and velocities on weights, so that weights move by h^2 F at first.
         damping: gamma; 0 conserves the energy up to rounding and the error of the step.
         manifold: "stiefel", or "euclidean" for a group of biases and the like.
+        maximize: whether to go up.
 
     Raises:
         ProblemError: an option is out of range, or a parameter is no matrix of full rank.
@@ -51,35 +52,50 @@ class MEC(GradientDescent):
     tensor([[1., 0.]])
     """
 
-    expected: ClassVar = {"lr": NOT_NEGATIVE, "damping": NOT_NEGATIVE, "manifold": ("stiefel", "euclidean")}
+    expected: ClassVar = {
+        "lr": NOT_NEGATIVE,
+        "damping": NOT_NEGATIVE,
+        "manifold": ("stiefel", "euclidean"),
+        "maximize": bool,
+    }
 
     def __init__(
-        self, params: ParamsT, lr: float | Any, *, damping: float | Any = 1.0, manifold: str = "stiefel"
+        self,
+        params: ParamsT,
+        lr: float | Any,
+        *,
+        damping: float | Any = 1.0,
+        manifold: str = "stiefel",
+        maximize: bool | Any = False,
     ) -> None:
-        super().__init__(params, {"lr": lr, "damping": damping, "manifold": manifold})
+        super().__init__(params, {"lr": lr, "damping": damping, "manifold": manifold, "maximize": maximize})
 
-    def _move(self, moved: Moved) -> None:
-        group, parameters, gradients, _ = moved
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            if is_constrained(group):
-                _turn(orthonormal(parameter), orthonormal(gradient), self.state[parameter], group)
-            else:
-                _push(parameter, gradient, self.state[parameter], group)
+    def _change(self, moved: Moved) -> Change:
+        turns = is_constrained(moved.group)
+        velocities = state_of(self, "velocity", moved, _skew_shape if turns else Tensor.size)
+        advanced = _turned if turns else _pushed
+        items = zip(moved.parameters, moved.gradients, velocities, strict=True)
+        values, found = zip(*(advanced(*item, moved.group) for item in items), strict=True)
+        return Change(values, {"velocity": found})
 
 
-def _turn(U: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+def _skew_shape(parameter: Tensor) -> torch.Size:
+    longer = max(parameter.shape[-2:])
+    return torch.Size((*parameter.shape[:-2], longer, longer))
+
+
+def _turned(parameter: Tensor, gradient: Tensor, B: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor]:
     h, slower = group["lr"], 1.0 - math.exp(-group["damping"] * group["lr"])
-    B = state["velocity"].to(U) if state else U.new_zeros((*U.shape[:-1], U.shape[-2]))
-    UtB = U.mT @ B
-    DB = B - slower * U @ UtB
+    U, G = orthonormal(parameter), orthonormal(gradient)
+    DB = B - slower * U @ (U.mT @ B)
     B = DB - slower * (DB @ U) @ U.mT
     GUt = G @ U.mT
-    state["velocity"] = B = B - h * (GUt - GUt.mT)
-    U.copy_(rotate(U, h * B))
+    B = B - h * (GUt - GUt.mT)
+    U = rotate(U, h * B)
+    return (U if U.shape == parameter.shape else U.mT), B
 
 
-def _push(x: Tensor, G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+def _pushed(x: Tensor, G: Tensor, v: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor]:
     h = group["lr"]
-    v = state["velocity"].to(x) if state else torch.zeros_like(x)
-    state["velocity"] = v = math.exp(-group["damping"] * h) * v - h * G
-    x.add_(v, alpha=h)
+    v = math.exp(-group["damping"] * h) * v - h * G
+    return x + h * v, v

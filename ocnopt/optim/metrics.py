@@ -15,14 +15,16 @@ from torch import Tensor
 
 from ocnopt.differential.kronecker import Layer, gradient_samples, input_samples, working_dtype
 from ocnopt.differential.layers import Diagonal, Factored, Metric, Scaled
+from ocnopt.errors import ProblemError
 
 Options = dict[str, Any]
+SHARED = ("lr", "decay", "eps", "damping")  # options that M is made of
 REFRESH = 10  # steps from one inverse of the Kronecker factors to the next
 
 
 @dataclass
 class Block:
-    """Parameters that move together, weight first, with their states and options.
+    """Parameters that move together, weight first, with the state and the options of each; ``SHARED`` are equal.
 
     ``seen`` are a layer and its inputs and costates, of one sample's loss each, for those who ask for factors.
     """
@@ -30,7 +32,7 @@ class Block:
     name: str
     parameters: Sequence[Tensor]
     states: Sequence[dict[str, Any]]
-    options: Options
+    options: Sequence[Options]
     gradients: Sequence[Tensor]
     seen: tuple[Layer, Tensor, Tensor] | None = None
 
@@ -57,16 +59,12 @@ class Identity:
 
     def metric(self, block: Block) -> Metric:
         """M = I / lr."""
-        return Scaled(float(block.options["lr"]))
+        return Scaled(float(block.options[0]["lr"]))
 
     def move(self, block: Block, gradients: Sequence[Tensor]) -> None:
         """v <- momentum v + g, x <- x - lr v."""
-        if block.options["momentum"] or block.options["weight_decay"]:
-            gradients = [
-                _accumulated(state, _decayed(parameter, gradient, block.options), block.options["momentum"])
-                for parameter, state, gradient in zip(block.parameters, block.states, gradients, strict=True)
-            ]
-        torch._foreach_add_([*block.parameters], [*gradients], alpha=-float(block.options["lr"]))
+        gradients = _accumulated(block, gradients)
+        torch._foreach_add_([*block.parameters], [*gradients], alpha=-float(block.options[0]["lr"]))
 
 
 class Adaptive:
@@ -74,27 +72,29 @@ class Adaptive:
 
     def observe(self, block: Block) -> None:
         """The running mean of squares."""
-        decay = block.options["decay"]
-        for parameter, state, gradient in zip(block.parameters, block.states, block.gradients, strict=True):
+        rows = zip(block.parameters, block.states, block.options, block.gradients, strict=True)
+        for parameter, state, options, gradient in rows:
+            decay = options["decay"]
             if "step" not in state:
                 state["step"] = 0
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
             state["step"] += 1
-            seen = _decayed(parameter, gradient, block.options)
+            seen = _decayed(parameter, gradient, options)
             state["exp_avg_sq"].mul_(decay).addcmul_(seen, seen, value=1 - decay)
 
     def metric(self, block: Block) -> Metric:
         """M = diag(sqrt(E[g^2])) / lr."""
-        lr = float(block.options["lr"])
-        sizes = [self._size(state, block.options) for state in block.states]
+        lr = float(block.options[0]["lr"])
+        sizes = [self._size(*pair) for pair in zip(block.states, block.options, strict=True)]
         return Diagonal([lr / size.to(working_dtype(size)) for size in sizes])
 
     def move(self, block: Block, gradients: Sequence[Tensor]) -> None:
         """x <- x - lr E[g] / sqrt(E[g^2])."""
-        momentum, lr = block.options["momentum"], float(block.options["lr"])
-        for parameter, state, gradient in zip(block.parameters, block.states, gradients, strict=True):
-            state["exp_avg"].lerp_(_decayed(parameter, gradient, block.options), 1 - momentum)
-            size = self._size(state, block.options)
+        rows = zip(block.parameters, block.states, block.options, gradients, strict=True)
+        for parameter, state, options, gradient in rows:
+            momentum, lr = options["momentum"], float(options["lr"])
+            state["exp_avg"].lerp_(_decayed(parameter, gradient, options), 1 - momentum)
+            size = self._size(state, options)
             parameter.addcdiv_(state["exp_avg"], size, value=-lr / (1 - momentum ** state["step"]))
 
     def _size(self, state: dict[str, Any], options: Options) -> Tensor:
@@ -109,7 +109,7 @@ class Kronecker:
         """The running means of the factors, and from time to time their inverses."""
         if block.seen is None:
             return
-        (layer, z, g), state, options = block.seen, block.states[0], block.options
+        (layer, z, g), state, options = block.seen, block.states[0], block.options[0]
         inputs, outputs = input_samples(layer, z, bias=len(block.parameters) > 1), gradient_samples(layer, g)
         means = [samples.mT @ samples / samples.shape[1] for samples in (inputs, outputs)]
         count = state["count"] = state.get("count", 0) + 1
@@ -124,18 +124,15 @@ class Kronecker:
         """M = B (X) A / lr, damped."""
         state = block.states[0]
         if "inputs_inverse" not in state:
-            return Scaled(float(block.options["lr"]))
-        return Factored(float(block.options["lr"]), state["inputs_inverse"], state["outputs_inverse"])
+            return Scaled(float(block.options[0]["lr"]))
+        return Factored(float(block.options[0]["lr"]), state["inputs_inverse"], state["outputs_inverse"])
 
     def move(self, block: Block, gradients: Sequence[Tensor]) -> None:
         """v <- momentum v + G, W <- W - lr B^-1 v A^-1."""
-        lr, state = float(block.options["lr"]), block.states[0]
+        lr, state = float(block.options[0]["lr"]), block.states[0]
         if "inputs_inverse" not in state:
             return Identity().move(block, gradients)
-        found = [
-            _accumulated(own, _decayed(parameter, gradient, block.options), block.options["momentum"])
-            for parameter, own, gradient in zip(block.parameters, block.states, gradients, strict=True)
-        ]
+        found = _accumulated(block, gradients)
         groups, inputs = len(state["inputs"]), block.parameters[0][0].numel()
         matrix = found[0].reshape(groups, -1, inputs)
         if len(found) > 1:
@@ -164,17 +161,27 @@ def _decayed(parameter: Tensor, gradient: Tensor, options: Options) -> Tensor:
     return gradient.add(parameter, alpha=options["weight_decay"]) if options["weight_decay"] else gradient
 
 
-def _accumulated(state: dict[str, Any], gradient: Tensor, momentum: float) -> Tensor:
+def _accumulated(block: Block, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
     """v <- momentum v + g."""
-    if not momentum:
-        return gradient
-    velocity = state.get("momentum_buffer")
-    if velocity is None:
-        velocity = state["momentum_buffer"] = gradient.clone()
-        return velocity
-    return velocity.mul_(momentum).add_(gradient)
+    found = []
+    for parameter, state, options, gradient in zip(
+        block.parameters, block.states, block.options, gradients, strict=True
+    ):
+        velocity = _decayed(parameter, gradient, options)
+        if options["momentum"] and "momentum_buffer" in state:
+            velocity = state["momentum_buffer"].mul_(options["momentum"]).add_(velocity)
+        elif options["momentum"]:
+            velocity = state["momentum_buffer"] = velocity.clone()
+        found.append(velocity)
+    return found
 
 
 def _inverse(factor: Tensor, damping: float) -> Tensor:
     eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-    return torch.cholesky_inverse(torch.linalg.cholesky(factor + damping**0.5 * eye))
+    root, failed = torch.linalg.cholesky_ex(factor + damping**0.5 * eye)
+    if bool(failed.any()):
+        raise ProblemError(
+            f"damping is {damping}, with which a Kronecker factor of {factor.shape[-1]} rows has no inverse; "
+            "expected enough to make it regular: raise damping, 0.01 by default"
+        )
+    return torch.cholesky_inverse(root)

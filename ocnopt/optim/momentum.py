@@ -12,13 +12,13 @@ loss. With eps = lr and mu = momentum:
 Where a gradient belongs to y, the parameters hold y between steps: y = x + c v with a number c in the state.
 """
 
+import math
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ocnopt.optim.descent import FRACTION, NOT_NEGATIVE, GradientDescent, Moved, state_of
+from ocnopt.optim.descent import FRACTION, NOT_NEGATIVE, Change, GradientDescent, Moved, Tensors, state_of
 
 
 class Conformal(GradientDescent):
@@ -30,6 +30,7 @@ class Conformal(GradientDescent):
         momentum: mu.
         nesterov: whether the gradient is that at y. Nesterov's method is not conformal: its contraction depends on the
             loss.
+        maximize: whether to go up.
 
     Raises:
         ProblemError: an option is out of range.
@@ -46,30 +47,35 @@ class Conformal(GradientDescent):
     0.760
     """
 
-    expected: ClassVar = {"lr": NOT_NEGATIVE, "momentum": FRACTION, "nesterov": bool}
+    expected: ClassVar = {"lr": NOT_NEGATIVE, "momentum": FRACTION, "nesterov": bool, "maximize": bool}
 
     def __init__(
-        self, params: ParamsT, lr: float | Any, *, momentum: float | Any = 0.9, nesterov: bool | Any = False
+        self,
+        params: ParamsT,
+        lr: float | Any,
+        *,
+        momentum: float | Any = 0.9,
+        nesterov: bool | Any = False,
+        maximize: bool | Any = False,
     ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "nesterov": nesterov})
+        super().__init__(params, {"lr": lr, "momentum": momentum, "nesterov": nesterov, "maximize": maximize})
 
-    def _move(self, moved: Moved) -> None:
-        group, parameters, gradients, _ = moved
+    def _change(self, moved: Moved) -> Change:
+        group, y, gradients, _ = moved
         mu = group["momentum"]
-        v = state_of(self, "velocity", parameters)
-        back = [self.state[parameter].get("ahead", 0.0) for parameter in parameters]
-        if any(back):
-            torch._foreach_sub_(parameters, torch._foreach_mul(v, back))
-        torch._foreach_mul_(v, mu)
+        v: Tensors = state_of(self, "velocity", moved)
+        back = [-self.state.get(parameter, {}).get("ahead", 0.0) for parameter in y]
+        x = torch._foreach_add(y, torch._foreach_mul(v, back)) if any(back) else y
+        v = torch._foreach_mul(v, mu)
         torch._foreach_add_(v, gradients, alpha=-group["lr"])
         ahead = mu if group["nesterov"] else 0.0
-        torch._foreach_add_(parameters, v, alpha=1.0 + ahead)
-        for parameter in parameters:
-            self.state[parameter]["ahead"] = ahead
+        return Change(torch._foreach_add(x, v, alpha=1.0 + ahead), {"velocity": v, "ahead": [ahead] * len(v)})
 
 
 class Relativistic(GradientDescent):
-    """Relativistic gradient descent: no step is longer than 1/sqrt(delta), however steep the loss.
+    """Relativistic gradient descent: no step of x is longer than 1/sqrt(delta), however steep the loss.
+
+    The parameters hold y, which is at most as far again ahead of x.
 
     Args:
         params: parameters, named parameters or groups, as for every torch optimiser. |v| is the norm over all
@@ -78,6 +84,7 @@ class Relativistic(GradientDescent):
         momentum: mu.
         delta: (2 times) the inverse square of the speed of light; 0 for the classical kinetic energy.
         alpha: 1 for the conformal symplectic method, 0 with delta=0 for Nesterov's.
+        maximize: whether to go up.
 
     Raises:
         ProblemError: an option is out of range.
@@ -92,7 +99,13 @@ class Relativistic(GradientDescent):
     0.500
     """
 
-    expected: ClassVar = {"lr": NOT_NEGATIVE, "momentum": FRACTION, "delta": NOT_NEGATIVE, "alpha": FRACTION}
+    expected: ClassVar = {
+        "lr": NOT_NEGATIVE,
+        "momentum": FRACTION,
+        "delta": NOT_NEGATIVE,
+        "alpha": FRACTION,
+        "maximize": bool,
+    }
 
     def __init__(
         self,
@@ -102,27 +115,34 @@ class Relativistic(GradientDescent):
         momentum: float | Any = 0.9,
         delta: float | Any = 1.0,
         alpha: float | Any = 1.0,
+        maximize: bool | Any = False,
     ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "delta": delta, "alpha": alpha})
+        options = {"lr": lr, "momentum": momentum, "delta": delta, "alpha": alpha, "maximize": maximize}
+        super().__init__(params, options)
 
-    def _move(self, moved: Moved) -> None:
+    def _change(self, moved: Moved) -> Change:
         group, parameters, gradients, _ = moved
         root, delta = group["momentum"] ** 0.5, group["delta"]
-        v = state_of(self, "velocity", parameters)
+        v: Tensors = state_of(self, "velocity", moved)
+        y: Tensors = parameters
         if group["alpha"] < 1.0:
-            back = [torch.as_tensor(self.state[p].get("ahead", 0.0)).to(p) for p in parameters]
-            torch._foreach_addcmul_(parameters, v, back, value=group["alpha"] - 1.0)
-        torch._foreach_mul_(v, root)
+            back = [(group["alpha"] - 1.0) * float(self.state.get(p, {}).get("ahead", 0.0)) for p in y]
+            y = torch._foreach_add(y, torch._foreach_mul(v, back))
+        v = torch._foreach_mul(v, root)
         torch._foreach_add_(v, gradients, alpha=-group["lr"])
-        torch._foreach_add_(parameters, torch._foreach_mul(v, _slowdown(v, delta)))
+        x, _ = _slowed(v, delta)
+        torch._foreach_add_(x, y)
         torch._foreach_mul_(v, root)
-        ahead = root * _slowdown(v, group["momentum"] * delta)
-        for parameter in parameters:
-            self.state[parameter]["ahead"] = ahead.to(parameter)
-        torch._foreach_add_(parameters, torch._foreach_mul(v, ahead))
+        steps, factor = _slowed(v, group["momentum"] * delta)
+        torch._foreach_add_(x, steps, alpha=root)
+        return Change(x, {"velocity": v, "ahead": [root * factor] * len(v)})
 
 
-def _slowdown(v: list[Tensor], delta: float) -> Tensor:
-    """1/sqrt(1 + delta |v|^2)."""
-    size = delta**0.5 * torch.stack([norm.to(v[0]) for norm in torch._foreach_norm(v)]).norm()
-    return 1.0 / torch.hypot(size, torch.ones_like(size))
+def _slowed(v: Tensors, delta: float) -> tuple[Tensors, float]:
+    """The vectors v / sqrt(1 + delta |v|^2), and the factor; nothing is squared before it is scaled to at most 1."""
+    largest = max(1.0, float(torch.stack([size.to(v[0]) for size in torch._foreach_norm(v, math.inf)]).amax()))
+    units = torch._foreach_div(v, largest)
+    norm = float(torch.stack([size.to(v[0]) for size in torch._foreach_norm(units)]).norm())
+    factor = 1.0 / math.hypot(1.0 / largest, delta**0.5 * norm)
+    torch._foreach_mul_(units, factor)
+    return units, factor / largest

@@ -81,7 +81,8 @@ class MSA(Descent):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_layers": self._layers}
 
-    def _admit(self, group: dict[str, Any]) -> None:
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
         check_count("iterations of MSA", group["iterations"], default=20)
         if group.get("layer") not in self._layers:
             raise ProblemError(
@@ -102,16 +103,17 @@ class MSA(Descent):
             NonFiniteError: the loss, a state or a costate is NaN or infinite; nothing was changed.
         """
         closure = needed(closure, "runs the chain: it computes the loss, calls backward and returns the loss")
+        for group in self.param_groups:
+            self._check_group(group)
         self.zero_grad()
         with torch.enable_grad(), _recorded(self._layers) as records:
             loss = closure()
         moves: dict[Tensor, Tensor] = {}
         for group in self.param_groups:
             layer = self._layers[group["layer"]]
-            trained = {name: p for name, p in layer.named_parameters() if p.requires_grad}
-            if trained:
-                best = _Hamiltonian(group, layer, records[group["layer"]]).minimised(group["iterations"])
-                moves.update((parameter, best[name]) for name, parameter in trained.items())
+            if any(parameter.requires_grad for parameter in layer.parameters()):
+                hamiltonian = _Hamiltonian(group, layer, records[group["layer"]])
+                moves.update(hamiltonian.minimised(group["iterations"]))
         for parameter, value in moves.items():
             parameter.copy_(value)
         return loss
@@ -153,8 +155,8 @@ class _Hamiltonian:
 
     def __init__(self, group: Mapping[str, Any], layer: nn.Module, record: _Record) -> None:
         self._layer, self._rho, self._gamma = layer, group["rho"], group["weight_decay"]
-        trained = {name: p for name, p in layer.named_parameters() if p.requires_grad}
-        self._start = {name: p.detach().clone() for name, p in trained.items()}
+        self._trained = {name: p for name, p in layer.named_parameters() if p.requires_grad}
+        self._start = {name: p.detach().clone() for name, p in self._trained.items()}
         self._x, self._costate, following = _read(record, group["layer"])
         self._samples = len(self._x) if group["reduction"] == "mean" else 1
         theta = {name: p.clone().requires_grad_() for name, p in self._start.items()}
@@ -163,14 +165,14 @@ class _Hamiltonian:
             slopes = torch.autograd.grad(y, [*theta.values()], self._costate, allow_unused=True, materialize_grads=True)
         self._following, self._back = y.detach(), back.detach()
         _check_same(self._following, following, group["layer"])
-        self._check_slopes(trained, slopes, group["layer"])
+        self._check_slopes(slopes, group["layer"])
         totals = torch._foreach_add(slopes, [*self._start.values()], alpha=self._gamma)
         self._size = float(torch.stack(torch._foreach_norm(totals)).norm())
 
-    def minimised(self, iterations: int) -> dict[str, Tensor]:
-        """The best parameters that L-BFGS visits; of unit slope at the start, because its thresholds are absolute."""
+    def minimised(self, iterations: int) -> dict[Tensor, Tensor]:
+        """The best values that L-BFGS visits; of slope 1 at the start, because its thresholds are absolute."""
         if self._size == 0:
-            return self._start
+            return {}
         steps = [
             torch.zeros_like(p, memory_format=torch.contiguous_format).requires_grad_() for p in self._start.values()
         ]
@@ -189,7 +191,7 @@ class _Hamiltonian:
         torch.optim.LBFGS(
             steps, max_iter=iterations, tolerance_grad=0.0, tolerance_change=0.0, line_search_fn="strong_wolfe"
         ).step(evaluate)
-        return self._moved(best)
+        return {self._trained[name]: value for name, value in self._moved(best).items()}
 
     def _moved(self, steps: Sequence[Tensor]) -> dict[str, Tensor]:
         return {name: p + self._size * z for (name, p), z in zip(self._start.items(), steps, strict=True)}
@@ -213,10 +215,10 @@ class _Hamiltonian:
         (back,) = torch.autograd.grad(y, self._x, self._costate, create_graph=True)
         return y, back
 
-    def _check_slopes(self, trained: Mapping[str, Tensor], slopes: Sequence[Tensor], layer: str) -> None:
+    def _check_slopes(self, slopes: Sequence[Tensor], layer: str) -> None:
         """Refuse a loss whose gradient is not that of the chain."""
         eps = torch.finfo(self._costate.dtype).eps
-        for (name, parameter), slope in zip(trained.items(), slopes, strict=True):
+        for (name, parameter), slope in zip(self._trained.items(), slopes, strict=True):
             gradient = slope.new_zeros(()) if parameter.grad is None else parameter.grad
             rounding = 1e3 * eps * float(self._costate.norm() * (1 + self._x.double().norm()) * (1 + parameter.norm()))
             difference = float((gradient - slope).norm())

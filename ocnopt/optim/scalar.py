@@ -1,8 +1,8 @@
 """The scalar equation of a discrete gradient, f(s) + s^2 / tau = 0 with s other than 0, where f(s) = V(s) - V(0).
 
 Call the left side phi. Where V has a slope at 0, phi is negative next to 0 on the side where V falls, and positive far
-out if V is bounded from below: a root lies between. Its quotient phi / s is a line if V is a parabola, so that secants
-of the quotient find the root at once; values at -h, 0 and h suggest where.
+out if V is bounded from below: a root lies between. On either side of 0 the quotient phi / |s| is a line if V is a
+parabola, so that secants of it find the root at once; values at -h, 0 and h suggest where.
 """
 
 import math
@@ -25,7 +25,7 @@ class Point(NamedTuple):
 
     @property
     def quotient(self) -> float:
-        """Phi per length of the step."""
+        """Phi / |s|."""
         return self.phi / abs(self.s)
 
 
@@ -87,7 +87,7 @@ def solve(equation: Equation, h: float, scale: float, least: float) -> Point:
 
 
 def _outward(equation: Equation, low: Point, guess: float) -> Point:
-    """From a point where phi is negative, look further out for one where it is not."""
+    """From a point where phi is negative, look further out for one where it is not; first where a parabola has it."""
     following = guess if guess / low.s > 1 else 2 * low.s
     factor = 2.0
     for _ in range(EXPANSIONS):
@@ -121,8 +121,9 @@ def _between(equation: Equation, low: Point, high: Point) -> Point:
         is_slow = count % 4 == 3 and abs(gap) > width / 2
         width = abs(gap) if count % 4 == 3 else width
         s = math.nan if is_slow or q_high == math.inf else low.s + gap * (q_low / (q_low - q_high))
-        if not 0 < (s - low.s) / gap < 1:  # far apart: halve the exponent
-            s = low.s * math.sqrt(high.s / low.s) if high.s / low.s > 4 else low.s + gap / 2
+        if not 0 < (s - low.s) / gap < 1:
+            is_far = high.s / low.s > 4  # then halve the exponent
+            s = low.s * math.sqrt(high.s / low.s) if is_far else low.s + gap / 2
         point = equation.at(s)
         if equation.solves(point):
             return point

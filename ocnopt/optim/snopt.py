@@ -44,11 +44,14 @@ from ocnopt.optim.checks import (
     check_not_parallel,
     check_one_process,
     check_refreshes,
+    check_same_shape,
     check_state,
     find_blocks,
     is_live,
     read_groups,
+    strangers,
     warn_first_order,
+    warn_strangers,
     warn_unseen,
 )
 
@@ -130,6 +133,7 @@ class SNOpt(torch.optim.Optimizer):
         self._model, self._step_count = model, 0
         self.refresh_every, self.reduction, self.everywhere = refresh_every, reduction, everywhere
         self._unseen: set[str] = set()
+        self._is_whole = param_groups is None
         self._handles: list[RemovableHandle] = []
         self._is_ready = False
         # All parameters: one that is frozen gets no gradient, and takes part once it is set free.
@@ -141,7 +145,7 @@ class SNOpt(torch.optim.Optimizer):
         warn_first_order([model] if everywhere else self._odes, self._blocks, self._trained)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_model", "_step_count", "_unseen", *_OPTIONS)
+        kept = ("_model", "_step_count", "_unseen", "_is_whole", *_OPTIONS)
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -180,6 +184,10 @@ class SNOpt(torch.optim.Optimizer):
         with torch.autocast(device, enabled=False):
             self._update()
         self._step_count += 1
+        new = strangers(self._model, {*map(id, self._trained)}, whole=self._is_whole)
+        if not self._unseen.issuperset(new):
+            self._unseen.update(new)
+            warn_strangers(new)
         if [*map(is_live, self._trained)] == self._liveness:
             self._watch(self._is_refresh())
         else:  # a parameter was frozen or set free
@@ -291,6 +299,7 @@ class SNOpt(torch.optim.Optimizer):
             for key, value in state.items():
                 state[key] = value.to(gradient)
             momentum = state["momentum"]
+        check_same_shape(self._trained[parameter], "momentum", momentum.shape, gradient.shape)
         return momentum
 
     def _refresh(self, block: Block, samples: Samples | None, gradient: Tensor) -> None:

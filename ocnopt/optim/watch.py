@@ -1,6 +1,7 @@
 """Hooks of a model that record its forward passes for an optimiser."""
 
 import sys
+import threading
 import weakref
 from types import FrameType
 from typing import Any, Protocol, runtime_checkable
@@ -28,7 +29,12 @@ class Watch:
 
     def __init__(self, optimizer: Records | None = None) -> None:
         self._optimizer = None if optimizer is None else weakref.ref(optimizer)
-        self._running: list[tuple[Recorder, Tape] | None] = []
+        self._of_thread = threading.local()  # each is in forward passes of its own
+
+    @property
+    def _running(self) -> list[tuple[Recorder, Tape] | None]:
+        running: list[tuple[Recorder, Tape] | None] = self._of_thread.__dict__.setdefault("running", [])
+        return running
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Watch, ()

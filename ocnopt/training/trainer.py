@@ -109,7 +109,7 @@ class Trainer:
             self.model = _make_model(task, {**config.model, **moves})
             self._random_state = torch.get_rng_state()
         self.optimizer = optimizer(config.optimizer).build(self.model, config.lr)
-        self.policy = _policy(self.model, config)
+        self.policy = _policy(self.model, task, config)
 
     @property
     def finished(self) -> bool:
@@ -227,17 +227,30 @@ def _make_model(task: Task, options: dict[str, Any]) -> nn.Module:
     try:
         return task.make_model(**options)
     except TypeError as error:
+        if "horizon" in options:
+            _only_ode(task.make_model(), task)
         raise ProblemError(
             f"the model of {task.name} does not take the options {', '.join(options)} ({error}); expected options of "
-            "its constructor, and horizon only around one Neural ODE: leave out what it does not know"
+            "its constructor: leave out what it does not know"
         ) from error
 
 
-def _policy(model: nn.Module, config: TrainConfig) -> HorizonPolicy | None:
+def _only_ode(model: nn.Module, task: Task) -> NeuralODE:
+    """The Neural ODE whose T a rule moves."""
+    odes = _neural_odes(model)
+    if len(odes) != 1:
+        raise ProblemError(
+            f"a rule for the integration time T came for the model of {task.name}, which has {len(odes)} Neural ODEs; "
+            "expected exactly one: use horizon='fixed', or a problem such as digits"
+        )
+    return odes[0]
+
+
+def _policy(model: nn.Module, task: Task, config: TrainConfig) -> HorizonPolicy | None:
     """The policy that moves T, or None where it is fixed."""
     if config.horizon == "fixed":
         return None
-    (ode,) = _neural_odes(model)
+    ode = _only_ode(model, task)
     return HorizonPolicy(ode, rule=config.horizon, lr=config.horizon_lr, penalty=config.horizon_penalty)
 
 

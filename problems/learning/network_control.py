@@ -2,7 +2,8 @@ r"""A classifier in the plane trained as what it is: an optimal-control problem,
 
 All points together are the state of one problem, x_k ``(2 B)``; the weights of layer k, and its step size where it is
 learned, are the control u_k = (A_k, b_k[, h_k]); the weights of the logistic function are the static control p. The
-terminal cost is the loss, and a small running cost ``decay/2 |u_k|^2`` keeps the problem bounded, if it is asked for.
+terminal cost is half the mean squared error. Nothing else bounds the controls unless a running cost
+``decay/2 |u_k|^2`` is asked for.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from ocnopt.errors import ProblemError
-from ocnopt.problems.learning.plane import PlaneClassifier, half_squared_error
+from ocnopt.problems.learning.networks import PlaneClassifier
+from ocnopt.problems.learning.plane import half_squared_error
 from ocnopt.solvers import Solution
 from ocnopt.staged import Stage, StagedOCP
 
@@ -62,7 +64,7 @@ def as_problem(model: PlaneClassifier, inputs: Tensor, targets: Tensor, *, decay
 
 @torch.no_grad()
 def take_solution(model: PlaneClassifier, solution: Solution) -> None:
-    """Put a solution's controls into the model that the problem was made from.
+    """Put a solution's controls and static parameters into the model that the problem was made from, in place.
 
     Args:
         model: as given to :func:`as_problem`.

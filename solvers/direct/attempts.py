@@ -50,6 +50,7 @@ class Attempt(NamedTuple):
     states: list[Vector]
     controls: list[Vector]
     costates: list[Vector]
+    multipliers: Mapping[str, Vector]
     parameters: Vector
     cost: float
     converged: bool
@@ -69,7 +70,7 @@ class Instance:
     ) -> None:
         began = time.perf_counter()
         self.runs, end = lowered.rows(row)
-        self.path = assemble(self.runs, end, problem.step_bounds, problem.parameter_bounds)
+        self.path = assemble(self.runs, end, problem.step_bounds, problem.state_bounds, problem.parameter_bounds)
         self.solver = make_solver(self.path.program, ipopt, progress=progress)
         self.build_time = time.perf_counter() - began
 
@@ -103,6 +104,7 @@ class Instance:
             states=[best.unknowns[place] for place in path.states],
             controls=[best.unknowns[place] for place in path.controls],
             costates=path.costates(best.multipliers),
+            multipliers=path.multipliers(best, bounded=problem.state_bounds is not None),
             parameters=best.unknowns[path.parameters],
             # where no path is finite, nothing has a cost
             cost=math.nan if broken else best.cost,

@@ -1,6 +1,6 @@
 """The "casadi" solver: direct transcription, CasADi's exact derivatives, IPOPT.
 
-It is the solver for constraints: path and terminal constraints, bounds, minimum time. It returns no feedback gains. The
+It takes path and terminal constraints, bounds on controls, states and parameters, and returns no feedback gains. The
 problems of a batch are solved one after another, so one that fails harms no other.
 
 Source: Andersson et al., CasADi, Math. Prog. Comp. 11 (2019); Waechter and Biegler, IPOPT, Math. Prog. 106 (2006).
@@ -217,6 +217,10 @@ def _result(problem: StagedOCP, attempts: "list[Attempt]") -> Result:
         key: gather([[*a.history[key], *[a.history[key][-1]] * (longest - len(a.history[key]))] for a in attempts])
         for key in attempts[0].history
     }
+    multipliers = {}
+    for name in attempts[0].multipliers:
+        together = gather([a.multipliers[name] for a in attempts])
+        multipliers[name] = together if name == "terminal_constraint" else together.movedim(-2, 0)
     return Result(
         states=path("states"),
         controls=path("controls"),
@@ -230,4 +234,5 @@ def _result(problem: StagedOCP, attempts: "list[Attempt]") -> Result:
         build_time=0.0,
         history={key: value.movedim(-1, 0) for key, value in history.items()},
         costates=path("costates"),
+        multipliers=multipliers or None,
     )

@@ -61,12 +61,13 @@ class Program:
 
 
 class Answer(NamedTuple):
-    """What IPOPT returned: unknowns, cost, constraints, their multipliers and its statistics."""
+    """What IPOPT returned: unknowns, cost, constraints, multipliers of these and of the box, and its statistics."""
 
     unknowns: Vector
     cost: float
     constraints: Vector
     multipliers: Vector
+    box: Vector
     statistics: Mapping[str, Any]
 
     @property
@@ -230,8 +231,8 @@ def run_solver(solver: Any, program: Program, start: Vector, data: Vector) -> An
     (lbx, ubx), (lbg, ubg) = program.box, program.limits
     with _interruptible():
         result = solver(x0=start, p=data.reshape(-1, order="F"), lbx=lbx, ubx=ubx, lbg=lbg, ubg=ubg)
-    w, g, multipliers = (np.array(result[key].full()).reshape(-1) for key in ("x", "g", "lam_g"))
-    return Answer(w, float(result["f"]), g, multipliers, solver.stats())
+    w, g, multipliers, box = (np.array(result[key].full()).reshape(-1) for key in ("x", "g", "lam_g", "lam_x"))
+    return Answer(w, float(result["f"]), g, multipliers, box, solver.stats())
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import casadi
 import numpy as np
 
 from ocnopt.checks import Bounds
-from ocnopt.solvers.direct.nlp import Piece, Positions, Program, Vector
+from ocnopt.solvers.direct.nlp import Answer, Piece, Positions, Program, Vector
 
 
 class Run(NamedTuple):
@@ -58,6 +58,29 @@ class PathProgram:
         steps = [row for rows in self.rows if rows.name == "dynamics" for row in rows.place]
         return [-multipliers[self.rows[0].place[0]], *(multipliers[row] for row in steps)]
 
+    def multipliers(self, answer: Answer, *, bounded: bool) -> dict[str, Vector]:
+        """Of the user's constraints ``(e,)``, ``(N + 1, c)`` and, where ``bounded``, of the states ``(N + 1, n)``.
+
+        Zeros stand where a node has fewer.
+        """
+        found: dict[str, Vector] = {}
+        along: list[tuple[int, Positions]] = []
+        for rows in self.rows:
+            if rows.name == "terminal_constraint":
+                found[rows.name] = answer.multipliers[rows.place[0]]
+            if rows.name.startswith("path_constraint"):
+                # -1, of the end, is the last node
+                along += enumerate(rows.place, start=rows.first)
+        if along:
+            found["path_constraint"] = np.zeros((len(self.states), max(row.size for _, row in along)))
+            for node, row in along:
+                found["path_constraint"][node, : row.size] = answer.multipliers[row]
+        if bounded:
+            found["state_bounds"] = np.zeros((len(self.states), max(place.size for place in self.states)))
+            for node, place in enumerate(self.states[1:], start=1):
+                found["state_bounds"][node, : place.size] = answer.box[place]
+        return found
+
     def violation(self, g: Vector) -> tuple[float, str]:
         """The largest violated constraint and its place."""
         lower, upper = self.program.limits
@@ -79,6 +102,7 @@ def assemble(
     runs: Sequence[Run],
     end: casadi.Function,
     control_bounds: Sequence[Bounds | None],
+    state_bounds: Bounds | None,
     parameter_bounds: Bounds | None,
 ) -> PathProgram:
     """Write the program down, for x_0 = 0.
@@ -87,6 +111,7 @@ def assemble(
         runs: cover the steps 0..N-1 in order.
         end: (x, u, p, d) -> (Phi, e, c).
         control_bounds: of each step.
+        state_bounds: of every state but the first.
         parameter_bounds: of p.
     """
     sizes = [tuple(int(r.function.numel_in(i)) for i in (1, 2, 3)) for r in runs for _ in range(r.start, r.stop)]
@@ -107,7 +132,8 @@ def assemble(
     pieces.append(piece)
     rows += kinds
     size = int(states[-1][-1]) + 1 + p.size
-    box = _box(size, [*zip(controls, control_bounds, strict=True), (p, parameter_bounds)])
+    bounded = [(place, state_bounds) for place in states[1:]]
+    box = _box(size, [*zip(controls, control_bounds, strict=True), *bounded, (p, parameter_bounds)])
     matrix = tuple(np.concatenate(part) for part in zip(*linear, strict=True))
     program = Program(pieces, matrix, box, _limits(rows), (int(end.numel_in(3)), len(states)))  # type: ignore[arg-type]
     return PathProgram(program, states, inner, controls, p, [kind for kind in rows if kind.place.size])
@@ -190,7 +216,7 @@ def _box(size: int, pairs: Sequence[tuple[Positions, Bounds | None]]) -> tuple[V
     for place, bounds in pairs:
         if bounds is not None:
             for side, limit in zip(box, bounds, strict=True):
-                side[place] = limit.double().cpu().numpy()
+                side[place] = limit.double().cpu().numpy()[: place.size]
     return box
 
 

@@ -140,6 +140,7 @@ class Arrays:
     def __call__(self, carried: Sequence[Array], given: Sequence[Array]) -> tuple[list[Array], list[Array]]:
         """Run all problems, chunk by chunk."""
         lanes = max([x.shape[0] for x in carried] + [x.shape[1] for x in given])
+        given = [x if x.shape[1] in (1, lanes) else np.tile(x, (1, lanes // x.shape[1], 1)) for x in given]
         last = [np.empty((lanes, size)) for size in self.sizes[: len(carried)]]
         kept = {i: np.empty((self.length + (i < len(carried)), lanes, self.sizes[i])) for i in self.fold.kept}
         chunks = -(-lanes // self.width)

@@ -2,15 +2,16 @@
 
 A kernel evaluates a path with its gaps, sweeps backwards along it for a direction, and rolls the feedback law out. Here
 the torch functions of the one step are lowered to CasADi once; everything else is made from them symbolically and runs
-as a fold over time: on CasADi's virtual machine for a few problems, as numpy calls over many (see ``arrays``).
+as a fold over time: compiled where there is a compiler and work enough for it (see ``compiled``), else on CasADi's
+virtual machine for a few problems, as numpy calls over many (see ``arrays``).
 
 Shapes: time first, then the batch: states ``(N + 1, *lead, n)``, controls ``(N, *lead, m)``, gains ``(N, *lead, m,
 n)``. The state z = (x, p) holds the static controls. Numbers are float64 on the CPU.
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,9 +21,12 @@ from torch import Tensor
 from ocnopt.captured import given_rows
 from ocnopt.differential.sweep import CostToGo, Direction, minimise_start
 from ocnopt.paths import Path
+from ocnopt.solvers.kernels import Merit
 from ocnopt.solvers.lowered.arrays import Array, Arrays
+from ocnopt.solvers.lowered.compiled import Compiled, Library, Search, build, find
 from ocnopt.solvers.lowered.limits import fits, refused
 from ocnopt.solvers.lowered.problem import lower_step
+from ocnopt.solvers.lowered.source import Line
 from ocnopt.solvers.lowered.steps import Fold, Steps, make_steps
 from ocnopt.solvers.solution import Guess
 from ocnopt.staged import StagedOCP
@@ -31,10 +35,37 @@ from ocnopt.staged import StagedOCP
 _FEW = 96
 # So many step sizes times problems are rolled out together.
 _TOGETHER = 1024
+# How many problems are worked on at a time, without and with a compiler.
+_WINDOWS = (4096, 512)
+# What compiling is weighed against: this many sweeps, with seconds for an instruction of a problem on the virtual
+# machine and as a numpy call, and for one in the compiler.
+_SWEEPS, _ON_MACHINE, _AS_ARRAYS, _COMPILED = 15, 8e-9, 1.5e-9, 2.5e-4
+
+
+@runtime_checkable
+class Runner(Protocol):
+    """What runs a fold over the horizon, forwards or backwards."""
+
+    def __call__(
+        self, carried: Sequence[Array], given: Sequence[Array], into: Mapping[int, Array] | None = None
+    ) -> tuple[list[Array], list[Array]]:
+        """Run all problems.
+
+        Args:
+            carried: what the first step starts from, each ``(lanes, c)``.
+            given: what each step is given, ``(length, lanes, d)``, or ``(lanes, d)``, the same for every step; fewer
+                lanes stand for all, again and again.
+            into: where to write kept results, by their number in the fold.
+
+        Returns:
+            What the last step carries on, each ``(lanes, c)``, and the kept results: yielded ones ``(length, lanes,
+            e)``, carried ones ``(length + 1, lanes, c)`` with the start. Backwards, the last step is the first in time.
+        """
+        ...
 
 
 class Machine:
-    """A fold over the horizon on CasADi's virtual machine, one problem after another: the whole horizon in one call.
+    """A fold on CasADi's virtual machine, one problem after another: the whole horizon in one call.
 
     CasADi reads and writes the arrays themselves.
     """
@@ -50,16 +81,7 @@ class Machine:
         self.read, self.write = buffer.set_arg, buffer.set_res
 
     def __call__(self, carried: Sequence[Array], given: Sequence[Array]) -> tuple[list[Array], list[Array]]:
-        """Run all problems.
-
-        Args:
-            carried: what the first step starts from, each ``(lanes, c)``.
-            given: what each step is given, ``(length, lanes, d)``; lanes may be 1 instead.
-
-        Returns:
-            What the last step carries on, each ``(lanes, c)``, and the kept results: yielded ones ``(length, lanes,
-            e)``, carried ones ``(length + 1, lanes, c)`` with the start.
-        """
+        """Run all problems; arguments and results as in :class:`Runner`."""
         lanes = max([x.shape[0] for x in carried] + [x.shape[1] for x in given])
         if lanes == 1:
             return self._one(carried, given)
@@ -87,6 +109,26 @@ class Machine:
         return [outputs[i][-1] for i in range(len(carried))], [outputs[i] for i in self.fold.kept]
 
 
+class InTurn:
+    """A runner that knows one direction of time and makes its own results, as a :class:`Runner`."""
+
+    def __init__(self, runner: Machine | Arrays, *, backwards: bool) -> None:
+        self.runner, self.order = runner, slice(None, None, -1 if backwards else 1)
+
+    def __call__(
+        self, carried: Sequence[Array], given: Sequence[Array], into: Mapping[int, Array] | None = None
+    ) -> tuple[list[Array], list[Array]]:
+        """Run all problems."""
+        length = self.runner.length
+        steps = [x if x.ndim == 3 else np.broadcast_to(x, (length, *x.shape)) for x in given]
+        last, kept = self.runner(carried, [x[self.order] for x in steps])
+        kept = [x[self.order] for x in kept]
+        for place, number in enumerate(self.runner.fold.kept):
+            if into and number in into:
+                into[number][...] = kept[place]
+        return last, kept
+
+
 class LoweredKernel:
     """A problem's lowered functions and what runs them.
 
@@ -100,14 +142,16 @@ class LoweredKernel:
         tensor([[-0.5000]], dtype=torch.float64)
     """
 
-    name, apart, window = "lowered", True, 4096
+    apart = True
 
-    def __init__(self, problem: StagedOCP, guess: Guess) -> None:
+    def __init__(self, problem: StagedOCP, guess: Guess, *, compile: bool | Literal["auto"] = "auto") -> None:  # noqa: A002
         """Lower a problem as ``transcribe`` returns it, or one with one Stage.
 
         Args:
             problem: its static controls are still parameters, not part of the state.
             guess: where the lowered functions are compared with torch.
+            compile: whether to compile, where there is a compiler; "auto": if that was done before, or for a batch that
+                will take longer without.
 
         Raises:
             ProblemError: the problem is not for this kernel; the message says why.
@@ -124,13 +168,24 @@ class LoweredKernel:
         self.parameter_bounds = problem.parameter_bounds
         self._steps: Steps = make_steps(self._lowered.step, self._lowered.end, self.n, self.m, self.q, box)
         self._numbers = np.arange(self.length, dtype=float)[:, None, None]
-        self._backwards = np.ascontiguousarray(self._numbers[::-1])
-        self._ones = np.ones((self.length, 1, 1))
         self._no_gaps = np.zeros((self.length, 1, self.n))
-        self._runners: dict[tuple[bool, str], Machine | Arrays] = {}
+        self._runners: dict[tuple[bool, str], Runner] = {}
+        lanes = problem.initial_state.shape[:-1].numel()
+        self._library = self._compiled(lanes, compile)
+        self._search: Search | None = None
         used = (self._steps.exact, self._steps.gauss_newton, self._steps.walk, self._steps.end, self._steps.end_value)
         for fold in used:
-            self._runner(fold, problem.initial_state.shape[:-1].numel())
+            self._runner(fold, lanes)
+
+    @property
+    def name(self) -> str:
+        """What runs the lowered functions."""
+        return "lowered" if self._library is None else "compiled"
+
+    @property
+    def window(self) -> int:
+        """How many problems are best worked on at a time: without a compiler what a numpy call costs counts most."""
+        return _WINDOWS[self._library is not None]
 
     def refresh(self, problem: StagedOCP) -> None:
         """Read the problem's data and ``step_data`` again, which may have changed since.
@@ -161,14 +216,16 @@ class LoweredKernel:
         lead, N, n = path.cost.shape, self.length, self.n
         z, u, d = _rows(path.states), _rows(path.controls), self._given(path.rows)
         _, (V, J) = self._run(self._steps.end_value, [], [z[-1:], d[-1:]])
-        gaps = self._no_gaps if path.gaps is None else _rows(path.gaps)[::-1]
-        given = [self._backwards, z[-2::-1], u[::-1], gaps, self._ones * mu.numpy().reshape(1, -1, 1), d[-2::-1]]
+        gaps = self._no_gaps if path.gaps is None else _rows(path.gaps)
+        given = [self._numbers, z[:-1], u, gaps, mu.numpy().reshape(-1, 1), d[:-1]]
         fold = self._steps.exact if exact else self._steps.gauss_newton
-        start, (k, K, Jz) = self._run(fold, [V[0], J[0], np.ones((z.shape[1], 1))], given)
-        costates = np.concatenate([Jz[::-1], J[..., 1:]])
+        costates = np.empty(z.shape)
+        costates[-1] = J[0, :, 1:]
+        into = {fold.kept[-1]: costates[:-1]}
+        start, (k, K, _) = self._run(fold, [V[0], J[0], np.ones((z.shape[1], 1))], given, into)
         return Direction(
-            _tensor(k[::-1], (N, *lead, self.m)),
-            _tensor(K[::-1], (N, *lead, self.m, n)),
+            _tensor(k, (N, *lead, self.m)),
+            _tensor(K, (N, *lead, self.m, n)),
             _tensor(costates, (N + 1, *lead, n)),
             *self._minimise_start(path, start, mu),
         )
@@ -193,6 +250,37 @@ class LoweredKernel:
         left = (1 - alphas).reshape(-1, *(1,) * (path.gaps.ndim - 1)) * path.gaps[:, None]
         return Path(states, controls, cost, left)
 
+    def search(
+        self, path: Path, direction: Direction, merit: Merit, active: Tensor, alphas: Sequence[float]
+    ) -> tuple[Path, Tensor] | None:
+        """The longest step of each problem that gains enough, where there is a compiled kernel.
+
+        Args:
+            path: ``lead`` is the batch.
+            direction: of this path.
+            merit: what a step must gain.
+            active: whether to search, ``(*batch)``.
+            alphas: step sizes, the longest first.
+
+        Returns:
+            The path, that given where no step gains enough, with its old gaps; and the step taken, zero for none.
+        """
+        if self._library is None:
+            return None
+        if self._search is None:
+            self._search = Search(self._steps.walk, self.length, self._library)
+        lead, N, states = path.cost.shape, self.length, _rows(path.states)
+        shift = np.zeros((1, self.n))
+        if self.q:
+            shift = np.zeros((states.shape[1], self.n))
+            shift[:, self.n - self.q :] = _rows(direction.dp[None])[0]
+        own = [states[0], shift, torch.stack([path.cost, *merit, active.double()], -1).numpy().reshape(-1, 6)]
+        d = self._given(path.rows)
+        given = [*self._law(path, direction), d[:-1], d[-1]]
+        taken, cost, (z, u) = self._search(own, [states, _rows(path.controls)], given, np.array(alphas))
+        found = _tensor(z, (N + 1, *lead, self.n)), _tensor(u, (N, *lead, self.m)), _tensor(cost, lead)
+        return Path(*found, path.gaps, path.rows), _tensor(taken, lead)
+
     def ladder(self, lanes: int, alphas: Sequence[float]) -> Sequence[Sequence[float]]:
         """Step sizes one by one for a few problems; over many a call costs the same for three."""
         return [(alpha,) for alpha in alphas] if lanes <= _FEW else (alphas[:1], alphas[1:4], alphas[4:])
@@ -201,19 +289,20 @@ class LoweredKernel:
         """States, controls and costs for some step sizes at once."""
         count, lead, N = len(alphas), (len(alphas), *path.cost.shape), self.length
         zbar, alpha, d = _rows(path.states), alphas.numpy(), self._given(path.rows)
-        K = direction.K.numpy().reshape(N, zbar.shape[1], self.m * self.n)
-        law = [zbar[:-1], _rows(path.controls), _rows(direction.k), K]
-        law.append(self._no_gaps if path.gaps is None else _rows(path.gaps))
-        if count > 1:
-            # what has one lane is the same for all
-            *law, d = (np.tile(x, (1, count, 1)) if x.shape[1] > 1 else x for x in (*law, d))
         z0 = np.tile(zbar[0], (count, 1))
         if self.q > 0:
             z0[:, self.n - self.q :] += (alpha[:, None, None] * _rows(direction.dp[None])).reshape(len(z0), self.q)
-        given = [self._numbers, *law, self._ones * alpha.repeat(zbar.shape[1])[:, None], d[:-1]]
+        given = [*self._law(path, direction), alpha.repeat(zbar.shape[1])[:, None], d[:-1]]
         (_, cost), (z, u) = self._run(self._steps.walk, [z0, np.zeros((len(z0), 1))], given)
         states, controls = _tensor(z, (N + 1, *lead, self.n)), _tensor(u, (N, *lead, self.m))
         return states, controls, _tensor(self._total(cost, z, d), lead)
+
+    def _law(self, path: Path, direction: Direction) -> list[Array]:
+        """What the rollout is given before the step size."""
+        zbar = _rows(path.states)
+        K = direction.K.numpy().reshape(self.length, zbar.shape[1], self.m * self.n)
+        gaps = self._no_gaps if path.gaps is None else _rows(path.gaps)
+        return [self._numbers, zbar[:-1], _rows(path.controls), _rows(direction.k), K, gaps]
 
     def _total(self, cost: Array, z: Array, d: Array) -> Array:
         """The cost along the path and at its end."""
@@ -240,18 +329,42 @@ class LoweredKernel:
         dp, value = minimise_start(CostToGo(whole, _tensor(J, (*lead, self.n + 1)), fine), q, damping, room)
         return dp, value.linear, value.quadratic, value.solvable & torch.isfinite(value.linear)
 
-    def _run(self, fold: Fold, carried: Sequence[Array], given: Sequence[Array]) -> tuple[list[Array], list[Array]]:
+    def _run(
+        self,
+        fold: Fold,
+        carried: Sequence[Array],
+        given: Sequence[Array],
+        into: Mapping[int, Array] | None = None,
+    ) -> tuple[list[Array], list[Array]]:
         """A fold over the horizon, or one step where nothing is carried."""
-        lanes = max(carried[0].shape[0] if carried else 1, *(x.shape[1] for x in given), 1)
-        return self._runner(fold, lanes)(carried, given)
+        lanes = max(x.shape[-2] for x in (*carried, *given))
+        return self._runner(fold, lanes)(carried, given, into)
 
-    def _runner(self, fold: Fold, lanes: int) -> Machine | Arrays:
+    def _runner(self, fold: Fold, lanes: int) -> Runner:
         """What runs a fold for that many problems."""
-        key = (lanes <= _FEW, fold.name)
+        few = lanes <= _FEW or self._library is not None
+        key = (few, fold.name)
         if key not in self._runners:
-            runner = Machine if lanes <= _FEW else Arrays
-            self._runners[key] = runner(fold, self.length if fold.carried else 1)
+            length, backwards = (
+                self.length if fold.carried else 1,
+                fold in (self._steps.exact, self._steps.gauss_newton),
+            )
+            if self._library is not None:
+                self._runners[key] = Compiled(fold, length, self._library, backwards=backwards)
+            else:
+                self._runners[key] = InTurn((Machine if few else Arrays)(fold, length), backwards=backwards)
         return self._runners[key]
+
+    def _compiled(self, lanes: int, choice: bool | Literal["auto"]) -> Library | None:
+        """The compiled functions, if they are wanted and can be had."""
+        if choice is False:
+            return None
+        folds, search = tuple(self._steps), Line(self._steps.walk, self._steps.end, alpha=8)
+        found = find(folds, search) if choice == "auto" else None
+        sweep = self._steps.exact.function.n_instructions() + self._steps.walk.function.n_instructions()
+        work = _SWEEPS * self.length * lanes * sweep * (_ON_MACHINE if lanes <= _FEW else _AS_ARRAYS)
+        worth = work > _COMPILED * sum(fold.function.n_instructions() for fold in folds)
+        return build(folds, search) if found is None and (choice is True or worth) else found
 
 
 def _rows(values: Tensor) -> Array:

@@ -160,8 +160,12 @@ def test_structured_descent_by_name(run, problem, optimizer):
     assert "test accuracy %" in output
 
 
-def test_a_rule_for_no_horizon(run, tmp_path):
-    code, output = run("train", "wine", "--horizon=feedback", "--out=here")
+@pytest.mark.parametrize("problem", ["wine", "digits_mlp"])
+def test_a_rule_for_no_horizon(run, tmp_path, problem):
+    code, output = run("train", problem, "--horizon=feedback", "--out=here")
     assert code == main.MISTAKE
-    assert "the model of wine does not take the options horizon" in output
+    words = " ".join(output.split())
+    assert f"T came for the model of {problem}, which has 0 Neural ODEs; expected exactly one: use --horizon" in words
+    assert "run folder" not in words
+    assert "unexpected keyword" not in words
     assert not (tmp_path / "here").exists()

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 # scripts with arguments and tables, too long for the README
 ELSEWHERE = (
+    "learn_from_demonstrations.py",
     "two_stage_rocket.py",
     "mpc_pendulum.py",
     "mpc_quadrotor.py",
@@ -29,10 +30,14 @@ def test_every_example_is_tested():
         "drop_in_snopt.py",
         "first.py",
         "independent_components.py",
+        "learn_from_demonstrations.py",
+        "mpc_pendulum.py",
+        "mpc_quadrotor.py",
         "orthogonal_layers.py",
         "own_problem.py",
         "own_problem_against_casadi.py",
         "runge_kutta_nets.py",
+        "two_stage_rocket.py",
     ]
 
 
@@ -95,6 +100,13 @@ def test_two_stage_rocket(capsys):
     assert "converged" in output
     first = float(re.search(r"burns for ([\d.]+)", output)[1])
     assert first == pytest.approx(0.3 * 0.9 / 2.2, abs=1e-4)  # the first stage's fuel at full thrust
+
+
+def test_learn_from_demonstrations(capsys):
+    output = run("learn_from_demonstrations.py", capsys)
+    assert int(re.findall(r"^(\d+) of 80 torques", output)[0]) > 5
+    found = re.findall(r"mass (\S+) \(1.4\), weights (\S+) \(3\) and (\S+) \(0.5\)", output)[0]
+    assert [float(number) for number in found] == pytest.approx([1.4, 3.0, 0.5], rel=1e-4)
 
 
 def test_independent_components(capsys, monkeypatch, tmp_path):

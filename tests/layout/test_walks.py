@@ -19,6 +19,7 @@ ASIDE = (
     "ocnopt/checks.py",
     "ocnopt/problem_checks.py",
     "solvers/guess.py",
+    "solvers/endings.py",
     "ocnopt/neural/checks.py",
     "ocnopt/optim/checks.py",
     "ocnopt/errors.py",

@@ -47,7 +47,7 @@ def test_the_random_state_is_left_alone():
 def test_gains_come_from_the_answers_of_a_step_and_are_drawn(tmp_path):
     torch.manual_seed(0)
     model, x = Residual(), torch.randn(6, 3)
-    optimizer = oc.OCNOpt(model, 0.5)
+    optimizer = oc.OCNOpt(model, 0.5, terminal="gradient")
     model(x).square().mean().backward()
     optimizer.step()
     graph = oc.layer_graph(model, x, answers=optimizer.answers)

@@ -232,6 +232,16 @@ def test_a_second_derivative_by_back_propagation():
         ({"field": "gradiant"}, "field is 'gradiant'; expected .*did you mean 'gradient'"),
         ({"adjoint": "continuous"}, "adjoint is 'continuous'; expected 'backprop' or 'discrete'"),
         ({"activation": "tanh"}, "activation is 'tanh'; expected an elementwise function of a tensor"),
+        ({"activation": torch.softmax}, r"activation refused a tensor \(3, 2\) .*; expected a function of one tensor"),
+        ({"activation": nn.Softmax(-1)}, "activation mixes the entries of a state, or .*; expected a function of each"),
+        ({"activation": nn.BatchNorm1d(2)}, "activation mixes the entries"),
+        ({"activation": lambda z: z.cumsum(-1)}, "activation mixes the entries"),
+        (
+            {"activation": lambda z: z.sum(-1, keepdim=True)},
+            r"made shape \(3, 1\) of a tensor \(3, 2\); expected the same",
+        ),
+        ({"activation": lambda z: None}, "made type NoneType of a tensor"),
+        ({"skip": 0}, "skip is 0; expected True or False"),
         ({"horizon": 0.0}, "horizon is 0.0; expected a positive number"),
         ({"horizon": oc.FreeHorizon(1.0, 0.5, 2.0)}, "horizon is FreeHorizon.*; expected a positive number"),
         ({"width": 3, "field": "hamiltonian"}, "width is 3 with field='hamiltonian'; expected an even one"),
@@ -241,6 +251,34 @@ def test_a_second_derivative_by_back_propagation():
 def test_wrong_arguments(options, message):
     with pytest.raises(ProblemError, match=message):
         RungeKuttaNet(**{"width": 2, "layers": 3, **options})
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [
+        nn.PReLU(4).double(),
+        nn.ReLU(inplace=True),
+        nn.BatchNorm1d(4).double().eval(),
+        torch.sign,
+        lambda z: (z > 0).to(z),
+        nn.Dropout(),
+    ],
+    ids=["prelu", "in place", "frozen statistics", "flat", "without gradients", "random"],
+)
+def test_what_acts_on_each_entry_alone(activation):
+    with torch.no_grad():
+        net = RungeKuttaNet(4, 3, activation=activation)
+    assert net(torch.randn(5, 4)).shape == (5, 4)
+
+
+def test_a_look_at_the_activation_draws_nothing():
+    drawn = []
+    for activation in (torch.tanh, nn.Dropout()):
+        torch.manual_seed(0)
+        drawn.append((RungeKuttaNet(2, 3, activation=activation).weight, torch.rand(1)))
+    assert all(map(torch.equal, *drawn))
+    with torch.device("meta"):
+        assert RungeKuttaNet(2, 3).weight.is_meta
 
 
 def test_wrong_inputs():

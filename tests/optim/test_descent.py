@@ -32,11 +32,11 @@ with_gradients = pytest.mark.parametrize("name", GRADIENTS)
 
 
 class Net(nn.Module):
-    """Two matrices, one of them wide."""
+    """Two wide matrices."""
 
     def __init__(self, dtype=torch.float64):
         super().__init__()
-        self.one, self.two = (nn.Linear(n, m, bias=False, dtype=dtype) for n, m in ((4, 3), (3, 3)))
+        self.one, self.two = (nn.Linear(n, m, bias=False, dtype=dtype) for n, m in ((4, 3), (3, 2)))
 
     def forward(self, x):
         return self.two(torch.tanh(self.one(x)))
@@ -50,7 +50,7 @@ def started(name, dtype=torch.float64):
 
 def train(net, optimizer, count, scheduler=None):
     x = torch.randn(6, 4, generator=torch.Generator().manual_seed(1)).to(net.one.weight)
-    target = torch.roll(x[:, :3], 1, 1)
+    target = torch.roll(x[:, :2], 1, 1)
     with_closure = isinstance(optimizer, oc.optim.ItohAbe | oc.optim.Backtracking)
 
     def loss():
@@ -174,9 +174,75 @@ def test_a_gradient_that_is_not_finite_changes_nothing(name, value):
     with pytest.raises(NonFiniteError, match="gradients of 'parameter 1 of its group' hold NaN or infinity; expected"):
         optimizer.step()
     assert equal(net, before)
-    for index, entries in optimizer.state_dict()["state"].items():
-        for key, entry in entries.items():
-            assert torch.equal(torch.as_tensor(entry), torch.as_tensor(state["state"][index][key]))
+    assert same_state(optimizer.state_dict(), state)
+
+
+def same_state(one, two):
+    pairs = [(entries, two["state"][index]) for index, entries in one["state"].items()]
+    return len(one["state"]) == len(two["state"]) and all(
+        a.keys() == b.keys() and all(torch.equal(torch.as_tensor(a[key]), torch.as_tensor(b[key])) for key in a)
+        for a, b in pairs
+    )
+
+
+@with_gradients
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_step_that_cannot_be_taken_changes_nothing(name, steps):
+    """In the second group alone, after a first that could."""
+    net = Net()
+    optimizer = MAKERS[name]([{"params": [net.one.weight]}, {"params": [net.two.weight]}])
+    train(net, optimizer, steps)
+    before, state = copy.deepcopy(net), copy.deepcopy(optimizer.state_dict()["state"])
+    for p in net.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.param_groups[1]["lr"] = 1e200
+    net.two.weight.grad.mul_(1e200)
+    with pytest.raises(NonFiniteError, match="the step of .*parameter 0 of its group.*; expected .* Parameters and"):
+        optimizer.step()
+    assert equal(net, before)
+    assert same_state(optimizer.state_dict(), {"state": state})
+
+
+@with_gradients
+def test_maximising_is_minimising_the_negative(name):
+    one, two = started(name), started(name)
+    one[1].param_groups[0]["maximize"] = True
+    x = torch.randn(3, 4)
+    for _ in range(3):
+        for (net, optimizer), sign in zip((one, two), (1.0, -1.0), strict=True):
+            optimizer.zero_grad()
+            (sign * net(x).sin().sum()).backward()
+            optimizer.step()
+    for p, q in zip(one[0].parameters(), two[0].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-13, atol=0)
+
+
+@everyone
+def test_options_that_nobody_reads_are_refused(name):
+    group = {"params": [torch.ones(3, 1, requires_grad=True)], "name": "head", "initial_lr": 0.1}
+    MAKERS[name]([group])
+    with pytest.raises(ProblemError, match="has the option 'lrr'; expected options of .* did you mean 'lr'"):
+        MAKERS[name]([{**group, "lrr": 0.1}])
+
+
+def test_options_that_nobody_reads_are_refused_by_the_others_too():
+    model = nn.Linear(2, 1)
+    for kind in (oc.SNOpt, oc.OCNOpt):
+        with pytest.raises(ProblemError, match="has the option 'game'; expected options of a group of"):
+            kind(model, 0.1, param_groups=[{"params": model.parameters(), "game": "nash"}])
+
+
+@pytest.mark.parametrize("name", GIVEN_RATE)
+def test_options_that_somebody_set_are_checked_before_a_step(name):
+    net, optimizer = started(name)
+    before = copy.deepcopy(net)
+    values = {"lr": "a", "retraction": "cayly", "manifold": "stifel", "maximize": 1}
+    for key in values.keys() & optimizer.expected.keys():
+        right, optimizer.param_groups[0][key] = optimizer.param_groups[0][key], values[key]
+        with pytest.raises(ProblemError, match=f"{key} of .* is {values[key]!r}; expected"):
+            train(net, optimizer, 1)
+        optimizer.param_groups[0][key] = right
+    assert equal(net, before)
 
 
 @with_gradients
@@ -192,6 +258,8 @@ def test_sparse_gradients_are_refused(name):
 def test_complex_parameters_are_refused(name):
     with pytest.raises(ProblemError, match="parameter 0 of its group is of torch.complex128; expected real"):
         MAKERS[name]([torch.zeros(3, 2, dtype=torch.complex128, requires_grad=True)])
+    with pytest.raises(ProblemError, match=r"is of torch.int64; expected real floating-point numbers: convert it by"):
+        MAKERS[name]([torch.zeros(3, 2, dtype=torch.int64)])
 
 
 @pytest.mark.parametrize("name", GIVEN_RATE)

@@ -1,5 +1,6 @@
 """The Itoh-Abe discrete gradient: the loss falls by exactly s^2 / tau, for every tau, without gradients."""
 
+import copy
 import math
 
 import pytest
@@ -235,3 +236,30 @@ def test_a_closure_with_gradients_of_its_own_is_read_without_a_warning():
     before = loss().item()
     ItohAbe([x], 0.1).step(loss)
     assert loss().item() < before
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_loss_without_a_bound_along_a_later_coordinate_changes_nothing(steps):
+    x, y = torch.tensor([1.0, 2.0], requires_grad=True), torch.tensor([3.0], requires_grad=True)
+    optimizer = ItohAbe([x, y], 10.0)
+    for _ in range(steps):
+        optimizer.step(lambda: x.square().sum() + y.square().sum())
+    before, state = [x.detach().clone(), y.detach().clone()], copy.deepcopy(optimizer.state_dict()["state"])
+    with pytest.raises(ProblemError, match="falls without bound"):
+        optimizer.step(lambda: (x[0] - 5) ** 2 + x[1] ** 2 - (y + 3).exp().sum())
+    assert all(map(torch.equal, before, (x, y)))
+    after = optimizer.state_dict()["state"]
+    assert after.keys() == state.keys()
+    assert all(torch.equal(after[i]["steps"], state[i]["steps"]) for i in state)
+
+
+@pytest.mark.parametrize("retraction", RETRACTIONS)
+def test_any_tau_on_a_manifold(retraction):
+    U = torch.randn(3, 2, requires_grad=True)
+    C = torch.randn(3, 2)
+    for tau in (1e30, 1e300):
+        optimizer = ItohAbe([U], tau, manifold="stiefel", retraction=retraction)
+        before = (U * C).sum().item()
+        assert optimizer.step(lambda: (U * C).sum()).item() == before
+        assert (U * C).sum().item() <= before
+        torch.testing.assert_close(U.mT @ U, torch.eye(2), rtol=0, atol=1e-4)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ocnopt.errors import ProblemError
+from ocnopt.errors import NonFiniteError, ProblemError
 from ocnopt.optim.manifolds import polar
 from ocnopt.optim.mec import MEC
 
@@ -157,3 +157,17 @@ def test_unconstrained_weights_are_free_particles_in_the_fluid():
     torch.testing.assert_close(free.detach(), x, rtol=1e-12, atol=0)
     alone, _ = moved(U, torch.zeros(5, 5), h, gamma, count=3)
     torch.testing.assert_close(beside.detach(), alone, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(("lr", "size"), [(1e300, 1.0), (0.1, 1e200), (1e200, 1e200), (1e12, 1.0)])
+def test_a_step_beyond_arithmetic_stays_on_the_manifold_or_is_refused(lr, size):
+    U = nn.Parameter(torch.randn(5, 3))
+    optimizer = MEC([U], lr)
+    before, U.grad = U.detach().clone(), size * torch.randn(5, 3)
+    try:
+        optimizer.step()
+    except NonFiniteError as error:
+        assert "as before it: lower lr" in str(error)  # noqa: PT017
+        assert torch.equal(U, before)
+        assert not optimizer.state_dict()["state"]
+    torch.testing.assert_close(U.mT @ U, torch.eye(3), rtol=0, atol=1e-4)

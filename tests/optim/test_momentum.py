@@ -240,3 +240,38 @@ def test_a_huge_gradient_in_single_precision_still_moves_at_the_speed_of_light()
     x.grad = torch.full((1,), 1e25, dtype=torch.float32)
     optimizer.step()
     assert x.item() == pytest.approx(-0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [
+        (torch.float64, 1e160),
+        (torch.float64, 1e307),
+        (torch.float32, 2e19),
+        (torch.float32, 3e38),
+        (torch.bfloat16, 3e38),
+        (torch.float16, 6e4),
+        (torch.float32, 1e-30),
+    ],
+)
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+def test_a_step_has_its_length_whatever_the_gradient(dtype, size, alpha):
+    """In closed form: v / sqrt(1 + delta |v|^2), for which |v|^2 need not exist."""
+    x = torch.zeros(3, dtype=dtype, requires_grad=True)
+    optimizer = Relativistic([x], lr=1.0, momentum=0.0, delta=4.0, alpha=alpha)
+    x.grad = torch.full_like(x, size)
+    optimizer.step()
+    expected = 0.5 / 3**0.5 if size > 1 else size
+    assert x.tolist() == pytest.approx([-expected] * 3, rel=2 * torch.finfo(dtype).eps)
+
+
+def test_after_a_huge_gradient_the_next_steps_are_the_longest():
+    x = torch.zeros(3, dtype=torch.float32, requires_grad=True)
+    optimizer = Relativistic([x], lr=1.0, momentum=0.9)
+    x.grad, lengths = torch.full_like(x, 1e30), []
+    for _ in range(20):
+        before = x.detach().clone()
+        optimizer.step()
+        x.grad.fill_(1.0)
+        lengths.append(float((x.detach() - before).norm()))
+    assert lengths == pytest.approx([2.0] * 20, rel=1e-5)  # a step, and the look ahead

@@ -16,6 +16,8 @@ from ocnopt.optim.game import GAMES
 from ocnopt.paths import Widened, walk
 from tests.oracles.compare import assert_close
 
+pytestmark = pytest.mark.filterwarnings("ignore:OCNOpt does not know the curvature")
+
 LR = 0.3
 
 

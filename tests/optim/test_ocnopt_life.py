@@ -17,7 +17,10 @@ from ocnopt.optim.ocnopt import OCNOpt
 from tests.neural.cases import Tanh
 from tests.optim.test_ocnopt_use import data, net, new, same, step, train
 
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = [
+    pytest.mark.usefixtures("float64"),
+    pytest.mark.filterwarnings("ignore:OCNOpt does not know the curvature"),
+]
 
 
 def alive():
@@ -298,7 +301,7 @@ def test_all_other_parameters_take_the_plain_step():
     """One warning names them; every parameter moves."""
     model = Towers()
     before = copy.deepcopy(model)
-    optimizer, x = OCNOpt(model, 0.1), torch.randint(7, (5, 3))
+    optimizer, x = OCNOpt(model, 0.1, terminal="gradient"), torch.randint(7, (5, 3))
     model(x).square().sum(1).mean().backward()
     with pytest.warns(UserWarning, match=r"take the plain step .*: 'gain', 'table.weight', ") as caught:
         optimizer.step()

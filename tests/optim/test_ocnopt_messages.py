@@ -11,7 +11,10 @@ from torch.nn.parallel import DistributedDataParallel
 from ocnopt.errors import NonFiniteError, ProblemError
 from ocnopt.optim.ocnopt import OCNOpt
 
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = [
+    pytest.mark.usefixtures("float64"),
+    pytest.mark.filterwarnings("ignore:OCNOpt does not know the curvature"),
+]
 
 
 def net():

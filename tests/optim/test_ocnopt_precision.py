@@ -13,7 +13,10 @@ from ocnopt.neural.tape import Tape
 from ocnopt.optim.ocnopt import OCNOpt
 from tests.optim.test_ocnopt_use import data, differ, net, new, step
 
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = [
+    pytest.mark.usefixtures("float64"),
+    pytest.mark.filterwarnings("ignore:OCNOpt does not know the curvature"),
+]
 
 
 def tapes():

@@ -9,7 +9,10 @@ from torch.nn import functional
 
 from ocnopt.optim.ocnopt import OCNOpt
 
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = [
+    pytest.mark.usefixtures("float64"),
+    pytest.mark.filterwarnings("ignore:OCNOpt does not know the curvature"),
+]
 
 LOSSES = {
     "cross_entropy": functional.cross_entropy,

@@ -11,7 +11,10 @@ from torch.nn.functional import cross_entropy
 from ocnopt.optim.game import GAMES
 from ocnopt.optim.ocnopt import OCNOpt
 
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = [
+    pytest.mark.usefixtures("float64"),
+    pytest.mark.filterwarnings("ignore:OCNOpt does not know the curvature"),
+]
 
 
 class Residual(nn.Module):

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from ocnopt.errors import ProblemError
+from ocnopt.errors import NonFiniteError, ProblemError
 from ocnopt.optim.manifolds import RETRACTIONS, polar, retract, rotate, tangent
+from ocnopt.optim.mec import MEC
 from ocnopt.optim.riemannian import Riemannian
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -211,3 +212,43 @@ def test_a_matrix_that_somebody_moved_is_refused():
     with pytest.raises(ProblemError, match=r"weight is off its manifold: \|U\^T U - I\| = 0.21; expected at most"):
         optimizer.step()
     assert torch.equal(layer.weight, before)
+
+
+@pytest.mark.parametrize("retraction", RETRACTIONS)
+@pytest.mark.parametrize("lr", [1e12, 1e200, 1e307])
+def test_a_step_beyond_arithmetic_stays_on_the_manifold_or_is_refused(retraction, lr):
+    U = nn.Parameter(torch.randn(6, 2))
+    optimizer = Riemannian([U], lr, retraction=retraction)
+    before, U.grad = U.detach().clone(), 100 * torch.randn(6, 2)
+    try:
+        optimizer.step()
+    except NonFiniteError as error:
+        assert "as before it: lower lr" in str(error)  # noqa: PT017
+        assert torch.equal(U, before)
+    torch.testing.assert_close(U.mT @ U, torch.eye(2), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [Riemannian, MEC])
+def test_frozen_weights_are_not_put_onto_the_manifold(kind):
+    frozen, trained = nn.Parameter(torch.randn(3, 2), requires_grad=False), nn.Parameter(torch.randn(3, 2))
+    before = frozen.detach().clone()
+    optimizer = kind([frozen, trained], 0.1)
+    trained.grad = torch.randn(3, 2)
+    optimizer.step()
+    assert torch.equal(frozen, before)
+    frozen.requires_grad_()
+    frozen.grad = torch.randn(3, 2)
+    with pytest.raises(ProblemError, match="parameter 0 .* off its manifold: .* unfreeze weights before the optimiser"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("shape", "manifold", "message"),
+    [
+        ((3, 3), "grassmann", r"shape \(3, 3\), and a square matrix 3 x 3 spans the whole space.*would never move"),
+        ((4, 2, 1, 1), "stiefel", "a square matrix 1 x 1 is 1 or -1 there, so that it would never move; expected room"),
+    ],
+)
+def test_what_could_never_move_is_refused(shape, manifold, message):
+    with pytest.raises(ProblemError, match=message):
+        Riemannian([nn.Parameter(torch.randn(shape))], 0.1, manifold=manifold)

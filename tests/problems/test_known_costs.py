@@ -108,18 +108,28 @@ def test_constant_controls_cost_a_little_more_than_the_continuous_optimum(name):
     assert coarse / fine == pytest.approx(4, rel=0.05)
 
 
-def test_least_effort():
+@pytest.mark.parametrize("solver", ["ddp", "casadi"])
+def test_least_effort(solver):
     record = problems.control("double_integrator_min_energy")
     for steps in (10, 50):
-        solution = solve(record.build(), "casadi", steps=steps)
-        assert float(solution.cost) == pytest.approx(record.discrete_values[steps], rel=1e-8)
+        solution = solve(record.build(), solver, steps=steps)
+        assert float(solution.cost) == pytest.approx(record.discrete_values[steps], rel=1e-7)
         assert torch.allclose(solution.states[-1], torch.tensor([1.0, 0.0], dtype=torch.float64), atol=1e-8)
 
 
-@pytest.mark.parametrize("name", ["double_integrator_min_time", "brachistochrone", "planar_quadrotor_min_time"])
-def test_least_time(name):
+@pytest.mark.parametrize(
+    ("name", "solver"),
+    [
+        ("double_integrator_min_time", "ddp"),
+        ("double_integrator_min_time", "casadi"),
+        ("brachistochrone", "ddp"),
+        ("brachistochrone", "casadi"),
+        ("planar_quadrotor_min_time", "casadi"),
+    ],
+)
+def test_least_time(name, solver):
     record = problems.control(name)
-    solution = solve(record.build(), "casadi", steps=record.steps)
+    solution = solve(record.build(), solver, steps=record.steps)
     assert bool(solution.converged), solution.status
     assert float(solution.horizon) == pytest.approx(record.T_star, abs=1e-4)
     assert float(solution.cost) == pytest.approx(float(solution.horizon), rel=1e-12)

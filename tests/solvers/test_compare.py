@@ -89,23 +89,28 @@ def test_against_ipopt():
     assert casadi.build_time > 0
 
 
+class Refuses:
+    """Takes no problem."""
+
+    def solve(self, problem, guess, *, progress=False):
+        raise oc.ProblemError("the problem is not for this solver")
+
+
 def test_a_solver_that_refuses_has_a_row_with_the_reason():
-    constrained = problem(terminal_constraint=lambda t, x: x - 0.5)
-    result = compare(constrained, ("ddp", "casadi"), steps=4)
-    ddp, casadi = result.rows
-    assert (ddp.solver, ddp.converged, casadi.converged) == ("ddp", False, True)
-    assert math.isnan(ddp.cost)
-    assert math.isnan(ddp.state_difference)
-    assert "solver 'ddp' has no multipliers" in ddp.status
+    result = compare(problem(), (Refuses(), "casadi"), steps=4)
+    refused, casadi = result.rows
+    assert (refused.converged, casadi.converged) == (False, True)
+    assert math.isnan(refused.cost)
+    assert math.isnan(refused.state_difference)
+    assert "not for this solver" in refused.status
     assert list(result.solutions) == ["casadi"]
     assert casadi.state_difference == 0.0
-    assert str(result).splitlines()[-1].startswith("ddp: refused: the problem has a terminal_constraint")
+    assert str(result).splitlines()[-1].startswith("refuses: refused: the problem is not for this solver")
 
 
 def test_where_all_refuse_the_first_reason_is_raised():
-    constrained = problem(terminal_constraint=lambda t, x: x - 0.5)
-    with pytest.raises(oc.ProblemError, match="the problem has a terminal_constraint; solver 'ddp' has no multipliers"):
-        compare(constrained, ("ddp", "ddp"), steps=4)
+    with pytest.raises(oc.ProblemError, match="the problem is not for this solver"):
+        compare(problem(), (Refuses(), Refuses()), steps=4)
 
 
 @dataclass(frozen=True)
@@ -136,6 +141,60 @@ def test_two_minima_are_marked():
     assert str(result).splitlines()[-1] == f"biased': {result.rows[1].note}"
     both = compare(two, (Biased(1.0), Biased(1.0)), steps=4)
     assert both.notes == ()
+
+
+FOUR = ("ddp", "casadi", "indirect", "shooting")
+
+
+def test_four_solvers_in_one_table():
+    result = compare(problem(), FOUR, steps=20)
+    assert [row.solver for row in result.rows] == list(FOUR)
+    assert [row.converged for row in result.rows] == [True] * 4
+    ddp, casadi, indirect, shooting = result.rows
+    assert casadi.cost == pytest.approx(ddp.cost, rel=1e-8)
+    assert shooting.cost == pytest.approx(ddp.cost, rel=1e-8)
+    # constant controls cost a little more than the continuous optimum
+    assert 0 < ddp.cost - indirect.cost < 1e-3
+    assert (ddp.note, casadi.note, shooting.note) == ("", "", "")
+    assert indirect.note.startswith("cost differs from ddp's by")
+    assert indirect.note.endswith(": the same minimum of another discretisation")
+    assert len(str(result).splitlines()) == 6
+
+
+def test_four_solvers_on_the_pendulum_from_two_starts():
+    pendulum = oc.problems.get("pendulum_swing_up").build()
+    times = 4 / 100 * torch.arange(100, dtype=torch.float64)
+    here = compare(pendulum, FOUR, steps=100)
+    assert [row.converged for row in here.rows] == [True] * 4
+    assert {round(row.cost, 6) for row in here.rows if row.solver != "indirect"} == {2.82803}
+    assert [row.note.rsplit(": ")[-1] for row in here.rows] == [
+        "",
+        "",
+        "the same minimum of another discretisation",
+        "",
+    ]
+    there = compare(pendulum, FOUR, steps=100, initial_guess=torch.cos(3.13 * times)[:, None])
+    ddp, *others = there.rows
+    assert ddp.cost == pytest.approx(6.62187, abs=1e-4)
+    for row in others:
+        assert row.converged
+        near = abs(row.cost - ddp.cost) < 1e-2
+        reason = "the same minimum of another discretisation" if near else "another local minimum"
+        assert row.note.endswith(f": {reason}") or (near and row.solver != "indirect" and not row.note)
+    assert "another local minimum" in str(there)
+
+
+def test_mirror_images_are_marked():
+    two = OCP(
+        lambda t, x, u: u,
+        lambda t, x, u: 0.01 * (u**2).sum(-1),
+        lambda t, x: ((x**2 - 1) ** 2).sum(-1),
+        initial_state=[0.0],
+        control_dim=1,
+        horizon=1.0,
+    )
+    note = compare(two, (Biased(1.0), Biased(-1.0)), steps=4, initial_guess=torch.ones(4, 1)).rows[1].note
+    assert note == "another minimum of the same cost as biased's, such as a mirror image: the states differ"
 
 
 def test_costs_near_zero_are_marked():

@@ -18,6 +18,7 @@ from ocnopt.solvers.ddp import DDP
 from ocnopt.solvers.guess import read_guess
 from ocnopt.solvers.lowered import arrays
 from ocnopt.solvers.lowered import kernel as lowered_kernel
+from ocnopt.solvers.lowered.compiled import find_compiler
 from ocnopt.solvers.lowered.kernel import LoweredKernel
 from ocnopt.solvers.lowered.steps import Fold
 from ocnopt.solvers.search import TorchKernel
@@ -26,6 +27,8 @@ from ocnopt.staged import Stage, StagedOCP, transcribe
 from tests.oracles.lq import random_affine_quadratic
 from tests.solvers.cases import assert_converged, free_end, pushed, swing
 
+# Kernels that are lowered, and whether they are compiled.
+LOWERED = {"lowered": False} if find_compiler() is None else {"lowered": False, "compiled": True}
 NAMES = ("scalar_lqr", "mimo_lqr_two_masses", "pendulum_swing_up", "pendulum_swing_up_u5", "cartpole_swing_up_soft")
 
 
@@ -37,20 +40,20 @@ def near(actual, expected, tolerance):
 
 
 def assert_agree(problem, **options):
-    """Cost, states and gains of both kernels at the minimum."""
-    torch_, lowered = (solve(problem, kernel=kernel, **options) for kernel in ("torch", "lowered"))
-    for solution, kernel in ((torch_, "torch"), (lowered, "lowered")):
-        assert_converged(solution)
-        statuses = solution.status if isinstance(solution.status, list) else [solution.status]
+    """Cost, states and gains of the kernels at the minimum."""
+    right = solve(problem, kernel="torch", **options)
+    others = {kernel: solve(problem, kernel="lowered", compile=flag, **options) for kernel, flag in LOWERED.items()}
+    for kernel, found in {"torch": right, **others}.items():
+        assert_converged(found)
+        statuses = found.status if isinstance(found.status, list) else [found.status]
         assert all(status.endswith(f"({kernel} kernel)") for status in statuses)
-    near(lowered.cost, torch_.cost, 1e-12)
-    near(lowered.states, torch_.states, 1e-9)
-    near(lowered.controls, torch_.controls, 1e-8)
-    near(lowered.parameters, torch_.parameters, 1e-8)
-    near(lowered.gains.K, torch_.gains.K, 1e-6)
-    near(lowered.costates, torch_.costates, 1e-7)
-    assert bool(((lowered.iterations - torch_.iterations).abs() <= 1).all())
-    return torch_, lowered
+        near(found.cost, right.cost, 1e-12)
+        near(found.states, right.states, 1e-9)
+        near(found.controls, right.controls, 1e-8)
+        near(found.parameters, right.parameters, 1e-8)
+        near(found.gains.K, right.gains.K, 1e-6)
+        near(found.costates, right.costates, 1e-7)
+        assert bool(((found.iterations - right.iterations).abs() <= 1).all())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -160,12 +163,13 @@ class TestWhichKernel:
 class TestWindow:
     """More problems than are worked on at a time."""
 
-    @pytest.mark.parametrize("kernel", ["torch", "lowered"])
+    @pytest.mark.parametrize("kernel", ["torch", *LOWERED])
     def test_every_problem_comes_back_in_its_place(self, monkeypatch, kernel):
         starts = torch.stack([torch.linspace(-2.0, 2.0, 13), torch.linspace(1.0, -1.0, 13)], dim=-1).double()
-        whole = solve(swing(starts), steps=8, kernel=kernel)
+        options = {"kernel": "torch"} if kernel == "torch" else {"kernel": "lowered", "compile": LOWERED[kernel]}
+        whole = solve(swing(starts), steps=8, **options)
         monkeypatch.setattr(TorchKernel if kernel == "torch" else LoweredKernel, "window", 4)
-        by_parts = solve(swing(starts), steps=8, kernel=kernel)
+        by_parts = solve(swing(starts), steps=8, **options)
         assert_converged(by_parts)
         near(by_parts.states, whole.states, 1e-9)
         near(by_parts.gains.K, whole.gains.K, 1e-7)

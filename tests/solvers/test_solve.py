@@ -138,14 +138,6 @@ class TestSolver:
             solve(pendulum([0.1, 0.0]), steps=10, max_iterations=1, strict=True)
         assert caught.value.solution.status in str(caught.value)
 
-    @pytest.mark.parametrize("name", ["terminal_constraint", "path_constraint"])
-    def test_constraints_need_another_solver(self, name):
-        problem = regulator(**{name: lambda t, x, *u: x - 0.5})
-        with pytest.raises(
-            oc.ProblemError, match=f"the problem has a {name}; solver 'ddp' has no mult.* use solver='casadi'"
-        ):
-            solve(problem, "ddp", steps=5)
-
 
 class TestGuess:
     def test_controls_of_any_kind(self):

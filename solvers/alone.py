@@ -1,0 +1,182 @@
+"""One problem of a batch as a problem of its own, and its answers put together: for solvers that work one by one.
+
+Notation: a row is a problem's number in the flattened batch; ``batch`` is the batch shape.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ocnopt.ocp import Function
+from ocnopt.paths import Widened, rows_stand_alone
+from ocnopt.problem_checks import FUNCTIONS
+from ocnopt.solvers.solution import Guess, Result
+from ocnopt.staged import Series, Stage, StagedOCP
+
+
+class Attempt(NamedTuple):
+    """What a solver found for one problem: states ``(N + 1, n)``, controls ``(N, m)``, in lists where sizes vary."""
+
+    states: Series
+    controls: Series
+    costates: Series
+    parameters: Tensor
+    cost: float
+    converged: bool
+    iterations: int
+    status: str
+    violation: float
+    wall_time: float
+    history: Mapping[str, Sequence[float]]
+
+
+def each_alone(
+    problem: StagedOCP, guess: Guess, solve_one: Callable[[StagedOCP, Guess], Attempt], build_time: float = 0.0
+) -> Result:
+    """Solve the problems of a batch one after another, so that one that fails harms no other."""
+    if not problem.batch_shape:
+        return _gathered(problem, [solve_one(problem, guess)], build_time)
+    x0 = problem.initial_state
+    rows = range(x0.shape[:-1].numel())
+    whole = not rows_stand_alone(Widened(problem))
+    return _gathered(
+        problem, [solve_one(_row_of(problem, row, whole), _guess_of(guess, row)) for row in rows], build_time
+    )
+
+
+def lost(problem: StagedOCP, guess: Guess, status: str) -> Attempt:
+    """The answer for a problem whose first path is not finite: its start, without a cost."""
+    nodes = [problem.initial_state, *(problem.initial_state.new_full((n,), torch.nan) for n in problem.state_sizes[1:])]
+    nothing = [torch.full_like(x, torch.nan) for x in nodes]
+    return Attempt(
+        states=nodes,
+        controls=list(guess.controls),
+        costates=nothing,
+        parameters=guess.parameters,
+        cost=torch.nan,
+        converged=False,
+        iterations=0,
+        status=status,
+        violation=torch.inf,
+        wall_time=0.0,
+        history={"cost": [torch.nan]},
+    )
+
+
+def _flat(value: Tensor) -> Tensor:
+    return value.reshape(value.shape[:-1].numel(), value.shape[-1])
+
+
+def _guess_of(guess: Guess, row: int) -> Guess:
+    states = None if guess.states is None else [_flat(x)[row] for x in guess.states]
+    return Guess([_flat(u)[row] for u in guess.controls], _flat(guess.parameters)[row], states)
+
+
+def _row_of(problem: StagedOCP, row: int, whole: bool) -> StagedOCP:
+    """The problem of one row; functions that hold data of each problem are evaluated for the whole batch."""
+    batch, x0 = problem.batch_shape, problem.initial_state
+    pick = _Pick(batch, tuple(int(i) for i in torch.unravel_index(torch.tensor(row), batch)))
+
+    def narrowed(record: Any, names: Mapping[str, bool]) -> Any:
+        single = copy.copy(record)
+        object.__setattr__(single, "initial_state", _flat(x0)[row])
+        # what these solvers lower, they lower anew for each solve: data are constants
+        object.__setattr__(single, "data", ())
+        for name, timed in names.items() if whole else ():
+            if getattr(record, name) is not None:
+                object.__setattr__(single, name, pick.of(getattr(record, name), timed=timed))
+        return single
+
+    ends = {"terminal_cost": False, "terminal_constraint": False, "path_constraint": True}
+    single: StagedOCP = narrowed(problem, ends)
+    if whole:
+        stages = {id(group.stage): pick.stage(group.stage) for group in problem.groups}
+        groups = tuple(replace(group, stage=stages[id(group.stage)]) for group in problem.groups)
+        single = single.altered(groups=groups)
+    if problem.step_data is not None:
+        single = single.altered(step_data=problem.step_data.flatten(1, -2)[:, row])
+    if problem.origin is not None:
+        origin = narrowed(problem.origin.problem, dict.fromkeys(FUNCTIONS, True))
+        single = single.altered(origin=replace(problem.origin, problem=origin))
+    return single
+
+
+@dataclass(frozen=True)
+class _Pick:
+    """Evaluates functions of a batch at points of one problem: every row gets them, one is read off."""
+
+    batch: tuple[int, ...]
+    place: tuple[int, ...]
+
+    def spread(self, v: Tensor) -> Tensor:
+        """``(*extra, size)`` as ``(*extra, *batch, size)``."""
+        return v[(..., *(None,) * len(self.batch), slice(None))].expand(*v.shape[:-1], *self.batch, v.shape[-1])
+
+    def number(self, k: Any) -> Any:
+        """A time or a step number, which broadcasts against x[..., 0]."""
+        return k[(..., *(None,) * len(self.batch))] if isinstance(k, Tensor) and k.ndim else k
+
+    def read(self, value: Any, x: Tensor) -> Tensor:
+        """The row's own out of what a function of x returned: a vector, or a cost, which may have fewer axes."""
+        value = torch.as_tensor(value, dtype=x.dtype, device=x.device)
+        if value.ndim == x.ndim + len(self.batch):
+            return value[(..., *self.place, slice(None))]
+        return value.expand(*x.shape[:-1], *self.batch)[(..., *self.place)]
+
+    def of(self, function: Function, *, timed: bool) -> Function:
+        """A function ([t,] x[, u][, p]) of the batch for one problem."""
+
+        def one(*given: Any) -> Tensor:
+            front = [self.number(given[0])] if timed else []
+            return self.read(function(*front, *map(self.spread, given[timed:])), given[timed])
+
+        return one
+
+    def stage(self, stage: Stage) -> Stage:
+        """A stage of the batch for one problem."""
+        joint = stage.joint
+
+        def both(k: Any, x: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
+            x_next, cost = joint(self.number(k), self.spread(x), *map(self.spread, given))  # type: ignore[misc]
+            return self.read(x_next, x), self.read(cost, x)
+
+        dynamics, cost = (f and self.of(f, timed=True) for f in (stage.dynamics, stage.cost))
+        return Stage(dynamics, cost, stage.control_dim, both if joint else None)
+
+
+def _gathered(problem: StagedOCP, attempts: Sequence[Attempt], build_time: float) -> Result:
+    """The answers, one for each problem, in the shapes of a Result."""
+    batch, like = problem.batch_shape, problem.initial_state
+
+    def together(values: Sequence[Any], dtype: torch.dtype = problem.dtype) -> Tensor:
+        stacked = torch.stack([torch.as_tensor(value, dtype=dtype, device=like.device) for value in values])
+        return stacked.reshape((*batch, *stacked.shape[1:]))
+
+    def path(name: str) -> list[Tensor]:
+        return [together(nodes) for nodes in zip(*(getattr(a, name) for a in attempts), strict=True)]
+
+    longest = max(len(a.history["cost"]) for a in attempts)
+
+    def filled(rows: Sequence[float]) -> list[float]:
+        return [*rows, *[rows[-1]] * (longest - len(rows))]
+
+    keys = dict.fromkeys(key for a in attempts for key in a.history)
+    history = {key: together([filled(a.history.get(key, [torch.nan])) for a in attempts]) for key in keys}
+    return Result(
+        states=path("states"),
+        controls=path("controls"),
+        parameters=together([a.parameters for a in attempts]),
+        cost=together([a.cost for a in attempts]),
+        converged=together([a.converged for a in attempts], torch.bool),
+        iterations=together([a.iterations for a in attempts], torch.int64),
+        status=[a.status for a in attempts] if batch else attempts[0].status,
+        constraint_violation=together([a.violation for a in attempts]),
+        wall_time=sum(a.wall_time for a in attempts),
+        build_time=build_time,
+        history={key: value.movedim(-1, 0) for key, value in history.items()},
+        costates=path("costates"),
+    )

@@ -1,0 +1,325 @@
+"""One p, and one T where it is free, for a whole batch of experiments: minimise the sum of their costs.
+
+The batch is ONE problem whose state is all states side by side, whose control is all controls: x ``(n * B)``, u
+``(m * B)``. Any solver takes it as it is. Its stages do not couple the experiments, so DDP sweeps over them as over a
+batch; only at the start their models are added up, and one step dp, one step size and one regularisation hold for all.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ocnopt.checks import Bounds, no_constraints
+from ocnopt.differential.sweep import CostToGo, Direction, minimise_start, sweep_path
+from ocnopt.errors import ProblemError
+from ocnopt.integrate.tableaus import IMPLICIT
+from ocnopt.linearise import expand_path, expand_terminal
+from ocnopt.paths import Path, Widened
+from ocnopt.solvers.audit import audit
+from ocnopt.solvers.ddp import DDP, PreparedDDP
+from ocnopt.solvers.kernels import Merit
+from ocnopt.solvers.search import TorchKernel
+from ocnopt.solvers.solution import Guess, Result
+from ocnopt.staged import Index, Series, Stage, StagedOCP
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A solver for experiments that share their static controls.
+
+    Raises:
+        ProblemError: nothing is to be shared, or sizes vary by stage.
+    """
+
+    solver: Any
+    problem: StagedOCP
+
+    def __post_init__(self) -> None:
+        _check(self.problem)
+
+    def solve(self, problem: StagedOCP, guess: Guess, *, progress: bool = False) -> Result:
+        """Solve from a guess whose p is the same for all experiments.
+
+        Raises:
+            ProblemError: guesses of p differ; whatever the solver refuses.
+        """
+        prepared = self.prepare(problem, guess)
+        result = prepared.solve(problem, guess, progress=progress)
+        return result._replace(build_time=result.build_time + getattr(prepared.solver, "build_time", 0.0))
+
+    def prepare(self, problem: StagedOCP, guess: Guess) -> "PreparedShared":
+        """Build the solver of the one problem.
+
+        Raises:
+            ProblemError: as for :meth:`solve`.
+        """
+        joint, start = join_experiments(problem), join_guess(problem, guess)
+        if isinstance(self.solver, DDP):
+            no_constraints(problem, "ddp")
+            if self.solver.kernel == "lowered":
+                raise ProblemError(
+                    "shared_parameters=True came with kernel='lowered', which sweeps over one problem at a time; "
+                    "expected kernel='torch' or 'auto'"
+                )
+            kernel = SharedKernel(Widened(problem))
+            return PreparedShared(PreparedDDP(self.solver, kernel, 0.0))
+        if problem.tableau is not None and problem.tableau.name in IMPLICIT:
+            raise ProblemError(
+                f"shared_parameters=True came with the implicit integrator {problem.tableau.name!r}; expected an "
+                "explicit one for this solver, or solver 'ddp'"
+            )
+        prepare_it = getattr(self.solver, "prepare", None)
+        return PreparedShared(self.solver if prepare_it is None else prepare_it(joint, start))
+
+
+@dataclass(frozen=True)
+class PreparedShared:
+    """A solver built for one batch of experiments."""
+
+    solver: Any
+
+    def solve(self, problem: StagedOCP, guess: Guess, *, progress: bool = False) -> Result:
+        """Solve the batch as it is now.
+
+        Raises:
+            ProblemError: as for :meth:`Shared.solve`.
+        """
+        joint, start = join_experiments(problem), join_guess(problem, guess)
+        if isinstance(self.solver, PreparedDDP):
+            self.solver.kernel.refresh(problem)
+            result = self.solver.search(joint, start, progress=progress)
+        else:
+            result = self.solver.solve(joint, start, progress=progress)
+        return _apart(problem, result)
+
+
+def _check(problem: StagedOCP) -> None:
+    if not problem.batch_shape or not problem.parameter_dim:
+        lacks = "no static controls" if problem.batch_shape else "no batch"
+        raise ProblemError(
+            f"shared_parameters=True came with a problem that has {lacks}; expected an initial state (*batch, n) and "
+            "parameters= or a free horizon: leave shared_parameters out"
+        )
+    sizes = {group.stage.control_dim for group in problem.groups}
+    if len(sizes) > 1 or len(set(problem.state_sizes)) > 1:
+        raise ProblemError(
+            "shared_parameters=True came with sizes that vary by stage; expected one state and one control size"
+        )
+    if problem.state_bounds is not None:
+        raise ProblemError(
+            "shared_parameters=True came with state_bounds, which would not reach each experiment; expected them among "
+            "path_constraint: torch.cat([lower - x, x - upper], dim=-1)"
+        )
+
+
+def join_experiments(problem: StagedOCP) -> StagedOCP:
+    """The batch as one problem."""
+    batch = problem.batch_shape
+    axes, count = len(batch), math.prod(batch)
+
+    def apart(v: Tensor) -> Tensor:
+        return v.unflatten(-1, (*batch, v.shape[-1] // count))
+
+    def each(v: Tensor) -> Tensor:
+        return v.reshape(*v.shape[:-1], *(1,) * axes, v.shape[-1]).expand(*v.shape[:-1], *batch, v.shape[-1])
+
+    def together(v: Tensor) -> Tensor:
+        return v.flatten(-1 - axes)
+
+    def joint(stage: Stage) -> Callable[..., tuple[Tensor, Tensor]]:
+        def step(k: Index, x: Tensor, u: Tensor, p: Tensor, *row: Tensor) -> tuple[Tensor, Tensor]:
+            k = k if isinstance(k, int) else k.reshape(*k.shape, *(1,) * axes)
+            own = apart(row[0]) if row else None
+            x_next, cost = problem.advance(stage, k, apart(x), apart(u), each(p), own)
+            return together(x_next), cost.flatten(-axes).sum(-1)
+
+        return step
+
+    def terminal(x: Tensor, p: Tensor, *row: Tensor) -> Tensor:
+        own = apart(row[0]) if row else None
+        return problem.terminal(apart(x), each(p), own).flatten(-axes).sum(-1)
+
+    def along(k: Index, x: Tensor, u: Tensor, p: Tensor) -> Tensor:
+        k = k if isinstance(k, int) else k.reshape(*k.shape, *(1,) * axes)
+        return together(problem.path_excess(k, apart(x), apart(u), each(p)))
+
+    groups = tuple(
+        replace(group, stage=Stage(None, None, count * group.stage.control_dim, joint(group.stage)))
+        for group in problem.groups
+    )
+    return problem.altered(
+        groups=groups,
+        terminal_cost=terminal,
+        initial_state=problem.initial_state.reshape(-1),
+        control_bounds=tuple(_repeated(bounds, count) for bounds in problem.control_bounds),
+        path_constraint=problem.path_constraint and along,
+        terminal_constraint=problem.terminal_constraint
+        and (lambda x, p: together(problem.end_error(apart(x), each(p)))),
+        step_data=None if problem.step_data is None else problem.step_data.flatten(1),
+        tableau=None,
+        state_sizes=tuple(count * size for size in problem.state_sizes),
+    )
+
+
+def _repeated(bounds: Bounds | None, count: int) -> Bounds | None:
+    if bounds is None:
+        return None
+    lower, upper = (side.repeat(*(1,) * (side.ndim - 1), count) for side in bounds)
+    return lower, upper
+
+
+def join_guess(problem: StagedOCP, guess: Guess) -> Guess:
+    """The start of the one problem.
+
+    Raises:
+        ProblemError: the experiments start from different p.
+    """
+    p = guess.parameters.reshape(-1, guess.parameters.shape[-1])
+    if not torch.equal(p, p[:1].expand_as(p)):
+        raise ProblemError(
+            "initial_guess has different parameters or horizons for experiments that share them; expected the same for "
+            "all: pass one vector (q,), or one number"
+        )
+    states = None if guess.states is None else [x.reshape(-1) for x in guess.states]
+    return Guess([u.reshape(-1) for u in guess.controls], p[0], states)
+
+
+def _apart(problem: StagedOCP, result: Result) -> Result:
+    """What was found, for each experiment; p and how the search went are the same for all."""
+    batch = problem.batch_shape
+
+    def own(values: Series, size: int) -> Tensor:
+        return torch.stack(list(values)).reshape(len(values), *batch, size)
+
+    n, m, q = problem.state_dim, problem.groups[0].stage.control_dim, problem.parameter_dim
+    p = result.parameters.expand(*batch, q)
+    states, controls = own(result.states, n), own(result.controls, m)
+    seen = audit(problem, list(states), list(controls), p)
+    gains = result.gains and (own(result.gains[0], m), torch.as_tensor(result.gains[1])[..., :n])
+    told = f"{result.status} for {math.prod(batch)} experiments with one p"
+    return result._replace(
+        states=states,
+        controls=controls,
+        parameters=p,
+        cost=seen.cost,
+        converged=result.converged.expand(batch),
+        iterations=result.iterations.expand(batch),
+        status=[told] * math.prod(batch),
+        constraint_violation=seen.violation,
+        history={name: v.reshape(-1, *(1,) * len(batch)).expand(-1, *batch) for name, v in result.history.items()},
+        costates=None if result.costates is None else own(result.costates, n),
+        gains=gains,
+    )
+
+
+class SharedKernel:
+    """The kernel of the one problem: torch over the batch of experiments.
+
+    Outside stands the one problem, z = (all x, p) ``(N + 1, *lead, B n + q)``; inside the batch, z ``(N + 1, *lead,
+    *batch, n + q)`` with a copy of p each.
+    """
+
+    name, apart, window = "torch", False, 1
+
+    def __init__(self, wide: Widened) -> None:
+        self.inner, self._expanded = TorchKernel(wide), _NOTHING
+
+    def refresh(self, problem: Any) -> None:
+        """See :class:`ocnopt.solvers.kernels.Kernel`."""
+        self.inner, self._expanded = TorchKernel(Widened(problem)), _NOTHING
+
+    def evaluate(self, states: Tensor, controls: Tensor, rows: Tensor | None = None) -> Path:
+        """See :class:`ocnopt.solvers.kernels.Kernel`."""
+        return self._outside(self.inner.evaluate(self._each(states), self._own(controls)))
+
+    def direction(self, path: Path, mu: Tensor, *, exact: bool) -> Direction:
+        """See :class:`ocnopt.solvers.kernels.Kernel`."""
+        wide, own = self.inner.wide, self._inside(path)
+        states, was_exact, *models = self._expanded
+        if states is not path.states or (exact and not was_exact):
+            models = [expand_path(wide, own, exact=exact), expand_terminal(wide, own.states[-1])]
+            self._expanded = path.states, exact, *models
+        steps, terminal = models
+        steps = steps if exact else steps._replace(curvature=None)
+        found = sweep_path(wide, own, steps, terminal, mu.expand(own.cost.shape), minimise_shared_start)
+        return found._replace(
+            k=found.k.flatten(1),
+            costates=self._joined(found.costates),
+            dp=found.dp.flatten(0, -2)[0],
+            linear=found.linear.sum(),
+            quadratic=found.quadratic.sum(),
+            solvable=found.solvable.all(),
+        )
+
+    def roll_out(self, path: Path, direction: Direction, alphas: Tensor) -> Path:
+        """See :class:`ocnopt.solvers.kernels.Kernel`."""
+        own, wide, k = self._inside(path), self.inner.wide, self._own(direction.k)
+        # the first path is rolled out without gains
+        K = direction.K if direction.K.ndim > k.ndim else k.new_zeros(()).expand(*k.shape, wide.n)
+        law = direction._replace(k=k, K=K, dp=direction.dp.expand(*own.cost.shape, wide.q))
+        return self._outside(self.inner.roll_out(own, law, alphas))
+
+    def search(
+        self, path: Path, direction: Direction, merit: Merit, active: Tensor, alphas: Sequence[float]
+    ) -> tuple[Path, Tensor] | None:
+        """See :class:`ocnopt.solvers.kernels.Kernel`."""
+        return None
+
+    def ladder(self, lanes: int, alphas: Sequence[float]) -> Sequence[Sequence[float]]:
+        """See :class:`ocnopt.solvers.kernels.Kernel`."""
+        return self.inner.ladder(math.prod(self._batch), alphas)
+
+    @property
+    def _batch(self) -> tuple[int, ...]:
+        return self.inner.wide.problem.batch_shape
+
+    def _own(self, v: Tensor) -> Tensor:
+        """``(..., B d)`` as ``(..., *batch, d)``."""
+        return v.unflatten(-1, (*self._batch, v.shape[-1] // math.prod(self._batch)))
+
+    def _each(self, z: Tensor) -> Tensor:
+        """The joint z, for each experiment."""
+        q, axes = self.inner.wide.q, len(self._batch)
+        p = z[..., z.shape[-1] - q :]
+        p = p.reshape(*p.shape[:-1], *(1,) * axes, q).expand(*p.shape[:-1], *self._batch, q)
+        return torch.cat([self._own(z[..., : z.shape[-1] - q]), p], dim=-1)
+
+    def _joined(self, z: Tensor) -> Tensor:
+        """What belongs to each experiment as the joint z, with the first one's p."""
+        n, axes = self.inner.wide.n - self.inner.wide.q, len(self._batch)
+        return torch.cat([z[..., :n].flatten(-1 - axes), z[..., n:].flatten(-1 - axes, -2)[..., 0, :]], dim=-1)
+
+    def _inside(self, path: Path) -> Path:
+        batch = path.cost.expand(self._batch)
+        gaps = None if path.gaps is None else self._each(path.gaps)
+        return Path(self._each(path.states), self._own(path.controls), batch, gaps)
+
+    def _outside(self, path: Path) -> Path:
+        axes = len(self._batch)
+        gaps = None if path.gaps is None else self._joined(path.gaps)
+        controls = path.controls.flatten(-1 - axes)
+        return Path(self._joined(path.states), controls, path.cost.flatten(-axes).sum(-1), gaps)
+
+
+_NOTHING: tuple[Any, ...] = (None, False)
+
+
+def minimise_shared_start(value: CostToGo, q: int, damping: Tensor, room: Bounds | None) -> tuple[Tensor, CostToGo]:
+    """Choose one step of the static controls for the whole batch: minimise the sum of the models.
+
+    The results have the batch's axes; the predicted change belongs to each experiment.
+    """
+    axes = tuple(range(value.J.ndim - 1))
+    total = CostToGo(value.V.sum(axes), value.J.sum(axes), value.solvable.all())
+    first = (0,) * len(axes)
+    one = None if room is None else (room[0][first], room[1][first])
+    dp, chosen = minimise_start(total, q, damping[first], one)
+    V, J, d = value.V.clone(), value.J.clone(), dp[:, None]
+    Vpp, Vp = V[..., -q:, -q:], V[..., -q:, :1]
+    V[..., :1, :1] += d.mT @ (2 * Vp + Vpp @ d)
+    J[..., 0] += (dp * value.J[..., -q:]).sum(-1)
+    return dp.expand(*value.J.shape[:-1], q), CostToGo(V, J, chosen.solvable.expand(value.solvable.shape))

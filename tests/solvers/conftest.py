@@ -1,0 +1,13 @@
+"""Compiled kernels of these tests stay out of the user's cache, and what another run left there out of these tests."""
+
+import pytest
+
+from ocnopt.solvers.lowered import compiled
+
+
+@pytest.fixture(autouse=True)
+def kernel_folder(tmp_path_factory, monkeypatch):
+    """One folder for all: what two tests compile is compiled once."""
+    folder = tmp_path_factory.getbasetemp() / "kernels"
+    monkeypatch.setattr(compiled, "_folder", lambda: folder)
+    return folder
