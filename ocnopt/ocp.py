@@ -27,6 +27,7 @@ from torch import Tensor
 from ocnopt import captured, checks, problem_checks
 from ocnopt.checks import Bounds
 from ocnopt.errors import ProblemError
+from ocnopt.names import read_names
 
 Function = Callable[..., Any]
 
@@ -107,6 +108,9 @@ class OCP:
         parameter_bounds: likewise, ``(q,)``.
         path_constraint: ``c(t, x, u[, p]) -> (..., c)``, <= 0 at every node.
         terminal_constraint: ``e(T, x[, p]) -> (..., e)``, == 0.
+        state_names: one for each state, units included; plots, tables and messages use them.
+        control_names: likewise.
+        constraint_names: those of the path constraint's entries, then those of the terminal constraint's.
         data: tensors that the functions capture and that may change in place between solves of a prepared problem (a
             reference, a mass). Those whose leading axes are the batch's belong to one problem each. Any other captured
             tensor counts as a constant.
@@ -137,6 +141,9 @@ class OCP:
     parameter_bounds: Bounds | None
     path_constraint: Function | None
     terminal_constraint: Function | None
+    state_names: tuple[str, ...] | None
+    control_names: tuple[str, ...] | None
+    constraint_names: tuple[str, ...] | None
     data: tuple[Tensor, ...]
     initial_guess: Any
     dtype: torch.dtype
@@ -160,6 +167,9 @@ class OCP:
         parameter_bounds: Any = None,
         path_constraint: Function | None = None,
         terminal_constraint: Function | None = None,
+        state_names: Any = None,
+        control_names: Any = None,
+        constraint_names: Any = None,
         data: Any = (),
         initial_guess: Mapping[str, Any] | Function | None = None,
         dtype: torch.dtype = torch.float64,
@@ -183,6 +193,9 @@ class OCP:
         put(self, "control_bounds", limits)
         put(self, "state_bounds", checks.bounds("state_bounds", state_bounds, x0.shape[-1], dtype, x0.device))
         put(self, "parameter_bounds", checks.bounds("parameter_bounds", parameter_bounds, q, dtype, x0.device))
+        put(self, "state_names", read_names("state_names", state_names, self.state_dim))
+        put(self, "control_names", read_names("control_names", control_names, control_dim))
+        put(self, "constraint_names", read_names("constraint_names", constraint_names))
         put(self, "data", checks.data_tensors(data, dtype, x0.device))
         put(self, "initial_guess", checks.start_guess(initial_guess))
         put(self, "dtype", dtype)

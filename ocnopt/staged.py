@@ -23,6 +23,7 @@ from ocnopt.errors import ProblemError
 from ocnopt.integrate.implicit import implicit_step
 from ocnopt.integrate.runge_kutta import combine, stages
 from ocnopt.integrate.tableaus import IMPLICIT, Tableau, get_tableau
+from ocnopt.names import read_names
 from ocnopt.ocp import OCP, Function, Lifted, lift
 
 Index = int | Tensor
@@ -73,6 +74,9 @@ class StagedOCP:
         parameter_bounds: likewise, ``(q,)``.
         path_constraint: ``c(k, x, u[, p]) -> (..., c)``, <= 0 at the nodes 0..N-1, and at N with the last control.
         terminal_constraint: ``e(x[, p]) -> (..., e)``, == 0.
+        state_names: one for each state where its size does not vary; as in :class:`ocnopt.OCP`.
+        control_names: likewise.
+        constraint_names: as in :class:`ocnopt.OCP`.
         data: captured tensors that may change in place between solves, as in :class:`ocnopt.OCP`.
         initial_guess: as in :class:`ocnopt.OCP`.
         dtype: of all tensors.
@@ -97,6 +101,9 @@ class StagedOCP:
     parameter_bounds: checks.Bounds | None
     path_constraint: Function | None
     terminal_constraint: Function | None
+    state_names: tuple[str, ...] | None
+    control_names: tuple[str, ...] | None
+    constraint_names: tuple[str, ...] | None
     data: tuple[Tensor, ...]
     initial_guess: Any
     dtype: torch.dtype
@@ -123,6 +130,9 @@ class StagedOCP:
         parameter_bounds: Any = None,
         path_constraint: Function | None = None,
         terminal_constraint: Function | None = None,
+        state_names: Any = None,
+        control_names: Any = None,
+        constraint_names: Any = None,
         data: Any = (),
         initial_guess: Mapping[str, Any] | Function | None = None,
         dtype: torch.dtype = torch.float64,
@@ -141,6 +151,9 @@ class StagedOCP:
         put(self, "parameter_bounds", checks.bounds("parameter_bounds", parameter_bounds, q, dtype, x0.device))
         put(self, "path_constraint", path_constraint)
         put(self, "terminal_constraint", terminal_constraint)
+        put(self, "state_names", read_names("state_names", state_names, n))
+        put(self, "control_names", read_names("control_names", control_names, groups[0].stage.control_dim))
+        put(self, "constraint_names", read_names("constraint_names", constraint_names))
         put(self, "data", checks.data_tensors(data, dtype, x0.device))
         put(self, "initial_guess", checks.start_guess(initial_guess))
         put(self, "dtype", dtype)
@@ -362,6 +375,9 @@ def transcribe(problem: OCP, steps: int, integrator: str = "rk4") -> StagedOCP:
         parameter_bounds=lifted.parameter_bounds,
         path_constraint=along and _arity(along, has_parameters),
         terminal_constraint=problem.terminal_constraint and _arity(lifted.terminal_constraint, has_parameters),
+        state_names=problem.state_names,
+        control_names=problem.control_names,
+        constraint_names=problem.constraint_names,
         data=problem.data,
         initial_guess=problem.initial_guess,
         dtype=problem.dtype,

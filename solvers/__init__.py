@@ -19,3 +19,4 @@ from ocnopt.solvers.solve import Prepared as Prepared
 from ocnopt.solvers.solve import Solver as Solver
 from ocnopt.solvers.solve import prepare as prepare
 from ocnopt.solvers.solve import solve as solve
+from ocnopt.solvers.violations import Violation as Violation

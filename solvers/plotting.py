@@ -27,13 +27,14 @@ def plot_solutions(
 
     Args:
         solutions: by solver name; each a ``Solution`` whose sizes do not vary from stage to stage.
-        states: name and unit of each state; x0, x1, ... if empty.
-        controls: name and unit of each control; u0, u1, ... if empty.
+        states: name and unit of each state; the problem's own if empty, else x0, x1, ...
+        controls: name and unit of each control, likewise.
         time: label of the time axis.
     """
     first = next(iter(solutions.values()))
-    states = states or [f"x{j}" for j in range(first.states.shape[-1])]
-    controls = controls or [f"u{i}" for i in range(first.controls.shape[-1])]
+    states = states or getattr(first.problem, "state_names", None) or [f"x{j}" for j in range(first.states.shape[-1])]
+    own = getattr(first.problem, "control_names", None)
+    controls = controls or own or [f"u{i}" for i in range(first.controls.shape[-1])]
     feedback = [(name, s) for name, s in solutions.items() if s.gains is not None and len(controls) > 0][:1]
     costs = {name: s for name, s in solutions.items() if "cost" in s.history}
     of_states, of_controls = _parts(len(states)), _parts(len(controls))

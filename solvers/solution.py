@@ -17,6 +17,7 @@ from ocnopt.errors import DataError, NonFiniteError, ProblemError
 from ocnopt.paths import behind, rollout
 from ocnopt.solvers.audit import audit
 from ocnopt.solvers.files import check_fingerprint, fingerprint, write_file
+from ocnopt.solvers.violations import Violation, find_violations
 from ocnopt.staged import Series, StagedOCP
 
 _FORMAT = 2
@@ -124,6 +125,14 @@ class Solution:
     multipliers: Mapping[str, Tensor] | None = None
     control_bounds: tuple[Tensor, Tensor] | None = None
     problem: StagedOCP | None = field(default=None, repr=False)
+
+    @property
+    def violations(self) -> tuple[Violation, ...]:
+        """Bounds, constraints and steps that are broken by more than 1e-6, the worst first, in the user's names."""
+        if self.problem is None:
+            raise ProblemError("this solution has no problem; load it with oc.load_solution(path, problem=...)")
+        path = list(nodes_of(self.states)), list(nodes_of(self.controls))
+        return tuple(find_violations(self.problem, *path, self._full_parameters(), 1e-6))
 
     def policy(self, t: float | Tensor, x: Tensor) -> Tensor:
         """The feedback law u_k + K_k (x - xbar(t)), clipped to the bounds; open loop without gains.

@@ -1,7 +1,7 @@
 """What a solution breaks, in the user's words: which bound or constraint, at which step and time, by how much."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,12 +43,7 @@ class Violation(NamedTuple):
 
 
 def find_violations(
-    problem: StagedOCP,
-    states: Sequence[Tensor],
-    controls: Sequence[Tensor],
-    p: Tensor,
-    tolerance: float,
-    names: Any,
+    problem: StagedOCP, states: Sequence[Tensor], controls: Sequence[Tensor], p: Tensor, tolerance: float
 ) -> list[Violation]:
     """Everything that a path breaks by more than a tolerance, the worst first.
 
@@ -58,17 +53,31 @@ def find_violations(
         controls: u_0..u_{N-1}, each ``(*batch, m)``.
         p: ``(*batch, q)``, with T where it is free.
         tolerance: what counts as kept.
-        names: ``names(kind, i)`` gives the name of entry i.
     """
     times = problem.times(p).expand(*problem.batch_shape, problem.steps + 1).movedim(-1, 0)
-    found = []
+    found, ahead = [], 0
     for name, step, excess in _excesses(problem, states, controls, p):
+        ahead = excess.shape[-1] if name == "path_constraint" else ahead
         broken = (~(excess <= tolerance)).nonzero().tolist()
         for *row, i in broken:
             place = tuple(row)
             time = float("nan") if step is None else float(times[(step, *place)])
-            found.append(Violation(name, names(name, i), step, time, float(excess[(*place, i)]), place))
+            found.append(
+                Violation(name, _called(problem, name, i, ahead), step, time, float(excess[(*place, i)]), place)
+            )
     return sorted(found, key=lambda violation: (violation.value == violation.value, -violation.value))
+
+
+def _called(problem: StagedOCP, kind: str, i: int, ahead: int) -> str:
+    """The user's name of an entry, else its number; names of the terminal constraint follow the path constraint's."""
+    names = {
+        "control_bounds": problem.control_names,
+        "path_constraint": problem.constraint_names,
+        "terminal_constraint": problem.constraint_names,
+        "parameter_bounds": None,
+    }.get(kind, problem.state_names)
+    place = i + (ahead if kind == "terminal_constraint" else 0)
+    return names[place] if names is not None and place < len(names) else f"[{i}]"
 
 
 def _excesses(
@@ -84,6 +93,9 @@ def _excesses(
             yield "dynamics", k, gaps[k][..., :size].abs()
         if bounds is not None:
             yield "control_bounds", k, torch.maximum(bounds[0] - u, u - bounds[1])
+        if problem.state_bounds is not None:
+            lower, upper = problem.state_bounds
+            yield "state_bounds", k + 1, torch.maximum(lower - states[k + 1], states[k + 1] - upper)
     for group in problem.groups:
         for k in range(group.start, group.stop):
             number = step_number(group, k, Z)
