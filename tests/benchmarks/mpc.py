@@ -15,8 +15,13 @@ import torch
 import ocnopt as oc
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "mpc_quadrotor.py"
-WAYS = {"ddp": ("ddp", {}), "ipopt": ("casadi", {}), "ipopt 1e-6": ("casadi", {"tolerance": 1e-6})}
-WANTED = {"ddp": 20.0}
+WAYS = {
+    "ddp compiled": ("ddp", {}),
+    "ddp": ("ddp", {"compile": False}),
+    "ipopt": ("casadi", {}),
+    "ipopt 1e-6": ("casadi", {"tolerance": 1e-6}),
+}
+WANTED = {"ddp compiled": 5.0, "ddp": 20.0}
 
 
 class Step(NamedTuple):
