@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ocnopt.checks import callable_or_none, numbers, shape, whole
 from ocnopt.errors import NonFiniteError, ProblemError
+from ocnopt.paths import step_number
 from ocnopt.solvers.files import write_file
 from ocnopt.solvers.solution import Gains, Solution, pushed
 from ocnopt.solvers.solve import Prepared
@@ -280,9 +281,8 @@ class MPC:
         k = min(max(math.floor((t - begins) / self.step + 1e-6), 0), problem.steps - 1)
         (group,) = (group for group in problem.groups if group.start <= k < group.stop)
         p = plan.parameters if not self._free else torch.cat([plan.parameters, plan.horizon[..., None]], dim=-1)
-        number: Any = k if group.single or group.stage.joint is not None else torch.tensor(k, device=x.device)
         with torch.no_grad():
-            return problem.advance(group.stage, number, x, u, p)[0]
+            return problem.advance(group.stage, step_number(group, k, x), x, u, p)[0]
 
     def _record(self, times: Tensor, states: list[Tensor], rows: list[Any], ended: str) -> ClosedLoop:
         problem = self.prepared.problem

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ocnopt.captured import given_rows
 from ocnopt.solvers.direct.nlp import Answer, Vector, evaluate, make_solver, make_values, run_solver
 from ocnopt.solvers.direct.path_program import PathProgram, assemble, make_walks, roll_out
 from ocnopt.solvers.direct.transcription import Lowered
@@ -85,11 +84,19 @@ class Instance:
         return make_walks(self.runs)
 
     def attempt(
-        self, problem: StagedOCP, guess: Guess, states: Sequence[Tensor], row: int | None, restarts: int
+        self,
+        problem: StagedOCP,
+        guess: Guess,
+        states: Sequence[Tensor],
+        given: Tensor,
+        row: int | None,
+        restarts: int,
     ) -> Attempt:
-        """Solve one row of the batch from a guess, with restarts; ``row`` is None without a batch."""
+        """Solve one row of the batch from a guess, with restarts; ``row`` is None without a batch.
+
+        ``given`` is what the steps of all problems are given besides, of :func:`ocnopt.captured.given_rows`.
+        """
         began = time.perf_counter()
-        given = given_rows(problem)
         data = given[:, (row or 0) if given.shape[1] > 1 else 0].double().cpu().numpy().T
         path = self.path.started_at(row_of(problem.initial_state, row))
         start = self._start(path, guess, states, row, data)

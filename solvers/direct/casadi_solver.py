@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ocnopt.captured import given_rows
 from ocnopt.checks import nearest, solver_options
 from ocnopt.errors import NonFiniteError, ProblemError
 from ocnopt.integrate.tableaus import IMPLICIT
@@ -152,13 +153,14 @@ class PreparedCasADi:
             NonFiniteError: as for :meth:`CasADi.solve`.
         """
         states = self.solver.start_states(problem, guess)
+        given = given_rows(problem)
         attempts: list[Attempt] = []
         build_time = 0.0
         for row in _rows(problem):
             kept = self._key(row) in self.instances
             one = self.instance(row)
             build_time += 0.0 if kept else one.build_time
-            attempts.append(one.attempt(problem, guess, states, row, self.solver.restarts))
+            attempts.append(one.attempt(problem, guess, states, given, row, self.solver.restarts))
             if not kept and not self.alike:
                 # thousands of programs would fill the memory
                 del self.instances[row]
