@@ -104,11 +104,11 @@ def given_rows(problem: Any) -> Tensor:
     """What each step and the end are given: ``(N + 1, lanes, s)``, lanes = 1 where it is the same for all problems."""
     batch = problem.batch_shape
     count, nodes = math.prod(batch), problem.steps + 1
-    parts = [] if problem.step_data is None else [problem.step_data.detach().reshape(nodes, count, -1)]
+    parts = [problem.initial_state.new_zeros(nodes, 1, 0)]
+    if problem.step_data is not None:
+        parts.append(problem.step_data.detach().reshape(nodes, count, -1))
     for tensor in problem.data:
         lanes = count if belongs_to_each(tensor, batch) else 1
         parts.append(tensor.detach().reshape(1, lanes, -1).expand(nodes, -1, -1))
-    lanes = max((part.shape[1] for part in parts), default=1)
-    if not parts:
-        return problem.initial_state.new_zeros(nodes, 1, 0)
+    lanes = max(part.shape[1] for part in parts)
     return torch.cat([part.expand(-1, lanes, -1) for part in parts], dim=-1)

@@ -74,6 +74,16 @@ class Widened:
         )
         return lower, upper
 
+    @property
+    def state_bounds(self) -> checks.Bounds | None:
+        """Two tensors ``(N + 1, n - q)``, infinite for the first state, which is given, and for what only fills up."""
+        given = self.problem.state_bounds
+        if given is None:
+            return None
+        sizes = torch.tensor([0, *self.state_sizes[1:]], device=given[0].device)[:, None]
+        bounded = torch.arange(self.n - self.q, device=given[0].device) < sizes
+        return torch.where(bounded, given[0], -torch.inf), torch.where(bounded, given[1], torch.inf)
+
     def join(self, states: Series, p: Tensor) -> Tensor:
         """States and static controls as z, stacked over time."""
         x = _stacked(states, self.n - self.q)
@@ -150,6 +160,14 @@ def _stacked(values: Series, size: int) -> Tensor:
     if isinstance(values, Tensor):
         return values
     return torch.stack([v if v.shape[-1] == size else pad(v, (0, size - v.shape[-1])) for v in values])
+
+
+def fitted(bounds: checks.Bounds, values: Tensor) -> checks.Bounds:
+    """Bounds ``(size,)`` or ``(steps, size)`` with axes for the batch of values ``(steps, *lead, size)``."""
+    lower, upper = (
+        side.reshape(*side.shape[:-1], *(1,) * (values.ndim - side.ndim), side.shape[-1]) for side in bounds
+    )
+    return lower, upper
 
 
 def step_number(group: Group, k: int, like: Tensor) -> Index:

@@ -3,6 +3,7 @@
 if __name__ != "ocnopt.solvers":
     raise ImportError(f"import ocnopt.solvers, not {__name__}: the bare name would make a second copy of every class")
 
+from ocnopt.solvers.audit import Violation as Violation
 from ocnopt.solvers.compare import Comparison as Comparison
 from ocnopt.solvers.compare import Row as Row
 from ocnopt.solvers.compare import compare as compare
@@ -19,4 +20,3 @@ from ocnopt.solvers.solve import Prepared as Prepared
 from ocnopt.solvers.solve import Solver as Solver
 from ocnopt.solvers.solve import prepare as prepare
 from ocnopt.solvers.solve import solve as solve
-from ocnopt.solvers.violations import Violation as Violation

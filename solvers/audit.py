@@ -1,14 +1,15 @@
-"""What a discrete problem says of a given path: its cost, its gaps, and how far it breaks bounds and constraints."""
+"""What a discrete problem says of a given path: its cost, its gaps, and what it breaks, in the user's words."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ocnopt.checks import Bounds
-from ocnopt.paths import Widened, evaluate, step_number, step_numbers
-from ocnopt.staged import StagedOCP
+from ocnopt.paths import Widened, evaluate, fitted, step_number, step_numbers
+from ocnopt.staged import Series, StagedOCP
 
 
 class Audit(NamedTuple):
@@ -19,7 +20,39 @@ class Audit(NamedTuple):
     violation: Tensor
 
 
-def audit(problem: StagedOCP, states: Sequence[Tensor], controls: Sequence[Tensor], p: Tensor) -> Audit:
+class Violation(NamedTuple):
+    """One broken bound, constraint or step.
+
+    Attributes:
+        name: of the kind: "dynamics", "control_bounds", "state_bounds", "parameter_bounds", "path_constraint",
+            "terminal_constraint", "initial_state".
+        component: which entry, by the user's name where it has one.
+        step: k, N at the end; None for parameters.
+        time: t_k, in the problem's unit; NaN for parameters.
+        value: by how much it is broken, NaN where it is no number.
+        problem: place in the batch; () without one.
+    """
+
+    name: str
+    component: str
+    step: int | None
+    time: float
+    value: float
+    problem: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        """One sentence.
+
+        >>> str(Violation("path_constraint", "speed limit", 3, 0.5, 0.25))
+        'path_constraint speed limit is broken by 0.25 at step 3, t = 0.5'
+        """
+        place = "" if self.step is None else f" at step {self.step}, t = {self.time:.6g}"
+        which = f" in problem {', '.join(map(str, self.problem))}" if self.problem else ""
+        how = "is no number" if math.isnan(self.value) else f"is broken by {self.value:.3g}"
+        return f"{self.name} {self.component} {how}{place}{which}"
+
+
+def audit(problem: StagedOCP, states: Series, controls: Series, p: Tensor) -> Audit:
     """Evaluate every step at its own given state.
 
     Args:
@@ -29,16 +62,9 @@ def audit(problem: StagedOCP, states: Sequence[Tensor], controls: Sequence[Tenso
         p: ``(*batch, q)``, with T where it is free.
     """
     wide = Widened(problem)
-    Z, U, last = wide.join(states, p), wide.join_controls(controls), wide.groups[-1]
-    path = evaluate(wide, Z, U)
-    excess = [_outside(U, wide.control_bounds), _outside(p, wide.parameter_bounds)[None]]
-    for group, start, stop in wide.stretches():
-        excess.append(wide.path_excess(group, step_numbers(group, start, stop, Z), Z[start:stop], U[start:stop]))
-    excess.append(wide.path_excess(last, step_number(last, wide.steps, Z), Z[-1], U[-1])[None])
-    if problem.state_bounds is not None:
-        excess.append(_outside(Z[1:, ..., : wide.n - wide.q], problem.state_bounds))
-    excess.append(wide.end_error(Z[-1]).abs()[None])
-    worst = torch.cat([part.movedim(0, -1).flatten(len(problem.batch_shape)) for part in excess], dim=-1)
+    Z, U = wide.join(states, p), wide.join_controls(controls)
+    path, rows = evaluate(wide, Z, U), [excess for _, _, excess in _excesses(wide, Z, U, p)]
+    worst = torch.cat([row.movedim(0, -1).flatten(len(problem.batch_shape)) for row in rows], dim=-1)
     # what is not finite is no path at all
     worst = torch.where(worst.isnan(), torch.inf, worst)
     violation = worst.clamp_min(0.0).amax(-1) if worst.shape[-1] else torch.zeros_like(path.cost)
@@ -46,9 +72,66 @@ def audit(problem: StagedOCP, states: Sequence[Tensor], controls: Sequence[Tenso
     return Audit(path.cost, gaps, violation)
 
 
+def find_violations(
+    problem: StagedOCP, states: Series, controls: Series, p: Tensor, tolerance: float
+) -> list[Violation]:
+    """Everything that a path breaks by more than a tolerance, the worst first.
+
+    Args:
+        problem: the discrete problem.
+        states: as for :func:`audit`.
+        controls: as for :func:`audit`.
+        p: as for :func:`audit`.
+        tolerance: what counts as kept.
+    """
+    wide = Widened(problem)
+    Z, U, times = wide.join(states, p), wide.join_controls(controls), problem.times(p)
+    times = times.expand(*problem.batch_shape, wide.steps + 1)
+    gaps = evaluate(wide, Z, U).gaps
+    rows = list(_excesses(wide, Z, U, p))
+    rows.append(("initial_state", 0, (Z[:1, ..., : wide.state_sizes[0]] - problem.initial_state).abs()))
+    if gaps is not None:
+        rows.append(("dynamics", 0, gaps[..., : wide.n - wide.q].abs()))
+    ahead = max(excess.shape[-1] for name, _, excess in rows if name == "path_constraint")
+    found = []
+    for name, first, excess in rows:
+        # written so that a NaN is found too
+        for i, *place, entry in (~(excess <= tolerance)).nonzero().tolist():
+            step = None if first is None else first + i
+            time = math.nan if step is None else float(times[(*place, step)])
+            component = _called(problem, name, entry, ahead)
+            found.append(Violation(name, component, step, time, float(excess[(i, *place, entry)]), tuple(place)))
+    return sorted(found, key=lambda violation: (not math.isnan(violation.value), -violation.value))
+
+
+def _called(problem: StagedOCP, kind: str, entry: int, ahead: int) -> str:
+    """The user's name of an entry, else its number; names of the terminal constraint follow the path constraint's."""
+    names = {
+        "control_bounds": problem.control_names,
+        "path_constraint": problem.constraint_names,
+        "terminal_constraint": problem.constraint_names,
+        "parameter_bounds": None,
+    }.get(kind, problem.state_names)
+    place = entry + (ahead if kind == "terminal_constraint" else 0)
+    return names[place] if names is not None and place < len(names) else f"[{entry}]"
+
+
+def _excesses(wide: Widened, Z: Tensor, U: Tensor, p: Tensor) -> Iterator[tuple[str, int | None, Tensor]]:
+    """How far bounds and constraints are broken, ``(steps, *batch, size)``: the kind and the first of the steps."""
+    last, N = wide.groups[-1], wide.steps
+    yield "control_bounds", 0, _outside(U, wide.control_bounds)
+    yield "state_bounds", 0, _outside(Z[..., : wide.n - wide.q], wide.state_bounds)
+    yield "parameter_bounds", None, _outside(p[None], wide.parameter_bounds)
+    for group, start, stop in wide.stretches():
+        k = step_numbers(group, start, stop, Z)
+        yield "path_constraint", start, wide.path_excess(group, k, Z[start:stop], U[start:stop])
+    yield "path_constraint", N, wide.path_excess(last, step_number(last, N, Z), Z[-1], U[-1])[None]
+    yield "terminal_constraint", N, wide.end_error(Z[-1]).abs()[None]
+
+
 def _outside(value: Tensor, bounds: Bounds | None) -> Tensor:
-    """How far values, with time in front where their bounds have it, are beyond them."""
+    """How far values, with time in front, are beyond their bounds, ``(size,)`` or ``(steps, size)``."""
     if bounds is None:
-        return value.new_zeros(value.shape)
-    lower, upper = (side.reshape(*side.shape[:-1], *(1,) * (value.ndim - side.ndim), side.shape[-1]) for side in bounds)
+        return value[..., :0]
+    lower, upper = fitted(bounds, value)
     return torch.maximum(lower - value, value - upper)

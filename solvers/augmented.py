@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ocnopt.paths import Widened, step_number, step_numbers
+from ocnopt.paths import Widened, fitted, step_number, step_numbers
 from ocnopt.problem_checks import nearby
 from ocnopt.staged import Advance, Group, Index, Stage, StagedOCP
 
@@ -71,11 +71,9 @@ def measure(wide: Widened, Z: Tensor, U: Tensor) -> Multipliers:
 
 def distances(problem: StagedOCP, shifted: Multipliers) -> Multipliers:
     """v - P(v) for shifted constraints v."""
-    state = shifted.state
-    if problem.state_bounds is not None:
-        state = state - state.clamp(*problem.state_bounds)
-        # the first state is given
-        state = torch.cat([torch.zeros_like(state[:1]), state[1:]])
+    state, bounds = shifted.state, Widened(problem).state_bounds
+    if bounds is not None:
+        state = state - state.clamp(*fitted(bounds, state))
     return Multipliers(shifted.end, shifted.path.clamp(min=0.0), state)
 
 

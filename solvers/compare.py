@@ -11,7 +11,7 @@ from ocnopt.errors import OcnoptError, ProblemError
 from ocnopt.ocp import OCP
 from ocnopt.solvers.audit import audit
 from ocnopt.solvers.guess import read_guess
-from ocnopt.solvers.solution import Solution, nodes_of
+from ocnopt.solvers.solution import Solution, full_parameters, nodes_of
 from ocnopt.solvers.solve import Solver, make_solution, make_solver, read_problem
 from ocnopt.staged import StagedOCP
 
@@ -190,8 +190,6 @@ def _is_discrete(solution: Solution) -> Tensor:
     problem = solution.problem
     if problem is None or problem.origin is None:
         return torch.ones_like(solution.cost, dtype=torch.bool)
-    p = solution.parameters
-    p = torch.cat([p, solution.horizon[..., None]], dim=-1) if problem.origin.free else p
     with torch.no_grad():
-        found = audit(problem, nodes_of(solution.states), nodes_of(solution.controls), p)
+        found = audit(problem, nodes_of(solution.states), nodes_of(solution.controls), full_parameters(solution))
     return (found.gaps <= _SAME) & ((found.cost - solution.cost).abs() <= _SAME * (1 + solution.cost.abs()))

@@ -6,7 +6,11 @@ import threading
 import time
 from typing import Any
 
-from ocnopt.solvers.search import Outcome
+
+class Outcome:
+    """How the search for one problem ended, if it has."""
+
+    RUNNING, CONVERGED, NOT_FINITE, STUCK, LIMIT, NOT_SMOOTH, UNBOUNDED, LATE, INTERRUPTED, UNMET, ROUNDS = range(11)
 
 
 class Stopwatch:

@@ -1,6 +1,6 @@
 """Files of solutions: writing them, and telling by a fingerprint whether a problem is the one that was solved."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ocnopt.errors import DataError
 from ocnopt.solvers.audit import audit
-from ocnopt.staged import StagedOCP
+from ocnopt.staged import Series, StagedOCP
 
 
 def write_file(path: str | Path, wanted: str, write: Callable[[], Any]) -> None:
@@ -32,17 +32,12 @@ def write_file(path: str | Path, wanted: str, write: Callable[[], Any]) -> None:
         raise DataError(f"{path} cannot be written ({reason}); expected {wanted}: choose another path") from error
 
 
-def fingerprint(
-    problem: StagedOCP, states: Sequence[Tensor], controls: Sequence[Tensor], p: Tensor
-) -> dict[str, Tensor]:
+def fingerprint(problem: StagedOCP, states: Series, controls: Series, p: Tensor) -> dict[str, Tensor]:
     """What the problem gives on a path: another problem gives other numbers."""
     with torch.no_grad():
         numbers = audit(problem, states, controls, p)
-    bounds = [
-        side
-        for pair in (*problem.control_bounds, problem.parameter_bounds)
-        for side in (v.reshape(-1) for v in pair or ())
-    ]
+    pairs = (*problem.control_bounds, problem.parameter_bounds)
+    bounds = [side.reshape(-1) for pair in pairs for side in pair or ()]
     return {
         "initial state": problem.initial_state,
         "times": problem.times(p),

@@ -35,10 +35,10 @@ class Hamiltonian:
     def __init__(self, lifted: Lifted) -> None:
         self.lifted = lifted
         self.n, self.m, self.q = lifted.state_dim, lifted.control_dim, lifted.parameter_dim
-        self.bounds, self.box = lifted.problem.control_bounds_at(lifted.problem.horizon.t0), lifted.parameter_bounds
-        n, m = self.n, self.m
-        self.x, self.costate = slice(0, n), slice(n, 2 * n)
-        self.u, self.p = slice(2 * n, 2 * n + m), slice(2 * n + m, None)
+        self.bounds = lifted.problem.control_bounds_at(lifted.problem.horizon.t0)
+        y = 2 * self.n
+        self.x, self.costate = slice(0, self.n), slice(self.n, y)
+        self.u, self.p = slice(y, y + self.m), slice(y + self.m, None)
 
     def value(self, s: Tensor, w: Tensor) -> Tensor:
         """H ``(..., K)`` at w ``(..., K, d)``."""
@@ -88,7 +88,7 @@ class Hamiltonian:
     def _step(self, u: Tensor, g: Tensor, A: Tensor) -> Tensor:
         """A Newton step of the free controls, downhill whatever the curvature."""
         free = (~self.held(u, g)).to(g.dtype)
-        values, vectors = torch.linalg.eigh(_on_free(A, free).nan_to_num(0.0, 0.0, 0.0))
+        values, vectors = torch.linalg.eigh(_on_free(A, free))
         size = values.abs().clamp_min(_FLAT * (1 + values.abs().amax(-1, keepdim=True)))
         step = -(vectors @ ((vectors.mT @ (free * g)[..., None])[..., 0] / size)[..., None])[..., 0]
         return (clipped(u + free * step, self.bounds) - u).nan_to_num(0.0, 0.0, 0.0)
@@ -122,12 +122,13 @@ class Hamiltonian:
         beside = torch.cat([W[..., y], W[..., self.p]], dim=-1)
         total = torch.cat([sign * beside[..., i, :] for i, sign in signs], dim=-2)
         if self.m:
-            A = _on_free(W[..., u, u], free).nan_to_num(0.0, 0.0, 0.0)
-            follow = -torch.linalg.pinv(A, hermitian=True) @ (free[..., None] * beside[..., u, :])
+            follow = -torch.linalg.pinv(_on_free(W[..., u, u], free), hermitian=True) @ (
+                free[..., None] * beside[..., u, :]
+            )
             total = total + torch.cat([sign * W[..., i, u] for i, sign in signs], dim=-2) @ follow
         return total[..., : 2 * self.n], total[..., 2 * self.n :]
 
 
 def _on_free(A: Tensor, free: Tensor) -> Tensor:
-    """A matrix on the free entries, the identity on the others."""
-    return free[..., None] * A * free[..., None, :] + torch.diag_embed(1 - free)
+    """A matrix on the free entries, the identity on the others; zero where it is no number, which LAPACK refuses."""
+    return (free[..., None] * A * free[..., None, :] + torch.diag_embed(1 - free)).nan_to_num(0.0, 0.0, 0.0)

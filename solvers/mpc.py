@@ -23,12 +23,13 @@ from torch import Tensor
 from ocnopt.checks import callable_or_none, numbers, shape, whole
 from ocnopt.errors import NonFiniteError, ProblemError
 from ocnopt.paths import step_number
-from ocnopt.solvers.files import write_file
-from ocnopt.solvers.solution import Gains, Solution, pushed
+from ocnopt.solvers.solution import Gains, Solution, full_parameters, pushed
 from ocnopt.solvers.solve import Prepared
 
 # A plan whose gaps or constraints are further open than this is no path to follow.
 _OPEN = 1e-4
+# Times are told apart to this share of a step.
+_SLACK = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +44,8 @@ class ClosedLoop:
         converged: whether that plan's solve had converged, ``(*batch, M)``.
         solve_times: seconds of the solve at each step, NaN where there was none, ``(M,)``.
         status: one sentence: how the loop ended, and how many solves did not converge.
+        state_names: of the problem.
+        control_names: of the problem.
     """
 
     times: Tensor
@@ -52,6 +55,8 @@ class ClosedLoop:
     converged: Tensor
     solve_times: Tensor
     status: str
+    state_names: tuple[str, ...] | None = None
+    control_names: tuple[str, ...] | None = None
 
     def plot(self, path: str | Path | None = None) -> Any:
         """Draw states, controls and the time of each solve; write the picture to ``path`` if one is given.
@@ -62,14 +67,9 @@ class ClosedLoop:
         Raises:
             DataError: the picture cannot be written there.
         """
-        from ocnopt.solvers.plotting import plot_closed_loop
+        from ocnopt.solvers.plotting import plot_closed_loop, saved
 
-        figure = plot_closed_loop(self)
-        if path is not None:
-            write_file(
-                path, "a picture whose ending names its format, such as .png", lambda: figure.savefig(path, dpi=150)
-            )
-        return figure
+        return saved(plot_closed_loop(self), path)
 
 
 class MPC:
@@ -165,7 +165,7 @@ class MPC:
         if tuple(x.shape) != wanted or not bool(torch.isfinite(x).all()):
             raise ProblemError(f"MPC got a state of shape {shape(x)}; expected finite numbers of shape {wanted}")
         t, h = float(t), self.step
-        slack = 1e-6 * h
+        slack = _SLACK * h
         if self.plan is not None and t < self.begins - slack:
             raise ProblemError(f"MPC got t = {t} after a plan from t = {self.begins}; expected time to run on: reset()")
         self.solve_time = math.nan
@@ -211,7 +211,7 @@ class MPC:
             for i in range(steps):
                 t = t0 + i * h
                 u = self(t, x)
-                x = self._model(t, x, u) if plant is None else _read("plant", plant(t, x.clone(), u.clone()), x)
+                x = self._model(t, x, u) if plant is None else _next_state(plant(t, x.clone(), u.clone()), x)
                 if disturbance is not None:
                     x = x + pushed(disturbance, x.new_tensor(t + h), x)
                 if not bool(torch.isfinite(x).all()):
@@ -250,7 +250,7 @@ class MPC:
 
     def _place(self, t: float) -> int:
         """Which plan is in effect at time t."""
-        begun = [i for i, (_, begins) in enumerate(self._plans) if t >= begins - 1e-6 * self.step]
+        begun = [i for i, (_, begins) in enumerate(self._plans) if t >= begins - _SLACK * self.step]
         return begun[-1] if begun else 0
 
     def _control(self, t: float, x: Tensor) -> Tensor:
@@ -278,11 +278,10 @@ class MPC:
     def _model(self, t: float, x: Tensor, u: Tensor) -> Tensor:
         """The problem's own step from the place in the plan that t is at."""
         problem, (plan, begins) = self.prepared.problem, self._plans[self._place(t)]
-        k = min(max(math.floor((t - begins) / self.step + 1e-6), 0), problem.steps - 1)
+        k = min(max(math.floor((t - begins) / self.step + _SLACK), 0), problem.steps - 1)
         (group,) = (group for group in problem.groups if group.start <= k < group.stop)
-        p = plan.parameters if not self._free else torch.cat([plan.parameters, plan.horizon[..., None]], dim=-1)
         with torch.no_grad():
-            return problem.advance(group.stage, step_number(group, k, x), x, u, p)[0]
+            return problem.advance(group.stage, step_number(group, k, x), x, u, full_parameters(plan))[0]
 
     def _record(self, times: Tensor, states: list[Tensor], rows: list[Any], ended: str) -> ClosedLoop:
         problem = self.prepared.problem
@@ -304,6 +303,8 @@ class MPC:
             converged=converged,
             solve_times=solve_times,
             status=f"{ended}; {many if failed else 'every solve converged'}",
+            state_names=problem.state_names,
+            control_names=problem.control_names,
         )
 
 
@@ -320,11 +321,9 @@ def _kept(usable: Tensor, new: Solution, guess: dict[str, Tensor]) -> Solution:
     return replace(new, states=states, controls=controls, gains=gains, converged=new.converged & usable)
 
 
-def _read(name: str, value: Any, like: Tensor) -> Tensor:
+def _next_state(value: Any, like: Tensor) -> Tensor:
     """What a plant returned."""
     read = torch.as_tensor(value, dtype=like.dtype, device=like.device)
     if read.shape != like.shape:
-        raise ProblemError(
-            f"{name}(t, x, u) returned shape {shape(read)}; expected the next state, shape {shape(like)}"
-        )
+        raise ProblemError(f"plant(t, x, u) returned shape {shape(read)}; expected the next state, shape {shape(like)}")
     return read.detach()

@@ -5,6 +5,7 @@ top of each other.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
+
+from ocnopt.solvers.files import write_file
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; line styles differ too.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -32,14 +35,12 @@ def plot_solutions(
         time: label of the time axis.
     """
     first = next(iter(solutions.values()))
-    states = states or getattr(first.problem, "state_names", None) or [f"x{j}" for j in range(first.states.shape[-1])]
-    own = getattr(first.problem, "control_names", None)
-    controls = controls or own or [f"u{i}" for i in range(first.controls.shape[-1])]
+    states = states or _names(first.problem, "state_names", "x", first.states)
+    controls = controls or _names(first.problem, "control_names", "u", first.controls)
     feedback = [(name, s) for name, s in solutions.items() if s.gains is not None and len(controls) > 0][:1]
     costs = {name: s for name, s in solutions.items() if "cost" in s.history}
     of_states, of_controls = _parts(len(states)), _parts(len(controls))
-    count = len(of_states) + (1 + len(feedback)) * len(of_controls) + bool(costs)
-    figure, axes = panels(count, columns=2 if count <= 4 else 3)
+    figure, axes = _grid(len(of_states) + (1 + len(feedback)) * len(of_controls) + bool(costs))
     free = iter(axes)
     for part in of_states:
         _draw(next(free), {name: (s.times, s.states) for name, s in solutions.items()}, states, part, time)
@@ -76,6 +77,22 @@ def panels(count: int, columns: int = 1) -> tuple[Figure, list[Axes]]:
     for spare in grid[count:]:
         spare.remove()
     return figure, grid[:count]
+
+
+def saved(figure: Figure, path: str | Path | None) -> Figure:
+    """The figure, written to a path if there is one.
+
+    Args:
+        figure: drawn already.
+        path: whose ending names the format.
+
+    Raises:
+        DataError: the picture cannot be written there.
+    """
+    if path is not None:
+        wanted = "a picture whose ending names its format, such as .png"
+        write_file(path, wanted, lambda: figure.savefig(path, dpi=150))
+    return figure
 
 
 def finish(axis: Axes, x: str, y: str) -> None:
@@ -117,6 +134,15 @@ def styled(items: Mapping[str, Item]) -> Iterator[tuple[str, Item, dict[str, Any
         yield name, item, {"color": COLOURS[i % len(COLOURS)], "ls": STYLES[i % len(STYLES)]}
 
 
+def _grid(count: int) -> tuple[Figure, list[Axes]]:
+    return panels(count, columns=2 if count <= 4 else 3)
+
+
+def _names(source: Any, key: str, letter: str, values: Tensor) -> Sequence[str]:
+    """The user's names, else numbered letters."""
+    return getattr(source, key, None) or [f"{letter}{j}" for j in range(values.shape[-1])]
+
+
 def _parts(count: int) -> list[range]:
     """The components of each panel: one each, or all in one where they are many."""
     return [range(j, j + 1) for j in range(count)] if count <= _MOST_PANELS else [range(count)]
@@ -150,19 +176,15 @@ def _draw_gains(
         axis.legend(fontsize="x-small")
 
 
-def plot_closed_loop(loop: Any, *, states: Sequence[str] = (), controls: Sequence[str] = ()) -> Figure:
+def plot_closed_loop(loop: Any) -> Figure:
     """Draw a closed loop: a panel for each state, each control, and one for the time of each solve.
 
     Args:
         loop: a ``ClosedLoop``.
-        states: name and unit of each state; x0, x1, ... if empty.
-        controls: likewise.
     """
-    states = states or [f"x{j}" for j in range(loop.states.shape[-1])]
-    controls = controls or [f"u{i}" for i in range(loop.controls.shape[-1])]
+    states, controls = _names(loop, "state_names", "x", loop.states), _names(loop, "control_names", "u", loop.controls)
     of_states, of_controls = _parts(len(states)), _parts(len(controls))
-    count = len(of_states) + len(of_controls) + 1
-    figure, axes = panels(count, columns=2 if count <= 4 else 3)
+    figure, axes = _grid(len(of_states) + len(of_controls) + 1)
     free = iter(axes)
     for part in of_states:
         _draw(next(free), {"": (loop.times, loop.states)}, states, part, "time")

@@ -35,7 +35,7 @@ from ocnopt.differential.sweep import BellmanStep, CostToGo, bellman_step, minim
 from ocnopt.errors import ProblemError
 from ocnopt.linearise import gradient
 from ocnopt.solvers.solution import Result
-from ocnopt.solvers.stationary import Models, Point, Rows, expand, times
+from ocnopt.solvers.stationary import Models, Point, Rows, expand, matvec
 from ocnopt.staged import StagedOCP
 
 # The penalty on constraints that hold, relative to the largest second derivative; how often their multipliers are
@@ -54,7 +54,10 @@ def refuse_gradients(problem: StagedOCP, solver: Any) -> None:
             "differentiable=True came with an initial state and data that need no gradients; expected one that does: "
             "call requires_grad_() on the tensor given as initial_state=, or on one named in data="
         )
-    if getattr(getattr(solver, "solver", solver), "method", None) == "collocation":
+    while hasattr(solver, "solver"):
+        # prepared for a problem, or for experiments that share their parameters
+        solver = solver.solver
+    if getattr(solver, "method", None) == "collocation":
         raise ProblemError(
             "differentiable=True came with method='collocation', whose answer solves another problem than the discrete "
             "one that is differentiated; expected 'multiple_shooting', or solver 'ddp'"
@@ -182,11 +185,11 @@ def _respond(at: Point, models: Models, cotangents: Sequence[Tensor | None]) -> 
     L[..., 1:, 1:] += weight[..., None] * (C.mT @ C)
     end[..., 1:, 1:] += weight[..., None] * (E.mT @ E)
     for _ in range(_MENDINGS if at.end_rows else 1):
-        L[..., 0, 1:] = L[..., 1:, 0] = times(C.mT, mended) - v
-        end[..., 0, 1:] = end[..., 1:, 0] = times(E.mT, end_mended) - v_end
+        L[..., 0, 1:] = L[..., 1:, 0] = matvec(C.mT, mended) - v
+        end[..., 0, 1:] = end[..., 1:, 0] = matvec(E.mT, end_mended) - v_end
         change = _respond_freely(at, models, L, end)
         both = torch.cat([change.states[:-1], change.controls], dim=-1)
-        missed, end_missed = times(C, both), times(E, change.states[-1])
+        missed, end_missed = matvec(C, both), matvec(E, change.states[-1])
         mended, end_mended = mended + weight * missed, end_mended + weight * end_missed
         # where constraints leave no freedom at all, nothing responds: then the first, soft response is the measure
         scale = torch.maximum(scale, both.abs().amax((0, -1)))
@@ -254,13 +257,13 @@ def _walk(models: Models, L: Tensor, end: Tensor, dp: Tensor, gains: Sequence[Te
     s = torch.cat([dp.new_ones((*lead, 1)), dp.new_zeros((*lead, rest)), dp], dim=-1)
     rows, responses = [s], []
     for F, K in zip(models.F, gains, strict=True):
-        responses.append(torch.cat([s, times(K, s)], dim=-1))
-        s = times(F, responses[-1])
+        responses.append(torch.cat([s, matvec(K, s)], dim=-1))
+        s = matvec(F, responses[-1])
         rows.append(s)
-    dc = times(end, s)[..., 1:]
+    dc = matvec(end, s)[..., 1:]
     costates = [dc]
     for F, Lk, response in zip(models.F.flip(0), L.flip(0), responses[::-1], strict=True):
-        dc = (times(Lk, response)[..., 1:] + times(F[..., 1:, 1:].mT, dc))[..., : s.shape[-1] - 1]
+        dc = (matvec(Lk, response)[..., 1:] + matvec(F[..., 1:, 1:].mT, dc))[..., : s.shape[-1] - 1]
         costates.append(dc)
     states, both = torch.stack(rows)[..., 1:], torch.stack(responses)
     zero = torch.zeros_like

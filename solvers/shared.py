@@ -116,36 +116,60 @@ def _check(problem: StagedOCP) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _Beside:
+    """B experiments side by side, ``(..., B d)``, and as a batch, ``(..., *batch, d)``."""
+
+    batch: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """B."""
+        return math.prod(self.batch)
+
+    def apart(self, v: Tensor) -> Tensor:
+        """``(..., B d)`` as ``(..., *batch, d)``."""
+        return v.unflatten(-1, (*self.batch, v.shape[-1] // self.count))
+
+    def together(self, v: Tensor) -> Tensor:
+        """``(..., *batch, d)`` as ``(..., B d)``."""
+        return v.flatten(-1 - len(self.batch))
+
+    def copies(self, p: Tensor) -> Tensor:
+        """p ``(..., q)`` for each, ``(..., *batch, q)``."""
+        lead, q = p.shape[:-1], p.shape[-1]
+        return p.reshape(*lead, *(1,) * len(self.batch), q).expand(*lead, *self.batch, q)
+
+    def total(self, cost: Tensor) -> Tensor:
+        """The sum over the experiments of costs ``(..., *batch)``."""
+        return cost.flatten(-len(self.batch)).sum(-1)
+
+    def number(self, k: Index) -> Index:
+        """Step numbers ``(...)``, for the batch."""
+        return k if isinstance(k, int) else k.reshape(*k.shape, *(1,) * len(self.batch))
+
+
 def join_experiments(problem: StagedOCP) -> StagedOCP:
     """The batch as one problem."""
-    batch = problem.batch_shape
-    axes, count = len(batch), math.prod(batch)
-
-    def apart(v: Tensor) -> Tensor:
-        return v.unflatten(-1, (*batch, v.shape[-1] // count))
-
-    def each(v: Tensor) -> Tensor:
-        return v.reshape(*v.shape[:-1], *(1,) * axes, v.shape[-1]).expand(*v.shape[:-1], *batch, v.shape[-1])
-
-    def together(v: Tensor) -> Tensor:
-        return v.flatten(-1 - axes)
+    beside = _Beside(problem.batch_shape)
+    count, apart, copies = beside.count, beside.apart, beside.copies
 
     def joint(stage: Stage) -> Callable[..., tuple[Tensor, Tensor]]:
         def step(k: Index, x: Tensor, u: Tensor, p: Tensor, *row: Tensor) -> tuple[Tensor, Tensor]:
-            k = k if isinstance(k, int) else k.reshape(*k.shape, *(1,) * axes)
             own = apart(row[0]) if row else None
-            x_next, cost = problem.advance(stage, k, apart(x), apart(u), each(p), own)
-            return together(x_next), cost.flatten(-axes).sum(-1)
+            x_next, cost = problem.advance(stage, beside.number(k), apart(x), apart(u), copies(p), own)
+            return beside.together(x_next), beside.total(cost)
 
         return step
 
     def terminal(x: Tensor, p: Tensor, *row: Tensor) -> Tensor:
-        own = apart(row[0]) if row else None
-        return problem.terminal(apart(x), each(p), own).flatten(-axes).sum(-1)
+        return beside.total(problem.terminal(apart(x), copies(p), apart(row[0]) if row else None))
 
     def along(k: Index, x: Tensor, u: Tensor, p: Tensor) -> Tensor:
-        k = k if isinstance(k, int) else k.reshape(*k.shape, *(1,) * axes)
-        return together(problem.path_excess(k, apart(x), apart(u), each(p)))
+        return beside.together(problem.path_excess(beside.number(k), apart(x), apart(u), copies(p)))
+
+    def end(x: Tensor, p: Tensor) -> Tensor:
+        return beside.together(problem.end_error(apart(x), copies(p)))
 
     groups = tuple(
         replace(group, stage=Stage(None, None, count * group.stage.control_dim, joint(group.stage)))
@@ -157,8 +181,7 @@ def join_experiments(problem: StagedOCP) -> StagedOCP:
         initial_state=problem.initial_state.reshape(-1),
         control_bounds=tuple(_repeated(bounds, count) for bounds in problem.control_bounds),
         path_constraint=problem.path_constraint and along,
-        terminal_constraint=problem.terminal_constraint
-        and (lambda x, p: together(problem.end_error(apart(x), each(p)))),
+        terminal_constraint=problem.terminal_constraint and end,
         step_data=None if problem.step_data is None else problem.step_data.flatten(1),
         tableau=None,
         state_sizes=tuple(count * size for size in problem.state_sizes),
@@ -198,7 +221,7 @@ def _apart(problem: StagedOCP, result: Result) -> Result:
     n, m, q = problem.state_dim, problem.groups[0].stage.control_dim, problem.parameter_dim
     p = result.parameters.expand(*batch, q)
     states, controls = own(result.states, n), own(result.controls, m)
-    seen = audit(problem, list(states), list(controls), p)
+    seen = audit(problem, states, controls, p)
     gains = result.gains and (own(result.gains[0], m), torch.as_tensor(result.gains[1])[..., :n])
     told = f"{result.status} for {math.prod(batch)} experiments with one p"
     return result._replace(
@@ -227,14 +250,16 @@ class SharedKernel:
 
     def __init__(self, wide: Widened) -> None:
         self.inner, self._expanded = TorchKernel(wide), _NOTHING
+        self._beside = _Beside(wide.problem.batch_shape)
 
     def refresh(self, problem: Any) -> None:
         """See :class:`ocnopt.solvers.kernels.Kernel`."""
-        self.inner, self._expanded = TorchKernel(Widened(problem)), _NOTHING
+        self.inner.refresh(problem)
+        self._expanded = _NOTHING
 
     def evaluate(self, states: Tensor, controls: Tensor, rows: Tensor | None = None) -> Path:
         """See :class:`ocnopt.solvers.kernels.Kernel`."""
-        return self._outside(self.inner.evaluate(self._each(states), self._own(controls)))
+        return self._outside(self.inner.evaluate(self._each(states), self._beside.apart(controls)))
 
     def direction(self, path: Path, mu: Tensor, *, exact: bool) -> Direction:
         """See :class:`ocnopt.solvers.kernels.Kernel`."""
@@ -257,7 +282,7 @@ class SharedKernel:
 
     def roll_out(self, path: Path, direction: Direction, alphas: Tensor) -> Path:
         """See :class:`ocnopt.solvers.kernels.Kernel`."""
-        own, wide, k = self._inside(path), self.inner.wide, self._own(direction.k)
+        own, wide, k = self._inside(path), self.inner.wide, self._beside.apart(direction.k)
         # the first path is rolled out without gains
         K = direction.K if direction.K.ndim > k.ndim else k.new_zeros(()).expand(*k.shape, wide.n)
         law = direction._replace(k=k, K=K, dp=direction.dp.expand(*own.cost.shape, wide.q))
@@ -271,38 +296,27 @@ class SharedKernel:
 
     def ladder(self, lanes: int, alphas: Sequence[float]) -> Sequence[Sequence[float]]:
         """See :class:`ocnopt.solvers.kernels.Kernel`."""
-        return self.inner.ladder(math.prod(self._batch), alphas)
-
-    @property
-    def _batch(self) -> tuple[int, ...]:
-        return self.inner.wide.problem.batch_shape
-
-    def _own(self, v: Tensor) -> Tensor:
-        """``(..., B d)`` as ``(..., *batch, d)``."""
-        return v.unflatten(-1, (*self._batch, v.shape[-1] // math.prod(self._batch)))
+        return self.inner.ladder(self._beside.count, alphas)
 
     def _each(self, z: Tensor) -> Tensor:
         """The joint z, for each experiment."""
-        q, axes = self.inner.wide.q, len(self._batch)
-        p = z[..., z.shape[-1] - q :]
-        p = p.reshape(*p.shape[:-1], *(1,) * axes, q).expand(*p.shape[:-1], *self._batch, q)
-        return torch.cat([self._own(z[..., : z.shape[-1] - q]), p], dim=-1)
+        states = z.shape[-1] - self.inner.wide.q
+        return torch.cat([self._beside.apart(z[..., :states]), self._beside.copies(z[..., states:])], dim=-1)
 
     def _joined(self, z: Tensor) -> Tensor:
         """What belongs to each experiment as the joint z, with the first one's p."""
-        n, axes = self.inner.wide.n - self.inner.wide.q, len(self._batch)
-        return torch.cat([z[..., :n].flatten(-1 - axes), z[..., n:].flatten(-1 - axes, -2)[..., 0, :]], dim=-1)
+        n, axes = self.inner.wide.n - self.inner.wide.q, len(self._beside.batch)
+        return torch.cat([self._beside.together(z[..., :n]), z[..., n:].flatten(-1 - axes, -2)[..., 0, :]], dim=-1)
 
     def _inside(self, path: Path) -> Path:
-        batch = path.cost.expand(self._batch)
         gaps = None if path.gaps is None else self._each(path.gaps)
-        return Path(self._each(path.states), self._own(path.controls), batch, gaps)
+        cost = path.cost.expand(self._beside.batch)
+        return Path(self._each(path.states), self._beside.apart(path.controls), cost, gaps)
 
     def _outside(self, path: Path) -> Path:
-        axes = len(self._batch)
         gaps = None if path.gaps is None else self._joined(path.gaps)
-        controls = path.controls.flatten(-1 - axes)
-        return Path(self._joined(path.states), controls, path.cost.flatten(-axes).sum(-1), gaps)
+        controls, cost = self._beside.together(path.controls), self._beside.total(path.cost)
+        return Path(self._joined(path.states), controls, cost, gaps)
 
 
 _NOTHING: tuple[Any, ...] = (None, False)

@@ -4,7 +4,7 @@ Shapes: ``...`` is the problem's batch shape; N steps, n states, m controls, q p
 sizes vary from stage to stage, ``states``, ``controls``, ``costates`` and gains are tuples, one tensor a node or step.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,9 +15,8 @@ from torch import Tensor
 from ocnopt.checks import Bounds, callable_or_none, clipped, numbers, shape
 from ocnopt.errors import DataError, NonFiniteError, ProblemError
 from ocnopt.paths import behind, rollout
-from ocnopt.solvers.audit import audit
+from ocnopt.solvers.audit import Violation, audit, find_violations
 from ocnopt.solvers.files import check_fingerprint, fingerprint, write_file
-from ocnopt.solvers.violations import Violation, find_violations
 from ocnopt.staged import Series, StagedOCP
 
 _FORMAT = 2
@@ -131,8 +130,8 @@ class Solution:
         """Bounds, constraints and steps that are broken by more than 1e-6, the worst first, in the user's names."""
         if self.problem is None:
             raise ProblemError("this solution has no problem; load it with oc.load_solution(path, problem=...)")
-        path = list(nodes_of(self.states)), list(nodes_of(self.controls))
-        return tuple(find_violations(self.problem, *path, self._full_parameters(), 1e-6))
+        path = nodes_of(self.states), nodes_of(self.controls)
+        return tuple(find_violations(self.problem, *path, full_parameters(self), 1e-6))
 
     def policy(self, t: float | Tensor, x: Tensor) -> Tensor:
         """The feedback law u_k + K_k (x - xbar(t)), clipped to the bounds; open loop without gains.
@@ -194,12 +193,11 @@ class Solution:
             came, wanted = tuple(x0.shape), " or ".join(dict.fromkeys((str(size), str(size[-1:]))))
             raise ProblemError(f"rollout got an initial state of shape {came}; expected {wanted}")
         nodes = self.times.movedim(-1, 0)
-        p = self._full_parameters()
+        p = full_parameters(self)
         after = None if disturbance is None else lambda k, x: x + pushed(disturbance, nodes[k + 1], x)
         with torch.no_grad():
             path = rollout(self.problem, self._by_step(self.problem), x0.expand(size), p, after=after)
-            states = list(path.states)
-            violation = audit(self.problem, states, list(path.controls), p).violation
+            violation = audit(self.problem, path.states, path.controls, p).violation
         return replace(
             self,
             states=behind(path.states),
@@ -207,7 +205,7 @@ class Solution:
             cost=path.cost,
             converged=torch.zeros_like(self.converged),
             iterations=torch.zeros_like(self.iterations),
-            status=_rollout_status(states, path.cost, nodes),
+            status=_rollout_status(path.states, path.cost, nodes),
             constraint_violation=violation,
             wall_time=0.0,
             build_time=0.0,
@@ -237,16 +235,12 @@ class Solution:
             ProblemError: sizes vary from stage to stage.
             DataError: the picture cannot be written there.
         """
-        from ocnopt.solvers.plotting import plot_solutions
+        from ocnopt.solvers.plotting import plot_solutions, saved
 
         for name in ("states", "controls", "K")[: 2 if self.gains is None else 3]:
             self._tensor(name)
-        figure = plot_solutions({"": self}, time="time" if self.problem is None or self.problem.origin else "step")
-        if path is not None:
-            write_file(
-                path, "a picture whose ending names its format, such as .png", lambda: figure.savefig(path, dpi=150)
-            )
-        return figure
+        time = "time" if self.problem is None or self.problem.origin else "step"
+        return saved(plot_solutions({"": self}, time=time), path)
 
     def save(self, path: str | Path) -> None:
         """Write everything but the problem's functions to one file, read again by ``oc.load_solution``.
@@ -283,10 +277,6 @@ class Solution:
             raise ProblemError(f"policy got a state of shape {shape(state)}; expected (..., {n}){fits}")
         return state
 
-    def _full_parameters(self) -> Tensor:
-        """p as the discrete problem sees it: with T where the horizon was free."""
-        return self.parameters if self.problem is None else _parameters_of(self, self.problem)
-
     def _tensor(self, name: str) -> Tensor:
         value = self.gains.K if name == "K" and self.gains is not None else getattr(self, name)
         if not isinstance(value, Tensor):
@@ -316,13 +306,15 @@ def _pick(values: Tensor, k: Tensor, tail: int) -> Tensor:
     return torch.gather(values, axis, index).squeeze(axis)
 
 
-def _parameters_of(solution: Solution, problem: StagedOCP) -> Tensor:
-    """p as the discrete problem sees it: with T where the horizon was free."""
-    free = problem.origin is not None and problem.origin.free
-    return torch.cat([solution.parameters, solution.horizon[..., None]], dim=-1) if free else solution.parameters
+def full_parameters(solution: Solution) -> Tensor:
+    """p as the discrete problem sees it, ``(..., q)``: with T where the horizon is free."""
+    origin = None if solution.problem is None else solution.problem.origin
+    if origin is None or not origin.free:
+        return solution.parameters
+    return torch.cat([solution.parameters, solution.horizon[..., None]], dim=-1)
 
 
-def _rollout_status(states: Sequence[Tensor], cost: Tensor, times: Tensor) -> str | list[str]:
+def _rollout_status(states: Series, cost: Tensor, times: Tensor) -> str | list[str]:
     """What became of each closed loop.
 
     Raises:
@@ -355,8 +347,8 @@ def nodes_of(values: Series, tail: int = 1) -> tuple[Tensor, ...]:
 
 
 def _fingerprint(solution: Solution, problem: StagedOCP) -> dict[str, Tensor]:
-    p = _parameters_of(solution, problem)
-    return fingerprint(problem, nodes_of(solution.states), nodes_of(solution.controls), p)
+    path = nodes_of(solution.states), nodes_of(solution.controls)
+    return fingerprint(problem, *path, full_parameters(solution))
 
 
 def load_solution(path: str | Path, problem: StagedOCP | None = None) -> Solution:

@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 from ocnopt.checks import Bounds
 from ocnopt.errors import ProblemError
 from ocnopt.linearise import derivatives
-from ocnopt.paths import Widened, evaluate, step_number, step_numbers
+from ocnopt.paths import Widened, evaluate, fitted, step_number, step_numbers
 from ocnopt.solvers.solution import Result
 from ocnopt.staged import Group, Index, StagedOCP
 
@@ -68,10 +68,7 @@ class Point:
     def bounds(self) -> Bounds | None:
         """Of the controls, shaped to fit them."""
         sides = self.wide.control_bounds
-        if sides is None:
-            return None
-        lower, upper = (side.reshape(side.shape[0], *(1,) * self.fine.ndim, self.wide.m) for side in sides)
-        return lower, upper
+        return None if sides is None else fitted(sides, self.controls)
 
     @property
     def p(self) -> Tensor:
@@ -162,13 +159,13 @@ def expand(at: Point) -> Models:
     F[..., 1 : 1 + nx, 1:] = slopes[..., :nx, :]
     F[..., 1 + nx :, 1 + nx : 1 + n] = torch.eye(wide.q).to(F)
     along, last = _along(at, value[..., nx:-1], slopes), _last(at)
-    lw = slopes[..., -1, :] + times(along.jacobian.mT, along.multipliers)
+    lw = slopes[..., -1, :] + matvec(along.jacobian.mT, along.multipliers)
     end_weights = pad(last.multipliers, (0, 1), value=1.0)
     weighed = lambda z: (at.end(z) * end_weights).sum(-1, keepdim=True)  # noqa: E731
     _, end_slope, end = derivatives(weighed, at.states[-1], 1, hessian=True)
     costates, pushes = [end_slope[..., 0, :]], []
     for A, slope in zip(F[..., 1:, 1:].flip(0), lw.flip(0), strict=True):
-        slope = slope + times(A.mT, costates[-1])
+        slope = slope + matvec(A.mT, costates[-1])
         costates.append(slope[..., :n])
         pushes.append(slope[..., n:])
     c = torch.stack(costates[::-1])
@@ -183,7 +180,7 @@ def expand(at: Point) -> Models:
     return Models(F, L, end[..., 0, :, :], c, held, held_p, along, last, weights, end_weights)
 
 
-def times(matrix: Tensor, vector: Tensor) -> Tensor:
+def matvec(matrix: Tensor, vector: Tensor) -> Tensor:
     """Matrices times vectors."""
     return (matrix @ vector[..., None])[..., 0]
 
@@ -195,7 +192,7 @@ def _along(at: Point, value: Tensor, slopes: Tensor) -> Rows:
     if not at.rows:
         return Rows(jacobian, value)
     c = at.costates
-    rest = slopes[..., -1, :] + times(slopes[..., :nx, :].mT, c[1:])
+    rest = slopes[..., -1, :] + matvec(slopes[..., :nx, :].mT, c[1:])
     lacking = torch.cat([c[:-1] - rest[..., :nx], -rest[..., n:]], dim=-1)
     counts = torch.cat([torch.ones_like(rest[..., :nx], dtype=torch.bool), ~_near_bounds(at)], dim=-1)
     # x_0 is given: nothing is stationary in it
@@ -232,7 +229,7 @@ def _active(jacobian: Tensor, seen: Tensor, lacking: Tensor, value: Tensor, equa
     """The rows that hold, with multipliers that explain what stationarity lacks in the columns that count."""
     near = equality | (value > -_NEAR)
     seen = seen * near[..., None]
-    multipliers = times(torch.linalg.pinv(seen.mT, rtol=1e-9), lacking)
+    multipliers = matvec(torch.linalg.pinv(seen.mT, rtol=1e-9), lacking)
     holds = equality | (near & (multipliers > -value) & (multipliers > 0))
     return Rows(jacobian * holds[..., None], multipliers * holds)
 

@@ -61,7 +61,6 @@ def _newton(tableau: Tableau, field: Field, times: list[Time], h: float, x: Tens
     """The stage points, and G_y there."""
     s, n = len(tableau.c), x.shape[-1]
     eye = torch.eye(s * n, dtype=x.dtype, device=x.device)
-    points = [x] * s
     lead = torch.broadcast_shapes(x.shape, field(times[0], x).shape)
     points = [x.expand(lead)] * s
     settled, matrix = torch.zeros(lead[:-1], dtype=torch.bool, device=x.device), eye

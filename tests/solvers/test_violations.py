@@ -8,7 +8,7 @@ import torch
 
 import ocnopt as oc
 from ocnopt.errors import ProblemError
-from ocnopt.solvers.violations import Violation
+from ocnopt.solvers.audit import Violation
 
 F64 = torch.float64
 NAMES = {
@@ -109,9 +109,30 @@ def test_plots_use_the_names():
     assert {"place [m]", "speed [m/s]", "thrust [N]"} <= labels
 
 
+def test_plots_of_a_closed_loop_use_the_names_too():
+    loop = oc.MPC(oc.prepare(problem(terminal_constraint=None), "casadi", steps=4)).simulate([0.0, 0.1], 1)
+    labels = [axis.get_ylabel() for axis in loop.plot().axes]
+    assert labels == ["place [m]", "speed [m/s]", "thrust [N]", "solve [ms]"]
+
+
 def test_a_loaded_solution_needs_its_problem(tmp_path):
     solution = oc.solve(problem(), "casadi", steps=6)
     solution.save(tmp_path / "s.pt")
     loaded = oc.load_solution(tmp_path / "s.pt")
     with pytest.raises(ProblemError, match="has no problem"):
         _ = loaded.violations
+
+
+def test_what_only_fills_a_smaller_state_up_breaks_no_bound():
+    grow = oc.Stage(lambda k, x, u: torch.cat([x + u, x - 0.2 * u], dim=-1), lambda k, x, u: (u**2).sum(-1), 1)
+    shrink = oc.Stage(lambda k, x, u: x.sum(-1, keepdim=True) / 2 + u, lambda k, x, u: (u**2).sum(-1), 1)
+    end = {"terminal_cost": lambda x: ((x - 2) ** 2).sum(-1), "state_bounds": (0.9, 3.0)}
+    solutions = {}
+    for solver in ("ddp", "casadi"):
+        solutions[solver] = oc.solve(oc.StagedOCP([grow, shrink], initial_state=[1.0], **end), solver)
+        assert bool(solutions[solver].converged)
+        assert solutions[solver].violations == ()
+    assert float(solutions["ddp"].cost) == pytest.approx(float(solutions["casadi"].cost))
+    assert float(solutions["ddp"].rollout(torch.ones(1, dtype=F64)).constraint_violation) < 1e-7
+    low = replace(solutions["casadi"], states=[*solutions["casadi"].states[:2], torch.tensor([0.5], dtype=F64)])
+    assert [(v.component, v.step) for v in low.violations if v.name == "state_bounds"] == [("[0]", 2)]
