@@ -4,16 +4,13 @@ Notation: a row is a problem's number in the flattened batch; ``batch`` is the b
 """
 
 import copy
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ocnopt.errors import NonFiniteError
 from ocnopt.ocp import Function
 from ocnopt.paths import Widened, rows_stand_alone
 from ocnopt.problem_checks import FUNCTIONS
@@ -35,27 +32,20 @@ class Attempt(NamedTuple):
     violation: float
     wall_time: float
     history: Mapping[str, Sequence[float]]
-    multipliers: Mapping[str, Any] = MappingProxyType({})
 
 
-def each_alone(problem: StagedOCP, guess: Guess, solve_one: Callable[[StagedOCP, Guess], Attempt]) -> Result:
-    """Solve the problems of a batch one after another, so that one that fails harms no other.
-
-    Raises:
-        NonFiniteError: a single problem has no finite path to start from.
-    """
+def each_alone(
+    problem: StagedOCP, guess: Guess, solve_one: Callable[[StagedOCP, Guess], Attempt], build_time: float = 0.0
+) -> Result:
+    """Solve the problems of a batch one after another, so that one that fails harms no other."""
     if not problem.batch_shape:
-        return gathered(problem, [solve_one(problem, guess)])
+        return _gathered(problem, [solve_one(problem, guess)], build_time)
+    x0 = problem.initial_state
+    rows = range(x0.shape[:-1].numel())
     whole = not rows_stand_alone(Widened(problem))
-
-    def attempt(row: int) -> Attempt:
-        single, start = _row_of(problem, row, whole), _guess_of(guess, row)
-        try:
-            return solve_one(single, start)
-        except NonFiniteError as error:
-            return lost(single, start, f"given up: {error}")
-
-    return gathered(problem, [attempt(row) for row in range(math.prod(problem.batch_shape))])
+    return _gathered(
+        problem, [solve_one(_row_of(problem, row, whole), _guess_of(guess, row)) for row in rows], build_time
+    )
 
 
 def lost(problem: StagedOCP, guess: Guess, status: str) -> Attempt:
@@ -64,7 +54,7 @@ def lost(problem: StagedOCP, guess: Guess, status: str) -> Attempt:
     nothing = [torch.full_like(x, torch.nan) for x in nodes]
     return Attempt(
         states=nodes,
-        controls=guess.controls,
+        controls=list(guess.controls),
         costates=nothing,
         parameters=guess.parameters,
         cost=torch.nan,
@@ -158,7 +148,7 @@ class _Pick:
         return Stage(dynamics, cost, stage.control_dim, both if joint else None)
 
 
-def gathered(problem: StagedOCP, attempts: Sequence[Attempt]) -> Result:
+def _gathered(problem: StagedOCP, attempts: Sequence[Attempt], build_time: float) -> Result:
     """The answers, one for each problem, in the shapes of a Result."""
     batch, like = problem.batch_shape, problem.initial_state
 
@@ -176,7 +166,6 @@ def gathered(problem: StagedOCP, attempts: Sequence[Attempt]) -> Result:
 
     keys = dict.fromkeys(key for a in attempts for key in a.history)
     history = {key: together([filled(a.history.get(key, [torch.nan])) for a in attempts]) for key in keys}
-    multipliers = {key: together([a.multipliers[key] for a in attempts]) for key in attempts[0].multipliers}
     return Result(
         states=path("states"),
         controls=path("controls"),
@@ -187,11 +176,7 @@ def gathered(problem: StagedOCP, attempts: Sequence[Attempt]) -> Result:
         status=[a.status for a in attempts] if batch else attempts[0].status,
         constraint_violation=together([a.violation for a in attempts]),
         wall_time=sum(a.wall_time for a in attempts),
-        build_time=0.0,
+        build_time=build_time,
         history={key: value.movedim(-1, 0) for key, value in history.items()},
         costates=path("costates"),
-        multipliers={
-            key: value if key == "terminal_constraint" else value.movedim(-2, 0) for key, value in multipliers.items()
-        }
-        or None,
     )

@@ -166,13 +166,16 @@ def _other_minimum(solution: Solution, first: Solution, name: str) -> str:
     for reason, differs in reasons.items():
         other = both & differs
         if bool(other.any()):
-            many = f" in {int(other.sum())} of {other.numel()} problems" if other.ndim else ""
-            return f"cost differs from {name}'s by {float(gap[other].max()):.2g}{many}: {reason}"
+            return f"cost differs from {name}'s by {float(gap[other].max()):.2g}{_among(other)}: {reason}"
     mirrored = both & ~apart & far
     if not bool(mirrored.any()):
         return ""
-    many = f" in {int(mirrored.sum())} of {mirrored.numel()} problems" if mirrored.ndim else ""
-    return f"another minimum of the same cost as {name}'s{many}, such as a mirror image: the states differ"
+    return f"another minimum of the same cost as {name}'s{_among(mirrored)}, such as a mirror image: the states differ"
+
+
+def _among(which: Tensor) -> str:
+    """How many problems of a batch those are."""
+    return f" in {int(which.sum())} of {which.numel()} problems" if which.ndim else ""
 
 
 def _paths_differ(solution: Solution, first: Solution) -> Tensor:

@@ -6,11 +6,7 @@ import threading
 import time
 from typing import Any
 
-
-class Outcome:
-    """How the search for one problem ended, if it has."""
-
-    RUNNING, CONVERGED, NOT_FINITE, STUCK, LIMIT, NOT_SMOOTH, UNBOUNDED, LATE, INTERRUPTED, UNMET, ROUNDS = range(11)
+from ocnopt.solvers.search import Outcome
 
 
 class Stopwatch:

@@ -211,7 +211,7 @@ class MPC:
             for i in range(steps):
                 t = t0 + i * h
                 u = self(t, x)
-                x = self._model(t, x, u) if plant is None else _next_state(plant(t, x.clone(), u.clone()), x)
+                x = self._model(t, x, u) if plant is None else _read("plant", plant(t, x.clone(), u.clone()), x)
                 if disturbance is not None:
                     x = x + pushed(disturbance, x.new_tensor(t + h), x)
                 if not bool(torch.isfinite(x).all()):
@@ -321,9 +321,11 @@ def _kept(usable: Tensor, new: Solution, guess: dict[str, Tensor]) -> Solution:
     return replace(new, states=states, controls=controls, gains=gains, converged=new.converged & usable)
 
 
-def _next_state(value: Any, like: Tensor) -> Tensor:
+def _read(name: str, value: Any, like: Tensor) -> Tensor:
     """What a plant returned."""
     read = torch.as_tensor(value, dtype=like.dtype, device=like.device)
     if read.shape != like.shape:
-        raise ProblemError(f"plant(t, x, u) returned shape {shape(read)}; expected the next state, shape {shape(like)}")
+        raise ProblemError(
+            f"{name}(t, x, u) returned shape {shape(read)}; expected the next state, shape {shape(like)}"
+        )
     return read.detach()

@@ -18,7 +18,6 @@ from ocnopt.captured import belongs_to_each
 from ocnopt.differential.sweep import Direction, sweep_path
 from ocnopt.linearise import expand_path, expand_terminal
 from ocnopt.paths import FeedbackLaw, Path, Widened, evaluate, rows_stand_alone, walk
-from ocnopt.solvers.endings import Outcome
 from ocnopt.solvers.kernels import Kernel, Merit
 
 _MU_MIN, _MU_MAX = 1e-6, 1e12
@@ -143,6 +142,12 @@ def moved_to(iterate: Iterate, path: Path, step: Tensor, weight: Tensor) -> Iter
     gaps = left[..., None] * iterate.gaps if path.gaps is None else path.gaps
     sums = left * iterate.gap_sum, left * iterate.gap_size, weight.expand_as(path.cost)
     return Iterate(*path[:3], gaps, rows, *sums)
+
+
+class Outcome:
+    """How the search for one problem ended, if it has."""
+
+    RUNNING, CONVERGED, NOT_FINITE, STUCK, LIMIT, NOT_SMOOTH, UNBOUNDED, LATE, INTERRUPTED, UNMET, ROUNDS = range(11)
 
 
 class Progress(NamedTuple):

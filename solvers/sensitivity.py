@@ -54,10 +54,7 @@ def refuse_gradients(problem: StagedOCP, solver: Any) -> None:
             "differentiable=True came with an initial state and data that need no gradients; expected one that does: "
             "call requires_grad_() on the tensor given as initial_state=, or on one named in data="
         )
-    while hasattr(solver, "solver"):
-        # prepared for a problem, or for experiments that share their parameters
-        solver = solver.solver
-    if getattr(solver, "method", None) == "collocation":
+    if getattr(getattr(solver, "solver", solver), "method", None) == "collocation":
         raise ProblemError(
             "differentiable=True came with method='collocation', whose answer solves another problem than the discrete "
             "one that is differentiated; expected 'multiple_shooting', or solver 'ddp'"

@@ -1,8 +1,9 @@
 """One p, and one T where it is free, for a whole batch of experiments: minimise the sum of their costs.
 
 The batch is ONE problem whose state is all states side by side, whose control is all controls: x ``(n * B)``, u
-``(m * B)``. Any solver takes it as it is. Its stages do not couple the experiments, so DDP sweeps over them as over a
-batch; only at the start their models are added up, and one step dp, one step size and one regularisation hold for all.
+``(m * B)``. Any solver of discrete problems takes it as it is. Its stages do not couple the experiments, so DDP sweeps
+over them as over a batch; only at the start their models are added up, and one step dp, one step size and one
+regularisation hold for all.
 """
 
 import math
@@ -21,6 +22,8 @@ from ocnopt.linearise import expand_path, expand_terminal
 from ocnopt.paths import Path, Widened
 from ocnopt.solvers.audit import audit
 from ocnopt.solvers.ddp import DDP, PreparedDDP
+from ocnopt.solvers.direct.casadi_solver import CasADi
+from ocnopt.solvers.indirect import Indirect
 from ocnopt.solvers.kernels import Merit
 from ocnopt.solvers.search import TorchKernel
 from ocnopt.solvers.solution import Guess, Result
@@ -32,7 +35,7 @@ class Shared:
     """A solver for experiments that share their static controls.
 
     Raises:
-        ProblemError: nothing is to be shared, or sizes vary by stage.
+        ProblemError: nothing is to be shared, sizes vary by stage, or the solver is one of continuous problems.
     """
 
     solver: Any
@@ -40,6 +43,13 @@ class Shared:
 
     def __post_init__(self) -> None:
         _check(self.problem)
+        collocated = isinstance(self.solver, CasADi) and self.solver.method == "collocation"
+        if collocated or isinstance(self.solver, Indirect):
+            name = "method='collocation'" if collocated else "solver='indirect'"
+            raise ProblemError(
+                f"shared_parameters=True came with {name}, which solves the continuous problem of one experiment; "
+                "expected a solver of the discrete one: 'ddp', 'shooting', or 'casadi' by multiple shooting"
+            )
 
     def solve(self, problem: StagedOCP, guess: Guess, *, progress: bool = False) -> Result:
         """Solve from a guess whose p is the same for all experiments.

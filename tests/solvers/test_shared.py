@@ -185,6 +185,8 @@ def test_prepared_and_from_states_that_miss_the_dynamics():
         ({"state_bounds": (-9.0, 9.0)}, {}, "state_bounds, which would not reach each experiment"),
         ({"parameters": None, "horizon": 1.0, "parameter_bounds": None}, {}, "a problem that has no static controls"),
         ({}, {"kernel": "lowered"}, "kernel='lowered'"),
+        ({}, {"solver": "indirect"}, "solver='indirect', which solves the continuous problem of one experiment"),
+        ({}, {"solver": "casadi", "method": "collocation"}, "expected a solver of the discrete one: 'ddp', 'shooting'"),
         ({}, {"initial_guess": {"horizon": [1.0, 2.0]}}, "different parameters or horizons for experiments"),
     ],
 )
