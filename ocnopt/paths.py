@@ -121,6 +121,14 @@ class Widened:
         x, u = z[..., : self.state_sizes[k if isinstance(k, int) else group.start]], u[..., : group.stage.control_dim]
         return self.problem.path_excess(k, x, u, z[..., self.n - self.q :])
 
+    def path_excesses(self, states: Tensor, controls: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Along a path: the first step of each run and c ``(steps, *lead, c)`` there, the end last."""
+        for group, start, stop in self.stretches():
+            k = step_numbers(group, start, stop, states)
+            yield start, self.path_excess(group, k, states[start:stop], controls[start:stop])
+        last = self.groups[-1]
+        yield self.steps, self.path_excess(last, step_number(last, self.steps, states), states[-1], controls[-1])[None]
+
     def end_error(self, z: Tensor) -> Tensor:
         """e(x_N, p) == 0."""
         return self.problem.end_error(z[..., : self.state_sizes[-1]], z[..., self.n - self.q :])

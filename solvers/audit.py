@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ocnopt.checks import Bounds
-from ocnopt.paths import Widened, evaluate, fitted, step_number, step_numbers
+from ocnopt.paths import Widened, evaluate, fitted
 from ocnopt.staged import Series, StagedOCP
 
 
@@ -118,15 +118,12 @@ def _called(problem: StagedOCP, kind: str, entry: int, ahead: int) -> str:
 
 def _excesses(wide: Widened, Z: Tensor, U: Tensor, p: Tensor) -> Iterator[tuple[str, int | None, Tensor]]:
     """How far bounds and constraints are broken, ``(steps, *batch, size)``: the kind and the first of the steps."""
-    last, N = wide.groups[-1], wide.steps
     yield "control_bounds", 0, _outside(U, wide.control_bounds)
     yield "state_bounds", 0, _outside(Z[..., : wide.n - wide.q], wide.state_bounds)
     yield "parameter_bounds", None, _outside(p[None], wide.parameter_bounds)
-    for group, start, stop in wide.stretches():
-        k = step_numbers(group, start, stop, Z)
-        yield "path_constraint", start, wide.path_excess(group, k, Z[start:stop], U[start:stop])
-    yield "path_constraint", N, wide.path_excess(last, step_number(last, N, Z), Z[-1], U[-1])[None]
-    yield "terminal_constraint", N, wide.end_error(Z[-1]).abs()[None]
+    for first, excess in wide.path_excesses(Z, U):
+        yield "path_constraint", first, excess
+    yield "terminal_constraint", wide.steps, wide.end_error(Z[-1]).abs()[None]
 
 
 def _outside(value: Tensor, bounds: Bounds | None) -> Tensor:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ocnopt.paths import Widened, fitted, step_number, step_numbers
+from ocnopt.paths import Widened, fitted, step_number
 from ocnopt.problem_checks import nearby
 from ocnopt.staged import Advance, Group, Index, Stage, StagedOCP
 
@@ -58,11 +58,7 @@ def no_multipliers(problem: StagedOCP) -> Multipliers:
 
 def measure(wide: Widened, Z: Tensor, U: Tensor) -> Multipliers:
     """The constraints along a path, before they are compared with zero or bounds; zeros where there are fewer."""
-    rows = [
-        wide.path_excess(group, step_numbers(group, start, stop, Z), Z[start:stop], U[start:stop])
-        for group, start, stop in wide.stretches()
-    ]
-    rows.append(wide.path_excess(wide.groups[-1], step_number(wide.groups[-1], wide.steps, Z), Z[-1], U[-1])[None])
+    rows = [row for _, row in wide.path_excesses(Z, U)]
     width = max(row.shape[-1] for row in rows)
     path = torch.cat([pad(row, (0, width - row.shape[-1])) for row in rows])
     n = 0 if wide.problem.state_bounds is None else wide.n - wide.q
