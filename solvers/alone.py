@@ -1,4 +1,4 @@
-"""One problem of a batch as a problem of its own, and its answers put together: for solvers that work one by one.
+"""One problem of a batch as a problem of its own, and answers put together: for solvers that work one by one.
 
 Notation: a row is a problem's number in the flattened batch; ``batch`` is the batch shape.
 """
@@ -12,19 +12,24 @@ import torch
 from torch import Tensor
 
 from ocnopt.ocp import Function
-from ocnopt.paths import Widened, rows_stand_alone
+from ocnopt.paths import Widened, rollout, rows_stand_alone
 from ocnopt.problem_checks import FUNCTIONS
+from ocnopt.solvers.audit import audit
+from ocnopt.solvers.endings import Stopwatch, stopped
 from ocnopt.solvers.solution import Guess, Result
-from ocnopt.staged import Series, Stage, StagedOCP
+from ocnopt.staged import Stage, StagedOCP
 
 
 class Attempt(NamedTuple):
-    """What a solver found for one problem: states ``(N + 1, n)``, controls ``(N, m)``, in lists where sizes vary."""
+    """What a solver found for one problem: states ``(N + 1, n)``, controls ``(N, m)``, in lists where sizes vary.
 
-    states: Series
-    controls: Series
-    costates: Series
-    parameters: Tensor
+    Numbers are torch's or numpy's.
+    """
+
+    states: Any
+    controls: Any
+    costates: Any
+    parameters: Any
     cost: float
     converged: bool
     iterations: int
@@ -32,20 +37,58 @@ class Attempt(NamedTuple):
     violation: float
     wall_time: float
     history: Mapping[str, Sequence[float]]
+    multipliers: Mapping[str, Any] | None = None
 
 
 def each_alone(
-    problem: StagedOCP, guess: Guess, solve_one: Callable[[StagedOCP, Guess], Attempt], build_time: float = 0.0
+    problem: StagedOCP, guess: Guess, solve_one: Callable[[StagedOCP, Guess], Attempt], stopwatch: Stopwatch
 ) -> Result:
     """Solve the problems of a batch one after another, so that one that fails harms no other."""
     if not problem.batch_shape:
-        return _gathered(problem, [solve_one(problem, guess)], build_time)
-    x0 = problem.initial_state
-    rows = range(x0.shape[:-1].numel())
+        return gathered(problem, [solve_one(problem, guess)])
     whole = not rows_stand_alone(Widened(problem))
-    return _gathered(
-        problem, [solve_one(_row_of(problem, row, whole), _guess_of(guess, row)) for row in rows], build_time
+    return in_turn(
+        problem, guess, lambda row: solve_one(_row_of(problem, row, whole), _guess_of(guess, row)), stopwatch
     )
+
+
+def in_turn(problem: StagedOCP, guess: Guess, attempt: Callable[[int], Attempt], stopwatch: Stopwatch) -> Result:
+    """The answers for all rows; once it is time to stop, what has not begun stays where it would have."""
+    attempts: list[Attempt] = []
+    for row in range(torch.Size(problem.batch_shape).numel()):
+        reason = stopwatch.reason
+        if reason is not None:
+            attempts += _not_started(problem, guess, reason)[row:]
+            break
+        attempts.append(attempt(row))
+    return gathered(problem, attempts)
+
+
+def _not_started(problem: StagedOCP, guess: Guess, outcome: int) -> list[Attempt]:
+    """The starts of all problems as answers."""
+    why, advice = stopped(outcome)
+    with torch.no_grad():
+        states = guess.states or list(rollout(problem, guess.controls, problem.initial_state, guess.parameters).states)
+        found = audit(problem, states, guess.controls, guess.parameters)
+
+    def start(row: int, cost: float, violation: float) -> Attempt:
+        nodes, controls = ([_flat(value)[row] for value in values] for values in (states, guess.controls))
+        return Attempt(
+            states=nodes,
+            controls=controls,
+            costates=[torch.full_like(x, torch.nan) for x in nodes],
+            parameters=_flat(guess.parameters)[row],
+            cost=cost,
+            converged=False,
+            iterations=0,
+            status=f"not started: {why}; {advice}",
+            violation=violation,
+            wall_time=0.0,
+            history={"cost": [cost]},
+        )
+
+    numbers = zip(found.cost.reshape(-1).tolist(), found.violation.reshape(-1).tolist(), strict=True)
+    return [start(row, *both) for row, both in enumerate(numbers)]
 
 
 def lost(problem: StagedOCP, guess: Guess, status: str) -> Attempt:
@@ -148,13 +191,17 @@ class _Pick:
         return Stage(dynamics, cost, stage.control_dim, both if joint else None)
 
 
-def _gathered(problem: StagedOCP, attempts: Sequence[Attempt], build_time: float) -> Result:
+def gathered(problem: StagedOCP, attempts: Sequence[Attempt]) -> Result:
     """The answers, one for each problem, in the shapes of a Result."""
     batch, like = problem.batch_shape, problem.initial_state
 
     def together(values: Sequence[Any], dtype: torch.dtype = problem.dtype) -> Tensor:
         stacked = torch.stack([torch.as_tensor(value, dtype=dtype, device=like.device) for value in values])
         return stacked.reshape((*batch, *stacked.shape[1:]))
+
+    def multipliers(name: str, known: Tensor) -> Tensor:
+        rows = [torch.full_like(known, torch.nan) if a.multipliers is None else a.multipliers[name] for a in attempts]
+        return together(rows) if name == "terminal_constraint" else together(rows).movedim(-2, 0)
 
     def path(name: str) -> list[Tensor]:
         return [together(nodes) for nodes in zip(*(getattr(a, name) for a in attempts), strict=True)]
@@ -165,6 +212,7 @@ def _gathered(problem: StagedOCP, attempts: Sequence[Attempt], build_time: float
         return [*rows, *[rows[-1]] * (longest - len(rows))]
 
     keys = dict.fromkeys(key for a in attempts for key in a.history)
+    known: Mapping[str, Any] = next((a.multipliers for a in attempts if a.multipliers), {})
     history = {key: together([filled(a.history.get(key, [torch.nan])) for a in attempts]) for key in keys}
     return Result(
         states=path("states"),
@@ -176,7 +224,8 @@ def _gathered(problem: StagedOCP, attempts: Sequence[Attempt], build_time: float
         status=[a.status for a in attempts] if batch else attempts[0].status,
         constraint_violation=together([a.violation for a in attempts]),
         wall_time=sum(a.wall_time for a in attempts),
-        build_time=build_time,
+        build_time=0.0,
         history={key: value.movedim(-1, 0) for key, value in history.items()},
         costates=path("costates"),
+        multipliers={name: multipliers(name, torch.as_tensor(value)) for name, value in known.items()} or None,
     )

@@ -10,6 +10,7 @@ from torch import Tensor
 from ocnopt.errors import OcnoptError, ProblemError
 from ocnopt.ocp import OCP
 from ocnopt.solvers.audit import audit
+from ocnopt.solvers.endings import Stopwatch, stopped
 from ocnopt.solvers.guess import read_guess
 from ocnopt.solvers.solution import Solution, full_parameters, nodes_of
 from ocnopt.solvers.solve import Solver, make_solution, make_solver, read_problem
@@ -94,14 +95,18 @@ def compare(
     solutions: dict[str, Solution] = {}
     rows: list[Row] = []
     refusals: list[OcnoptError] = []
-    for name, solver in chosen.items():
-        try:
-            solutions[name] = make_solution(staged, solver.solve(staged, guess))
-        except OcnoptError as refusal:
-            refusals.append(refusal)
-            rows.append(_refused(name, refusal))
-            continue
-        rows.append(_row(name, solutions))
+    with Stopwatch(None) as stopwatch:
+        for name, solver in chosen.items():
+            if stopwatch.reason is not None:
+                rows.append(_absent(name, f"not started: {stopped(stopwatch.reason)[0]}"))
+                continue
+            try:
+                solutions[name] = make_solution(staged, solver.solve(staged, guess))
+            except OcnoptError as refusal:
+                refusals.append(refusal)
+                rows.append(_absent(name, f"refused: {refusal}"))
+                continue
+            rows.append(_row(name, solutions))
     if not solutions:
         raise refusals[0]
     return Comparison(tuple(rows), solutions)
@@ -144,9 +149,9 @@ def _row(name: str, solutions: dict[str, Solution]) -> Row:
     )
 
 
-def _refused(name: str, refusal: OcnoptError) -> Row:
+def _absent(name: str, why: str) -> Row:
     nan = float("nan")
-    return Row(name, nan, nan, 0, 0.0, 0.0, nan, converged=False, status=str(refusal), note=f"refused: {refusal}")
+    return Row(name, nan, nan, 0, 0.0, 0.0, nan, converged=False, status=why, note=why)
 
 
 def _other_minimum(solution: Solution, first: Solution, name: str) -> str:

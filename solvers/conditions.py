@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ocnopt.linearise import derivatives
 from ocnopt.ocp import Lifted
+from ocnopt.solvers.endings import Stopwatch
 from ocnopt.solvers.hamiltonian import Hamiltonian
 from ocnopt.staged import StagedOCP
 
@@ -33,15 +34,35 @@ class Path(NamedTuple):
     status: int
 
 
-class OutOfStepsError(Exception):
-    """The iteration limit, raised out of scipy's loop."""
+class NoMoreStepsError(Exception):
+    """The iteration limit, the time limit or Ctrl-C, raised out of scipy's loop."""
+
+
+class Steps:
+    """Newton steps: how many were taken, and why there may be no more."""
+
+    def __init__(self, limit: int, stopwatch: Stopwatch) -> None:
+        self.taken = 0
+        self.stopped: int | None = None
+        self._limit, self._stopwatch = limit, stopwatch
+
+    def take(self) -> None:
+        """Count one.
+
+        Raises:
+            NoMoreStepsError: there is none left.
+        """
+        self.stopped = self._stopwatch.reason
+        if self.stopped is not None or self.taken >= self._limit:
+            raise NoMoreStepsError
+        self.taken += 1
 
 
 class Conditions:
     """Pontryagin's conditions of one problem as scipy.integrate.solve_bvp takes them."""
 
-    def __init__(self, problem: StagedOCP, lifted: Lifted, limit: int) -> None:
-        self.problem, self.h, self.limit, self.newton = problem, Hamiltonian(lifted), limit, 0
+    def __init__(self, problem: StagedOCP, lifted: Lifted, steps: Steps) -> None:
+        self.problem, self.h, self.steps = problem, Hamiltonian(lifted), steps
         self.n, self.m, self.q = self.h.n, self.h.m, self.h.q
         self.x0 = array(problem.initial_state)
         box, infinite = problem.parameter_bounds, np.full(self.q, np.inf)
@@ -113,9 +134,7 @@ class Conditions:
 
     def boundary_jacobian(self, ya: Vector, yb: Vector, numbers: Vector) -> tuple[Vector, Vector, Vector]:
         """Derivatives of :meth:`boundary` in y at both ends and in the numbers."""
-        if self.newton >= self.limit:
-            raise OutOfStepsError
-        self.newton += 1
+        self.steps.take()
         n, q, size = self.n, self.q, ya.size
         value, slope, curvature = self.end(yb[:n], numbers)
         weights = np.concatenate([[1.0], numbers[q:]])

@@ -15,7 +15,7 @@ Source: Mayne 1966; Tassa, Mansard and Todorov, ICRA 2014 (bounds, regularisatio
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -38,16 +38,17 @@ from ocnopt.solvers.search import (
     TorchKernel,
     alike,
     begin,
+    ending,
     find_direction,
     joined,
     judge,
     line_search,
     pick_rows,
     record,
-    undamped,
     unflattened,
 )
 from ocnopt.solvers.solution import Guess, Result
+from ocnopt.solvers.starts import PreparedStarts, fit_together, repeated, stacked
 from ocnopt.staged import Series, StagedOCP
 
 
@@ -148,7 +149,7 @@ class DDP:
     Attributes:
         curvature: "exact" keeps the second derivatives of the dynamics; "gauss_newton" (iLQR) drops them; "auto" is
             exact, and Gauss-Newton in iterations where the exact model is not convex. While gaps are open, "exact" does
-            the same.
+            the same. Where a solve with exact curvature ends in a saddle, its status says so; it has ``converged``.
         max_iterations: sweeps allowed.
         tolerance: stop when the predicted decrease falls below ``tolerance**2 * (1 + |cost|)`` and every gap below
             ``tolerance``.
@@ -159,6 +160,9 @@ class DDP:
             The status says which was used.
         compile: whether the lowered kernel is compiled, where the machine has a C compiler: "auto", if it was compiled
             before, or the batch is large, or the problem is prepared for many solves.
+        restarts: how many further starts, slow waves around the given one, the problem is solved from. The lowest
+            minimum is kept, all are listed in ``minima`` of the Solution.
+        seed: of these starts.
         constraint_tolerance: how far terminal constraints, path constraints and state bounds may be broken.
         max_outer: how often a constrained problem is solved with better multipliers (:mod:`ocnopt.solvers.rounds`);
             ``max_iterations`` then counts the accepted steps of all these solves, and ``history`` shows one after the
@@ -172,6 +176,8 @@ class DDP:
     time_limit: float | None = None
     kernel: Literal["auto", "torch", "lowered"] = "auto"
     compile: bool | Literal["auto"] = "auto"
+    restarts: int = 0
+    seed: int = 0
     constraint_tolerance: float = 1e-8
     max_outer: int = 40
 
@@ -189,7 +195,10 @@ class DDP:
                 raise ProblemError(f"{name} is {value!r}; expected one of {', '.join(words)}{hint}")
         positive = ["tolerance", "constraint_tolerance", *([] if self.time_limit is None else ["time_limit"])]
         solver_options(
-            self, at_least={"max_iterations": 1, "max_outer": 1}, positive=positive, not_negative=["regularisation"]
+            self,
+            at_least={"max_iterations": 1, "max_outer": 1, "restarts": 0, "seed": 0},
+            positive=positive,
+            not_negative=["regularisation"],
         )
 
     def solve(self, problem: StagedOCP, guess: Guess, *, progress: bool = False) -> Result:
@@ -202,7 +211,7 @@ class DDP:
         prepared = self._build(problem, guess, self.compile)
         return prepared.search(problem, guess, progress=progress)._replace(build_time=prepared.build_time)
 
-    def prepare(self, problem: StagedOCP, guess: Guess) -> "PreparedDDP | PreparedAugmented":
+    def prepare(self, problem: StagedOCP, guess: Guess) -> "PreparedDDP | PreparedAugmented | PreparedStarts":
         """Choose, build and compile the kernel; lowered functions are compared with torch near the guess's controls.
 
         Raises:
@@ -215,8 +224,15 @@ class DDP:
         problem: StagedOCP,
         guess: Guess,
         compile: bool | Literal["auto"],  # noqa: A002
-    ) -> "PreparedDDP | PreparedAugmented":
+    ) -> "PreparedDDP | PreparedAugmented | PreparedStarts":
         can_differentiate()
+        if self.restarts:
+            together = fit_together(problem, self.restarts)
+            one = replace(self, restarts=0)
+            if together:
+                problem, guess = repeated(problem, self.restarts + 1), stacked([guess] * (self.restarts + 1))
+            inner = one._build(problem, guess, compile)
+            return PreparedStarts(inner, together, self.restarts, self.seed, self.time_limit)
         began = time.perf_counter()
         with torch.no_grad():
             free = first_augmented(problem) if problem.constrained else problem
@@ -244,7 +260,7 @@ class DDP:
         iterate, progress = start.admit(self.regularisation, kernel.window)
         history.add(progress, iterate.cost, torch.zeros_like(iterate.cost), progress.row >= 0)
         while True:
-            direction = find_direction(kernel, iterate, progress.mu, self.curvature)
+            direction, convex = find_direction(kernel, iterate, progress.mu, self.curvature)
             progress = judge(progress, iterate, direction, self.tolerance, self.max_iterations)
             if stopwatch.reason is not None:
                 stopped = torch.where(progress.running, stopwatch.reason, progress.outcome)
@@ -252,12 +268,13 @@ class DDP:
             running = progress.running
             done = running.numel() - int(running.sum())
             if done == running.numel() and not start.waiting:
-                direction = undamped(kernel, iterate, progress, direction, self.curvature)
+                progress, direction = ending(kernel, iterate, progress, direction, convex, self.curvature)
                 return [*ended, (iterate._replace(gaps=None), progress, direction)]
             if start.split and 8 * done >= running.numel():
                 rows, left = running.nonzero()[:, 0], (~running).nonzero()[:, 0]
                 path, end = pick_rows(iterate, left), pick_rows(progress, left)
-                last = undamped(kernel, path, end, pick_rows(direction, left), self.curvature)
+                last = pick_rows(direction, left)
+                end, last = ending(kernel, path, end, last, convex[left], self.curvature)
                 ended.append((path._replace(gaps=None), end, last))
                 iterate, progress, direction = (
                     pick_rows(iterate, rows),
@@ -331,7 +348,7 @@ def _result(
         controls=wide.cut(iterate.controls, wide.control_sizes),
         parameters=p,
         cost=iterate.cost,
-        converged=progress.outcome == Outcome.CONVERGED,
+        converged=Outcome.solved(progress.outcome),
         iterations=progress.iterations,
         status=_status(progress, iterate, kernel.name),
         constraint_violation=iterate.gap_size,

@@ -8,13 +8,24 @@ from typing import Any
 
 from ocnopt.solvers.search import Outcome
 
+# Why a solve stopped that nothing was wrong with, and what to do.
+_STOPPED = {
+    Outcome.LATE: ("the time limit was reached", "raise time_limit, or start from this solution"),
+    Outcome.INTERRUPTED: ("Ctrl-C was pressed", "start from this solution to go on"),
+}
+
 
 class Stopwatch:
-    """Says when a solve has to stop. Within it Ctrl-C is noted; pressed again it raises as ever."""
+    """Says when a solve has to stop. Within it Ctrl-C is noted; pressed again it raises as ever.
+
+    One within another stops with that too.
+    """
 
     def __init__(self, limit: float | None) -> None:
         self._end = math.inf if limit is None else time.perf_counter() + limit
         self._pressed, self._before = False, signal.getsignal(signal.SIGINT)
+        outer = getattr(self._before, "__self__", None)
+        self._outer = outer if isinstance(outer, Stopwatch) else None
         main = threading.current_thread() is threading.main_thread()
         self._listens = main and self._before is signal.default_int_handler
 
@@ -37,7 +48,19 @@ class Stopwatch:
         """Why to stop now, an :class:`Outcome`; None to go on."""
         if self._pressed:
             return Outcome.INTERRUPTED
-        return Outcome.LATE if time.perf_counter() > self._end else None
+        if time.perf_counter() > self._end:
+            return Outcome.LATE
+        return None if self._outer is None else self._outer.reason
+
+    @property
+    def left(self) -> float | None:
+        """A time limit for what is still to come, above zero; None without one."""
+        return None if self._end == math.inf else max(self._end - time.perf_counter(), 1e-9)
+
+
+def stopped(outcome: int) -> tuple[str, str]:
+    """Why a solve was stopped, and what to do."""
+    return _STOPPED[outcome]
 
 
 def sentence(kernel: str, outcome: int, iterations: int, gap: float, rounds: int = 0, worst: str = "") -> str:
@@ -55,6 +78,9 @@ def sentence(kernel: str, outcome: int, iterations: int, gap: float, rounds: int
     steps += f" in {rounds} round{'' if rounds == 1 else 's'} of multipliers" if rounds else ""
     if outcome == Outcome.CONVERGED:
         return f"converged after {steps} ({kernel} kernel)"
+    if outcome == Outcome.SADDLE:
+        where = "to a saddle, from which the cost falls along some direction"
+        return f"converged after {steps} {where}; start elsewhere, or pass restarts= ({kernel} kernel)"
     if outcome == Outcome.NOT_FINITE:
         return "given up: the first path is not finite; pass another initial_guess"
     reason, advice = {
@@ -71,13 +97,12 @@ def sentence(kernel: str, outcome: int, iterations: int, gap: float, rounds: int
             "bound the controls, or look for a cost that is not bounded below",
         ),
         Outcome.LIMIT: ("the iteration limit was reached", "raise max_iterations, or start from this solution"),
-        Outcome.LATE: ("the time limit was reached", "raise time_limit, or start from this solution"),
-        Outcome.INTERRUPTED: ("Ctrl-C was pressed", "start from this solution to go on"),
         Outcome.UNMET: (
             "the constraints cannot be met near this path",
             "check that constraints and bounds can be met together, lengthen the horizon, or start elsewhere",
         ),
         Outcome.ROUNDS: ("max_outer rounds were not enough", "raise max_outer, or start from this solution"),
+        **_STOPPED,
     }[outcome]
     gaps = f"; gaps up to {gap:.1e} are still open" if gap > 0 else ""
     gaps += f"; {worst}" if worst else ""

@@ -29,9 +29,10 @@ from ocnopt.checks import can_differentiate, check_choice, solver_options
 from ocnopt.errors import NonFiniteError, ProblemError
 from ocnopt.paths import behind
 from ocnopt.solvers.alone import Attempt, each_alone, lost
-from ocnopt.solvers.conditions import Conditions, OutOfStepsError, Path, Vector, array
+from ocnopt.solvers.conditions import Conditions, NoMoreStepsError, Path, Steps, Vector, array
 from ocnopt.solvers.ddp import DDP
 from ocnopt.solvers.direct.casadi_solver import CasADi
+from ocnopt.solvers.endings import Stopwatch, stopped
 from ocnopt.solvers.solution import Guess, Result
 from ocnopt.staged import StagedOCP
 
@@ -62,6 +63,7 @@ class Indirect:
         max_iterations: Newton steps, over all meshes.
         tolerance: of scipy.integrate.solve_bvp, for the relative residual on every interval of the mesh and for the
             conditions at the ends.
+        time_limit: seconds after which a solve stops with what it has, a batch as a whole; None for no limit.
         max_nodes: points of the mesh allowed.
 
     Raises:
@@ -71,11 +73,13 @@ class Indirect:
     start: str = "auto"
     max_iterations: int = 200
     tolerance: float = 1e-6
+    time_limit: float | None = None
     max_nodes: int = 20000
 
     def __post_init__(self) -> None:
         check_choice("start", self.start, ("auto", "ddp", "casadi"))
-        solver_options(self, at_least={"max_iterations": 1, "max_nodes": 2}, positive=["tolerance"])
+        positive = ["tolerance", *([] if self.time_limit is None else ["time_limit"])]
+        solver_options(self, at_least={"max_iterations": 1, "max_nodes": 2}, positive=positive)
 
     def solve(self, problem: StagedOCP, guess: Guess, *, progress: bool = False) -> Result:
         """Solve the continuous problem behind a discrete one; the problems of a batch one by one.
@@ -104,26 +108,28 @@ class Indirect:
 
         def solve_one(single: StagedOCP, start: Guess) -> Attempt:
             try:
-                return self._solve_one(single, start, progress)
+                return self._solve_one(single, start, stopwatch, progress)
             except NonFiniteError as error:
                 if not problem.batch_shape:
                     raise
                 return lost(single, start, f"given up: {error}")
 
-        return each_alone(problem, guess, solve_one)
+        with Stopwatch(self.time_limit) as stopwatch:
+            return each_alone(problem, guess, solve_one, stopwatch)
 
-    def _solve_one(self, problem: StagedOCP, guess: Guess, progress: bool) -> Attempt:
+    def _solve_one(self, problem: StagedOCP, guess: Guess, stopwatch: Stopwatch, progress: bool) -> Attempt:
         began = time.perf_counter()
         constrained = problem.terminal_constraint is not None
         name = self.start if self.start != "auto" else "casadi" if constrained else "ddp"
-        first = (DDP() if name == "ddp" else CasADi()).solve(problem, guess)
-        conditions, path = _first_path(problem, first, self.max_iterations)
+        left = stopwatch.left
+        first = (DDP(time_limit=left) if name == "ddp" else CasADi(time_limit=left)).solve(problem, guess)
+        conditions, path = _first_path(problem, first, Steps(self.max_iterations, stopwatch))
         history: dict[str, list[float]] = {"cost": [float(first.cost)], "residual": [np.nan], "nodes": [path.s.size]}
         rounds = [tol for tol in _ROUNDS if tol > self.tolerance]
         for tol in [*rounds, self.tolerance]:
             try:
                 found = self._collocate(conditions, path, tol)
-            except OutOfStepsError:
+            except NoMoreStepsError:
                 path = path._replace(status=_OUT_OF_STEPS)
                 break
             # a round that fails may end worse than the one before
@@ -134,11 +140,11 @@ class Indirect:
             for key, value in row.items():
                 history[key].append(value)
             if progress:
-                newton = conditions.newton
+                newton = conditions.steps.taken
                 print(f"{newton:4d}  cost {row['cost']:.10g}  residual {path.residual:.1e}  nodes {path.s.size}")  # noqa: T201
             if path.status in (_MESH, _SINGULAR) or not np.isfinite(path.y).all():
                 break
-        status = _status(self, conditions, path, name, first)
+        status = _status(self, conditions.steps, path, name, first)
         return _attempt(problem, conditions, path, history, status, time.perf_counter() - began)
 
     def _collocate(self, conditions: Conditions, path: Path, tol: float) -> Path:
@@ -168,7 +174,7 @@ class Indirect:
         return Path(found.x, found.y, numbers, found.sol, float(found.rms_residuals.max()), int(found.status))
 
 
-def _first_path(problem: StagedOCP, first: Result, limit: int) -> tuple[Conditions, Path]:
+def _first_path(problem: StagedOCP, first: Result, steps: Steps) -> tuple[Conditions, Path]:
     """The conditions, and another solver's answer as a path: mesh at the nodes, costates, multipliers by least squares.
 
     Raises:
@@ -177,7 +183,7 @@ def _first_path(problem: StagedOCP, first: Result, limit: int) -> tuple[Conditio
     lifted = problem.origin
     if lifted is None or first.costates is None:
         raise ProblemError("a path without costates is no start; expected one of DDP or CasADi")
-    c = Conditions(problem, lifted, limit)
+    c = Conditions(problem, lifted, steps)
     states, costates, controls = (array(behind(v)) for v in (first.states, first.costates, first.controls))  # type: ignore[arg-type]
     p = array(first.parameters)
     s = np.linspace(lifted.t0, lifted.t1, len(states))
@@ -210,9 +216,9 @@ def _refuse_linear(Huu: Vector, H: Vector) -> None:
         )
 
 
-def _status(options: Indirect, c: Conditions, path: Path, name: str, first: Result) -> tuple[bool, str]:
+def _status(options: Indirect, steps: Steps, path: Path, name: str, first: Result) -> tuple[bool, str]:
     """Whether it converged, and one sentence."""
-    done = f"{c.newton} Newton step{'' if c.newton == 1 else 's'}"
+    done = f"{steps.taken} Newton step{'' if steps.taken == 1 else 's'}"
     where = f"{path.s.size} mesh points, relative residual {path.residual:.1e}"
     if path.status == 0 and np.isfinite(path.y).all() and np.isfinite(path.residual):
         return True, f"converged after {done} (collocation on {where}; cost of the continuous problem)"
@@ -226,7 +232,11 @@ def _status(options: Indirect, c: Conditions, path: Path, name: str, first: Resu
             "take more steps for the start, or use solver='casadi': H may be linear in a control, or terminal "
             "constraints repeat each other",
         ),
-        _OUT_OF_STEPS: ("the iteration limit was reached", "raise max_iterations, or take more steps for the start"),
+        _OUT_OF_STEPS: (
+            stopped(steps.stopped)
+            if steps.stopped is not None
+            else ("the iteration limit was reached", "raise max_iterations, or take more steps for the start")
+        ),
     }.get(
         path.status, ("the conditions at the ends are not met", "loosen tolerance=, or take more steps for the start")
     )
@@ -252,7 +262,7 @@ def _attempt(
         parameters=c.tensor(np.clip(path.numbers[: c.q], *c.box)),
         cost=history["cost"][-1],
         converged=status[0],
-        iterations=c.newton,
+        iterations=c.steps.taken,
         status=status[1],
         violation=float(max(wrong, path.residual)),
         wall_time=wall_time,

@@ -23,6 +23,7 @@ from torch import Tensor
 from ocnopt.checks import callable_or_none, numbers, shape, whole
 from ocnopt.errors import NonFiniteError, ProblemError
 from ocnopt.paths import step_number
+from ocnopt.solvers.endings import Stopwatch
 from ocnopt.solvers.solution import Gains, Solution, full_parameters, pushed
 from ocnopt.solvers.solve import Prepared
 
@@ -208,18 +209,21 @@ class MPC:
         x = x.expand(*problem.batch_shape, problem.state_dim) if x.shape == (problem.state_dim,) else x
         h, states, rows, ended = self.step, [x], [], f"ran all of {steps} steps"
         try:
-            for i in range(steps):
-                t = t0 + i * h
-                u = self(t, x)
-                x = self._model(t, x, u) if plant is None else _read("plant", plant(t, x.clone(), u.clone()), x)
-                if disturbance is not None:
-                    x = x + pushed(disturbance, x.new_tensor(t + h), x)
-                if not bool(torch.isfinite(x).all()):
-                    ended = f"the plant left the finite numbers after t = {t:.6g}"
-                    break
-                states.append(x)
-                plan = self._plans[0][0]
-                rows.append((u, plan.cost, plan.converged, self.solve_time))
+            with Stopwatch(None) as stopwatch:
+                for i in range(steps):
+                    if stopwatch.reason is not None:
+                        raise KeyboardInterrupt
+                    t = t0 + i * h
+                    u = self(t, x)
+                    x = self._model(t, x, u) if plant is None else _read("plant", plant(t, x.clone(), u.clone()), x)
+                    if disturbance is not None:
+                        x = x + pushed(disturbance, x.new_tensor(t + h), x)
+                    if not bool(torch.isfinite(x).all()):
+                        ended = f"the plant left the finite numbers after t = {t:.6g}"
+                        break
+                    states.append(x)
+                    plan = self._plans[0][0]
+                    rows.append((u, plan.cost, plan.converged, self.solve_time))
         except KeyboardInterrupt:
             ended = f"interrupted at t = {t0 + len(rows) * h:.6g}"
         return self._record(t0 + h * torch.arange(len(states), dtype=problem.dtype), states, rows, ended)

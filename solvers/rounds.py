@@ -100,7 +100,7 @@ def _next_round(
     s = [value / rho[..., None] for value in old]
     d = distances(problem, Multipliers(*(value + shift for value, shift in zip(g, s, strict=True))))
     misses = _largest([(new - shift).abs() for new, shift in zip(d, s, strict=True)], rho)
-    solved = outcome == Outcome.CONVERGED
+    solved = Outcome.solved(outcome)
     # a cost without a bound may have one under a larger penalty
     lost = (outcome == Outcome.UNBOUNDED) | (outcome == Outcome.NOT_SMOOTH) | ~torch.isfinite(misses)
     slow = (misses > _ENOUGH * rounds.misses) & (misses > solver.constraint_tolerance)
@@ -177,7 +177,7 @@ def _finished(problem: StagedOCP, rounds: Rounds, count: int, kept: Result, kern
     ]
     return kept._replace(
         cost=numbers.cost,
-        converged=outcome == Outcome.CONVERGED,
+        converged=Outcome.solved(outcome),
         iterations=rounds.iterations,
         status=status if shape else status[0],
         constraint_violation=numbers.violation,

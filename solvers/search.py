@@ -148,6 +148,12 @@ class Outcome:
     """How the search for one problem ended, if it has."""
 
     RUNNING, CONVERGED, NOT_FINITE, STUCK, LIMIT, NOT_SMOOTH, UNBOUNDED, LATE, INTERRUPTED, UNMET, ROUNDS = range(11)
+    SADDLE = 11
+
+    @staticmethod
+    def solved(outcome: Tensor) -> Tensor:
+        """Which searches ended where no first-order step descends."""
+        return (outcome == Outcome.CONVERGED) | (outcome == Outcome.SADDLE)
 
 
 class Progress(NamedTuple):
@@ -192,34 +198,50 @@ def choose(mask: Tensor, axis: int, value: Tensor, other: Tensor) -> Tensor:
     return torch.where(mask.reshape(shape), value, other)
 
 
-def find_direction(kernel: Kernel, iterate: Iterate, mu: Tensor, curvature: Curvature) -> Direction:
-    """The direction at a path; for a non-convex exact model, where allowed, the Gauss-Newton direction instead."""
+def find_direction(kernel: Kernel, iterate: Iterate, mu: Tensor, curvature: Curvature) -> tuple[Direction, Tensor]:
+    """The direction at a path; for a non-convex exact model, where allowed, the Gauss-Newton direction instead.
+
+    Returns:
+        The direction, and which models are convex; "gauss_newton" asks for none that might not be.
+    """
     direction = kernel.direction(iterate.path, mu, exact=curvature != "gauss_newton")
+    convex = direction.solvable
     if curvature == "gauss_newton":
-        return direction
+        return direction, torch.ones_like(convex)
     # An infeasible path's costates belong to no trajectory: its exact curvature misleads more than it helps.
     keep = direction.solvable if curvature == "auto" else direction.solvable | (iterate.gap_size == 0)
     if bool(keep.all()):
-        return direction
+        return direction, convex
     rows = (~keep).nonzero()
     if kernel.apart and keep.ndim == 1 and 4 * len(rows) <= keep.numel():
         rows = rows[:, 0]
-        convex = kernel.direction(pick_rows(iterate, rows).path, mu[rows], exact=False)
-        return put_rows(direction, rows, convex)
-    convex = kernel.direction(iterate.path, mu, exact=False)
-    return each(lambda axis, exact, other: choose(keep, axis, exact, other), direction, convex)
+        some = kernel.direction(pick_rows(iterate, rows).path, mu[rows], exact=False)
+        return put_rows(direction, rows, some), convex
+    other = kernel.direction(iterate.path, mu, exact=False)
+    return each(lambda axis, exact, instead: choose(keep, axis, exact, instead), direction, other), convex
 
 
-def undamped(
-    kernel: Kernel, iterate: Iterate, progress: Progress, direction: Direction, curvature: Curvature
-) -> Direction:
-    """The gains of a minimum as they are without regularisation, where it is one without."""
-    damped = (progress.outcome == Outcome.CONVERGED) & (progress.mu > 0)
-    if not bool(damped.any()):
-        return direction
-    free = find_direction(kernel, iterate, torch.zeros_like(progress.mu), curvature)
-    chosen = damped & free.solvable
-    return each(lambda axis, new, old: choose(chosen, axis, new, old), free, direction)
+def ending(
+    kernel: Kernel, iterate: Iterate, progress: Progress, direction: Direction, convex: Tensor, curvature: Curvature
+) -> tuple[Progress, Direction]:
+    """Ends as they are without regularisation: a minimum with the gains that it has then, or a saddle.
+
+    Eliminating the controls one after another is a factorisation of the cost's Hessian: it has a negative eigenvalue
+    where, and only where, some Q_uu has.
+    """
+    converged = progress.outcome == Outcome.CONVERGED
+    unsure = converged & ((progress.mu > 0) | ~convex)
+    if not bool(unsure.any()):
+        return progress, direction
+    free, convex = find_direction(kernel, iterate, torch.zeros_like(progress.mu), curvature)
+    chosen = unsure & (progress.mu > 0) & free.solvable
+    direction = each(lambda axis, new, old: choose(chosen, axis, new, old), free, direction)
+    unsure = unsure & ~convex
+    if bool(unsure.any()):
+        # a direction along which nothing changes, or only by rounding, makes no saddle
+        flat = kernel.direction(iterate.path, torch.full_like(progress.mu, _MU_MIN), exact=True).solvable
+        progress = progress._replace(outcome=torch.where(unsure & ~flat, Outcome.SADDLE, progress.outcome))
+    return progress, direction
 
 
 def line_search(kernel: Kernel, iterate: Iterate, direction: Direction, active: Tensor) -> tuple[Iterate, Tensor]:

@@ -70,6 +70,11 @@ class Shared:
         joint, start = join_experiments(problem), join_guess(problem, guess)
         if isinstance(self.solver, DDP):
             no_constraints(problem, "ddp")
+            if self.solver.restarts:
+                raise ProblemError(
+                    f"shared_parameters=True came with restarts={self.solver.restarts}, which choose among the answers "
+                    "of each experiment; expected none: solve from several initial_guess= and compare the costs"
+                )
             if self.solver.kernel == "lowered":
                 raise ProblemError(
                     "shared_parameters=True came with kernel='lowered', which sweeps over one problem at a time; "

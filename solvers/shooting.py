@@ -19,6 +19,7 @@ from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 from ocnopt.checks import can_differentiate, nearest, solver_options
 from ocnopt.errors import NonFiniteError, ProblemError
 from ocnopt.solvers.alone import Attempt, each_alone, lost
+from ocnopt.solvers.endings import Stopwatch, stopped
 from ocnopt.solvers.shot import Shot, Vector, find_direction, first_point, kept
 from ocnopt.solvers.solution import Guess, Result
 from ocnopt.staged import StagedOCP
@@ -35,6 +36,10 @@ _DENSE = 600
 _ROUND = 15
 # How often a search goes on from a saddle, and how far it first looks.
 _SADDLES, _AWAY = 3, (1.0, 0.3, 0.1, 0.03, 0.01)
+
+
+class _StoppedError(Exception):
+    """The time limit or Ctrl-C, raised out of scipy's loop."""
 
 
 class Skill(NamedTuple):
@@ -75,6 +80,7 @@ class Shooting:
         max_iterations: of scipy's method.
         tolerance: of the gradient for scipy. An end counts as converged where no entry of the gradient, projected on
             the bounds, exceeds ``100 * tolerance * (1 + |cost|)``.
+        time_limit: seconds after which a solve stops with what it has, a batch as a whole; None for no limit.
 
     Raises:
         ProblemError: an option out of its range.
@@ -83,13 +89,15 @@ class Shooting:
     method: str = "auto"
     max_iterations: int = 1000
     tolerance: float = 1e-8
+    time_limit: float | None = None
 
     def __post_init__(self) -> None:
         known = ("auto", *METHODS)
         if self.method not in known:
             hint = nearest(str(self.method), known)
             raise ProblemError(f"method is {self.method!r}; expected one of {', '.join(known)}{hint}")
-        solver_options(self, at_least={"max_iterations": 1}, positive=["tolerance"])
+        positive = ["tolerance", *([] if self.time_limit is None else ["time_limit"])]
+        solver_options(self, at_least={"max_iterations": 1}, positive=positive)
 
     def solve(self, problem: StagedOCP, guess: Guess, *, progress: bool = False) -> Result:
         """Solve a discrete problem from a guess.
@@ -106,7 +114,7 @@ class Shooting:
         def solve_one(single: StagedOCP, start: Guess) -> Attempt:
             began = time.perf_counter()
             try:
-                search = Search(self, method, Shot(single, start), progress)
+                search = Search(self, method, Shot(single, start), stopwatch, progress)
                 search.run(first_point(search.shot, start))
             except NonFiniteError as error:
                 if not problem.batch_shape:
@@ -114,7 +122,8 @@ class Shooting:
                 return lost(single, start, f"given up: {error}")
             return search.attempt(time.perf_counter() - began)
 
-        return each_alone(problem, guess, solve_one)
+        with Stopwatch(self.time_limit) as stopwatch:
+            return each_alone(problem, guess, solve_one, stopwatch)
 
     def _method(self, problem: StagedOCP) -> str:
         """The method for this problem, or a refusal."""
@@ -146,8 +155,10 @@ class Shooting:
 class Search:
     """One problem: the run of scipy's method and what is made of its end."""
 
-    def __init__(self, options: Shooting, method: str, shot: Shot, progress: bool) -> None:
+    def __init__(self, options: Shooting, method: str, shot: Shot, stopwatch: Stopwatch, progress: bool) -> None:
         self.options, self.method, self.shot, self.print = options, method, shot, progress
+        self.stopwatch = stopwatch
+        self.stopped: int | None = None
         self.box = shot.box()
         self.v = np.zeros(0)
         self.costs: list[float] = []
@@ -173,7 +184,10 @@ class Search:
                 self._recentre()
 
     def _room(self) -> int:
-        """How many steps are left."""
+        """How many steps are left; none once it is time to stop."""
+        self.stopped = self.stopwatch.reason
+        if self.stopped is not None:
+            return 0
         return int(self.options.max_iterations) - len(self.costs) + 1
 
     def _recentre(self) -> None:
@@ -218,13 +232,19 @@ class Search:
             # scipy warns of what the status says
             warnings.simplefilter("ignore")
             try:
-                ended = _MINIMIZE(shot.cost, self.v, method=self.method, options=self._settings(), **arguments)
+                ended = _MINIMIZE(self._cost, self.v, method=self.method, options=self._settings(), **arguments)
             except ProblemError:
                 raise
-            except (ValueError, np.linalg.LinAlgError):
-                # a derivative that is no number, somewhere in scipy's linear algebra
+            except (_StoppedError, ValueError, np.linalg.LinAlgError):
+                # time to stop; or a derivative that is no number, somewhere in scipy's linear algebra
                 return self.v
         return np.asarray(ended.x if self.box is None else np.clip(ended.x, *self.box), dtype=np.float64)
+
+    def _cost(self, v: Vector) -> float:
+        """J, until it is time to stop."""
+        if self.stopwatch.reason is not None:
+            raise _StoppedError
+        return self.shot.cost(v)
 
     def _settings(self) -> dict[str, Any]:
         tol, room = self.options.tolerance, min(self._room(), _ROUND)
@@ -330,7 +350,9 @@ class Search:
         gradient = f"the gradient is still {self.remaining():.1e}"
         if self._violation() > 1e-6:
             gradient += f" and the terminal constraint violated by {self._violation():.1e}"
-        if count >= self.options.max_iterations:
+        if self.stopped is not None:
+            reason, advice = stopped(self.stopped)
+        elif count >= self.options.max_iterations:
             reason, advice = "the iteration limit was reached", "raise max_iterations, or start from this solution"
         elif not np.isfinite(self.remaining()):
             reason = "a derivative is NaN or infinite"

@@ -75,6 +75,7 @@ class Result(NamedTuple):
     costates: Series | None = None
     gains: tuple[Series, Series] | None = None
     multipliers: Mapping[str, Tensor] | None = None
+    minima: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +83,7 @@ class Solution:
     """The result of one ``solve``.
 
     Attributes:
-        times: ``(..., N + 1)``, in the problem's time unit; step numbers where the problem was discrete from the start.
+        times: ``(..., N + 1)``, in the problem's unit; step numbers where it was discrete from the start.
         states: ``(..., N + 1, n)``.
         controls: ``(..., N, m)``.
         parameters: ``(..., q)``; T is in ``horizon``.
@@ -98,12 +99,13 @@ class Solution:
         history: "cost", "step" and "regularisation" (what the solver has of them) per iteration, the start first:
             ``(iterations + 1, ...)``.
         gains: :class:`Gains`, or None where a solver has none.
-        control_bounds: two tensors ``(m,)``, or ``(N, m)`` where they vary from step to step; None where there are none
-            or the number of controls varies.
+        control_bounds: two tensors ``(m,)``, or ``(N, m)``; None without any or where the number of controls varies.
         multipliers: of the constraints, by name: "terminal_constraint" ``(..., e)``, "path_constraint" ``(..., N + 1,
             c)`` and "state_bounds" ``(..., N + 1, n)`` of each node; None without constraints. cost + multiplier *
             constraint is stationary: >= 0 for a path constraint, > 0 at an upper and < 0 at a lower bound. Where the
             number of constraints or states varies from node to node, zeros fill up.
+        minima: of DDP's ``restarts=``, the lowest first: "cost" ``(..., K)``, "starts" that led there, "states",
+            "controls" ``(..., K, N, m)``, "parameters" with a free T; NaN and no starts where there are fewer.
     """
 
     times: Tensor
@@ -122,6 +124,7 @@ class Solution:
     costates: Series | None = None
     gains: Gains | None = None
     multipliers: Mapping[str, Tensor] | None = None
+    minima: Mapping[str, Tensor] | None = None
     control_bounds: tuple[Tensor, Tensor] | None = None
     problem: StagedOCP | None = field(default=None, repr=False)
 

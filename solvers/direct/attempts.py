@@ -8,16 +8,19 @@ import functools
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import casadi
 import numpy as np
 import torch
 from torch import Tensor
 
-from ocnopt.solvers.direct.nlp import Answer, Vector, evaluate, make_solver, make_values, run_solver
+from ocnopt.errors import NonFiniteError
+from ocnopt.solvers.alone import Attempt
+from ocnopt.solvers.direct.nlp import Answer, Vector, Watch, evaluate, make_solver, make_values, run_solver
 from ocnopt.solvers.direct.path_program import PathProgram, assemble, make_walks, roll_out
 from ocnopt.solvers.direct.transcription import Lowered
+from ocnopt.solvers.endings import Stopwatch, stopped
 from ocnopt.solvers.solution import Guess, perturbed
 from ocnopt.staged import StagedOCP
 
@@ -37,28 +40,17 @@ _ADVICE = {
     "Error_In_Step_Computation": "not converged: no step could be computed; some constraints may repeat others",
     "Not_Enough_Degrees_Of_Freedom": "not converged: more equality constraints than unknowns; drop some or add steps",
     "Maximum_CpuTime_Exceeded": "not converged: out of the time that ipopt= allows",
+    "Maximum_WallTime_Exceeded": "not converged: out of the time that ipopt= allows",
 }
-_FINAL = ("Maximum_Iterations_Exceeded", "Maximum_CpuTime_Exceeded", "Not_Enough_Degrees_Of_Freedom", "Invalid_Option")
 _NOT_FINITE = "Invalid_Number_Detected"
+_FINAL = (
+    "Maximum_Iterations_Exceeded",
+    "Maximum_CpuTime_Exceeded",
+    "Maximum_WallTime_Exceeded",
+    "Not_Enough_Degrees_Of_Freedom",
+    "Invalid_Option",
+)
 _NOISE = (0.1, 0.3, 1.0)
-
-
-class Attempt(NamedTuple):
-    """What is kept of one problem, in numbers."""
-
-    states: list[Vector]
-    controls: list[Vector]
-    costates: list[Vector]
-    multipliers: Mapping[str, Vector]
-    parameters: Vector
-    cost: float
-    converged: bool
-    iterations: int
-    status: str
-    violation: float
-    wall_time: float
-    history: Mapping[str, list[float]]
-    not_finite: bool
 
 
 class Instance:
@@ -70,7 +62,8 @@ class Instance:
         began = time.perf_counter()
         self.runs, end = lowered.rows(row)
         self.path = assemble(self.runs, end, problem.step_bounds, problem.state_bounds, problem.parameter_bounds)
-        self.solver = make_solver(self.path.program, ipopt, progress=progress)
+        self.watch = Watch(self.path.program)
+        self.solver = make_solver(self.path.program, ipopt, self.watch, progress=progress)
         self.build_time = time.perf_counter() - began
 
     @functools.cached_property
@@ -91,37 +84,45 @@ class Instance:
         given: Tensor,
         row: int | None,
         restarts: int,
+        stopwatch: Stopwatch,
     ) -> Attempt:
         """Solve one row of the batch from a guess, with restarts; ``row`` is None without a batch.
 
         ``given`` is what the steps of all problems are given besides, of :func:`ocnopt.captured.given_rows`.
+
+        Raises:
+            NonFiniteError: a problem without a batch has no finite path; in a batch its cost is NaN.
         """
         began = time.perf_counter()
+        self.watch.stopwatch = stopwatch
         data = given[:, (row or 0) if given.shape[1] > 1 else 0].double().cpu().numpy().T
         path = self.path.started_at(row_of(problem.initial_state, row))
         start = self._start(path, guess, states, row, data)
         answers = [self._run(path, start, data)]
         for i in range(restarts):
-            if answers[-1].succeeded or answers[-1].statistics["return_status"] in _FINAL:
+            final = answers[-1].succeeded or answers[-1].statistics["return_status"] in _FINAL
+            if final or stopwatch.reason is not None:
                 break
             answers.append(self._run(path, _perturbed(path, start, i), data))
         best = min(answers, key=lambda answer: _rank(path, answer))
+        reason = None if best.succeeded else stopwatch.reason
         broken = "" if best.succeeded else self._broken(path, start, data)
+        status = _status(path, best, answers, broken, reason)
+        if broken and row is None:
+            raise NonFiniteError(status)
         return Attempt(
             states=[best.unknowns[place] for place in path.states],
             controls=[best.unknowns[place] for place in path.controls],
             costates=path.costates(best.multipliers),
             multipliers=path.multipliers(best, bounded=problem.state_bounds is not None),
             parameters=best.unknowns[path.parameters],
-            # where no path is finite, nothing has a cost
             cost=math.nan if broken else best.cost,
             converged=best.succeeded,
             iterations=sum(int(answer.statistics["iter_count"]) for answer in answers),
-            status=_status(path, best, answers, broken),
+            status=status,
             violation=path.violation(best.constraints)[0],
             wall_time=time.perf_counter() - began,
             history=_history(best),
-            not_finite=bool(broken),
         )
 
     def _run(self, path: PathProgram, start: Vector, data: Vector) -> Answer:
@@ -201,10 +202,14 @@ def _rank(path: PathProgram, answer: Answer) -> tuple[bool, bool, float]:
     return not answer.succeeded, answer.statistics["return_status"] == _NOT_FINITE, violation
 
 
-def _status(path: PathProgram, best: Answer, answers: Sequence[Answer], broken: str) -> str:
-    """One sentence: how it ended, what to do, where it is worst, and the restarts."""
+def _status(path: PathProgram, best: Answer, answers: Sequence[Answer], broken: str, outcome: int | None) -> str:
+    """One sentence: how it ended, what to do, where it is worst, and the restarts; ``outcome`` where it was stopped."""
     reason = str(best.statistics["return_status"])
     sentence = _ADVICE.get(reason, f"not converged: IPOPT ended with {reason}")
+    if outcome is not None:
+        count = sum(int(answer.statistics["iter_count"]) for answer in answers)
+        why, advice = stopped(outcome)
+        sentence = f"stopped after {count} iteration{'' if count == 1 else 's'}: {why}; {advice}"
     if broken:
         sentence += f" (at the start: {broken})"
     elif not best.succeeded:

@@ -16,14 +16,16 @@ from torch import Tensor
 
 from ocnopt.captured import given_rows
 from ocnopt.checks import nearest, solver_options
-from ocnopt.errors import NonFiniteError, ProblemError
+from ocnopt.errors import ProblemError
 from ocnopt.integrate.tableaus import IMPLICIT
 from ocnopt.paths import Widened, rollout, rows_stand_alone
+from ocnopt.solvers.alone import Attempt, gathered, in_turn
+from ocnopt.solvers.endings import Stopwatch
 from ocnopt.solvers.solution import Guess, Result
 from ocnopt.staged import StagedOCP
 
 if TYPE_CHECKING:
-    from ocnopt.solvers.direct.attempts import Attempt, Instance
+    from ocnopt.solvers.direct.attempts import Instance
     from ocnopt.solvers.direct.transcription import Lowered
 
 _CHOICES = {"method": ("multiple_shooting", "collocation"), "hessian": ("exact", "limited-memory")}
@@ -38,6 +40,7 @@ class CasADi:
             points and one constant control on each step.
         max_iterations: of IPOPT, for each attempt.
         tolerance: of IPOPT.
+        time_limit: seconds after which a solve stops with what it has, a batch as a whole; None for no limit.
         restarts: how often to try again from a seeded perturbation of the start when IPOPT fails.
         degree: Legendre points on each step of the collocation; the state at the nodes is of order twice that.
         hessian: "exact", or IPOPT's "limited-memory" approximation for wide networks.
@@ -50,6 +53,7 @@ class CasADi:
     method: str = "multiple_shooting"
     max_iterations: int = 1000
     tolerance: float = 1e-10
+    time_limit: float | None = None
     restarts: int = 3
     degree: int = 3
     hessian: str = "exact"
@@ -61,7 +65,8 @@ class CasADi:
             if value not in known:
                 hint = nearest(str(value), known)
                 raise ProblemError(f"{name} is {value!r}; expected one of {', '.join(known)}{hint}")
-        solver_options(self, at_least={"max_iterations": 1, "restarts": 0, "degree": 1}, positive=["tolerance"])
+        positive = ["tolerance", *([] if self.time_limit is None else ["time_limit"])]
+        solver_options(self, at_least={"max_iterations": 1, "restarts": 0, "degree": 1}, positive=positive)
         if self.degree > 9:
             raise ProblemError(f"degree of CasADi is {self.degree}; expected degree <= 9, as CasADi has points for")
 
@@ -154,19 +159,28 @@ class PreparedCasADi:
         """
         states = self.solver.start_states(problem, guess)
         given = given_rows(problem)
-        attempts: list[Attempt] = []
-        build_time = 0.0
-        for row in _rows(problem):
+        times: list[float] = []
+
+        def built(row: int | None) -> Any:
             kept = self._key(row) in self.instances
             one = self.instance(row)
-            build_time += 0.0 if kept else one.build_time
-            attempts.append(one.attempt(problem, guess, states, given, row, self.solver.restarts))
+            if not kept:
+                times.append(one.build_time)
             if not kept and not self.alike:
                 # thousands of programs would fill the memory
                 del self.instances[row]
-        if not problem.batch_shape and attempts[0].not_finite:
-            raise NonFiniteError(attempts[0].status)
-        return _result(problem, attempts)._replace(build_time=build_time)
+            return one
+
+        def attempt(row: int | None) -> Attempt:
+            return built(row).attempt(problem, guess, states, given, row, self.solver.restarts, stopwatch)
+
+        if self.alike:
+            # before the clock runs; Ctrl-C still ends everything, as there is nothing to return
+            built(_rows(problem)[0])
+        with Stopwatch(self.solver.time_limit) as stopwatch:
+            batch = bool(problem.batch_shape)
+            result = in_turn(problem, guess, attempt, stopwatch) if batch else gathered(problem, [attempt(None)])
+        return result._replace(build_time=sum(times))
 
     def instance(self, row: int | None) -> "Instance":
         """The program of one problem."""
@@ -202,39 +216,3 @@ def start_states(problem: StagedOCP, guess: Guess) -> list[Tensor]:
             nodes[k] = torch.where(nodes[k].isfinite(), nodes[k], nodes[k - 1])
         nodes[k] = nodes[k].nan_to_num(0.0, 0.0, 0.0)
     return nodes
-
-
-def _result(problem: StagedOCP, attempts: "list[Attempt]") -> Result:
-    batch, dtype, device = problem.batch_shape, problem.dtype, problem.device
-
-    def gather(values: list[Any], kind: torch.dtype = dtype) -> Tensor:
-        stacked = torch.stack([torch.as_tensor(value, dtype=kind, device=device) for value in values])
-        return stacked.reshape((*batch, *stacked.shape[1:]))
-
-    def path(name: str) -> list[Tensor]:
-        return [gather(list(nodes)) for nodes in zip(*(getattr(a, name) for a in attempts), strict=True)]
-
-    longest = max(len(a.history["cost"]) for a in attempts)
-    history = {
-        key: gather([[*a.history[key], *[a.history[key][-1]] * (longest - len(a.history[key]))] for a in attempts])
-        for key in attempts[0].history
-    }
-    multipliers = {}
-    for name in attempts[0].multipliers:
-        together = gather([a.multipliers[name] for a in attempts])
-        multipliers[name] = together if name == "terminal_constraint" else together.movedim(-2, 0)
-    return Result(
-        states=path("states"),
-        controls=path("controls"),
-        parameters=gather([a.parameters for a in attempts]),
-        cost=gather([a.cost for a in attempts]),
-        converged=gather([a.converged for a in attempts], torch.bool),
-        iterations=gather([a.iterations for a in attempts], torch.int64),
-        status=[a.status for a in attempts] if batch else attempts[0].status,
-        constraint_violation=gather([a.violation for a in attempts]),
-        wall_time=sum(a.wall_time for a in attempts),
-        build_time=0.0,
-        history={key: value.movedim(-1, 0) for key, value in history.items()},
-        costates=path("costates"),
-        multipliers=multipliers or None,
-    )

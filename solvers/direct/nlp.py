@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ocnopt.errors import ProblemError
+from ocnopt.solvers.endings import Stopwatch
 
 Vector = NDArray[np.float64]
 Positions = NDArray[np.int64]
@@ -160,12 +161,43 @@ def _hessian(program: Program, w: Any, D: Any, scale: Any, multipliers: Any) -> 
     return _sparse(parts, (program.shape[1], program.shape[1]))
 
 
-def make_solver(program: Program, ipopt: Mapping[str, Any], *, progress: bool = False) -> Any:
+class Watch(casadi.Callback):
+    """Asked after each iteration of IPOPT: whether the stopwatch says to stop."""
+
+    def __init__(self, program: Program) -> None:
+        casadi.Callback.__init__(self)
+        rows, unknowns = program.shape
+        data = program.data[0] * program.data[1]
+        self._sizes = {"x": unknowns, "f": 1, "g": rows, "lam_x": unknowns, "lam_g": rows, "lam_p": data}
+        self.stopwatch: Stopwatch | None = None
+        self.construct("watch", {})
+
+    def get_n_in(self) -> int:
+        """CasADi asks."""
+        return int(casadi.nlpsol_n_out())
+
+    def get_n_out(self) -> int:
+        """CasADi asks."""
+        return 1
+
+    def get_sparsity_in(self, i: int) -> Any:
+        """CasADi asks for the shapes of what a solver returns."""
+        return casadi.Sparsity.dense(self._sizes[casadi.nlpsol_out(i)], 1)
+
+    def eval(self, given: Any) -> list[float]:
+        """Not zero to stop."""
+        return [float(self.stopwatch is not None and self.stopwatch.reason is not None)]
+
+
+def make_solver(
+    program: Program, ipopt: Mapping[str, Any], watch: Watch | None = None, *, progress: bool = False
+) -> Any:
     """Hand the program with its derivatives to IPOPT, which stays silent unless ``progress``.
 
     Args:
         program: the nonlinear program.
         ipopt: IPOPT's options; second derivatives are left out where they ask for an approximation.
+        watch: stops it; who calls the solver must keep it.
         progress: show IPOPT's table.
 
     Raises:
@@ -189,6 +221,7 @@ def make_solver(program: Program, ipopt: Mapping[str, Any], *, progress: bool = 
         "print_time": False,
         "error_on_fail": False,
         "show_eval_warnings": False,
+        **({} if watch is None else {"iteration_callback": watch}),
     }
     try:
         functions: dict[str, Any] = {"x": w, "p": given, "f": f, "g": g}

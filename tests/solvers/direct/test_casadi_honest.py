@@ -93,11 +93,12 @@ class TestControlC:
         assert seen == [1]
 
     def test_it_starts_no_restarts(self, monkeypatch):
-        solver = Swallowing()
-        monkeypatch.setattr(attempts, "make_solver", lambda *_, **__: solver)
-        with pytest.raises(KeyboardInterrupt):
-            solve(slope(), "casadi", steps=3)
-        assert solver.calls == 1
+        solver, runs = Swallowing(), []
+        run = attempts.run_solver
+        monkeypatch.setattr(attempts, "run_solver", lambda *given: (runs.append(1), run(*given), solver())[1])
+        solution = solve(slope(), "casadi", steps=3, max_iterations=1)
+        assert len(runs) == solver.calls == 1
+        assert solution.status.startswith("stopped after 1 iteration: Ctrl-C was pressed")
 
 
 def test_four_threads_at_once():
