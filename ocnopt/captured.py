@@ -89,6 +89,23 @@ def must_be_read(data: Sequence[Tensor]) -> Iterator[None]:
             )
 
 
+@contextlib.contextmanager
+def must_not_be_read(data: Sequence[Tensor], name: str) -> Iterator[None]:
+    """Refuse a function, called while it is entered, that reads data: what it returns is kept as it is.
+
+    Raises:
+        ProblemError: naming the function and the first that it reads.
+    """
+    with _Watch(data) as watch:
+        yield
+    for i, tensor in enumerate(data):
+        if id(tensor) not in watch.missing:
+            raise ProblemError(
+                f"{name} reads data[{i}], but bounds are read once and stay; expected bounds that data do not change: "
+                "write those as a path_constraint"
+            )
+
+
 def belongs_to_each(tensor: Tensor, batch_shape: Sequence[int]) -> bool:
     """Whether data hold something for each problem of a batch."""
     axes = len(batch_shape)

@@ -103,7 +103,8 @@ class OCP:
         parameters: the static control p ``(q,)``, an initial guess for ``solve``; with it every function takes p as
             its last argument.
         control_bounds: ``(lower, upper)``, scalars, vectors ``(m,)`` or ``(N, m)`` with a row for each step, or a
-            function of time that returns such a pair, asked where each step begins.
+            function of time that returns such a pair, asked where each step begins. Bounds are read once, as copies:
+            what they are made of may not be in ``data``, and carries no gradients.
         state_bounds: likewise ``(n,)``, at every node but the first, whose state is given.
         parameter_bounds: likewise, ``(q,)``.
         path_constraint: ``c(t, x, u[, p]) -> (..., c)``, <= 0 at every node.
@@ -214,7 +215,8 @@ class OCP:
         given, x0 = self.control_bounds, self.initial_state
         if callable(given):
             name = f"control_bounds(t = {t:.6g})"
-            pair = given(x0.new_tensor(t))
+            with captured.must_not_be_read(self.data, name):
+                pair = given(x0.new_tensor(t))
             return checks.bounds(name, () if pair is None else pair, self.control_dim, self.dtype, x0.device)
         return given if given is None or given[0].ndim == 1 else (given[0][step], given[1][step])
 

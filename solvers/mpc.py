@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocnopt.checks import callable_or_none, numbers, shape, whole
+from ocnopt.checks import callable_or_none, is_number, numbers, shape, whole
 from ocnopt.errors import NonFiniteError, ProblemError
 from ocnopt.paths import step_number
 from ocnopt.solvers.endings import Stopwatch
@@ -110,7 +110,7 @@ class MPC:
         *,
         every: int = 1,
         delay: int = 0,
-        feedback: bool = True,
+        feedback: Any = True,
         update: Any = None,
     ) -> None:
         if not isinstance(prepared, Prepared):
@@ -127,6 +127,8 @@ class MPC:
                 "go together"
             )
         callable_or_none("update", update)
+        if not isinstance(feedback, bool):
+            raise ProblemError(f"feedback is {feedback!r}; expected True or False")
         self.every, self.delay = whole("every", every, 1), whole("delay", delay, 0)
         if self.every > problem.steps or self.delay >= problem.steps:
             raise ProblemError(
@@ -165,7 +167,7 @@ class MPC:
         wanted = (*problem.batch_shape, problem.state_dim)
         if tuple(x.shape) != wanted or not bool(torch.isfinite(x).all()):
             raise ProblemError(f"MPC got a state of shape {shape(x)}; expected finite numbers of shape {wanted}")
-        t, h = float(t), self.step
+        t, h = _time("the time of an MPC", t), self.step
         slack = _SLACK * h
         if self.plan is not None and t < self.begins - slack:
             raise ProblemError(f"MPC got t = {t} after a plan from t = {self.begins}; expected time to run on: reset()")
@@ -183,7 +185,7 @@ class MPC:
         plant: Callable[[float, Tensor, Tensor], Any] | None = None,
         disturbance: Callable[[Tensor, Tensor], Any] | None = None,
         *,
-        t0: float = 0.0,
+        t0: Any = 0.0,
     ) -> ClosedLoop:
         """Run the closed loop from a state, with a new plan to begin with.
 
@@ -207,26 +209,29 @@ class MPC:
         self.reset()
         x = numbers("initial_state", initial_state, problem.dtype, problem.device)
         x = x.expand(*problem.batch_shape, problem.state_dim) if x.shape == (problem.state_dim,) else x
-        h, states, rows, ended = self.step, [x], [], f"ran all of {steps} steps"
+        times, states, rows, ended = [_time("t0", t0)], [x], [], f"ran all of {steps} steps"
         try:
             with Stopwatch(None) as stopwatch:
-                for i in range(steps):
+                for _ in range(steps):
+                    t = times[-1]
+                    u = self(t, x)
                     if stopwatch.reason is not None:
                         raise KeyboardInterrupt
-                    t = t0 + i * h
-                    u = self(t, x)
+                    # under a free end time each plan has steps of its own length
+                    after = t + self.step
                     x = self._model(t, x, u) if plant is None else _read("plant", plant(t, x.clone(), u.clone()), x)
                     if disturbance is not None:
-                        x = x + pushed(disturbance, x.new_tensor(t + h), x)
+                        x = x + pushed(disturbance, x.new_tensor(after), x)
                     if not bool(torch.isfinite(x).all()):
-                        ended = f"the plant left the finite numbers after t = {t:.6g}"
+                        ended = f"the plant{_of_problems(x)} left the finite numbers after t = {t:.6g}"
                         break
+                    times.append(after)
                     states.append(x)
                     plan = self._plans[0][0]
                     rows.append((u, plan.cost, plan.converged, self.solve_time))
         except KeyboardInterrupt:
-            ended = f"interrupted at t = {t0 + len(rows) * h:.6g}"
-        return self._record(t0 + h * torch.arange(len(states), dtype=problem.dtype), states, rows, ended)
+            ended = f"interrupted at t = {times[-1]:.6g}"
+        return self._record(torch.tensor(times, dtype=problem.dtype), states, rows, ended)
 
     def _solve(self, t: float, x: Tensor) -> None:
         """Make the next plan, for the state in which it takes effect."""
@@ -327,9 +332,22 @@ def _kept(usable: Tensor, new: Solution, guess: dict[str, Tensor]) -> Solution:
 
 def _read(name: str, value: Any, like: Tensor) -> Tensor:
     """What a plant returned."""
-    read = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    read = numbers(f"what {name}(t, x, u) returned", value, like.dtype, like.device)
     if read.shape != like.shape:
         raise ProblemError(
             f"{name}(t, x, u) returned shape {shape(read)}; expected the next state, shape {shape(like)}"
         )
-    return read.detach()
+    # a simulator may hand out the same buffer at each step
+    return read.detach().clone()
+
+
+def _time(name: str, t: Any) -> float:
+    if (not is_number(t) and not (isinstance(t, Tensor) and t.numel() == 1)) or not math.isfinite(t):
+        raise ProblemError(f"{name} is {t!r}; expected a finite number")
+    return float(t)
+
+
+def _of_problems(x: Tensor) -> str:
+    """Which problems of a batch are not finite."""
+    lost = (~torch.isfinite(x).all(dim=-1)).nonzero().tolist()
+    return f" of problem {', '.join(str(tuple(row)) for row in lost[:5])}" if x.ndim > 1 else ""

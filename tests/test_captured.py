@@ -112,3 +112,16 @@ def test_a_vector_for_all_that_looks_like_one_value_a_problem_is_noticed():
     cost = lambda t, x, u: (weights * x**2).sum(-1)  # noqa: E731
     problem = OCP(lambda t, x, u: -x, cost, initial_state=torch.ones(3, 3), horizon=1.0, data=(weights,))
     assert not rows_stand_alone(Widened(transcribe(problem, 4)))
+
+
+def test_bounds_that_read_data_are_refused():
+    """They are a table made once: a later change of the data would not reach it."""
+    top = torch.tensor([2.0], dtype=F64)
+    problem = lambda bounds: OCP(  # noqa: E731
+        lambda t, x, u: top * u, initial_state=[0.0], control_dim=1, horizon=1.0, control_bounds=bounds, data=(top,)
+    )
+    with pytest.raises(ProblemError, match=r"control_bounds\(t = 0\) reads data\[0\], but bounds are read once"):
+        transcribe(problem(lambda t: (-top, top * (1 + t))), 3)
+    assert transcribe(problem(lambda t: (-1.0, 1.0)), 3).control_bounds[0] is not None
+    with pytest.raises(ProblemError, match=r"control_bounds\[1\] requires grad, but no gradient reaches bounds"):
+        problem((-1.0, top.clone().requires_grad_()))

@@ -120,6 +120,23 @@ def test_a_plant_of_ones_own_is_the_one_that_moves():
     torch.testing.assert_close(loop.states[1:, 1], torch.arange(5, dtype=F64))
 
 
+def test_a_plant_may_hand_out_one_buffer():
+    buffer = torch.zeros(2, dtype=F64)
+
+    def plant(t, x, u):
+        buffer.copy_(A @ x + B @ u)
+        return buffer.numpy()
+
+    loop = MPC(regulator()).simulate([1.0, -0.5], 5, plant=plant)
+    torch.testing.assert_close(loop.states, lqr_states([1.0, -0.5], 5), rtol=1e-6, atol=1e-7)
+
+
+def test_a_plant_that_breaks_in_a_batch_is_named():
+    gone = torch.tensor([[1.0], [float("nan")]], dtype=F64)
+    loop = MPC(regulator(batch=(2,))).simulate([1.0, 0.0], 3, plant=lambda t, x, u: x * gone)
+    assert loop.status.startswith("the plant of problem (1,) left the finite numbers after t = 0")
+
+
 def test_a_plant_that_breaks_ends_the_record():
     loop = MPC(regulator()).simulate([1.0, 0.0], 9, plant=lambda t, x, u: x * (float("nan") if t >= 3 else 1.0))
     assert loop.states.shape == (4, 2)
@@ -139,11 +156,24 @@ def test_ctrl_c_ends_the_record():
         loop = MPC(regulator()).simulate([1.0, 0.0], 9, plant=plant)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert loop.states.shape == (5, 2)
-    assert loop.status.startswith("interrupted at t = 4")
+    # the step that was under way is finished
+    assert loop.states.shape == (6, 2)
+    assert loop.status.startswith("interrupted at t = 5")
 
 
-def test_a_free_end_time_runs_out_with_the_clock():
+def test_ctrl_c_within_a_solve_ends_the_record():
+    """The plan of a solve that was cut short is not followed."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        mpc = MPC(regulator(), update=lambda t: t == 3 and signal.raise_signal(signal.SIGINT))
+        loop = mpc.simulate([1.0, 0.0], 9)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert loop.states.shape == (4, 2)
+    assert loop.status.startswith("interrupted at t = 3")
+
+
+def free_end():
     problem = OCP(
         lambda t, x, u: torch.stack([x[..., 1], u[..., 0]], dim=-1),
         lambda t, x, u: 1.0 + 0.1 * (u**2).sum(-1),
@@ -152,7 +182,18 @@ def test_a_free_end_time_runs_out_with_the_clock():
         control_dim=1,
         horizon=FreeHorizon(3.0, 0.3, 6.0),
     )
-    mpc = MPC(prepare(problem, steps=15))
+    return MPC(prepare(problem, steps=15))
+
+
+def test_the_clock_of_a_free_end_time_is_the_plans():
+    mpc, lengths = free_end(), []
+    loop = mpc.simulate([1.0, 0.0], 4, disturbance=lambda t, x: lengths.append(mpc.step) or torch.zeros_like(x))
+    torch.testing.assert_close(loop.times.diff(), torch.tensor(lengths, dtype=F64))
+    assert len(set(lengths)) == 4
+
+
+def test_a_free_end_time_runs_out_with_the_clock():
+    mpc = free_end()
     x, t, ends = torch.tensor([1.0, 0.0], dtype=F64), 0.0, []
     for _ in range(4):
         u = mpc(t, x)
@@ -196,6 +237,13 @@ def test_solves_without_a_finite_path_keep_the_old_plan():
         (lambda: MPC(regulator())(0.0, [1.0, float("nan")]), "expected finite numbers"),
         (lambda: MPC(regulator()).simulate([1.0, 0.0], 0), "steps is 0"),
         (lambda: MPC(regulator()).simulate([1.0, 0.0], 2, plant=lambda t, x, u: x[:1]), r"plant\(t, x, u\) returned"),
+        (
+            lambda: MPC(regulator()).simulate([1.0, 0.0], 2, plant=lambda t, x, u: None),
+            "returned is NoneType; expected",
+        ),
+        (lambda: MPC(regulator()).simulate([1.0, 0.0], 2, t0="a"), "t0 is 'a'; expected a finite number"),
+        (lambda: MPC(regulator())(float("nan"), [1.0, 0.0]), "the time of an MPC is nan"),
+        (lambda: MPC(regulator(), feedback="no"), "feedback is 'no'; expected True or False"),
     ],
 )
 def test_misuse_is_named(make, message):
