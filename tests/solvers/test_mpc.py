@@ -139,8 +139,9 @@ def test_ctrl_c_ends_the_record():
         loop = MPC(regulator()).simulate([1.0, 0.0], 9, plant=plant)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert loop.states.shape == (5, 2)
-    assert loop.status.startswith("interrupted at t = 4")
+    # the step that was under way is finished
+    assert loop.states.shape == (6, 2)
+    assert loop.status.startswith("interrupted at t = 5")
 
 
 def test_a_free_end_time_runs_out_with_the_clock():
