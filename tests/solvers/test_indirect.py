@@ -74,7 +74,7 @@ def test_the_minimum_over_the_box(bounds):
     x = torch.linspace(-1, 1, 7, dtype=torch.float64)
     w = torch.stack([x, x, torch.full_like(x, 0.05), x], dim=-1)
     found = h.minimise(torch.zeros(7, dtype=torch.float64), w)[:, h.u]
-    grid = torch.linspace(-1.6, 1.6, 1601, dtype=torch.float64)
+    grid = torch.linspace(-1.6, 1.6, 801, dtype=torch.float64)
     lower, upper = (-1e9, 1e9) if bounds is None else bounds
     for row, value in enumerate(x):
         u0, u1 = torch.meshgrid(grid.clamp(lower, upper), grid.clamp(lower, upper), indexing="ij")
