@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ocnopt.errors import NonFiniteError
 from ocnopt.ocp import Function
 from ocnopt.paths import Widened, rollout, rows_stand_alone
 from ocnopt.problem_checks import FUNCTIONS
@@ -43,13 +44,23 @@ class Attempt(NamedTuple):
 def each_alone(
     problem: StagedOCP, guess: Guess, solve_one: Callable[[StagedOCP, Guess], Attempt], stopwatch: Stopwatch
 ) -> Result:
-    """Solve the problems of a batch one after another, so that one that fails harms no other."""
+    """Solve the problems of a batch one after another, so that one that fails harms no other.
+
+    Raises:
+        NonFiniteError: a single problem has no finite path to start from.
+    """
     if not problem.batch_shape:
         return gathered(problem, [solve_one(problem, guess)])
     whole = not rows_stand_alone(Widened(problem))
-    return in_turn(
-        problem, guess, lambda row: solve_one(_row_of(problem, row, whole), _guess_of(guess, row)), stopwatch
-    )
+
+    def attempt(row: int) -> Attempt:
+        single, start = _row_of(problem, row, whole), _guess_of(guess, row)
+        try:
+            return solve_one(single, start)
+        except NonFiniteError as error:
+            return _lost(single, start, f"given up: {error}")
+
+    return in_turn(problem, guess, attempt, stopwatch)
 
 
 def in_turn(problem: StagedOCP, guess: Guess, attempt: Callable[[int], Attempt], stopwatch: Stopwatch) -> Result:
@@ -71,42 +82,31 @@ def _not_started(problem: StagedOCP, guess: Guess, outcome: int) -> list[Attempt
         states = guess.states or list(rollout(problem, guess.controls, problem.initial_state, guess.parameters).states)
         found = audit(problem, states, guess.controls, guess.parameters)
 
-    def start(row: int, cost: float, violation: float) -> Attempt:
-        nodes, controls = ([_flat(value)[row] for value in values] for values in (states, guess.controls))
-        return Attempt(
-            states=nodes,
-            controls=controls,
-            costates=[torch.full_like(x, torch.nan) for x in nodes],
-            parameters=_flat(guess.parameters)[row],
-            cost=cost,
-            converged=False,
-            iterations=0,
-            status=f"not started: {why}; {advice}",
-            violation=violation,
-            wall_time=0.0,
-            history={"cost": [cost]},
-        )
-
+    whole, status = replace(guess, states=states), f"not started: {why}; {advice}"
     numbers = zip(found.cost.reshape(-1).tolist(), found.violation.reshape(-1).tolist(), strict=True)
-    return [start(row, *both) for row, both in enumerate(numbers)]
+    return [_stays(_guess_of(whole, row), *both, status) for row, both in enumerate(numbers)]
 
 
-def lost(problem: StagedOCP, guess: Guess, status: str) -> Attempt:
+def _lost(problem: StagedOCP, guess: Guess, status: str) -> Attempt:
     """The answer for a problem whose first path is not finite: its start, without a cost."""
     nodes = [problem.initial_state, *(problem.initial_state.new_full((n,), torch.nan) for n in problem.state_sizes[1:])]
-    nothing = [torch.full_like(x, torch.nan) for x in nodes]
+    return _stays(replace(guess, states=nodes), torch.nan, torch.inf, status)
+
+
+def _stays(start: Guess, cost: float, violation: float, status: str) -> Attempt:
+    """A start with states as the answer."""
     return Attempt(
-        states=nodes,
-        controls=list(guess.controls),
-        costates=nothing,
-        parameters=guess.parameters,
-        cost=torch.nan,
+        states=start.states,
+        controls=start.controls,
+        costates=[torch.full_like(x, torch.nan) for x in start.states or ()],
+        parameters=start.parameters,
+        cost=cost,
         converged=False,
         iterations=0,
         status=status,
-        violation=torch.inf,
+        violation=violation,
         wall_time=0.0,
-        history={"cost": [torch.nan]},
+        history={"cost": [cost]},
     )
 
 

@@ -26,9 +26,9 @@ from scipy.integrate import solve_bvp
 from scipy.interpolate import CubicSpline
 
 from ocnopt.checks import can_differentiate, check_choice, solver_options
-from ocnopt.errors import NonFiniteError, ProblemError
+from ocnopt.errors import ProblemError
 from ocnopt.paths import behind
-from ocnopt.solvers.alone import Attempt, each_alone, lost
+from ocnopt.solvers.alone import Attempt, each_alone
 from ocnopt.solvers.conditions import Conditions, NoMoreStepsError, Path, Steps, Vector, array
 from ocnopt.solvers.ddp import DDP
 from ocnopt.solvers.direct.casadi_solver import CasADi
@@ -107,12 +107,7 @@ class Indirect:
             )
 
         def solve_one(single: StagedOCP, start: Guess) -> Attempt:
-            try:
-                return self._solve_one(single, start, stopwatch, progress)
-            except NonFiniteError as error:
-                if not problem.batch_shape:
-                    raise
-                return lost(single, start, f"given up: {error}")
+            return self._solve_one(single, start, stopwatch, progress)
 
         with Stopwatch(self.time_limit) as stopwatch:
             return each_alone(problem, guess, solve_one, stopwatch)

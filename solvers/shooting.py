@@ -17,8 +17,8 @@ from scipy.optimize import NonlinearConstraint, minimize
 from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
 from ocnopt.checks import can_differentiate, nearest, solver_options
-from ocnopt.errors import NonFiniteError, ProblemError
-from ocnopt.solvers.alone import Attempt, each_alone, lost
+from ocnopt.errors import ProblemError
+from ocnopt.solvers.alone import Attempt, each_alone
 from ocnopt.solvers.endings import Stopwatch, stopped
 from ocnopt.solvers.shot import Shot, Vector, find_direction, first_point, kept
 from ocnopt.solvers.solution import Guess, Result
@@ -113,13 +113,8 @@ class Shooting:
 
         def solve_one(single: StagedOCP, start: Guess) -> Attempt:
             began = time.perf_counter()
-            try:
-                search = Search(self, method, Shot(single, start), stopwatch, progress)
-                search.run(first_point(search.shot, start))
-            except NonFiniteError as error:
-                if not problem.batch_shape:
-                    raise
-                return lost(single, start, f"given up: {error}")
+            search = Search(self, method, Shot(single, start), stopwatch, progress)
+            search.run(first_point(search.shot, start))
             return search.attempt(time.perf_counter() - began)
 
         with Stopwatch(self.time_limit) as stopwatch:

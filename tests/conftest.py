@@ -4,6 +4,7 @@ The annotations of the package are checked while the tests run: pyproject.toml l
 file is read.
 """
 
+import gc
 import os
 import random
 import sys
@@ -22,6 +23,16 @@ torch.set_num_threads(1)
 # No deadline: the first call compiles or imports, and a test of a time would fail on a busy machine.
 hypothesis.settings.register_profile("ocnopt", deadline=None, max_examples=20, derandomize=True, database=None)
 hypothesis.settings.load_profile("ocnopt")
+
+
+# What importing and collecting make stays: a million objects that no collection of garbage need ever look through.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """From here on garbage is collected, among what the tests make."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -3,14 +3,15 @@
 Non-strict tracing simply runs the function, on tensors that have shapes but no values. What it cannot follow, a branch
 on a value or a detour through numpy or Python numbers, becomes a ProblemError that names it.
 
-There are two ways to the same graph. ``make_fx`` is quick and sees through torch.func. ``torch.export`` with
-``strict=False`` takes some eight times longer and turns writes in place into plain operators: it is used where the
-first fails, and its errors are the ones reported.
+There are two ways to the same graph. One writes down the operators as they meet fake tensors: quick, and it sees
+through torch.func. ``torch.export`` with ``strict=False`` takes far longer and turns writes in place into plain
+operators: it is used where the first fails, and its errors are the ones reported.
 """
 
 import contextlib
 import functools
 import logging
+import operator
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,9 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.export import _trace as export_trace
 from torch.export.graph_signature import InputKind, OutputKind
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ocnopt.errors import ProblemError
 from ocnopt.solvers.lowering.expression import SHAPE_ONLY, is_mutable, operator_name
@@ -38,8 +40,12 @@ _HINTS = (
     ("Eq(u", "it branches or loops on the value of a tensor (if, while); use torch.where"),
     ("data-dependent", "it does something that depends on the value of a tensor; use torch.where"),
     ("numpy()", _NUMPY),
+    ("_higher_order_ops", "it uses cond, while_loop or the like; write it with other operators, such as torch.where"),
     ("is mutated", "it writes into a tensor made outside; create the tensor inside the function, or clone it first"),
 )  # fmt: skip
+
+
+_RESHAPING = ("aten.squeeze_.dim", "aten.squeeze_.default", "aten.unsqueeze_.default", "aten.t_.default")
 
 
 class _NotFunctionalError(Exception):
@@ -131,14 +137,82 @@ def _core_aten() -> dict[Any, Any]:
 
 
 def _quick(function: Function, arguments: Sequence[Tensor], name: str, dtype: torch.dtype) -> Program:
-    run = make_fx(function, decomposition_table=_core_aten(), tracing_mode="fake", _allow_non_fake_inputs=True)
-    traced = run(*arguments)
-    nodes = list(traced.graph.nodes)
+    recorder = _Recorder()
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        inputs = [recorder.placeholder(fake.from_tensor(a.clone())) for a in arguments]
+        with recorder:
+            result = torch.compiler.disable(function)(*inputs)
+    output = recorder.named(result)
+    nodes = list(recorder.graph.nodes)
     _check_functional(nodes)
-    constants = [node for node in nodes if node.op == "get_attr"]
-    captured = {node.name: getattr(traced, str(node.target)).detach().cpu() for node in constants}
-    inputs = [node.name for node in nodes if node.op == "placeholder"]
-    return Program(name, nodes[:-1], captured, inputs, nodes[-1].args[0], dtype)
+    captured = {key: tensor.detach().cpu() for key, tensor in recorder.captured.items()}
+    placeholders = [node.name for node in nodes if node.op == "placeholder"]
+    return Program(name, nodes, captured, placeholders, output, dtype)
+
+
+class _Recorder(TorchDispatchMode):
+    """Writes every operator down as a node, and lets what lies below it compute shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.graph = torch.fx.Graph()
+        self.captured: dict[str, Tensor] = {}
+        self._nodes: dict[int, torch.fx.Node] = {}
+        self._kept: list[Tensor] = []  # what is gone would leave its id to another
+
+    def placeholder(self, tensor: Tensor) -> Tensor:
+        """Make a tensor an argument."""
+        self._note(tensor, self.graph.placeholder("argument"))
+        return tensor
+
+    def named(self, value: Any) -> Any:
+        """The value with nodes in the place of tensors."""
+        if isinstance(value, Tensor):
+            if id(value) not in self._nodes:
+                node = self.graph.create_node("get_attr", "captured")
+                self._note(value, node)
+                self.captured[node.name] = value
+            return self._nodes[id(value)]
+        if isinstance(value, list | tuple):
+            return [self.named(part) for part in value]
+        return value
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Take an operator apart into core ones, or write it down."""
+        options = kwargs or {}
+        if func is torch.ops.prim.device.default:
+            return func(*args)
+        if apart := _core_aten().get(func):
+            with self:
+                return apart(*args, **options)
+        with self:
+            if (out := func.decompose(*args, **options)) is not NotImplemented:
+                return out
+        if func is torch.ops.aten.lift_fresh.default:  # what it is given is new in each call
+            func = torch.ops.aten.lift_fresh_copy.default
+        keywords = {key: self.named(value) for key, value in options.items()}
+        node = self.graph.call_function(self._plain(func, args), tuple(self.named(args)), keywords)
+        out = func(*args, **options)
+        self._note(out, node)
+        return out
+
+    def _plain(self, func: Any, args: Any) -> Any:
+        """A reshaping in place of an intermediate tensor, as in vector @ matrix, is one that makes another tensor."""
+        kind = str(func)
+        if kind not in _RESHAPING or (before := self.named(args[0])).op != "call_function":
+            return func
+        before.meta["val"] = args[0].detach()  # its shape until now
+        _, name, overload = kind.split(".")
+        return getattr(getattr(torch.ops.aten, name[:-1]), overload)
+
+    def _note(self, value: Any, node: torch.fx.Node) -> None:
+        node.meta["val"] = value
+        if isinstance(value, Tensor):
+            self._nodes[id(value)] = node
+            self._kept.append(value)
+        elif isinstance(value, list | tuple):
+            for i, part in enumerate(value):
+                self._note(part, self.graph.call_function(operator.getitem, (node, i)))
 
 
 def _check_functional(nodes: Sequence[torch.fx.Node]) -> None:

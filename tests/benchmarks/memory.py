@@ -41,7 +41,7 @@ def live_peak(work: Callable[[], object]) -> int:
     return peak
 
 
-def measure() -> dict[str, int]:
+def measure(iterations: int = 3) -> dict[str, int]:
     """Bytes of Adam, and of SNOpt with and without a refresh of its factors in every iteration."""
 
     def adam(model: nn.Module) -> torch.optim.Optimizer:
@@ -49,9 +49,9 @@ def measure() -> dict[str, int]:
 
     peak_bytes(adam, iterations=1)  # what torch allocates once
     return {
-        "Adam": peak_bytes(adam),
-        "SNOpt, refresh": peak_bytes(lambda model: SNOpt(model, lr=0.0, refresh_every=1)),
-        "SNOpt, first refresh, then ordinary": peak_bytes(lambda model: SNOpt(model, lr=0.0)),
+        "Adam": peak_bytes(adam, iterations),
+        "SNOpt, refresh": peak_bytes(lambda model: SNOpt(model, lr=0.0, refresh_every=1), iterations),
+        "SNOpt, first refresh, then ordinary": peak_bytes(lambda model: SNOpt(model, lr=0.0), iterations),
     }
 
 

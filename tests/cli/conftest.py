@@ -5,11 +5,26 @@ from typer.testing import CliRunner
 
 from ocnopt.cli import main
 from ocnopt.cli.main import app
+from ocnopt.runs import RunFolder
+
+
+def unpainted(folder, name, figure):
+    """In the place of ``RunFolder.draw``: the figure was made and gets its file, but painting it takes longest."""
+    folder.plots.mkdir(exist_ok=True)
+    (folder.plots / f"{name}.png").touch()
+    return f"plots/{name}.png"
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
+def painted():
+    """Asked for by tests that look at pictures."""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, request):
     """Run a command in an empty folder, on a wide terminal; returns exit code and everything printed."""
+    if "painted" not in request.fixturenames:
+        monkeypatch.setattr(RunFolder, "draw", unpainted)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(main.console, "_width", 200)
     monkeypatch.setattr(main.errors, "_width", 400)

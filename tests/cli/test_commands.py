@@ -58,6 +58,7 @@ def test_no_name(run):
     assert "no problem is named; expected 'ocnopt train NAME'" in output
 
 
+@pytest.mark.usefixtures("painted")
 def test_solve_writes_a_folder_and_resumes_it(run, tmp_path):
     code, output = run("solve", "scalar_lqr", "--steps", "20", "--out", "here")
     assert code == 0
@@ -83,7 +84,7 @@ def test_solve_writes_a_folder_and_resumes_it(run, tmp_path):
 
 
 def test_a_solve_that_does_not_converge(run):
-    code, output = run("solve", "pendulum_swing_up", "--steps", "20", "--max-iterations", "1")
+    code, output = run("solve", "catalyst_mixing_T1", "--steps", "20", "--max-iterations", "1")
     assert code == main.NOT_CONVERGED
     assert "raise --max-iterations" in output
 
@@ -113,6 +114,7 @@ def test_the_folder_of_another_command(run):
     assert "was made by 'ocnopt solve'" in output
 
 
+@pytest.mark.usefixtures("painted")
 def test_compare(run, tmp_path):
     code, output = run("compare", "scalar_lqr", "--steps", "20", "--out", "here")
     assert code == 0
@@ -140,6 +142,7 @@ def test_compare_one_solver(run):
     assert "casadi" not in output
 
 
+@pytest.mark.usefixtures("painted")
 def test_train_and_resume(run, tmp_path):
     code, output = run("train", "digits", *TRAIN, "--out", "here")
     assert code == 0
@@ -204,9 +207,10 @@ def test_a_run_resumes_with_its_threads(run, tmp_path):
         torch.set_num_threads(1)
 
 
+@pytest.mark.usefixtures("painted")
 def test_the_demo(run, tmp_path, monkeypatch):
     monkeypatch.setattr(demo_module.boat, "STEPS", 15)
-    monkeypatch.setattr(demo_module, "STUDY", replace(demo_module.STUDY, batch_size=16, iterations=12))
+    monkeypatch.setattr(demo_module, "STUDY", replace(demo_module.STUDY, batch_size=16, iterations=3))
     code, output = run("demo", "--seeds", "1", "--out", "here")
     assert code == 0, output
     for part in ("pendulum_swing_up", "own problem: a boat crosses a river", "Adam", "SNOpt + feedback T"):
@@ -239,7 +243,7 @@ def test_a_solution_as_json(run):
     result = json.loads(run.stdout)
     assert result["cost"] == pytest.approx(0.7617172453, abs=1e-10)
     assert (result["solver"], result["steps"], result["converged"], result["folder"]) == ("ddp", 20, True, "here")
-    code, _ = run("solve", "pendulum_swing_up", "--steps=20", "--max-iterations=1", "--json")
+    code, _ = run("solve", "catalyst_mixing_T1", "--steps=20", "--max-iterations=1", "--json")
     assert code == main.NOT_CONVERGED
     result = json.loads(run.stdout)
     assert not result["converged"]

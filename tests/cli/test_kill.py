@@ -1,22 +1,21 @@
 """SIGKILL at random moments: the folder stays whole, at most the steps since the last checkpoint are lost."""
 
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
+from ocnopt.cli.main import app
 from ocnopt.problems import learning_task
 from ocnopt.runs import RunFolder
 from ocnopt.training.trainer import TrainConfig, Trainer
 
 CONFIG = TrainConfig("digits", "snopt", lr=0.01, horizon="feedback", iterations=12, batch_size=8, checkpoint_every=2)
-ROOT = Path(__file__).parents[2]
 OPTIONS = [
     "--optimizer=snopt",
     "--lr=0.01",
@@ -26,38 +25,53 @@ OPTIONS = [
 ]
 
 
-def start(*arguments):
-    code = "from ocnopt.cli.main import app; app()"
-    command = [sys.executable, "-c", code, "train", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+@pytest.fixture(scope="module")
+def processes():
+    """Children of a fresh process that has imported what they need: importing torch is what takes long."""
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["ocnopt.cli.main", "ocnopt.cli.learning", "sklearn.datasets"])
+    return processes
+
+
+def command(arguments, output):
+    """The command line with its output in a file: the whole life of a child."""
+    with output.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        app(["train", *arguments])
 
 
 def wait_for_lines(path, count, process):
     """Until the metrics hold a number of lines, or the run has ended."""
-    while process.poll() is None:
+    while process.is_alive():
         if path.exists() and path.read_bytes().count(b"\n") >= count:
             return
         time.sleep(0.002)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL does not exist there")
-def test_a_killed_run_ends_like_an_unbroken_one(tmp_path):
+def test_a_killed_run_ends_like_an_unbroken_one(tmp_path, processes):
     moments = random.Random(0)
     folder = tmp_path / "run"
     metrics = folder / "metrics.jsonl"
     arguments = ["digits", *OPTIONS, "--checkpoint-every=2", f"--out={folder}"]
-    reached = 0
+    output, reached = tmp_path / "output", 0
+
+    def start():
+        process = processes.Process(target=command, args=(arguments, output))
+        process.start()
+        return process
+
     for kill in range(2):
-        process = start(*arguments)
+        process = start()
         wait_for_lines(metrics, reached + 4, process)
         time.sleep(moments.uniform(0, 0.1))
-        process.send_signal(signal.SIGKILL)
-        output = process.communicate()[0]
-        if process.returncode == 0 and kill > 0:  # a fast machine was done before the second kill
+        process.kill()
+        process.join()
+        if process.exitcode == 0 and kill > 0:  # a fast machine was done before the second kill
             reached = CONFIG.iterations
             break
-        assert process.returncode == -signal.SIGKILL, output
+        assert process.exitcode == -signal.SIGKILL, output.read_text()
         state = RunFolder.open(folder).load_checkpoint()
         done = len(RunFolder.open(folder).metrics())
         assert state is not None, f"no checkpoint after {done} iterations"
@@ -65,10 +79,10 @@ def test_a_killed_run_ends_like_an_unbroken_one(tmp_path):
         assert state["iteration"] > reached, f"kill {kill} found no progress"
         reached = state["iteration"]
         arguments = ["--resume", str(folder)]
-    process = start(*arguments)
-    output = process.communicate()[0]
-    assert process.returncode == 0, output
-    assert f"resumed after iteration {reached} of {CONFIG.iterations}" in output
+    process = start()
+    process.join()
+    assert process.exitcode == 0, output.read_text()
+    assert f"resumed after iteration {reached} of {CONFIG.iterations}" in output.read_text()
     assert (folder / "report.html").exists()
 
     unbroken = Trainer(learning_task("digits").build(), CONFIG)

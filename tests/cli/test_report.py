@@ -80,6 +80,7 @@ def test_a_page_is_whole(tmp_path):
     assert "http" not in path.read_text(encoding="utf-8")
 
 
+@pytest.mark.usefixtures("painted")
 def test_the_page_of_a_solve_shows_the_system(run, tmp_path):
     assert run("solve", "mimo_lqr_two_masses", "--steps", "20", "--out", "here")[0] == 0
     folder = tmp_path / "here"

@@ -86,6 +86,7 @@ def test_a_study_in_which_all_diverge(run, monkeypatch):
     assert "2 of 2 diverged" in output
 
 
+@pytest.mark.usefixtures("painted")
 def test_a_study_draws_the_pictures_of_its_task(run, tmp_path, monkeypatch):
     whole = STUDIES["learned-steps"]
     small = replace(whole, problems=("spiral",), methods=whole.methods[:2], seeds=1, epochs=2)

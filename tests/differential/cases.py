@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ocnopt.differential.differentiate import Expansion, differentiate
 from ocnopt.modules import from_module
 from ocnopt.ocp import OCP, FreeHorizon, Horizon
+from tests.differential.dense import Dense, Oracle
 
 
 class Case(NamedTuple):
@@ -209,3 +210,9 @@ def expansion(name: str, curvature: str) -> Expansion:
     problem, controls = case(name)
     options = {} if curvature == "gauss_newton" and problem.running_cost is None else {"rtol": 1e-7, "atol": 1e-7}
     return differentiate(problem, controls=controls, curvature=curvature, **options)
+
+
+@functools.cache
+def oracle(name: str, curvature: str, k: int = 0) -> Dense:
+    """Its dense derivatives at the start of control step k."""
+    return Oracle(*case(name)).dense(k, exact=curvature == "exact")

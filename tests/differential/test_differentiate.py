@@ -1,7 +1,6 @@
 """Every derivative of every case against dense derivatives of a fixed fine grid, and what the passes owe besides."""
 
 import dataclasses
-import functools
 import math
 
 import pytest
@@ -16,8 +15,7 @@ from ocnopt.differential.hvp import hvp
 from ocnopt.differential.stretches import trace
 from ocnopt.errors import NonFiniteError
 from ocnopt.ocp import OCP, FreeHorizon
-from tests.differential.cases import CASES, autograd_inside, case, expansion, pendulum
-from tests.differential.dense import Dense, Oracle
+from tests.differential.cases import CASES, autograd_inside, case, expansion, oracle, pendulum
 from tests.oracles.compare import relative_error
 
 # With a running cost, Gauss-Newton is the exact pass with another curvature: a few cases are enough.
@@ -29,11 +27,6 @@ STAGED = pytest.mark.parametrize(
 )
 # The largest error allowed, relative to the largest entry.
 MATRICES, COLUMNS = 1e-6, 1e-8
-
-
-@functools.cache
-def oracle(name: str, curvature: str, k: int = 0) -> Dense:
-    return Oracle(*case(name)).dense(k, exact=curvature == "exact")
 
 
 def check(actual, expected, limit):

@@ -1,4 +1,4 @@
-"""The built wheel holds the whole package and nothing else, with or without the links in the checkout."""
+"""The built wheel holds the whole package and nothing else; without the links in the checkout it is the same."""
 
 import os
 import shutil
@@ -21,21 +21,25 @@ def run(command, cwd, **environment):
     return result.stdout
 
 
-@pytest.fixture(scope="module", params=["with links", "without links"])
-def wheel(request, tmp_path_factory):
+def build(folder, links=True):
     """Build from a copy, which leaves no build folder behind; where git makes no links it writes text files instead."""
-    copy = tmp_path_factory.mktemp("copy") / "ocnopt"
-    for folder in FOLDERS:
-        shutil.copytree(ROOT / folder, copy / folder, symlinks=True, ignore=IGNORED)
+    copy = folder / "ocnopt"
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=IGNORED)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy / name)
-    if request.param == "without links":
+    if not links:
         for name in ("problems", "solvers"):
             (copy / "ocnopt" / name).unlink()
             (copy / "ocnopt" / name).write_text(f"../{name}")
     run(["-m", "build", "--wheel", "--no-isolation", "--outdir", str(copy / "dist")], cwd=copy)
     (built,) = (copy / "dist").glob("*.whl")
     return built
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +50,19 @@ def installed(wheel):
     return target
 
 
+def contents(wheel):
+    """The name and the check sum of every file."""
+    return {entry.filename: entry.CRC for entry in zipfile.ZipFile(wheel).infolist()}
+
+
 def test_the_wheel_holds_every_file_of_the_package(wheel):
-    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    held = {name for name in contents(wheel) if ".dist-info/" not in name}
     assert held == set(package_files())
     assert "ocnopt/py.typed" in held
+
+
+def test_without_the_links_the_wheel_is_the_same(wheel, tmp_path):
+    assert contents(build(tmp_path, links=False)) == contents(wheel)
 
 
 def test_only_ocnopt_lands_in_site_packages(installed):

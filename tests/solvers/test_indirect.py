@@ -8,7 +8,8 @@ import torch
 from scipy.linalg import expm
 
 import ocnopt as oc
-from ocnopt.solvers.conditions import Conditions
+from ocnopt.solvers.conditions import Conditions, Steps
+from ocnopt.solvers.endings import Stopwatch
 from ocnopt.solvers.hamiltonian import Hamiltonian
 from ocnopt.solvers.indirect import Indirect
 from tests.oracles.compare import assert_close
@@ -40,7 +41,7 @@ def ended(**options):
 
 def test_jacobians_against_finite_differences():
     staged = oc.transcribe(ended(), 4)
-    c = Conditions(staged, staged.origin, 10)
+    c = Conditions(staged, staged.origin, Steps(10, Stopwatch(None)))
     s, rng = np.linspace(0.0, 1.0, 5), np.random.default_rng(0)
     y, numbers = rng.standard_normal((3 * c.n + 1, 5)) + 0.5, np.array([0.3, 1.2, 0.7])
     c.remember(s, np.zeros((1, 5)))
@@ -74,7 +75,7 @@ def test_the_minimum_over_the_box(bounds):
     x = torch.linspace(-1, 1, 7, dtype=torch.float64)
     w = torch.stack([x, x, torch.full_like(x, 0.05), x], dim=-1)
     found = h.minimise(torch.zeros(7, dtype=torch.float64), w)[:, h.u]
-    grid = torch.linspace(-1.6, 1.6, 1601, dtype=torch.float64)
+    grid = torch.linspace(-1.6, 1.6, 801, dtype=torch.float64)
     lower, upper = (-1e9, 1e9) if bounds is None else bounds
     for row, value in enumerate(x):
         u0, u1 = torch.meshgrid(grid.clamp(lower, upper), grid.clamp(lower, upper), indexing="ij")

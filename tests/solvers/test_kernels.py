@@ -39,10 +39,10 @@ def near(actual, expected, tolerance):
         assert float((actual - expected).abs().max()) <= tolerance * (1 + float(expected.abs().max()))
 
 
-def assert_agree(problem, **options):
+def assert_agree(problem, kernels=tuple(LOWERED), **options):
     """Cost, states and gains of the kernels at the minimum."""
     right = solve(problem, kernel="torch", **options)
-    others = {kernel: solve(problem, kernel="lowered", compile=flag, **options) for kernel, flag in LOWERED.items()}
+    others = {kernel: solve(problem, kernel="lowered", compile=LOWERED[kernel], **options) for kernel in kernels}
     for kernel, found in {"torch": right, **others}.items():
         assert_converged(found)
         statuses = found.status if isinstance(found.status, list) else [found.status]
@@ -72,7 +72,13 @@ def test_the_car_a_few_steps_on():
 @settings(max_examples=10)
 @given(seed=st.integers(0, 1000), n=st.integers(1, 4), m=st.integers(1, 2), q=st.integers(0, 2))
 def test_linear_quadratic_problems(seed, n, m, q):
-    assert_agree(random_affine_quadratic(seed, 8, n, m, q).staged())
+    assert_agree(random_affine_quadratic(seed, 8, n, m, q).staged(), ("lowered",))
+
+
+@pytest.mark.parametrize(("n", "m", "q"), [(1, 2, 1), (4, 1, 2), (3, 2, 0)])
+def test_linear_quadratic_problems_compiled(n, m, q):
+    """Few: the compiler works on each for a second."""
+    assert_agree(random_affine_quadratic(0, 8, n, m, q).staged())
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 2)])

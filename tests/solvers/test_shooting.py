@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import ocnopt as oc
+from ocnopt.solvers.endings import Stopwatch
 from ocnopt.solvers.guess import read_guess
 from ocnopt.solvers.shooting import METHODS, Search, Shooting
 from ocnopt.solvers.shot import Shot, find_direction, first_point
@@ -164,7 +165,7 @@ def test_a_batch_of_stages_with_parameters_and_captured_data():
 def test_it_leaves_a_saddle():
     shot, v = shot_of(pendulum(initial_guess={"controls": torch.zeros(20, 1)}), steps=20)
     assert float(np.abs(shot.gradient(v)).max()) < 1e-12
-    search = Search(Shooting(), "trust-exact", shot, progress=False)
+    search = Search(Shooting(), "trust-exact", shot, Stopwatch(None), progress=False)
     search.run(v)
     assert search.saddles == 1
     assert search.costs[0] == pytest.approx(2.0)

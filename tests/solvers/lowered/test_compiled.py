@@ -260,17 +260,19 @@ class TestCache:
         assert self.value(built(self.fold())) == 2.0
 
     def test_two_processes_at_once(self, empty_cache):
+        """This one and another, which waits for the word to begin."""
         code = (
             "from ocnopt.solvers.solve import solve\nfrom tests.solvers.cases import swing\n"
-            "print(solve(swing(), steps=5, compile=True).status)"
+            "input('ready\\n')\nprint(solve(swing(), steps=5, compile=True).status)"
         )
         environment = {**os.environ, "XDG_CACHE_HOME": str(empty_cache.parent.parent)}
-        runs = [
-            subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-            for _ in range(2)
-        ]
-        for run in runs:
-            assert run.communicate()[0].strip().endswith("(compiled kernel)")
+        command, pipes = [sys.executable, "-u", "-c", code], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        with subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes) as other:
+            assert other.stdout.readline() == "ready\n"
+            other.stdin.write("go\n")
+            other.stdin.flush()
+            assert solve(swing(), steps=5, compile=True).status.endswith("(compiled kernel)")
+            assert other.communicate()[0].strip().endswith("(compiled kernel)")
         assert {path.suffix for path in empty_cache.iterdir()} == {".so"}
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from torch.func import grad, hessian, jacfwd, jacrev, jvp
 
 from ocnopt.errors import ProblemError
+from ocnopt.solvers.lowering import tracing
 from ocnopt.solvers.lowering.lowering import lower, scattered
 
 F64 = torch.float64
@@ -368,3 +369,19 @@ def test_tracing_leaves_the_standard_error_of_other_threads_alone():
     with contextlib.redirect_stderr(io.StringIO()) as mine:
         lower(function, [[X]], "dynamics")
     assert all(stream is mine for stream in seen)
+
+
+def test_a_captured_tensor_is_an_output_of_its_own():
+    W = torch.tensor([3.0, 4.0], dtype=F64)
+    one, two = lower(lambda x: (W, x), [[W.clone()]], "both").function()([5.0, 6.0])
+    assert one.full()[:, 0].tolist() == [3.0, 4.0]
+    assert two.full()[:, 0].tolist() == [5.0, 6.0]
+
+
+def test_a_vector_times_a_matrix_is_traced_quickly(monkeypatch):
+    """Inside it torch takes an axis away in place, which changes no number."""
+    monkeypatch.setattr(tracing, "_export", None)
+    A = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], dtype=F64)
+    one, two = lower(lambda x: (x @ A, (x @ A)[:1] @ A[:1]), [[A[:, 0]]], "both").function()([10.0, 1.0])
+    assert one.full()[:, 0].tolist() == [14.0, 25.0, 36.0]
+    assert two.full()[:, 0].tolist() == [14.0, 28.0, 42.0]
