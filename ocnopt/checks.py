@@ -171,10 +171,7 @@ def _bound(name: str, value: Any, size: int, dtype: torch.dtype, device: torch.d
             f"{name} is {value!r}; expected numbers: float('inf') or -float('inf') stands for a side without a bound"
         )
     if isinstance(value, Tensor) and value.requires_grad:
-        raise ProblemError(
-            f"{name} requires grad, but no gradient reaches bounds; expected .detach(), or a constraint that reads it "
-            "from data"
-        )
+        raise ProblemError(f"{name} requires grad, but no gradient reaches bounds; expected .detach() or a constraint")
     try:
         side = torch.as_tensor(_real(value), dtype=dtype, device=device)
         side = side.expand(*(side.shape[:-1] if table and side.ndim == 2 else ()), size).clone()
