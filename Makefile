@@ -16,7 +16,7 @@ help:
 	@echo "make coverage  the same, with coverage of lines: half as long again"
 	@echo "make lint    format, lint, types, layers, sizes"
 	@echo "make format  rewrite the files in the project's format"
-	@echo "make bench   measure against Adam, IPOPT and torchdiffeq, in turn"
+	@echo "make bench   measure against Adam, IPOPT, torchdiffeq and, where installed, crocoddyl and mpc.pytorch"
 
 setup: $(STAMP)
 

@@ -213,7 +213,9 @@ def find_direction(kernel: Kernel, iterate: Iterate, mu: Tensor, curvature: Curv
     if bool(keep.all()):
         return direction, convex
     rows = (~keep).nonzero()
-    if kernel.apart and keep.ndim == 1 and 4 * len(rows) <= keep.numel():
+    # the torch kernel has expanded the whole path already, and would expand a part of it anew
+    share = 0.25 if kernel.name == "torch" else 0.9
+    if kernel.apart and keep.ndim == 1 and len(rows) <= share * keep.numel():
         rows = rows[:, 0]
         some = kernel.direction(pick_rows(iterate, rows).path, mu[rows], exact=False)
         return put_rows(direction, rows, some), convex

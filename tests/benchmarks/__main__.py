@@ -2,7 +2,9 @@
 
 python -m tests.benchmarks [PART ...] [--quick] [--full] [--against PATH], where PART is one of
 
-    iterations memory race engines layerwise control batch mpc versions
+    iterations memory race engines layerwise control batch scaling mpc_pytorch gradients mpc versions
+
+Peers that are not installed are named as such: see ``mpc_pytorch`` for how to install them.
 """
 
 import argparse
@@ -16,8 +18,22 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tests.benchmarks import batch, cases, control, engines, iterations, layerwise, memory, mpc, race, versions
+from tests.benchmarks import (
+    batch,
+    cases,
+    control,
+    engines,
+    gradients,
+    iterations,
+    layerwise,
+    memory,
+    mpc,
+    mpc_pytorch,
+    race,
+    versions,
+)
 
+ABSENT = "not installed (pip install 'ocnopt[peers]')"
 console = Console(width=max(120, Console().width))  # or the tables break where the output is piped
 
 
@@ -129,22 +145,25 @@ def show_layerwise(options: Options) -> None:
 
 
 def show_control(options: Options) -> None:
-    """DDP against CasADi with IPOPT, and its kernels against each other."""
+    """DDP against CasADi with IPOPT and crocoddyl, and its kernels against each other."""
     rows = []
     for name, steps, ways, wanted in control.CASES:
         if options.quick and steps > 100:
             continue
-        for entry, limit in zip(
-            control.measure(name, steps, ways, 2 if options.quick else 5), (*wanted, None), strict=True
-        ):
-            ratios = [f"{entry.ratio:.2f}", most(limit), f"{entry.first:.2f}"]
-            found = [f"{entry.milliseconds:.1f}", str(entry.iterations), f"{entry.difference:.0e}"]
-            rows.append([name, str(steps), entry.name, *ratios, *found])
+        found = control.measure(name, steps, ways, 2 if options.quick else 5)
+        for way, entry, limit in zip(ways, found, (*wanted, None), strict=True):
+            if entry is None:
+                rows.append([name, str(steps), way.name, ABSENT])
+                continue
+            times = [f"{entry.ratio:.2f}", most(limit), f"{entry.first:.2f}", f"{entry.milliseconds:.1f}"]
+            ends = [str(entry.iterations), f"{entry.difference:.0e}", "" if entry.converged else "not converged"]
+            rows.append([name, str(steps), way.name, *times, *ends])
     show(
         "whole solves, kernels and NLP built beforehand, over the last one of each problem",
-        ["problem", "N", "solver", "ratio", "wanted", "first", "ms", "iterations", "cost diff."],
+        ["problem", "N", "solver", "ratio", "wanted", "first", "ms", "iterations", "cost diff.", ""],
         rows,
-        "best CPU times of solves in turn, and the ratio of the very first ones, which use what was just built",
+        "best CPU times of solves in turn, and the ratio of the very first ones, which use what was just built; "
+        "crocoddyl by FDDP or BoxFDDP from the same start, its Python models on CasADi's derivatives",
     )
 
 
@@ -164,6 +183,55 @@ def show_batch(options: Options) -> None:
         ["problem", "batch", "kernel", "ms each", "IPOPT ms", "gain", "wanted", "converged", "same cost"],
         rows,
         "initial states the library's plus normal noise of 0.1; IPOPT: mean over the first six",
+    )
+
+
+def show_scaling(options: Options) -> None:
+    """Whether a problem costs more in a large batch."""
+    rows = [
+        [name, *(f"{1e3 * value:.0f}" for value in found[:2]), f"{found.ratio:.2f}", "<= 1"]
+        for name in batch.PROBLEMS
+        for found in [batch.scaling(name, large=512 if options.quick else 8192)]
+    ]
+    show(
+        "cost of a problem in batches of 256 and in one of 8192, compiled, N = 100",
+        ["problem", "256, us each", "8192, us each", "ratio", "wanted"],
+        rows,
+        "medians of CPU times in turn, the batches of 256 cut from the large one",
+    )
+
+
+def show_mpc_pytorch(options: Options) -> None:
+    """Batches against mpc.pytorch."""
+    rows = []
+    for size in (64,) if options.quick else (64, 1024):
+        if not mpc_pytorch.INSTALLED:
+            rows.append([str(size), "mpc.pytorch", "not installed (how: tests/benchmarks/mpc_pytorch.py)"])
+            continue
+        for found in mpc_pytorch.measure(size):
+            wanted = ">= 3" if found.name == "compiled" else ""
+            times = [f"{found.milliseconds:.3f}", f"{found.gain:.0f}", wanted]
+            rows.append([str(size), found.name, *times, f"{found.iterations:.1f}", f"{found.same} of {size}"])
+    show(
+        "batches of a pendulum with bounded torque: throughput over that of mpc.pytorch, N = 100",
+        ["batch", "solver", "ms each", "gain", "wanted", "iterations", "same cost"],
+        rows,
+        "CPU time of whole calls; mpc.pytorch with its analytic Jacobians, a quadratic cost and the tolerances of its "
+        "own pendulum; iterations of the slowest problem there, on average here; same cost: to 1e-6",
+    )
+
+
+def show_gradients(options: Options) -> None:
+    """The gradient of a solution over an iteration of the solver."""
+    rows = []
+    for found in (gradients.measure(size, 3 if options.quick else 7) for size in (1, 64, 512)):
+        times = [f"{found.milliseconds:.2f}", f"{found.over_iteration:.2f}", "<= 2", f"{found.over_solve:.2f}"]
+        rows.append([str(found.batch), *times])
+    show(
+        "pendulum_swing_up, N = 100: gradient of a loss of states and controls in the initial state",
+        ["batch", "ms", "/ iteration", "wanted", "/ compiled solve"],
+        rows,
+        "median CPU time of backward(), over an iteration of DDP with the torch kernel and over a whole compiled solve",
     )
 
 
@@ -212,6 +280,9 @@ PARTS: dict[str, Callable[[Options], None]] = {
     "control": show_control,
     "batch": show_batch,
     "mpc": show_mpc,
+    "scaling": show_scaling,
+    "mpc_pytorch": show_mpc_pytorch,
+    "gradients": show_gradients,
     "versions": show_versions,
 }
 

@@ -1,6 +1,7 @@
 """A batch solved at once over a loop of IPOPT: random initial states near the library's, milliseconds per problem."""
 
 from collections.abc import Sequence
+from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -32,12 +33,25 @@ class Throughput(NamedTuple):
         return self.ipopt_milliseconds / self.milliseconds
 
 
+class Scaling(NamedTuple):
+    """Milliseconds per problem in small batches and in a large one, and the median of their ratios."""
+
+    small: float
+    large: float
+    ratio: float
+
+
+def starts_near(name: str, batch: int) -> torch.Tensor:
+    """Initial states near that of the library."""
+    state = oc.problems.control(name).build().initial_state
+    noise = torch.randn(batch, state.shape[-1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return state + SPREAD * noise
+
+
 def measure(name: str, batch: int, ways: Sequence[Way] = WAYS, steps: int = 100, rows: int = 6) -> list[Throughput]:
     """Half of the loop, the batch each way, the other half."""
     record = oc.problems.control(name)
-    state = record.build().initial_state
-    noise = torch.randn(batch, state.shape[-1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    starts = state + SPREAD * noise
+    starts = starts_near(name, batch)
 
     def loop(part: torch.Tensor) -> oc.Solution:
         return timed_solve(record.build(initial_state=part), IPOPT, steps)
@@ -57,3 +71,18 @@ def measure(name: str, batch: int, ways: Sequence[Way] = WAYS, steps: int = 100,
         )
         for way, solution in zip(ways, together, strict=True)
     ]
+
+
+def scaling(
+    name: str, small: int = 256, large: int = 8192, steps: int = 100, parts: int = 4, repeats: int = 3
+) -> Scaling:
+    """Some small batches out of the large one, the large one, and so on."""
+    record, starts = oc.problems.control(name), starts_near(name, large)
+
+    def each(part: torch.Tensor) -> float:
+        return 1e3 * timed_solve(record.build(initial_state=part), COMPILED, steps).wall_time / len(part)
+
+    chosen = starts.split(small)[:parts]
+    rounds = [(sum(each(part) for part in chosen) / len(chosen), each(starts)) for _ in range(repeats)]
+    few, many = (median(column) for column in zip(*rounds, strict=True))
+    return Scaling(few, many, median(there / here for here, there in rounds))

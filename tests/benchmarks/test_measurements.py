@@ -1,8 +1,22 @@
 """The measurements run; what they measure is no matter for a test."""
 
 import pytest
+import torch
 
-from tests.benchmarks import batch, cases, control, engines, iterations, layerwise, memory, mpc, race, versions
+from tests.benchmarks import (
+    batch,
+    cases,
+    control,
+    engines,
+    gradients,
+    iterations,
+    layerwise,
+    memory,
+    mpc,
+    mpc_pytorch,
+    race,
+    versions,
+)
 
 
 def test_iterations():
@@ -30,8 +44,10 @@ def test_engines(method):
 
 
 def test_control():
-    found = control.measure("pendulum_swing_up", 20, control.WAYS, repeats=1)
-    assert [entry.name for entry in found] == ["compiled", "lowered", "IPOPT"]
+    found = control.measure("pendulum_swing_up", 20, control.BESIDE, repeats=1)
+    assert (found[2] is None) is not control.peer.INSTALLED
+    found = [entry for entry in found if entry is not None]
+    assert {"compiled", "lowered", "IPOPT"} <= {entry.name for entry in found}
     assert min(entry.milliseconds for entry in found) > 0
     assert max(entry.difference for entry in found) < 1e-9
 
@@ -46,6 +62,37 @@ def test_batch():
     for found in batch.measure("pendulum_swing_up", batch=3, steps=20, rows=2):
         assert (found.converged, found.same) == (3, 2)
         assert found.gain > 0
+
+
+def test_scaling():
+    assert batch.scaling("pendulum_swing_up", small=2, large=3, steps=20, repeats=1).ratio > 0
+
+
+def test_gradients():
+    assert gradients.measure(2, repeats=1, steps=20).over_iteration > 0
+
+
+def test_the_embedded_pendulum_is_the_same_problem():
+    starts = torch.tensor([[3.0, 0.4], [-1.0, 2.0]], dtype=torch.float64)
+    problem, dynamics = mpc_pytorch.pendulums(starts), mpc_pytorch.Embedded()
+    x = torch.stack([starts[:, 0].cos(), starts[:, 0].sin(), starts[:, 1]], -1)
+    u = torch.tensor([[0.5], [-2.0]], dtype=torch.float64)
+    angle, rate = problem.groups[0].stage.dynamics(torch.tensor(0), starts, u).unbind(-1)
+    torch.testing.assert_close(dynamics(x, u), torch.stack([angle.cos(), angle.sin(), rate], -1))
+    slopes = torch.func.vmap(torch.func.jacrev(lambda x, u: dynamics(x[None], u[None])[0], argnums=(0, 1)))(x, u)
+    torch.testing.assert_close(dynamics.grad_input(x, u), slopes)
+
+
+def test_crocoddyl_solves_its_unicycle():
+    pytest.importorskip("crocoddyl")
+    found = control.measure(control.UNICYCLE, 20, (control.COMPILED, *control.PEERS, control.IPOPT), repeats=1)
+    assert max(entry.difference for entry in found) < 1e-9
+
+
+def test_mpc_pytorch():
+    pytest.importorskip("mpc.mpc")
+    theirs, ours = mpc_pytorch.measure(2, (control.COMPILED,), max_iterations=2)
+    assert (theirs.iterations, ours.name) == (2, "compiled")
 
 
 def test_cases():
