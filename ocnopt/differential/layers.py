@@ -24,7 +24,7 @@ Layers that act on the same states at the same time are players of a game:
 
     w = v' + S' s,   v = (1 - S' n) v',   S = (1 - S' n) S',   the bracket within [0, 1]
 
-Shapes: v ``(B,)``, S = R R^T with R ``(B, B)``, for ``sample`` a diagonal ``(B,)``.
+Shapes: v ``(B,)``, S = R (L L^T)^-1 R^T with R ``(B, B)``, at the end and for ``sample`` a diagonal ``(B,)``.
 
 Sources: Liu, Chen, Theodorou, DDPNOpt (arXiv 2002.08809); Chen, Liu, Theodorou, DGNOpt (2105.03788); OCNOpt
 (2510.14168). The form over the batch is Woodbury's identity applied to the Bellman step of the stacked samples.
@@ -47,22 +47,37 @@ _SMALL = 2**14
 
 
 class CostToGo(NamedTuple):
-    """V in the span of the costates, S = R R^T; R is a diagonal ``(B,)`` where samples do not meet.
-
-    As the readout of a player, what it answers to: w = v + S s.
-    """
+    """V in the span of the costates, S = R (L L^T)^-1 R^T; R is ``(B,)`` where it is diagonal, no L is the identity."""
 
     v: Tensor
     R: Tensor
+    L: Tensor | None = None
+
+    @property
+    def root(self) -> Tensor:
+        """Q of S = Q Q^T."""
+        if self.L is None:
+            return self.R
+        return torch.linalg.solve_triangular(self.L, _matrix(self.R).mT, upper=False).mT
+
+
+class Answer(NamedTuple):
+    """What a player answers to, w = v + S s; S is ``(B,)`` where samples do not meet, None where nothing is fed back.
+
+    The matrix is spelt out: triangular factors would cost every player two solutions.
+    """
+
+    v: Tensor
+    S: Tensor | None
 
     def weights(self, s: Tensor | None) -> Tensor:
         """The weight w of each sample's gradient; None is no change."""
-        if s is None:
+        if s is None or self.S is None:
             return self.v
-        return torch.addmv(self.v, self.R, self.R.mT.mv(s)) if self.R.ndim == 2 else self.v + self.R.square() * s
+        return torch.addmv(self.v, self.S, s) if self.S.ndim == 2 else torch.addcmul(self.v, self.S, s)
 
 
-Readouts = list[CostToGo]
+Answers = list[Answer]
 
 
 @runtime_checkable
@@ -79,56 +94,83 @@ class Metric(Protocol):
 Group = Sequence[Tensor]  # N of each player
 
 
-def cooperative(group: Group, value: CostToGo) -> tuple[CostToGo, Readouts]:
+def cooperative(group: Group, value: CostToGo) -> tuple[CostToGo, Answers]:
     """The joint minimum; the last player is minimised out first, and each N becomes the sum from there on."""
     totals = [*accumulate(reversed(group), lambda total, N: N.add_(total))]  # S^-1 grows by N
     at_once = max(1, _SMALL // value.v.numel() ** 2)
-    parts = [totals[k : k + at_once] for k in range(0, len(totals), at_once)]
-    readouts = [answer for part in parts for answer in _minimised(part, value)]
-    return readouts[-1], readouts[::-1]
+    answers: Answers = []
+    start = value
+    for k in range(0, len(totals), at_once):
+        start, part = _minimised(totals[k : k + at_once], value)
+        answers += part
+    return start, answers[::-1]
 
 
-def feedback(group: Group, value: CostToGo) -> tuple[CostToGo, Readouts]:
+def feedback(group: Group, value: CostToGo) -> tuple[CostToGo, Answers]:
     """Each player against V' alone, and V under their joint move."""
     if len(group) == 1:
         return cooperative(group, value)
-    readouts = _minimised(group, value)
-    R = value.R if value.R.ndim == 2 else torch.diag(value.R)
-    own = [(N, readout.v, readout.R @ readout.R.mT) for N, readout in zip(group, readouts, strict=True)]
+    _, answers = _minimised(group, value)
+    R = _matrix(value.root)
+    own = [(N, answer.v, answer.S) for N, answer in zip(group, answers, strict=True) if answer.S is not None]
     # s' = s - sum_j N_j (v_j + S_j s), at the price 1/2 sum_j w_j^T N_j w_j
     stays = torch.diag(torch.ones_like(value.v)) - sum(N @ S for N, _, S in own)
     back, ahead = R.mT @ stays, value.v - R @ (R.mT @ sum(N @ v for N, v, _ in own))
     S = back.mT @ back + sum(S @ N @ S for N, _, S in own)
     v = stays.mT @ ahead + sum(S @ (N @ v) for N, v, S in own)
     values, vectors = torch.linalg.eigh(S)
-    return CostToGo(v, vectors * values.clamp(min=0.0).sqrt()), readouts
+    return CostToGo(v, vectors * values.clamp(min=0.0).sqrt()), answers
 
 
-def open_loop(group: Group, value: CostToGo) -> tuple[CostToGo, Readouts]:
+def open_loop(group: Group, value: CostToGo) -> tuple[CostToGo, Answers]:
     """Each player alone, without feedback."""
-    return value, [CostToGo(own.v, torch.zeros_like(own.v)) for own in _minimised(group, value)]
+    return value, [Answer(own.v, None) for own in _minimised(group, value)[1]]
 
 
-def sample(group: Group, value: CostToGo) -> tuple[CostToGo, Readouts]:
+def sample(group: Group, value: CostToGo) -> tuple[CostToGo, Answers]:
     """The published step; N are the diagonals, and players are taken one after the other."""
-    readouts = []
+    answers = []
     for n in reversed(group):
-        readouts.append(value)
-        left = (1.0 - value.R.square() * n).clamp(0.0, 1.0)
+        S = value.R.square()
+        answers.append(Answer(value.v, S))
+        left = (1.0 - S * n).clamp(0.0, 1.0)
         value = CostToGo(left * value.v, left.sqrt() * value.R)
-    return value, readouts[::-1]
+    return value, answers[::-1]
 
 
-def _minimised(group: Group, value: CostToGo) -> Readouts:
-    """(I + S N)^-1 [v  S] with S = R R^T, for each N: R (I + R^T N R)^-1 R^T is again of that form."""
-    v, R, N = *value, torch.stack([*group])
+def grams(players: Sequence[tuple[Metric, "Gradients"]]) -> list[Tensor]:
+    """N of each player; of small layers under M = I / scale, whose calls are what they cost, in few."""
+    scales = [metric.scale for metric, _ in players if isinstance(metric, Scaled)]
+    owns, rows = [own for _, own in players], len(players[0][1])
+    pairs = [own.factored for own in owns if own.factored is not None]
+    kinds = {(own.bias, own.weight, g.dtype, g.device) for own, (_, g) in zip(owns, pairs, strict=False)}
+    is_small = len(players) * rows**2 <= _SMALL
+    if not is_small or len(scales) < len(players) or len(pairs) < len(players) or len(kinds) > 1:
+        return [metric.gram(own) for metric, own in players]
+    parts = [part for of_one in zip(*pairs, strict=True) for part in of_one]
+    products = parts[0].new_empty(len(parts), rows, rows)
+    for part, product in zip(parts, products.unbind(), strict=True):
+        torch.mm(part, part.mT, out=product)
+    of_z, of_g = products.chunk(2)
+    return [*_products(of_z, of_g, owns[0]).mul_(of_g.new_tensor(scales)[:, None, None]).unbind()]
+
+
+def _minimised(group: Group, value: CostToGo) -> tuple[CostToGo, Answers]:
+    """(I + S N)^-1 [v  S] with S = R R^T for each N, so R (I + R^T N R)^-1 R^T for S; the value behind the last."""
+    v, R, N = value.v, value.root, torch.stack([*group])
     pull = (N @ v)[:, :, None]
     N = R.mT @ N @ R if R.ndim == 2 else N.mul_(R).mul_(R[:, None])
     N.diagonal(dim1=1, dim2=2).add_(1.0)
-    N = torch.linalg.cholesky_ex(N)[0]
-    R = torch.linalg.solve_triangular(N, R.mT if R.ndim == 2 else torch.diag(R), upper=False).mT
-    v = torch.baddbmm(v[:, None], R, R.mT.bmm(pull), alpha=-1.0)[:, :, 0]
-    return [CostToGo(*answer) for answer in zip(v, R, strict=True)]
+    L = torch.linalg.cholesky_ex(N)[0]
+    S = torch.cholesky_inverse(L)
+    S = R @ S @ R.mT if R.ndim == 2 else S.mul_(R).mul_(R[:, None])
+    left = torch.baddbmm(v[:, None], S, pull, alpha=-1.0)[:, :, 0]
+    answers = [Answer(*answer) for answer in zip(left.unbind(), S.unbind(), strict=True)]
+    return CostToGo(answers[-1].v, R, L[-1]), answers
+
+
+def _matrix(R: Tensor) -> Tensor:
+    return R if R.ndim == 2 else torch.diag(R)
 
 
 @dataclass

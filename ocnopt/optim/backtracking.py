@@ -19,7 +19,7 @@ from torch.optim.optimizer import ParamsT
 
 from ocnopt.checks import check_count
 from ocnopt.errors import NonFiniteError, ProblemError
-from ocnopt.optim.descent import POSITIVE, Descent, calls_backward, found_gradients, loss_of, needed
+from ocnopt.optim.descent import POSITIVE, Descent, calls_backward, check_finite, found_gradients, loss_of, needed
 
 GROW, SHRINK, SHORTEST = 2.0, 0.9, 1e-20
 
@@ -81,6 +81,7 @@ class Backtracking(Descent):
             except RuntimeError as error:
                 raise (calls_backward() if "second time" in str(error) else error) from error
         found = found_gradients(self)
+        check_finite(found)
         gradients = [(p, g, moved.group["lr"]) for moved in found for p, g in zip(*moved[1:3], strict=True)]
         _, factor = _search(gradients, float(loss), lambda: torch.as_tensor(loss_of(closure)))
         for group in self.param_groups:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ocnopt.checks import check_choice, check_number, is_number, listed
 from ocnopt.errors import NonFiniteError, ProblemError
-from ocnopt.optim.checks import check_gradients, check_option_names, check_same_shape
+from ocnopt.optim.checks import check_dense, check_gradients, check_option_names, check_same_shape, not_finite, sizes
 from ocnopt.optim.manifolds import DRIFT, check_on_manifold, drifts, put_onto
 
 
@@ -134,6 +134,7 @@ class GradientDescent(Descent):
         try:
             changes = [self._change(moved) for moved in found]
         except torch.linalg.LinAlgError as error:
+            check_finite(found)
             raise _cannot_step(self, f"has no solution ({error})") from error
         for moved, change in zip(found, changes, strict=True):
             _check_change(self, moved, change)
@@ -154,11 +155,10 @@ def is_constrained(group: Mapping[str, Any]) -> bool:
 
 
 def found_gradients(optimizer: Descent) -> list[Moved]:
-    """The gradients of each group, negated where it maximises, looked at before anything moves.
+    """The gradients of each group, negated where it maximises.
 
     Raises:
         ProblemError: one is sparse, or an option is out of range.
-        NonFiniteError: one holds NaN or infinity.
     """
     found = []
     for group in optimizer.param_groups:
@@ -168,11 +168,16 @@ def found_gradients(optimizer: Descent) -> list[Moved]:
         if live:
             parameters = [parameter for parameter, _ in live]
             found.append(Moved(group, parameters, [p.grad for p in parameters], [name for _, name in live]))
-    check_gradients(item for moved in found for item in zip(moved.names, moved.parameters, strict=True))
+    check_dense(item for moved in found for item in zip(moved.names, moved.parameters, strict=True))
     return [
         moved._replace(gradients=[*torch._foreach_neg(moved.gradients)]) if moved.group.get("maximize") else moved
         for moved in found
     ]
+
+
+def check_finite(found: Sequence[Moved]) -> None:
+    """Refuse gradients with NaN or infinity."""
+    check_gradients(item for moved in found for item in zip(moved.names, moved.parameters, strict=True))
 
 
 def needed(closure: Callable[[], Any] | None, example: str) -> Callable[[], Any]:
@@ -236,10 +241,11 @@ def names_of(group: Mapping[str, Any]) -> list[str]:
 
 def _check_change(optimizer: Descent, moved: Moved, change: Change) -> None:
     """Refuse a change that is not finite, or that leaves the manifold."""
-    # a state that is not finite shows in the values, to which it is added
-    sizes = torch._foreach_norm([value for value in change.values if value.numel()], math.inf)
-    if sizes and not bool(torch.stack([size.to(sizes[0]) for size in sizes]).isfinite().all()):
-        raise _cannot_step(optimizer, f"would put NaN or infinity into {listed(moved.names)}")
+    # a gradient or a state that is not finite shows in the values, to which it is added
+    named = [(name, value) for name, value in zip(moved.names, change.values, strict=True) if value.numel()]
+    if names := not_finite(named, sizes([value for _, value in named])):
+        check_finite([moved])
+        raise _cannot_step(optimizer, f"would put NaN or infinity into {listed(names)}")
     far = max(drifts(change.values), default=0.0) if is_constrained(moved.group) else 0.0
     if not far <= DRIFT:
         raise _cannot_step(optimizer, f"would leave the manifold of {listed(moved.names)} by |U^T U - I| = {far:.3g}")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ocnopt.checks import shape
 from ocnopt.differential import layers
-from ocnopt.differential.layers import CostToGo, Gradients, Readouts, joined, together
+from ocnopt.differential.layers import Answer, Answers, CostToGo, Gradients, joined, together
 from ocnopt.differential.sweep import sweep
 from ocnopt.errors import NonFiniteError, ProblemError
 from ocnopt.neural.players import Plan, Player, gradients, pushed, seen
@@ -25,7 +25,7 @@ from ocnopt.neural.tape import Tape, working
 from ocnopt.optim.metrics import Base, Block
 
 FORMS = ("batch", "sample", "gauss_newton")
-GAMES: dict[str, Callable[[Sequence[Tensor], CostToGo], tuple[CostToGo, Readouts]]] = {
+GAMES: dict[str, Callable[[Sequence[Tensor], CostToGo], tuple[CostToGo, Answers]]] = {
     "open_loop": layers.open_loop,
     "feedback": layers.feedback,
     "cooperative": layers.cooperative,
@@ -108,7 +108,9 @@ def _kappa(tape: Tape, mean: bool) -> float:
 def play(game: Game, rules: Rules, base: Base) -> dict[str, tuple[Tensor, Tensor]]:
     """Move all blocks; for each turn what the samples weigh, without and with feedback."""
     groups = game.groups(rules)
-    value, readouts = _sweep(groups, _end(game, rules), rules, base)
+    end = _end(game, rules)
+    plain = end.v  # the weights of the first-order method
+    value, readouts = _sweep(groups, end, rules, base)
     weights: dict[str, tuple[Tensor, Tensor]] = {}
     cuts = {player.call: cut for player, cut in zip(game.plan.players, game.plan.cuts, strict=True)}
     replays = [Replay(tape, game.plan.order, game.plan.places) for tape in game.tapes]
@@ -127,7 +129,7 @@ def play(game: Game, rules: Rules, base: Base) -> dict[str, tuple[Tensor, Tensor
                 w = value.v if rules.form == "gauss_newton" else answer.weights(s)
                 w = w.nan_to_num().clamp_(0.0, rules.limit)
                 weights[turn.block.name] = (answer.v, w)
-                _move(turn, game.tapes, replays if s is not None else (), w, rules.tikhonov, base)
+                _move(turn, game.tapes, replays if s is not None else (), w - plain, rules.tikhonov, base)
     surroundings.close()
     others.rest()
     return weights
@@ -138,19 +140,19 @@ def uncast(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
-def _move(turn: Turn, tapes: Sequence[Tape], replays: Sequence[Replay], w: Tensor, tikhonov: float, base: Base) -> None:
-    """Move a player by the gradient of samples that weigh w."""
+def _move(
+    turn: Turn, tapes: Sequence[Tape], replays: Sequence[Replay], change: Tensor, tikhonov: float, base: Base
+) -> None:
+    """Move a player by the gradient of samples whose weights are other than 1 by ``change``."""
     c = 1.0 if turn.factor is None else turn.factor
-    found: Sequence[Tensor] = turn.gradients.add_weighted(_times(w - 1.0, c), turn.block.gradients)
+    found: Sequence[Tensor] = turn.gradients.add_weighted(_times(change, c), turn.block.gradients)
     if tikhonov:
         for tape, replay in zip(tapes, replays, strict=False):
             found = pushed(tape, turn.player, replay, tikhonov * c, found)
     base.move(turn.block, found)
 
 
-def _sweep(
-    groups: Sequence[Sequence[Turn]], end: CostToGo, rules: Rules, base: Base
-) -> tuple[CostToGo, list[Readouts]]:
+def _sweep(groups: Sequence[Sequence[Turn]], end: CostToGo, rules: Rules, base: Base) -> tuple[CostToGo, list[Answers]]:
     """The sweep over all generations.
 
     Raises:
@@ -171,14 +173,14 @@ def _sweep(
     ) from cause
 
 
-def _swept(group: Sequence[Turn], value: CostToGo, rules: Rules, base: Base) -> tuple[CostToGo, Readouts]:
+def _swept(group: Sequence[Turn], value: CostToGo, rules: Rules, base: Base) -> tuple[CostToGo, Answers]:
     """The step of the sweep over the players of one generation."""
     metrics = [(base.metric(turn.block), turn.gradients) for turn in group]
     if rules.form == "sample":
         if rules.game == "open_loop":  # M stands for Q_uu, so a player alone takes the first-order step
-            return value, [CostToGo(value.v, torch.zeros_like(value.R))] * len(group)
+            return value, [Answer(value.v, None)] * len(group)
         return layers.sample(_scaled(group, [metric.squares(own) for metric, own in metrics]), value)
-    return GAMES[rules.game](_scaled(group, [metric.gram(own) for metric, own in metrics]), value)
+    return GAMES[rules.game](_scaled(group, layers.grams(metrics)), value)
 
 
 def _scaled(group: Sequence[Turn], found: list[Tensor]) -> list[Tensor]:
@@ -245,11 +247,12 @@ def _bend(x: Tensor, p: Tensor, rules: Rules) -> tuple[str, Tensor | None]:
     """The loss, and p . H p / |p|^4 of each sample, H its Hessian; None where that is not known."""
     slack = max(1e-3, 4 * torch.finfo(x.dtype).eps)  # p is as coarse as the outputs were
     x = x.to(working(x))
-    terminal = _recognised(x, p, rules.mean, slack) if rules.terminal == "auto" else rules.terminal
+    is_known = rules.terminal == "auto"
+    terminal = _recognised(x, p, rules.mean, slack) if is_known else rules.terminal
     if terminal == "gradient":
         return terminal, None
     if isinstance(terminal, str):
-        if terminal in _IS_OF and not _IS_OF[terminal](x, p, rules.mean, slack):
+        if not is_known and terminal in _IS_OF and not _IS_OF[terminal](x, p, rules.mean, slack):
             raise ProblemError(
                 f"terminal={terminal!r} met gradients at the outputs, of shape {shape(x)}, that are not those of this "
                 "loss; expected it alone, its mean or sum as reduction says, classes along axis 1, no weights, "

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ocnopt.checks import listed
 from ocnopt.errors import ProblemError
+from ocnopt.optim.checks import check_same_shape
 
 
 def check_game(model: nn.Module, feedback: object, form: str, game: str, tikhonov: float) -> None:
@@ -104,6 +105,13 @@ def check_saved(
                     f"{tuple(parameter.shape)}; expected the state of this model: load it where the layers are those "
                     "of the model that was saved"
                 )
+
+
+def check_shapes(name: str, parameter: Tensor, state: Mapping[str, Any]) -> None:
+    """Refuse a state that was made before its parameter changed its shape."""
+    for key, value in state.items():
+        if isinstance(value, Tensor) and not _fits(key, value.shape, parameter.shape):
+            check_same_shape(name, key, value.shape, parameter.shape)
 
 
 def _fits(name: str, found: torch.Size, of: torch.Size) -> bool:

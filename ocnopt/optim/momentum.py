@@ -13,11 +13,13 @@ Where a gradient belongs to y, the parameters hold y between steps: y = x + c v 
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch.optim.optimizer import ParamsT
 
+from ocnopt.optim.checks import sizes
 from ocnopt.optim.descent import FRACTION, NOT_NEGATIVE, Change, GradientDescent, Moved, Tensors, state_of
 
 
@@ -64,12 +66,13 @@ class Conformal(GradientDescent):
         group, y, gradients, _ = moved
         mu = group["momentum"]
         v: Tensors = state_of(self, "velocity", moved)
-        back = [-self.state.get(parameter, {}).get("ahead", 0.0) for parameter in y]
-        x = torch._foreach_add(y, torch._foreach_mul(v, back)) if any(back) else y
-        v = torch._foreach_mul(v, mu)
+        back = [-float(self.state.get(parameter, {}).get("ahead", 0.0)) for parameter in y]
+        old, v = v, torch._foreach_mul(v, mu)
         torch._foreach_add_(v, gradients, alpha=-group["lr"])
         ahead = mu if group["nesterov"] else 0.0
-        return Change(torch._foreach_add(x, v, alpha=1.0 + ahead), {"velocity": v, "ahead": [ahead] * len(v)})
+        x = torch._foreach_add(y, v, alpha=1.0 + ahead)
+        _back(x, old, back)
+        return Change(x, {"velocity": v, "ahead": [ahead] * len(v)})
 
 
 class Relativistic(GradientDescent):
@@ -124,25 +127,37 @@ class Relativistic(GradientDescent):
         group, parameters, gradients, _ = moved
         root, delta = group["momentum"] ** 0.5, group["delta"]
         v: Tensors = state_of(self, "velocity", moved)
-        y: Tensors = parameters
-        if group["alpha"] < 1.0:
-            back = [(group["alpha"] - 1.0) * float(self.state.get(p, {}).get("ahead", 0.0)) for p in y]
-            y = torch._foreach_add(y, torch._foreach_mul(v, back))
-        v = torch._foreach_mul(v, root)
+        back = [(group["alpha"] - 1.0) * float(self.state.get(p, {}).get("ahead", 0.0)) for p in parameters]
+        old, v = v, torch._foreach_mul(v, root)
         torch._foreach_add_(v, gradients, alpha=-group["lr"])
         x, _ = _slowed(v, delta)
-        torch._foreach_add_(x, y)
+        torch._foreach_add_(x, parameters)
+        _back(x, old, back)
         torch._foreach_mul_(v, root)
         steps, factor = _slowed(v, group["momentum"] * delta)
         torch._foreach_add_(x, steps, alpha=root)
         return Change(x, {"velocity": v, "ahead": [root * factor] * len(v)})
 
 
+def _back(x: Tensors, v: Tensors, factors: Sequence[float]) -> None:
+    """Add to each its own multiple of v."""
+    if len({*factors}) == 1:
+        factor, *_ = factors
+        if factor:
+            torch._foreach_add_(x, v, alpha=factor)
+    else:
+        torch._foreach_add_(x, torch._foreach_mul(v, factors))
+
+
 def _slowed(v: Tensors, delta: float) -> tuple[Tensors, float]:
-    """The vectors v / sqrt(1 + delta |v|^2), and the factor; nothing is squared before it is scaled to at most 1."""
+    """The vectors v / sqrt(1 + delta |v|^2), and the factor; what is too large to be squared is scaled first."""
+    norm = float(sizes(v).norm())
+    if math.isfinite(norm):
+        factor = 1.0 / math.hypot(1.0, delta**0.5 * norm)
+        return torch._foreach_mul(v, factor), factor
     largest = max(1.0, float(torch.stack([size.to(v[0]) for size in torch._foreach_norm(v, math.inf)]).amax()))
     units = torch._foreach_div(v, largest)
-    norm = float(torch.stack([size.to(v[0]) for size in torch._foreach_norm(units)]).norm())
+    norm = float(sizes(units).norm())
     factor = 1.0 / math.hypot(1.0 / largest, delta**0.5 * norm)
     torch._foreach_mul_(units, factor)
     return units, factor / largest

@@ -73,13 +73,13 @@ class MSA(Descent):
         weight_decay: float | Any = 0.0,
         reduction: str = "mean",
     ) -> None:
-        self._layers = _layers(chain)
+        self._chain, self._layers = chain, _layers(chain)
         groups = [{"params": [*layer.parameters()], "layer": name} for name, layer in self._layers.items()]
         options = {"rho": rho, "iterations": iterations, "weight_decay": weight_decay, "reduction": reduction}
         super().__init__(groups, options)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_layers": self._layers}
+        return {**super().__getstate__(), "_chain": self._chain, "_layers": self._layers}
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
@@ -98,13 +98,15 @@ class MSA(Descent):
             closure: runs the chain once, computes the loss and calls backward; its value is returned.
 
         Raises:
-            ProblemError: there is no closure, it runs the chain other than once forward and once backward, a layer
-                gives other values when it is evaluated again, or the loss depends on parameters not through the chain.
+            ProblemError: the chain has other layers than at first, there is no closure, it runs the chain other than
+                once forward and once backward, a layer gives other values when it is evaluated again, or the loss
+                depends on parameters not through the chain.
             NonFiniteError: the loss, a state or a costate is NaN or infinite; nothing was changed.
         """
         closure = needed(closure, "runs the chain: it computes the loss, calls backward and returns the loss")
         for group in self.param_groups:
             self._check_group(group)
+        _check_chain(self._chain, self._layers)
         self.zero_grad()
         with torch.enable_grad(), _recorded(self._layers) as records:
             loss = closure()
@@ -237,7 +239,7 @@ def _layers(chain: object) -> dict[str, nn.Module]:
             f"chain is {type(chain).__name__}; expected an nn.Sequential, whose children are the layers: "
             "MSA(nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)))"
         )
-    layers = {name: layer for name, layer in chain._modules.items() if [*layer.parameters()]}
+    layers = _children(chain)
     owners = Counter(p for layer in layers.values() for p in layer.parameters())
     shared = [name for name, layer in layers.items() if any(owners[p] > 1 for p in layer.parameters())]
     if shared:
@@ -248,6 +250,21 @@ def _layers(chain: object) -> dict[str, nn.Module]:
     if not any(p.requires_grad for p in owners):
         raise ProblemError("the chain has no trainable parameter; expected one or more with requires_grad=True")
     return layers
+
+
+def _children(chain: nn.Sequential) -> dict[str, nn.Module]:
+    return {name: layer for name, layer in chain._modules.items() if [*layer.parameters()]}
+
+
+def _check_chain(chain: nn.Sequential, layers: Mapping[str, nn.Module]) -> None:
+    """Refuse a chain whose layers came or went after its optimiser was made."""
+    now = _children(chain)
+    changed = [name for name in {**layers, **now} if now.get(name) is not layers.get(name)]
+    if changed:
+        raise ProblemError(
+            f"the layers {listed(changed)} of the chain came, went or were replaced after MSA was made; expected those "
+            "of the start: make a new MSA"
+        )
 
 
 def _read(record: _Record, layer: str) -> tuple[Tensor, Tensor, Tensor]:

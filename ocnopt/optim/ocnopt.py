@@ -35,6 +35,7 @@ from ocnopt.optim.game_checks import (
     check_outputs,
     check_saved,
     check_scale,
+    check_shapes,
     check_tapes,
 )
 from ocnopt.optim.metrics import BASES, SHARED, Block, restore
@@ -219,8 +220,8 @@ class OCNOpt(torch.optim.Optimizer):
             NonFiniteError: a gradient is NaN or infinite; parameters and state are those before the step. Or the
                 cost-to-go is, or what ``terminal`` returned; then parameters are, but running means know the batch.
             ProblemError: a gradient is sparse, other processes run beside this one, the loss is not that of
-                ``terminal``, an option of a group is out of range by now, or the passes before this step took
-                different ways through the model.
+                ``terminal``, an option of a group is out of range by now, a parameter has another shape than its
+                state, or the passes before this step took different ways through the model.
         """
         check_one_process()
         options = [group[name] for group in self.param_groups for name in _OPTIONS]
@@ -244,8 +245,8 @@ class OCNOpt(torch.optim.Optimizer):
             self._notes.strangers(self._model, trained, whole=self._is_whole)
         if not self._unscale(tapes, groups):
             return loss
-        largest = check_gradients((self._names.get(id(p), "no longer in the model"), p) for p in groups)
-        is_touched = received.look(largest)
+        norms = check_gradients((self._names.get(id(p), "no longer in the model"), p) for p in groups)
+        is_touched = received.look(norms)
         device = next((p.device.type for p in groups), "cpu")
         with uncast(device):
             self._move(tapes, groups, is_touched)
@@ -335,6 +336,8 @@ class OCNOpt(torch.optim.Optimizer):
 
     def _block(self, parameters: list[Any], groups: Mapping[Tensor, dict[str, Any]]) -> Block:
         name, states = self._names.get(id(parameters[0]), "no longer in the model"), [self.state[p] for p in parameters]
+        for parameter, state in zip(parameters, states, strict=True):
+            check_shapes(self._names.get(id(parameter), name), parameter, state)
         return Block(name, parameters, states, [groups[p] for p in parameters], [p.grad for p in parameters])
 
     def _plan(self, tape: Tape) -> Plan:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ocnopt.differential import layers
-from ocnopt.differential.layers import CostToGo, Diagonal, Factored, Gradients, Scaled, together
+from ocnopt.differential.layers import Answer, CostToGo, Diagonal, Factored, Gradients, Scaled, together
 from ocnopt.differential.sweep import BellmanStep, bellman_step, sweep
 from ocnopt.differential.sweep import CostToGo as Matrix
 from ocnopt.linearise import StepCurvature  # noqa: F401 - the annotation of BellmanStep is checked at run time
@@ -55,14 +55,14 @@ def matrix(P: Tensor, value: CostToGo) -> Matrix:
     size = len(P)
     V = torch.zeros(1 + size, 1 + size, dtype=torch.float64)
     V[0, 1:] = V[1:, 0] = P @ value.v
-    V[1:, 1:] = P @ value.R @ value.R.mT @ P.mT
+    V[1:, 1:] = P @ value.root @ value.root.mT @ P.mT
     return Matrix(V, V[0].clone(), torch.tensor(True))
 
 
-def gain(layer: Layer, j: int, P: Tensor, answer: CostToGo) -> Tensor:
+def gain(layer: Layer, j: int, P: Tensor, answer: Answer) -> Tensor:
     """[k  K] of player j in the coordinates of its own states."""
     Px, Pu = layer.A.mT @ P, layer.signals(P)[j]
-    return -(Pu / layer.M[j][:, None]) @ torch.cat([answer.v[:, None], answer.R @ answer.R.mT @ Px.mT], 1)
+    return -(Pu / layer.M[j][:, None]) @ torch.cat([answer.v[:, None], answer.S @ Px.mT], 1)
 
 
 def sweep_columns(chain: Sequence[Layer], step, seed_value, P: Tensor):
@@ -132,10 +132,9 @@ def test_a_single_player_with_feedback_is_one_who_cooperates() -> None:
     generator = torch.Generator().manual_seed(0)
     layer = Layer(generator)
     P, end = columns(generator)
-    for one, other in zip(
-        layers.feedback(layer.grams(P), end)[0], layers.cooperative(layer.grams(P), end)[0], strict=True
-    ):
-        assert torch.equal(one, other)
+    one, other = layers.feedback(layer.grams(P), end)[0], layers.cooperative(layer.grams(P), end)[0]
+    assert torch.equal(one.v, other.v)
+    assert torch.equal(one.root, other.root)
 
 
 @pytest.mark.parametrize("is_diagonal", [True, False])
@@ -151,8 +150,9 @@ def test_players_are_minimised_out_together_as_one_after_the_other(is_diagonal: 
         for N, answer in zip(reversed(layer.grams(P)), reversed(answers), strict=True):
             wanted, _ = layers.cooperative([N], wanted)
             assert_close(answer.v, wanted.v, 1e-12)
-            assert_close(answer.R @ answer.R.mT, wanted.R @ wanted.R.mT, 1e-12)
-        assert value is answers[0]
+            assert_close(answer.S, wanted.root @ wanted.root.mT, 1e-12)
+        assert value.v is answers[0].v
+        assert_close(value.root @ value.root.mT, answers[0].S, 1e-12)
 
 
 def test_open_loop_players_take_their_own_newton_step_and_leave_the_value() -> None:
@@ -216,6 +216,27 @@ def test_products_of_factored_gradients_are_those_of_the_gradients_spelt_out(bia
     ):
         assert_close(one, total + torch.einsum("i,i...->...", w, rows), 1e-12)
         assert_close(other, one, 1e-12)
+
+
+@pytest.mark.parametrize("kind", [{"bias": True}, {"bias": False}, {"bias": True, "weight": False}], ids=str)
+def test_products_of_small_layers_are_those_of_each_layer_alone(kind: dict[str, bool], monkeypatch) -> None:
+    owns = [Gradients(torch.randn(B, a), torch.randn(B, b), **kind) for a, b in ((6, 3), (3, 3), (3, 1))]
+    players = [(Scaled(scale), own) for scale, own in zip((0.3, 0.2, 0.1), owns, strict=True)]
+    wanted = [metric.gram(own) for metric, own in players]
+    for limit in (3 * B**2, 3 * B**2 - 1):
+        monkeypatch.setattr(layers, "_SMALL", limit)
+        for one, other in zip(layers.grams(players), wanted, strict=True):
+            assert_close(one, other, 1e-6)
+
+
+def test_players_of_several_kinds_are_taken_one_by_one() -> None:
+    z, g = torch.randn(B, 6), torch.randn(B, 3)
+    owns = [Gradients(z, g, bias=True), Gradients(z, g), Gradients(of=[torch.randn(B, 2, 2)])]
+    mixed = [(Scaled(0.3), own) for own in owns]
+    mixed.append((Diagonal([torch.rand(3, 6), torch.rand(3)]), owns[0]))
+    for players in (mixed, mixed[:2], mixed[1:3], mixed[::3]):
+        for one, (metric, own) in zip(layers.grams(players), players, strict=True):
+            assert torch.equal(one, metric.gram(own))
 
 
 def test_the_samples_of_two_passes_are_one_batch() -> None:

@@ -177,6 +177,19 @@ def test_a_gradient_that_is_not_finite_changes_nothing(name, value):
     assert same_state(optimizer.state_dict(), state)
 
 
+@with_gradients
+def test_finite_numbers_whose_squares_are_not_are_no_reason_to_refuse(name):
+    """The sum of squares is what looks for NaN and infinity first."""
+    net, optimizer = started(name, torch.float32)
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    net.two.weight.grad[0, 0] = 1e25
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-24
+    optimizer.step()
+    assert all(bool(p.isfinite().all()) for p in net.parameters())
+
+
 def same_state(one, two):
     pairs = [(entries, two["state"][index]) for index, entries in one["state"].items()]
     return len(one["state"]) == len(two["state"]) and all(

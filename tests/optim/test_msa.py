@@ -257,6 +257,24 @@ def refused(chain, evaluate, message, error=ProblemError):
     assert all(torch.equal(value, before[name]) for name, value in chain.state_dict().items())
 
 
+def test_a_chain_whose_layers_have_changed_is_refused():
+    chain, (x, y) = net(), data()
+    optimizer = MSA(chain)
+    optimizer.step(closure(chain, x, y))
+    last = chain[2]
+    chain.append(nn.Tanh())  # nothing of it is trained
+    optimizer.step(closure(chain, x, y))
+    chain.append(nn.Linear(2, 2))
+    with pytest.raises(ProblemError, match="layers '4' of the chain came, went or were replaced .*; expected those of"):
+        optimizer.step(closure(chain, x, y))
+    del chain[4]
+    chain[2] = copy.deepcopy(last)
+    with pytest.raises(ProblemError, match="layers '2' of the chain came"):
+        copy.deepcopy(optimizer).step(closure(chain, x, y))
+    chain[2] = last
+    optimizer.step(closure(chain, x, y))
+
+
 def test_closures_that_do_not_run_the_chain_once_are_refused():
     chain, (x, y) = net(), data()
     once = closure(chain, x, y)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ocnopt.errors import NonFiniteError, ProblemError
+from ocnopt.neural.runge_kutta_net import RungeKuttaNet
 from ocnopt.optim.ocnopt import OCNOpt
 
 pytestmark = [
@@ -348,3 +349,26 @@ def test_a_step_without_gradients_does_nothing():
     before = copy.deepcopy(model.state_dict())
     OCNOpt(model, 0.01).step()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("options", "key"), [({"momentum": 0.9}, "momentum_buffer"), ({"curvature": "adaptive"}, "exp_avg")], ids=str
+)
+def test_a_network_that_was_pruned_is_refused_and_stays_as_it_is(options, key):
+    net = RungeKuttaNet(2, 3, step="free").double()
+    optimizer = OCNOpt(net, lr=0.1, feedback=False, **options)
+    x = torch.randn(4, 2, dtype=torch.float64)
+
+    def step():
+        optimizer.zero_grad()
+        net(x).square().mean().backward()
+        optimizer.step()
+
+    step()
+    with torch.no_grad():
+        net.sizes[1] = 0.0
+    net.prune()
+    before = [p.detach().clone() for p in net.parameters()]
+    with pytest.raises(ProblemError, match=f"the {key} of .* has shape .*; expected .* made before prune"):
+        step()
+    assert all(torch.equal(p, was) for p, was in zip(net.parameters(), before, strict=True))
