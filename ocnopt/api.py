@@ -23,6 +23,7 @@ from ocnopt.ocp import Horizon as Horizon
 from ocnopt.optim.horizon_policy import HorizonPolicy as HorizonPolicy
 from ocnopt.optim.ocnopt import OCNOpt as OCNOpt
 from ocnopt.optim.snopt import SNOpt as SNOpt
+from ocnopt.rates import limit_rates as limit_rates
 from ocnopt.solvers import MPC as MPC
 from ocnopt.solvers import ClosedLoop as ClosedLoop
 from ocnopt.solvers import Comparison as Comparison

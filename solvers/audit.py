@@ -116,6 +116,12 @@ def _called(problem: StagedOCP, kind: str, entry: int, ahead: int) -> str:
     return names[place] if names is not None and place < len(names) else f"[{entry}]"
 
 
+def placed(problem: StagedOCP, kind: str, entry: int, ahead: int, step: int | None) -> str:
+    """An entry of a kind and where it stands, in the user's words; the end where ``step`` is None."""
+    name = _called(problem, kind, entry, ahead)
+    return f"{kind}{'' if name.startswith('[') else ' '}{name} {'at the end' if step is None else f'at step {step}'}"
+
+
 def _excesses(wide: Widened, Z: Tensor, U: Tensor, p: Tensor) -> Iterator[tuple[str, int | None, Tensor]]:
     """How far bounds and constraints are broken, ``(steps, *batch, size)``: the kind and the first of the steps."""
     yield "control_bounds", 0, _outside(U, wide.control_bounds)

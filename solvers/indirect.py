@@ -58,8 +58,8 @@ class Indirect:
     which would silently answer another one. Path constraints are refused.
 
     Attributes:
-        start: who finds the first path and its costates: "ddp", "casadi", or "auto", which is "casadi" where the end
-            is constrained.
+        start: who finds the first path and its costates: "ddp", "casadi", or "auto", which asks "casadi" where "ddp"
+            does not converge.
         max_iterations: Newton steps, over all meshes.
         tolerance: of scipy.integrate.solve_bvp, for the relative residual on every interval of the mesh and for the
             conditions at the ends.
@@ -100,7 +100,12 @@ class Indirect:
                 "the problem has control_bounds that vary in time; solver 'indirect' takes one vector for all times: "
                 "use solver='ddp' or 'casadi'"
             )
-        if problem.origin is None or problem.step_data is not None:
+        if problem.step_data is not None:
+            raise ProblemError(
+                "the problem has step_data, numbers given to each of its steps; solver 'indirect' knows no steps: "
+                "expected the problem before it was augmented, or use solver='ddp'"
+            )
+        if problem.origin is None:
             raise ProblemError(
                 "the problem is discrete from the start; solver 'indirect' needs dynamics in continuous time: write it "
                 "as an oc.OCP, or use solver='ddp'"
@@ -114,10 +119,7 @@ class Indirect:
 
     def _solve_one(self, problem: StagedOCP, guess: Guess, stopwatch: Stopwatch, progress: bool) -> Attempt:
         began = time.perf_counter()
-        constrained = problem.terminal_constraint is not None
-        name = self.start if self.start != "auto" else "casadi" if constrained else "ddp"
-        left = stopwatch.left
-        first = (DDP(time_limit=left) if name == "ddp" else CasADi(time_limit=left)).solve(problem, guess)
+        name, first = self._start(problem, guess, stopwatch)
         conditions, path = _first_path(problem, first, Steps(self.max_iterations, stopwatch))
         history: dict[str, list[float]] = {"cost": [float(first.cost)], "residual": [np.nan], "nodes": [path.s.size]}
         rounds = [tol for tol in _ROUNDS if tol > self.tolerance]
@@ -141,6 +143,16 @@ class Indirect:
                 break
         status = _status(self, conditions.steps, path, name, first)
         return _attempt(problem, conditions, path, history, status, time.perf_counter() - began)
+
+    def _start(self, problem: StagedOCP, guess: Guess, stopwatch: Stopwatch) -> tuple[str, Result]:
+        """Who found the first path, and the path."""
+        if self.start == "casadi":
+            return "casadi", CasADi(time_limit=stopwatch.left).solve(problem, guess)
+        first = DDP(time_limit=stopwatch.left).solve(problem, guess)
+        if self.start == "ddp" or bool(first.converged) or stopwatch.reason is not None:
+            return "ddp", first
+        second = CasADi(time_limit=stopwatch.left).solve(problem, guess)
+        return ("casadi", second) if bool(second.converged) else ("ddp", first)
 
     def _collocate(self, conditions: Conditions, path: Path, tol: float) -> Path:
         """One round of scipy's solver."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ocnopt.paths import Widened
-from ocnopt.solvers.audit import audit
+from ocnopt.solvers.audit import audit, placed
 from ocnopt.solvers.augmented import FIRST_PENALTY, Multipliers, augment, distances, measure, no_multipliers
 from ocnopt.solvers.endings import Stopwatch, sentence
 from ocnopt.solvers.search import Outcome, choose
@@ -172,7 +172,7 @@ def _finished(problem: StagedOCP, rounds: Rounds, count: int, kept: Result, kern
     shape = problem.batch_shape
     flat = zip(*(v.reshape(-1).tolist() for v in (outcome, rounds.iterations, kept.constraint_violation)), strict=True)
     status = [
-        sentence(kernel, end, steps, gap, count, _worst(off, row, len(shape)))
+        sentence(kernel, end, steps, gap, count, _worst(problem, off, row))
         for row, (end, steps, gap) in enumerate(flat)
     ]
     return kept._replace(
@@ -185,9 +185,9 @@ def _finished(problem: StagedOCP, rounds: Rounds, count: int, kept: Result, kern
     )
 
 
-def _worst(off: Multipliers, row: int, axes: int) -> str:
+def _worst(problem: StagedOCP, off: Multipliers, row: int) -> str:
     """The constraint of one problem that is off by most, in the user's words."""
-    found = []
+    found, axes, ahead = [], len(problem.batch_shape), off.path.shape[-1]
     for name, value in off.named().items():
         timed = name != "terminal_constraint"
         rows = (
@@ -195,7 +195,7 @@ def _worst(off: Multipliers, row: int, axes: int) -> str:
         )
         own = rows[:, row].abs()
         k, i = divmod(int(own.argmax()), own.shape[-1])
-        end = not timed or k == len(own) - 1
-        found.append((float(own[k, i]), f"{name}[{i}] {'at the end' if end else f'at step {k}'}"))
+        step = None if not timed or k == len(own) - 1 else k
+        found.append((float(own[k, i]), placed(problem, name, i, ahead, step)))
     size, place = max(found)
     return f"{place} is off by {size:.2g}"

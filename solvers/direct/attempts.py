@@ -60,6 +60,7 @@ class Instance:
         self, problem: StagedOCP, lowered: Lowered, row: int | None, ipopt: Mapping[str, Any], *, progress: bool
     ) -> None:
         began = time.perf_counter()
+        self.problem = problem
         self.runs, end = lowered.rows(row)
         self.path = assemble(self.runs, end, problem.step_bounds, problem.state_bounds, problem.parameter_bounds)
         self.watch = Watch(self.path.program)
@@ -107,7 +108,9 @@ class Instance:
         best = min(answers, key=lambda answer: _rank(path, answer))
         reason = None if best.succeeded else stopwatch.reason
         broken = "" if best.succeeded else self._broken(path, start, data)
-        status = _status(path, best, answers, broken, reason)
+        violation, worst = path.violation(best.constraints)
+        where = path.place(problem, worst) if violation > 0 else ""
+        status = _status(best, answers, broken, reason, where and f" (largest violation {violation:.2g}: {where})")
         if broken and row is None:
             raise NonFiniteError(status)
         return Attempt(
@@ -120,7 +123,7 @@ class Instance:
             converged=best.succeeded,
             iterations=sum(int(answer.statistics["iter_count"]) for answer in answers),
             status=status,
-            violation=path.violation(best.constraints)[0],
+            violation=violation,
             wall_time=time.perf_counter() - began,
             history=_history(best),
         )
@@ -156,7 +159,7 @@ class Instance:
         cost, constraints = evaluate(self.values, point, data)
         rows = np.flatnonzero(~np.isfinite(constraints))
         if rows.size:
-            return path.place(int(rows[0]))
+            return path.place(self.problem, int(rows[0]))
         return "" if np.isfinite(cost) else "the cost"
 
 
@@ -202,7 +205,7 @@ def _rank(path: PathProgram, answer: Answer) -> tuple[bool, bool, float]:
     return not answer.succeeded, answer.statistics["return_status"] == _NOT_FINITE, violation
 
 
-def _status(path: PathProgram, best: Answer, answers: Sequence[Answer], broken: str, outcome: int | None) -> str:
+def _status(best: Answer, answers: Sequence[Answer], broken: str, outcome: int | None, worst: str) -> str:
     """One sentence: how it ended, what to do, where it is worst, and the restarts; ``outcome`` where it was stopped."""
     reason = str(best.statistics["return_status"])
     sentence = _ADVICE.get(reason, f"not converged: IPOPT ended with {reason}")
@@ -213,8 +216,7 @@ def _status(path: PathProgram, best: Answer, answers: Sequence[Answer], broken: 
     if broken:
         sentence += f" (at the start: {broken})"
     elif not best.succeeded:
-        violation, where = path.violation(best.constraints)
-        sentence += f" (largest violation {violation:.2g}: {where})" if where else ""
+        sentence += worst
     if len(answers) > 1:
         first = str(answers[0].statistics["return_status"]).replace("_", " ").lower()
         sentence += f"; after {len(answers) - 1} restart(s) from seeded perturbations, the given start ended '{first}'"

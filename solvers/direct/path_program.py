@@ -17,7 +17,9 @@ import casadi
 import numpy as np
 
 from ocnopt.checks import Bounds
+from ocnopt.solvers.audit import placed
 from ocnopt.solvers.direct.nlp import Answer, Piece, Positions, Program, Vector
+from ocnopt.staged import StagedOCP
 
 
 class Run(NamedTuple):
@@ -29,7 +31,7 @@ class Run(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Constraints of one kind: rows ``(steps, width)``, the first step (-1: none), whether they are equalities."""
+    """Constraints of one kind: rows ``(steps, width)``, the first step (-1: the end), whether they are equalities."""
 
     name: str
     place: Positions
@@ -68,7 +70,7 @@ class PathProgram:
         for rows in self.rows:
             if rows.name == "terminal_constraint":
                 found[rows.name] = answer.multipliers[rows.place[0]]
-            if rows.name.startswith("path_constraint"):
+            if rows.name == "path_constraint":
                 # -1, of the end, is the last node
                 along += enumerate(rows.place, start=rows.first)
         if along:
@@ -81,21 +83,23 @@ class PathProgram:
                 found["state_bounds"][node, : place.size] = answer.box[place]
         return found
 
-    def violation(self, g: Vector) -> tuple[float, str]:
-        """The largest violated constraint and its place."""
+    def violation(self, g: Vector) -> tuple[float, int]:
+        """The largest violation, and its row."""
         lower, upper = self.program.limits
         size = np.maximum(np.maximum(lower - g, g - upper), 0.0)
         size[~np.isfinite(g)] = np.inf
         worst = int(size.argmax())
-        return float(size[worst]), self.place(worst) if size[worst] > 0 else ""
+        return float(size[worst]), worst
 
-    def place(self, row: int) -> str:
-        """A constraint in the user's words."""
-        for rows in self.rows:
-            if row in rows.place:
-                step, entry = (int(i[0]) for i in np.nonzero(rows.place == row))
-                return f"{rows.name}[{entry}]" + ("" if rows.first < 0 else f" at step {rows.first + step}")
-        return ""
+    def place(self, problem: StagedOCP, row: int) -> str:
+        """A constraint in the words of the problem."""
+        rows = next(rows for rows in self.rows if row in rows.place)
+        step, entry = (int(i[0]) for i in np.nonzero(rows.place == row))
+        ahead = next((kind.place.shape[1] for kind in self.rows if kind.name == "path_constraint"), 0)
+        # the inner points of a step are states one after another
+        entry = entry % self.states[0].size if rows.name == "collocation" else entry
+        where = {"initial_state": 0}.get(rows.name, None if rows.first < 0 else rows.first + step)
+        return placed(problem, rows.name, entry, ahead, where)
 
 
 def assemble(
@@ -192,7 +196,7 @@ def _end_piece(end: casadi.Function, columns: Positions, height: int, node: int)
     k, y, d = _symbols(end, columns.shape[1], end.numel_in(3))
     n, m = int(end.numel_in(0)), int(end.numel_in(1))
     cost, e, c = end(y[:n], y[n : n + m], y[n + m :], d)
-    rows, kinds = _rows((("terminal_constraint", e, True), ("path_constraint at the end", c, False)), 1, height, -1)
+    rows, kinds = _rows((("terminal_constraint", e, True), ("path_constraint", c, False)), 1, height, -1)
     function = casadi.Function("end", [k, y, d], [cost, casadi.vertcat(e, c)])
     return Piece(function, np.zeros(1), columns, rows, node), kinds
 

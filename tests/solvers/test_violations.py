@@ -1,6 +1,7 @@
 """What a path breaks, in the user's words."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -123,6 +124,7 @@ def test_a_loaded_solution_needs_its_problem(tmp_path):
         _ = loaded.violations
 
 
+<<<<<<< HEAD
 def test_what_only_fills_a_smaller_state_up_breaks_no_bound():
     grow = oc.Stage(lambda k, x, u: torch.cat([x + u, x - 0.2 * u], dim=-1), lambda k, x, u: (u**2).sum(-1), 1)
     shrink = oc.Stage(lambda k, x, u: x.sum(-1, keepdim=True) / 2 + u, lambda k, x, u: (u**2).sum(-1), 1)
@@ -136,3 +138,28 @@ def test_what_only_fills_a_smaller_state_up_breaks_no_bound():
     assert float(solutions["ddp"].rollout(torch.ones(1, dtype=F64)).constraint_violation) < 1e-7
     low = replace(solutions["casadi"], states=[*solutions["casadi"].states[:2], torch.tensor([0.5], dtype=F64)])
     assert [(v.component, v.step) for v in low.violations if v.name == "state_bounds"] == [("[0]", 2)]
+=======
+@pytest.mark.parametrize("solver", ["casadi", "ddp"])
+@pytest.mark.parametrize("limit", [0, 1])
+def test_the_status_of_a_failed_solve_names_the_constraint(solver, limit):
+    """A speed limit that leaves no way to the end: the worst is one of the two, and it is named."""
+    problem = oc.OCP(
+        lambda t, x, u: torch.stack([x[..., 1], u[..., 0]], dim=-1),
+        lambda t, x, u: (u**2).sum(-1),
+        initial_state=[0.0, 0.0],
+        control_dim=1,
+        horizon=1.0,
+        path_constraint=(lambda t, x, u: x[..., 1:] - 0.1) if limit else None,
+        control_bounds=None if limit else (-1.0, 1.0),
+        terminal_constraint=lambda t, x: x - torch.tensor([5.0, 0.0], dtype=torch.float64),
+        constraint_names=(*(("speed limit",) if limit else ()), "arrival", "stop"),
+        state_names=("place [m]", "speed [m/s]"),
+    )
+    options = {"restarts": 0, "max_iterations": 8} if solver == "casadi" else {"max_outer": 3}
+    status = oc.solve(problem, solver, steps=4, **options).status
+    assert re.search(
+        r"(path_constraint speed limit at step \d|terminal_constraint (arrival|stop) at the end|"
+        r"dynamics (place \[m\]|speed \[m/s\]) at step \d)",
+        status,
+    )
+>>>>>>> 670c181 (limit_rates: bounds on the rates of controls; statuses of DDP and IPOPT name what is broken; indirect starts from DDP)
