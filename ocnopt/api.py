@@ -11,6 +11,7 @@ from ocnopt.errors import DataError as DataError
 from ocnopt.errors import NonFiniteError as NonFiniteError
 from ocnopt.errors import OcnoptError as OcnoptError
 from ocnopt.errors import ProblemError as ProblemError
+from ocnopt.grids import transcribe as transcribe
 from ocnopt.modules import from_module as from_module
 from ocnopt.modules import unflatten as unflatten
 from ocnopt.neural.layer_graph import draw_layer_graph as draw_layer_graph
@@ -35,4 +36,3 @@ from ocnopt.solvers import prepare as prepare
 from ocnopt.solvers import solve as solve
 from ocnopt.staged import Stage as Stage
 from ocnopt.staged import StagedOCP as StagedOCP
-from ocnopt.staged import transcribe as transcribe

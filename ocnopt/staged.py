@@ -114,6 +114,8 @@ class StagedOCP:
     """What each step and the end are given besides, ``(N + 1, *batch, s)``: see :meth:`altered`."""
     tableau: Tableau | None = field(init=False, default=None)
     """The method that the continuous problem behind it was cut by."""
+    nodes: Tensor | None = field(init=False, default=None)
+    """The times between which the steps run, where they were given."""
     state_sizes: tuple[int, ...] = field(init=False)
     """n at each of the N + 1 nodes."""
 
@@ -160,6 +162,7 @@ class StagedOCP:
         put(self, "origin", origin)
         put(self, "step_data", None)
         put(self, "tableau", None)
+        put(self, "nodes", None)
         put(self, "state_sizes", (n,) * (self.steps + 1))
         if origin is None:
             with captured.must_be_read(self.data):
@@ -220,6 +223,8 @@ class StagedOCP:
 
     def times(self, p: Tensor) -> Tensor:
         """Times of the nodes ``(..., N + 1)`` for p ``(..., q)``; step numbers where there is no continuous problem."""
+        if self.nodes is not None:
+            return self.nodes
         numbers = torch.arange(self.steps + 1, dtype=p.dtype, device=p.device)
         return numbers if self.origin is None else self.origin.times(self.steps, p)
 

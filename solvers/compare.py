@@ -66,7 +66,7 @@ def compare(
     problem: OCP | StagedOCP,
     solvers: Sequence[str | Solver] = ("ddp", "casadi"),
     *,
-    steps: int = 100,
+    steps: Any = 100,
     integrator: str = "rk4",
     initial_guess: Any = None,
 ) -> Comparison:
@@ -75,7 +75,7 @@ def compare(
     Args:
         problem: continuous or discrete.
         solvers: names or solver objects.
-        steps: N, for a continuous problem.
+        steps: as for ``solve``, for a continuous problem.
         integrator: for a continuous problem.
         initial_guess: as for ``solve``.
 

@@ -108,7 +108,7 @@ class Indirect:
         if problem.origin is None:
             raise ProblemError(
                 "the problem is discrete from the start; solver 'indirect' needs dynamics in continuous time: write it "
-                "as an oc.OCP, or use solver='ddp'"
+                "as an oc.OCP, with a whole number of steps, or use solver='ddp'"
             )
 
         def solve_one(single: StagedOCP, start: Guess) -> Attempt:

@@ -120,6 +120,8 @@ class MPC:
         problem = prepared.problem
         if len(set(problem.state_sizes)) > 1 or len({group.stage.control_dim for group in problem.groups}) > 1:
             raise ProblemError("MPC got a problem whose sizes vary by stage; expected one state and one control size")
+        if problem.nodes is not None:
+            raise ProblemError("MPC got steps that are given as times; expected equal ones: prepare with steps=N")
         self._free = problem.origin is not None and problem.origin.free
         if self._free and problem.batch_shape:
             raise ProblemError(

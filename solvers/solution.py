@@ -242,8 +242,8 @@ class Solution:
 
         for name in ("states", "controls", "K")[: 2 if self.gains is None else 3]:
             self._tensor(name)
-        time = "time" if self.problem is None or self.problem.origin else "step"
-        return saved(plot_solutions({"": self}, time=time), path)
+        numbered = self.problem is not None and self.problem.origin is None and self.problem.nodes is None
+        return saved(plot_solutions({"": self}, time="step" if numbered else "time"), path)
 
     def save(self, path: str | Path) -> None:
         """Write everything but the problem's functions to one file, read again by ``oc.load_solution``.

@@ -7,13 +7,14 @@ from typing import Any, Protocol, runtime_checkable
 
 from ocnopt.checks import Bounds, can_differentiate, float_tensor, listed, nearest, shape, traced
 from ocnopt.errors import ConvergenceError, ProblemError
+from ocnopt.grids import transcribe
 from ocnopt.ocp import OCP
 from ocnopt.paths import Widened, behind
 from ocnopt.solvers.guess import own_guess, read_guess
 from ocnopt.solvers.sensitivity import refuse_gradients, with_gradients
 from ocnopt.solvers.shared import Shared
 from ocnopt.solvers.solution import Gains, Guess, Result, Solution
-from ocnopt.staged import StagedOCP, transcribe
+from ocnopt.staged import StagedOCP
 
 _SOLVERS = {
     "ddp": ("ocnopt.solvers.ddp", "DDP"),
@@ -36,7 +37,7 @@ def solve(
     problem: OCP | StagedOCP,
     solver: str | Solver = "ddp",
     *,
-    steps: int = 100,
+    steps: Any = 100,
     integrator: str = "rk4",
     initial_guess: Any = None,
     max_iterations: int | None = None,
@@ -52,7 +53,7 @@ def solve(
     Args:
         problem: continuous, or discrete (then ``steps`` and ``integrator`` are not used).
         solver: "ddp", "casadi", "indirect", "shooting", or a solver object.
-        steps: N equal steps with one constant control each.
+        steps: N equal steps with one constant control each, or the N + 1 times between which they run.
         integrator: "euler", "midpoint", "rk4", ...; "implicit_midpoint", "radau2" for stiff dynamics.
         initial_guess: controls ``(..., N, m)``, a mapping with any of controls, states, parameters, horizon, or a
             Solution.
@@ -157,7 +158,7 @@ def prepare(
     problem: OCP | StagedOCP,
     solver: str | Solver = "ddp",
     *,
-    steps: int = 100,
+    steps: Any = 100,
     integrator: str = "rk4",
     max_iterations: int | None = None,
     tolerance: float | None = None,
@@ -224,7 +225,7 @@ def _unfinished(solution: Solution) -> str:
     return f"not converged: {len(rows)} of {len(solution.status)}, problems {named}: {solution.status[rows[0]]}; {cure}"
 
 
-def read_problem(problem: Any, steps: int, integrator: str) -> StagedOCP:
+def read_problem(problem: Any, steps: Any, integrator: str) -> StagedOCP:
     """The discrete problem behind what the caller gave.
 
     Raises:
@@ -249,7 +250,7 @@ def read_problem(problem: Any, steps: int, integrator: str) -> StagedOCP:
 def make_solution(problem: StagedOCP, result: Result) -> Solution:
     """What a solver found, in the shapes of a Solution."""
     p, cost, lifted = result.parameters, result.cost, problem.origin
-    own, end = (p, cost.new_tensor(float(problem.steps))) if lifted is None else lifted.split(p)
+    own, end = (p, problem.times(p)[-1]) if lifted is None else lifted.split(p)
     same = len({group.stage.control_dim for group in problem.groups}) == 1
     shaped = {
         "states": behind(result.states),

@@ -124,7 +124,6 @@ def test_a_loaded_solution_needs_its_problem(tmp_path):
         _ = loaded.violations
 
 
-<<<<<<< HEAD
 def test_what_only_fills_a_smaller_state_up_breaks_no_bound():
     grow = oc.Stage(lambda k, x, u: torch.cat([x + u, x - 0.2 * u], dim=-1), lambda k, x, u: (u**2).sum(-1), 1)
     shrink = oc.Stage(lambda k, x, u: x.sum(-1, keepdim=True) / 2 + u, lambda k, x, u: (u**2).sum(-1), 1)
@@ -138,7 +137,8 @@ def test_what_only_fills_a_smaller_state_up_breaks_no_bound():
     assert float(solutions["ddp"].rollout(torch.ones(1, dtype=F64)).constraint_violation) < 1e-7
     low = replace(solutions["casadi"], states=[*solutions["casadi"].states[:2], torch.tensor([0.5], dtype=F64)])
     assert [(v.component, v.step) for v in low.violations if v.name == "state_bounds"] == [("[0]", 2)]
-=======
+
+
 @pytest.mark.parametrize("solver", ["casadi", "ddp"])
 @pytest.mark.parametrize("limit", [0, 1])
 def test_the_status_of_a_failed_solve_names_the_constraint(solver, limit):
@@ -162,4 +162,3 @@ def test_the_status_of_a_failed_solve_names_the_constraint(solver, limit):
         r"dynamics (place \[m\]|speed \[m/s\]) at step \d)",
         status,
     )
->>>>>>> 670c181 (limit_rates: bounds on the rates of controls; statuses of DDP and IPOPT name what is broken; indirect starts from DDP)
