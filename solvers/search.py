@@ -26,6 +26,8 @@ _MU_MIN, _MU_MAX = 1e-6, 1e12
 _UP, _DOWN, _LONG, _SHORT = 10.0, 3.0, 0.5, 0.1
 # Gauss-Newton converges linearly and may creep on in the last digits: so many steps below rounding are the end too.
 _IDLE = 5
+# Damping up to this hides no gain that is worth a step.
+_MILD = 1e-2
 # All step sizes are tried in one rollout where a batch is so small that only calls cost time.
 _SMALL = 64
 # Step sizes: from the full one down.
@@ -345,6 +347,11 @@ def tensors(like: Tensor, *arrays: Any) -> list[Tensor]:
     return [torch.from_numpy(np.asarray(array)).to(like.device) for array in arrays]
 
 
+def _slack(cost: Any) -> Any:
+    """:func:`rounding` of numpy's numbers."""
+    return 64 * np.finfo(cost.dtype).eps * (1 + abs(cost))
+
+
 @np.errstate(all="ignore")
 def judge(progress: Progress, iterate: Iterate, direction: Direction, tolerance: float, sweeps: int) -> Progress:
     """Which searches end at this path."""
@@ -355,6 +362,8 @@ def judge(progress: Progress, iterate: Iterate, direction: Direction, tolerance:
     flat = abs(decrease) <= tolerance**2 * (1 + abs(cost))
     # no room to move at any mu: every gradient vanishes or pushes against a bound, whatever the curvature there
     idle = (now.quiet >= _IDLE) | (decrease == 0)
+    # a little damping leaves nothing to gain but rounding, on the wrong side of zero: no search would accept that
+    idle = idle | ((linear >= 0) & (linear <= _slack(cost)) & (now.mu <= _MILD))
     converged = solvable & (gap <= tolerance) & ((flat & (now.mu <= _MU_MIN)) | idle)
     limit, large, low = now.sweeps >= sweeps, now.mu > _MU_MAX, cost < _BOTTOM
     if not (converged | limit | large | low).any():
@@ -380,7 +389,7 @@ def record(progress: Progress, before: Tensor, iterate: Iterate, direction: Dire
         down = np.where(down < _MU_MIN, np.zeros_like(mu), down)
         restart = np.where(moved & (mu > 0), mu / _DOWN, restart)
         mu = np.where(running, np.where(moved, down, up), mu)
-    slack = 64 * np.finfo(cost.dtype).eps * (1 + abs(cost))
+    slack = _slack(cost)
     small = (abs(old - cost) <= slack) & (-(linear + quadratic) <= 1e3 * slack)
     # a sweep or search that failed on the way says nothing about progress
     quiet = np.where(moved, (now.quiet + 1) * small, now.quiet)

@@ -167,6 +167,8 @@ def prepare(
 ) -> Prepared:
     """Check, lower and compile a problem once, to solve it many times from other states and with other data.
 
+    "indirect" and "shooting" have nothing that could be built once: they lower anew at each solve.
+
     Args:
         problem: as for ``solve``.
         solver: as for ``solve``.

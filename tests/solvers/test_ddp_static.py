@@ -139,3 +139,21 @@ class TestFreeHorizon:
         ddp, casadi = solve(problem, steps=15), solve(problem, "casadi", steps=15)
         assert_close(ddp.cost, casadi.cost, rtol=1e-9)
         assert_close(ddp.horizon, casadi.horizon, rtol=1e-6)
+
+    def test_damped_at_the_minimum_it_ends_there(self):
+        """Stiff: an implicit step that is differentiated differs from the one rolled out by rounding."""
+
+        def problem(horizon):
+            return OCP(
+                lambda t, x, u: torch.stack([x[..., 1], -1000 * (x[..., 1] - u[..., 0])], dim=-1),
+                lambda t, x, u: (u**2).sum(-1) + 1.0,
+                lambda t, x: 100 * ((x[..., 0] - 1) ** 2 + x[..., 1] ** 2),
+                initial_state=[0.0, 0.0],
+                control_dim=1,
+                horizon=horizon,
+            )
+
+        options = {"steps": 10, "integrator": "implicit_euler", "kernel": "torch"}
+        free = solve(problem(FreeHorizon(1.0, 0.2, 5.0)), **options)
+        assert_converged(free)
+        assert_close(solve(problem(float(free.horizon)), **options).cost, free.cost, rtol=1e-10)

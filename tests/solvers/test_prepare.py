@@ -211,3 +211,23 @@ def test_programs_made_later_are_compared_at_the_old_points():
     wanted = solve(problem, "ddp", steps=4, kernel="torch")
     for answer in (solution, again):
         torch.testing.assert_close(answer.cost, wanted.cost, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("solver", ["indirect", "shooting"])
+def test_solvers_with_nothing_to_build_see_every_change(solver):
+    """min of the integral of (x - target)^2 + u^2 from x = target + 1, T = 1: tanh(1)."""
+    target = torch.tensor([0.0], dtype=F64)
+    problem = OCP(
+        lambda t, x, u: u,
+        lambda t, x, u: ((x - target) ** 2 + u**2).sum(-1),
+        initial_state=[1.0],
+        control_dim=1,
+        horizon=1.0,
+        data=(target,),
+    )
+    prepared = prepare(problem, solver, steps=4)
+    first = prepared.solve()
+    target.fill_(2.0)
+    second = prepared.solve([3.0])
+    assert float(second.cost) == pytest.approx(float(first.cost), rel=1e-9)
+    assert float(second.states[-1]) == pytest.approx(2 + float(first.states[-1]), rel=1e-6)
