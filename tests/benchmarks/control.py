@@ -38,13 +38,13 @@ LOWERED = Way("lowered", oc.solvers.DDP(kernel="lowered", compile=False))
 TORCH = Way("torch", oc.solvers.DDP(kernel="torch"))
 IPOPT = Way("IPOPT", oc.solvers.CasADi())
 
-PEER = Way("crocoddyl, Python model", peer.Crocoddyl(peer.python_models))
-PEER_C = Way("crocoddyl, C++ model", peer.Crocoddyl(peer.unicycle_models))
+PEER = Way("crocoddyl, Python", peer.Crocoddyl(peer.python_models))
+PEER_C = Way("crocoddyl, C++", peer.Crocoddyl(peer.unicycle_models))
 PEERS = (PEER, PEER_C)
 
 WAYS = (COMPILED, LOWERED, IPOPT)
 BESIDE = (COMPILED, LOWERED, PEER, IPOPT)
-UNICYCLE = "unicycle of crocoddyl"
+UNICYCLE = "crocoddyl_unicycle"
 # problem, N, the ways, and the ratios to the last one that are wanted
 CASES: list[tuple[str, int, tuple[Way, ...], tuple[float | None, ...]]] = [
     ("pendulum_swing_up", 100, BESIDE, (0.5, 1.6, None)),
