@@ -163,7 +163,7 @@ def show_control(options: Options) -> None:
         ["problem", "N", "solver", "ratio", "wanted", "first", "ms", "iterations", "cost diff.", ""],
         rows,
         "best CPU times of solves in turn, and the ratio of the very first ones, which use what was just built; "
-        "crocoddyl by FDDP or BoxFDDP from the same start, its model in Python on CasADi's derivatives or its own in C++",
+        "crocoddyl by FDDP or BoxFDDP from the same start, its model in Python on CasADi's derivatives, or in C++",
     )
 
 
