@@ -355,7 +355,8 @@ def judge(progress: Progress, iterate: Iterate, direction: Direction, tolerance:
     flat = abs(decrease) <= tolerance**2 * (1 + abs(cost))
     # no room to move at any mu: every gradient vanishes or pushes against a bound, whatever the curvature there
     idle = (now.quiet >= _IDLE) | (decrease == 0)
-    converged = solvable & (gap <= tolerance) & ((flat & (now.mu <= _MU_MIN)) | idle)
+    # what is predicted under a large mu says little, but a rough answer may be one under a small mu
+    converged = solvable & (gap <= tolerance) & ((flat & (now.mu <= max(_MU_MIN, 10 * tolerance))) | idle)
     limit, large, low = now.sweeps >= sweeps, now.mu > _MU_MAX, cost < _BOTTOM
     if not (converged | limit | large | low).any():
         return progress
