@@ -29,6 +29,7 @@ from ocnopt.solvers.augmented import first_augmented
 from ocnopt.solvers.endings import Stopwatch, sentence
 from ocnopt.solvers.kernels import Kernel
 from ocnopt.solvers.lowered.limits import fits
+from ocnopt.solvers.remains import explained
 from ocnopt.solvers.rounds import PreparedAugmented
 from ocnopt.solvers.search import (
     Curvature,
@@ -316,7 +317,8 @@ class PreparedDDP:
     def search(self, problem: StagedOCP, guess: Guess, *, progress: bool = False) -> Result:
         """Solve the problem that the kernel was built or refreshed for."""
         with Stopwatch(self.solver.time_limit) as stopwatch:
-            return self.run(problem, guess, stopwatch, progress=progress)[0]
+            result, outcome = self.run(problem, guess, stopwatch, progress=progress)
+        return result if bool(result.converged.all()) else explained(problem, result, outcome, self.kernel.name)
 
     def run(
         self, problem: StagedOCP, guess: Guess, stopwatch: Stopwatch, *, progress: bool = False

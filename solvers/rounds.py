@@ -26,7 +26,10 @@ _UP, _ENOUGH, _CEILING = 10.0, 0.25, 1e8
 # Multipliers that change by less, relative to the largest, are good, and so are those that no longer settle.
 _STILL = 1e-7
 # The first inner solve's tolerance, and its decrease from one to the next.
-_LOOSE, _TIGHTER = 1e-3, 0.1
+_LOOSE, _TIGHTER = 1e-2, 0.1
+# An inner solve whose cost fell by more, relative to the start, ran away; from then on mu starts from _CAREFUL, and
+# from _UP times more after each that does so again: where controls cost nothing, a first step leaves the model's reach.
+_AWAY, _CAREFUL = 1e8, 1e-4
 
 
 class Rounds(NamedTuple):
@@ -65,12 +68,13 @@ class PreparedAugmented:
         began, solver = time.perf_counter(), self.inner.solver
         results: list[Result] = []
         with torch.no_grad(), Stopwatch(solver.time_limit) as stopwatch:
-            rounds = _first_round(problem)
+            rounds, regularisation = _first_round(problem), solver.regularisation
             for number in range(solver.max_outer):
                 free = augment(problem, rounds.multipliers, rounds.penalty)
                 loose = max(solver.tolerance, _LOOSE * _TIGHTER**number)
                 left = solver.max_iterations - int(rounds.iterations[rounds.running].min())
-                prepared = replace(self.inner, solver=replace(solver, tolerance=loose, max_iterations=left))
+                options = {"tolerance": loose, "max_iterations": left, "regularisation": regularisation}
+                prepared = replace(self.inner, solver=replace(solver, **options))
                 prepared.kernel.refresh(free)
                 result, outcome = prepared.run(free, guess, stopwatch, progress=progress)
                 # what has ended keeps its path
@@ -78,7 +82,10 @@ class PreparedAugmented:
                 rounds = _next_round(problem, rounds, result, outcome, solver, final=loose == solver.tolerance)
                 if not bool(rounds.running.any()):
                     break
-                guess = _warm(problem, rounds, outcome, result, guess)
+                lost = _lost(outcome, result)
+                if bool(lost.any()):
+                    regularisation = max(_UP * regularisation, _CAREFUL)
+                guess = _warm(lost, result, guess)
         result = _finished(problem, rounds, len(results), results[-1], self.inner.kernel.name)
         history = {name: torch.cat([one.history[name] for one in results]) for name in result.history}
         return result._replace(history=history, wall_time=time.perf_counter() - began)
@@ -101,14 +108,13 @@ def _next_round(
     d = distances(problem, Multipliers(*(value + shift for value, shift in zip(g, s, strict=True))))
     misses = _largest([(new - shift).abs() for new, shift in zip(d, s, strict=True)], rho)
     solved = Outcome.solved(outcome)
-    # a cost without a bound may have one under a larger penalty
-    lost = (outcome == Outcome.UNBOUNDED) | (outcome == Outcome.NOT_SMOOTH) | ~torch.isfinite(misses)
+    lost = _lost(outcome, result) | ~torch.isfinite(misses)
     slow = (misses > _ENOUGH * rounds.misses) & (misses > solver.constraint_tolerance)
     iterations = torch.where(running, rounds.iterations + result.iterations, rounds.iterations)
     sizes = _largest([value.abs() for value in old], rho)
     still = (rho * misses <= _STILL * (1 + sizes)) | (misses > _ENOUGH * rounds.misses)
     met, stopped = (misses <= solver.constraint_tolerance) & still, torch.zeros_like(running)
-    for reason in (Outcome.LATE, Outcome.INTERRUPTED, Outcome.NOT_FINITE):
+    for reason in (Outcome.LIMIT, Outcome.LATE, Outcome.INTERRUPTED, Outcome.NOT_FINITE):
         stopped = stopped | (outcome == reason)
     ended = torch.where(stopped | (lost & (rho >= _CEILING)), outcome, Outcome.RUNNING)
     # only a minimum says that there is nothing nearer
@@ -136,15 +142,22 @@ def _largest(parts: Sequence[Tensor], like: Tensor) -> Tensor:
     return together.amax(-1) if together.shape[-1] else torch.zeros_like(like)
 
 
-def _warm(problem: StagedOCP, rounds: Rounds, outcome: Tensor, result: Result, before: Guess) -> Guess:
+def _lost(outcome: Tensor, result: Result) -> Tensor:
+    """Inner solves that ran away: a cost without a bound may have one under a larger penalty."""
+    first = result.history["cost"][0]
+    fell = (outcome == Outcome.STUCK) & (first - result.cost > _AWAY * (1 + first.abs()))
+    return fell | (outcome == Outcome.UNBOUNDED) | (outcome == Outcome.NOT_SMOOTH)
+
+
+def _warm(lost: Tensor, result: Result, before: Guess) -> Guess:
     """Where the next inner solve starts: at the last path, or where that was lost, at the one before."""
-    lost = (outcome == Outcome.UNBOUNDED) | (outcome == Outcome.NOT_SMOOTH)
-    controls = [
-        torch.where(lost[..., None], old, new) for new, old in zip(result.controls, before.controls, strict=True)
-    ]
+
+    def kept(old: Sequence[Tensor], new: Sequence[Tensor]) -> list[Tensor]:
+        return [torch.where(lost[..., None], a, b) for a, b in zip(old, new, strict=True)]
+
     p = torch.where(lost[..., None], before.parameters, result.parameters)
     closed = bool((result.constraint_violation == 0).all()) or bool(lost.any())
-    return Guess(controls, p, None if closed else list(result.states))
+    return Guess(kept(before.controls, result.controls), p, None if closed else list(result.states))
 
 
 def _merged(taken: Tensor, new: Result, old: Result) -> Result:

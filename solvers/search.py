@@ -364,7 +364,8 @@ def judge(progress: Progress, iterate: Iterate, direction: Direction, tolerance:
     idle = (now.quiet >= _IDLE) | (decrease == 0)
     # a little damping leaves nothing to gain but rounding, on the wrong side of zero: no search would accept that
     idle = idle | ((linear >= 0) & (linear <= _slack(cost)) & (now.mu <= _MILD))
-    converged = solvable & (gap <= tolerance) & ((flat & (now.mu <= _MU_MIN)) | idle)
+    # what is predicted under a large mu says little, but a rough answer may be one under a small mu
+    converged = solvable & (gap <= tolerance) & ((flat & (now.mu <= max(_MU_MIN, 10 * tolerance))) | idle)
     limit, large, low = now.sweeps >= sweeps, now.mu > _MU_MAX, cost < _BOTTOM
     if not (converged | limit | large | low).any():
         return progress

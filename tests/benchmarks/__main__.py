@@ -2,7 +2,7 @@
 
 python -m tests.benchmarks [PART ...] [--quick] [--full] [--against PATH], where PART is one of
 
-    iterations memory race engines layerwise control batch scaling mpc_pytorch gradients mpc versions
+    iterations memory race engines layerwise control starts batch scaling mpc_pytorch gradients mpc versions
 
 Peers that are not installed are named as such: see ``mpc_pytorch`` for how to install them.
 """
@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+import ocnopt as oc
 from tests.benchmarks import (
     batch,
     cases,
@@ -30,6 +31,7 @@ from tests.benchmarks import (
     mpc,
     mpc_pytorch,
     race,
+    starts,
     versions,
 )
 
@@ -61,7 +63,20 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], capt
 
 
 def show_iterations(options: Options) -> None:
-    """SNOpt's iteration against Adam's."""
+    """SNOpt's iteration against Adam's, and the number of DDP's against IPOPT's."""
+    swings = [iterations.count(*case) for case in iterations.SWINGS if case[1] <= 100 or not options.quick]
+    show(
+        "sweeps of DDP with exact curvature over iterations of IPOPT, from the library's start",
+        ["problem", "N", "DDP", "IPOPT", "ratio", "wanted", "same minimum", *iterations.REMEDIES],
+        [
+            [
+                *(one.name, str(one.steps), str(one.sweeps), str(one.ipopt), f"{one.ratio:.2f}"),
+                *(most(iterations.WANTED), "yes" if one.same else "no", *map(str, one.remedies.values())),
+            ]
+            for one in swings
+        ],
+        "mu: the first regularisation; auto: Gauss-Newton where the exact model is not convex",
+    )
     found = iterations.measure(20 if options.quick else 60)
     show(
         "img: time of an iteration, SNOpt / Adam, equal evaluations",
@@ -164,6 +179,41 @@ def show_control(options: Options) -> None:
         rows,
         "best CPU times of solves in turn, and the ratio of the very first ones, which use what was just built; "
         "crocoddyl by FDDP or BoxFDDP from the same start, its model in Python on CasADi's derivatives, or in C++",
+    )
+
+
+def show_starts(options: Options) -> None:
+    """DDP from the reference's starts, from random ones, and with a free end time."""
+    rows = []
+    for name, steps, start, cost in starts.NAMED:
+        if steps <= 100 or not options.quick:
+            found = starts.from_named_start(name, steps, start)
+            off = abs(float(found.cost) / cost - 1)
+            rows.append([name, str(steps), start, f"{off:.0e}", "<= 1e-07", str(int(found.iterations))])
+    show(
+        "DDP's cost over that of the reference solutions, from the start named there",
+        ["problem", "N", "start", "relative error", "wanted", "iterations"],
+        rows,
+    )
+    rows = []
+    for name, steps, limit in starts.FREE[:3] if options.quick else starts.FREE:
+        found, best = starts.free_end(name, steps, limit), oc.problems.control(name).T_star
+        ends = [f"{float(found.horizon):.7f}", f"{best:.7f}", f"{float(found.constraint_violation):.0e}"]
+        rows.append([name, str(steps), *ends, str(int(found.iterations)), "yes" if bool(found.converged) else "no"])
+    show("free end time by DDP", ["problem", "N", "T", "T*", "violation", "iterations", "converged"], rows)
+    cases_ = [case for case in starts.CASES if case[1] <= 100 or not options.quick]
+    ends = [starts.measure(*case, starts=5 if options.quick else 10) for case in cases_]
+    show(
+        "where DDP ends from random controls",
+        ["problem", "N", "starts", "converged", "best", "confirmed", "wanted", "iterations", "costs"],
+        [
+            [
+                *(end.name, str(end.steps), str(end.starts), str(end.converged), str(end.best), str(end.confirmed)),
+                *(f">= {0.9 * end.starts:.0f}", f"{end.iterations:.0f}", " ".join(f"{c:.6g}" for c in end.costs)),
+            ]
+            for end in ends
+        ],
+        "best: the reference's cost to 1e-7; confirmed: that, or IPOPT started there stays at the same cost to 1e-7",
     )
 
 
@@ -278,6 +328,7 @@ PARTS: dict[str, Callable[[Options], None]] = {
     "engines": show_engines,
     "layerwise": show_layerwise,
     "control": show_control,
+    "starts": show_starts,
     "batch": show_batch,
     "mpc": show_mpc,
     "scaling": show_scaling,

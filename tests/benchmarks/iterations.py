@@ -1,8 +1,15 @@
-"""One iteration of SNOpt against one of Adam: same weights, same batches, so equal evaluations, stepped in turn."""
+"""One iteration of SNOpt against one of Adam, and how many iterations DDP takes beside IPOPT.
+
+SNOpt and Adam: same weights, same batches, so equal evaluations, stepped in turn. DDP and IPOPT: the same problem from
+the same start, every sweep counted, whether its step was accepted or not.
+"""
 
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
+
+import ocnopt as oc
 from tests.benchmarks.workload import Run, adam, batches, digits, snopt
 
 REFRESH_EVERY = 5
@@ -34,3 +41,46 @@ def measure(pairs: int = 60) -> Ratios:
         (refresh if k % REFRESH_EVERY == 0 else ordinary).append(time / base)
         times.append(base)
     return Ratios(median(ordinary), median(refresh), 1e3 * median(times), pairs)
+
+
+# problem, N; wanted are 1.5 times IPOPT's iterations at most
+SWINGS = [
+    (name, steps)
+    for name in ("pendulum_swing_up", "pendulum_swing_up_u5", "cartpole_swing_up_soft", "car_parking_tassa")
+    for steps in (100, 500)
+]
+# what might take fewer: the first regularisation, and a start that satisfies the dynamics
+REMEDIES = {"mu = 1e-3": {"regularisation": 1e-3}, "mu = .1": {"regularisation": 0.1}, "auto": {"curvature": "auto"}}
+WANTED = 1.5
+
+
+class Counts(NamedTuple):
+    """Sweeps of DDP with exact curvature, and of remedies, over the iterations of IPOPT from the same start."""
+
+    name: str
+    steps: int
+    sweeps: int
+    ipopt: int
+    same: bool
+    remedies: dict[str, int]
+
+    @property
+    def ratio(self) -> float:
+        """DDP's over IPOPT's."""
+        return self.sweeps / self.ipopt
+
+
+def count(name: str, steps: int) -> Counts:
+    """Solve one problem every way."""
+    sized = {"steps": steps} if name == "car_parking_tassa" else {}
+    problem = oc.problems.control(name).build(**sized)
+    theirs = oc.solve(problem, "casadi", steps=steps)
+
+    def sweeps(**options: Any) -> tuple[int, oc.Solution]:
+        solution = oc.solve(problem, steps=steps, **({"curvature": "exact"} | options))
+        return len(solution.history["cost"]) - 1, solution
+
+    own, solution = sweeps()
+    same = bool(torch.isclose(solution.cost, theirs.cost, rtol=1e-6))
+    others = {remedy: sweeps(**options)[0] for remedy, options in REMEDIES.items()}
+    return Counts(name, steps, own, int(theirs.iterations), same, others)

@@ -15,6 +15,7 @@ from tests.benchmarks import (
     mpc,
     mpc_pytorch,
     race,
+    starts,
     versions,
 )
 
@@ -56,6 +57,17 @@ def test_mpc():
     found = mpc.measure(steps=2)
     assert all(step.milliseconds > 0 for step in found)
     assert max(step.difference for step in found) < 1e-7
+
+
+def test_starts():
+    ends = starts.measure("pendulum_swing_up_u5", 40, 3.0, starts=2)
+    assert (ends.converged, ends.confirmed) == (2, 2), ends.wrong
+
+
+def test_counts():
+    found = iterations.count("pendulum_swing_up", 20)
+    assert found.same
+    assert min(found.sweeps, found.ipopt, *found.remedies.values()) > 0
 
 
 def test_batch():

@@ -114,7 +114,7 @@ class TestRecord:
         solution = solve(swing([0.5, 0.0]), steps=20, max_iterations=2)
         assert not bool(solution.converged)
         assert solution.status.startswith(
-            "stopped after 2 steps: the iteration limit was reached; raise max_iterations, or"
+            "stopped after 2 steps: the iteration limit was reached; the gradient is still "
         )
 
     def test_open_gaps_are_in_the_status(self):
@@ -133,10 +133,7 @@ class TestRecord:
         problem = pushed(lambda t, x, u: (u + u**2 - 2 * (u - u.detach())).sum(-1), initial_state=[0.0])
         solution = solve(problem, steps=4, initial_guess=-0.5 * torch.ones(4, 1), kernel="torch")
         assert not bool(solution.converged)
-        assert (
-            "no step decreases the cost under the largest regularisation; look for a kink in the functions"
-            in solution.status
-        )
+        assert "no step decreases the cost under the largest regularisation; the gradient is still " in solution.status
 
     def test_progress_is_shown_on_request(self, capsys):
         solve(swing(), steps=5, progress=True)

@@ -212,7 +212,7 @@ class TestEnds:
         problem = pushed(lambda t, x, u: (u**2).sum(-1) + (x[..., 0] - 1).abs().sqrt())
         solution = solve(problem, steps=4, kernel="torch", initial_guess=torch.zeros(4, 1))
         assert not bool(solution.converged)
-        assert "a derivative is NaN or infinite; look for a square root" in solution.status
+        assert "a derivative is NaN or infinite; the last such is at step 3; look for a square root" in solution.status
 
 
 class Rounded(torch.autograd.Function):
