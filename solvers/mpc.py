@@ -213,25 +213,24 @@ class MPC:
         x = x.expand(*problem.batch_shape, problem.state_dim) if x.shape == (problem.state_dim,) else x
         times, states, rows, ended = [_time("t0", t0)], [x], [], f"ran all of {steps} steps"
         try:
-            for _ in range(steps):
-                t = times[-1]
-                with Stopwatch(None) as stopwatch:
+            with Stopwatch(None) as stopwatch:
+                for _ in range(steps):
+                    t = times[-1]
                     u = self(t, x)
-                if stopwatch.reason is not None:
-                    # the solve has returned what it had
-                    raise KeyboardInterrupt
-                # under a free end time each plan has steps of its own length
-                after = t + self.step
-                x = self._model(t, x, u) if plant is None else _read("plant", plant(t, x.clone(), u.clone()), x)
-                if disturbance is not None:
-                    x = x + pushed(disturbance, x.new_tensor(after), x)
-                if not bool(torch.isfinite(x).all()):
-                    ended = f"the plant{_of_problems(x)} left the finite numbers after t = {t:.6g}"
-                    break
-                times.append(after)
-                states.append(x)
-                plan = self._plans[0][0]
-                rows.append((u, plan.cost, plan.converged, self.solve_time))
+                    if stopwatch.reason is not None:
+                        raise KeyboardInterrupt
+                    # under a free end time each plan has steps of its own length
+                    after = t + self.step
+                    x = self._model(t, x, u) if plant is None else _read("plant", plant(t, x.clone(), u.clone()), x)
+                    if disturbance is not None:
+                        x = x + pushed(disturbance, x.new_tensor(after), x)
+                    if not bool(torch.isfinite(x).all()):
+                        ended = f"the plant{_of_problems(x)} left the finite numbers after t = {t:.6g}"
+                        break
+                    times.append(after)
+                    states.append(x)
+                    plan = self._plans[0][0]
+                    rows.append((u, plan.cost, plan.converged, self.solve_time))
         except KeyboardInterrupt:
             ended = f"interrupted at t = {times[-1]:.6g}"
         return self._record(torch.tensor(times, dtype=problem.dtype), states, rows, ended)

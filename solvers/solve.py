@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from importlib import import_module
 from typing import Any, Protocol, runtime_checkable
 
-from ocnopt.checks import Bounds, can_differentiate, float_tensor, listed, nearest, shape, traced
+from ocnopt.checks import Bounds, can_differentiate, float_tensor, is_whole, listed, nearest, shape, traced
 from ocnopt.errors import ConvergenceError, ProblemError
 from ocnopt.grids import transcribe
 from ocnopt.ocp import OCP
@@ -15,6 +15,7 @@ from ocnopt.solvers.sensitivity import refuse_gradients, with_gradients
 from ocnopt.solvers.shared import Shared
 from ocnopt.solvers.solution import Gains, Guess, Result, Solution
 from ocnopt.staged import StagedOCP
+from ocnopt.staged import transcribe as transcribe_equal
 
 _SOLVERS = {
     "ddp": ("ocnopt.solvers.ddp", "DDP"),
@@ -237,7 +238,7 @@ def read_problem(problem: Any, steps: Any, integrator: str) -> StagedOCP:
     if isinstance(problem, StagedOCP):
         return problem
     if isinstance(problem, OCP):
-        return transcribe(problem, steps, integrator)
+        return (transcribe_equal if is_whole(steps) else transcribe)(problem, steps, integrator)
     came, cure = (
         f"of type {type(problem).__name__}",
         "use oc.OCP(dynamics, running_cost, ..), oc.StagedOCP or oc.from_module",
