@@ -152,7 +152,7 @@ def _lost(outcome: Tensor, result: Result) -> Tensor:
 def _warm(lost: Tensor, result: Result, before: Guess) -> Guess:
     """Where the next inner solve starts: at the last path, or where that was lost, at the one before."""
 
-    def kept(old: Sequence[Tensor], new: Sequence[Tensor]) -> list[Tensor]:
+    def kept(old: Series, new: Series) -> list[Tensor]:
         return [torch.where(lost[..., None], a, b) for a, b in zip(old, new, strict=True)]
 
     p = torch.where(lost[..., None], before.parameters, result.parameters)
