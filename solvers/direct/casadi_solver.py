@@ -6,6 +6,7 @@ problems of a batch are solved one after another, so one that fails harms no oth
 Source: Andersson et al., CasADi, Math. Prog. Comp. 11 (2019); Waechter and Biegler, IPOPT, Math. Prog. 106 (2006).
 """
 
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from ocnopt.solvers.direct.attempts import Instance
     from ocnopt.solvers.direct.transcription import Lowered
 
+# Neither IPOPT's linear algebra nor a program that threads share is made for two at once.
+_ONE_AT_A_TIME = threading.RLock()
 _CHOICES = {"method": ("multiple_shooting", "collocation"), "hessian": ("exact", "limited-memory")}
 
 
@@ -172,7 +175,8 @@ class PreparedCasADi:
             return one
 
         def attempt(row: int | None) -> Attempt:
-            return built(row).attempt(problem, guess, states, given, row, self.solver.restarts, stopwatch)
+            with _ONE_AT_A_TIME:
+                return built(row).attempt(problem, guess, states, given, row, self.solver.restarts, stopwatch)
 
         if self.alike:
             # before the clock runs; Ctrl-C still ends everything, as there is nothing to return

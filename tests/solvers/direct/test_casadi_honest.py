@@ -14,7 +14,7 @@ import torch
 
 from ocnopt.ocp import OCP
 from ocnopt.solvers.direct import attempts, nlp
-from ocnopt.solvers.solve import solve
+from ocnopt.solvers.solve import prepare, solve
 
 
 def slope(scale=1.0, **options):
@@ -101,19 +101,30 @@ class TestControlC:
         assert solution.status.startswith("stopped after 1 iteration: Ctrl-C was pressed")
 
 
-def test_four_threads_at_once():
-    costs = {}
+def in_threads(work):
+    """What ``work(0), ..., work(7)`` return or raise, at once."""
+    found = {}
 
-    def work(i):
+    def run(i):
         try:
-            costs[i] = float(solve(slope(1.0 + i % 4), "casadi", steps=4).cost)
+            found[i] = work(i)
         except Exception as error:
-            costs[i] = error
+            found[i] = error
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    expected = [float(solve(slope(1.0 + i), "casadi", steps=4).cost) for i in range(4)]
-    assert [costs[i] for i in range(8)] == pytest.approx(expected * 2, rel=1e-12)
+    return [found[i] for i in range(8)]
+
+
+def test_threads_at_once():
+    work = lambda i: float(solve(slope(1.0 + i % 4), "casadi", steps=4).cost)  # noqa: E731
+    assert in_threads(work) == pytest.approx([work(i) for i in range(8)], rel=1e-12)
+
+
+def test_threads_that_share_a_prepared_problem():
+    prepared = prepare(slope(), "casadi", steps=20)
+    work = lambda i: float(prepared.solve([1.0 + i, 0.1 * i]).cost)  # noqa: E731
+    assert in_threads(work) == pytest.approx([work(i) for i in range(8)], rel=1e-9)
