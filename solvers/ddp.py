@@ -349,12 +349,12 @@ def _result(
     wide: Widened, ended: list[tuple[Iterate, Progress, Aim]], kernel: Kernel, history: History, wall_time: float
 ) -> tuple[Result, Tensor]:
     shape = wide.problem.batch_shape
-    parts = [(iterate._replace(path=iterate.path._replace(gaps=None)), *rest) for iterate, *rest in ended]
-    iterate, progress, aim = parts[0]
+    iterate, progress, aim = ended[0]
     if kernel.apart and shape:
-        order = np.concatenate([part[1].row for part in parts]).argsort()
-        together = [pick_rows(joined(*column), order) for column in zip(*parts, strict=True)]
-        iterate, progress, aim = (unflattened(part, shape) for part in together)
+        order = np.concatenate([part[1].row for part in ended]).argsort()
+        columns: Any = zip(*((opened(iterate), *rest) for iterate, *rest in ended), strict=True)
+        together: Any = [unflattened(pick_rows(joined(*column), order), shape) for column in columns]
+        iterate, progress, aim = together
     path, direction = iterate.path, aim.direction
     outcome, iterations, gap = (
         torch.as_tensor(v, device=path.cost.device) for v in (progress.outcome, progress.iterations, iterate.gap_size)

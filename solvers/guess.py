@@ -106,6 +106,8 @@ def _series(name: str, value: Any, sizes: list[tuple[int, ...]], problem: Staged
         wanted = f"{len(sizes)} rows of sizes {sorted({size[-1] for size in sizes})}"
     else:
         tensor = float_tensor(name, value, problem.dtype, problem.device)
+        if len(set(sizes)) == 1 and tensor.shape == (*sizes[0][:-1], len(sizes), sizes[0][-1]):
+            return list(tensor.movedim(-2, 0).clone().unbind(0))
         rows = list(tensor.unbind(-2)) if tensor.ndim > 1 else []
         came, wanted = f"shape {shape(tensor)}", f"(..., {len(sizes)}, {sizes[0][-1]})"
     if len(rows) != len(sizes) or any(row.shape[-1:] != size[-1:] for row, size in zip(rows, sizes, strict=True)):

@@ -33,7 +33,6 @@ _ALPHAS = tuple(0.5**i for i in range(14))
 # A cost below this is taken to have no lower bound.
 _BOTTOM = -1e20
 
-
 Curvature = Literal["exact", "gauss_newton", "auto"]
 
 
@@ -361,8 +360,8 @@ def search_some(
         place = place.expand(*now.shape[:axis], 1, *now.shape[axis:])
         return choose(taken, axis, torch.gather(candidates, axis, place).squeeze(axis), now)
 
-    moved = [pick(*each_) for each_ in zip((1, 1, 0), path[:3], trial[:3], strict=True)]
-    return moved_to(iterate, Path(*moved, path.gaps, path.rows), step, weight), step
+    states, controls, reached = (pick(*each_) for each_ in zip((1, 1, 0), path[:3], trial[:3], strict=True))
+    return moved_to(iterate, Path(states, controls, reached, path.gaps, path.rows), step, weight), step
 
 
 def judge(progress: Progress, iterate: Iterate, aim: Aim, tolerance: float, sweeps: int) -> Progress:

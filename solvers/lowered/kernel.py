@@ -214,12 +214,12 @@ class LoweredKernel:
         """
         mu = np.asarray(mu, dtype=float)
         if self._library is None:
-            start, gains = self._sweep(path, mu, exact=exact)
+            start, (k, K, costates) = self._sweep(path, mu, exact=exact)
         else:
             iteration, d = self._prepared(path, self._library)
-            gains = iteration.sweep(path, mu, d, exact=exact)
+            k, K, costates = iteration.sweep(path, mu, d, exact=exact)
             start = iteration.start
-        return Direction(*gains, *self._minimise_start(path, start, mu))
+        return Direction(k, K, costates, *self._minimise_start(path, start, mu))
 
     def _sweep(self, path: Path, mu: Array, *, exact: bool) -> tuple[list[Array], list[Tensor]]:
         """V, J and whether they mean anything, at the start; k, K and the costates."""

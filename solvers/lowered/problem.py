@@ -10,7 +10,7 @@ import casadi
 import torch
 from torch import Tensor
 
-from ocnopt import captured
+from ocnopt.captured import given_rows as rows_of_functions
 from ocnopt.captured import of_problems, substituted
 from ocnopt.checks import clipped
 from ocnopt.paths import Widened, rows_stand_alone
@@ -120,7 +120,7 @@ def control_limits(problem: StagedOCP) -> tuple[Limits | None, Tensor]:
 
 def given_rows(problem: StagedOCP, bounds: Tensor) -> Tensor:
     """What each step is given besides, ``(N + 1, lanes, s)``: the functions' part, then the bounds that vary."""
-    rows = captured.given_rows(problem)
+    rows = rows_of_functions(problem)
     if not bounds.shape[-1]:
         return rows
     return torch.cat([rows, bounds[:, None].expand(-1, rows.shape[1], -1)], dim=-1)

@@ -71,7 +71,8 @@ def make_steps(step: casadi.Function, end: casadi.Function, n: int, m: int, q: i
     f, cost = _widened(step, k, z, u, d, n - q)
     (value,) = casadi.cse([end(z[: n - q, 0], z[n - q :, 0], d[:own, 0])])
     varying = iter([d[i] for i in range(own, int(d.numel()))])
-    box = bounds and tuple([next(varying) if value is None else casadi.SX(value) for value in side] for side in bounds)
+    sides = [[next(varying) if value is None else casadi.SX(value) for value in side] for side in bounds or ()]
+    box = (sides[0], sides[1]) if sides else None
     hessian, gradient = casadi.hessian(value, z)
     L = _quadratic(gradient, hessian)
     return Steps(
