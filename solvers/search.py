@@ -26,12 +26,12 @@ _MU_MIN, _MU_MAX = 1e-6, 1e12
 _UP, _DOWN, _LONG, _SHORT = 10.0, 3.0, 0.5, 0.1
 # Gauss-Newton converges linearly and may creep on in the last digits: so many steps below rounding are the end too.
 _IDLE = 5
+_MILD = 1e-2  # damping up to this hides no gain that is worth a step
 # All step sizes are tried in one rollout where a batch is so small that only calls cost time.
 _SMALL = 64
 # Step sizes: from the full one down.
 _ALPHAS = tuple(0.5**i for i in range(14))
-# A cost below this is taken to have no lower bound.
-_BOTTOM = -1e20
+_BOTTOM = -1e20  # a cost below has no lower bound
 
 Curvature = Literal["exact", "gauss_newton", "auto"]
 
@@ -229,11 +229,7 @@ def chosen(mask: Numbers, record: Record, other: Record) -> Record:
     if not isinstance(mask, np.ndarray):
         return record if mask else other
     places = torch.from_numpy(mask)
-    return each(
-        lambda axis, *both: choose(places, axis, *both) if isinstance(both[0], Tensor) else np.where(mask, *both),
-        record,
-        other,
-    )
+    return each(lambda i, *v: choose(places, i, *v) if isinstance(v[0], Tensor) else np.where(mask, *v), record, other)
 
 
 def find_direction(kernel: Kernel, iterate: Iterate, mu: Numbers, curvature: Curvature) -> Aim:
@@ -371,7 +367,11 @@ def judge(progress: Progress, iterate: Iterate, aim: Aim, tolerance: float, swee
     flat = abs(decrease) <= tolerance**2 * (1 + abs(cost))
     # no room to move at any mu: every gradient vanishes or pushes against a bound, whatever the curvature there
     idle = (now.quiet >= _IDLE) | (decrease == 0)
-    converged = aim.solvable & (iterate.gap_size <= tolerance) & ((flat & (now.mu <= _MU_MIN)) | idle)
+    # a little damping leaves nothing to gain but rounding, on the wrong side of zero: no search would accept that
+    idle |= (aim.linear >= 0) & (aim.linear <= rounding(cost)) & (now.mu <= _MILD)
+    # what is predicted under a large mu says little, but a rough answer may be one under a small mu
+    flat = flat & (now.mu <= max(_MU_MIN, 10 * tolerance))
+    converged = aim.solvable & (iterate.gap_size <= tolerance) & (flat | idle)
     limit, large, low = now.sweeps >= sweeps, now.mu > _MU_MAX, cost < _BOTTOM
     if not anywhere(converged | limit | large | low):
         return progress
