@@ -62,8 +62,9 @@ class Widened:
     def _stacked_bounds(self) -> checks.Bounds | None:
         """Two tensors ``(N, m)``; no control that is only there to fill up may move."""
         given, m = self.problem.step_bounds, self.m
-        if not any(given):
-            return None
+        first = given[0]
+        if all(bounds is first for bounds in given) and len(set(self.control_sizes)) == 1:
+            return first and (first[0].expand(self.steps, m), first[1].expand(self.steps, m))
         infinite = self.problem.initial_state.new_full((m,), torch.inf)
         pairs = [
             bounds or (-infinite[:size], infinite[:size])

@@ -15,9 +15,11 @@ Source: Mayne 1966; Tassa, Mansard and Todorov, ICRA 2014 (bounds, regularisatio
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,26 +29,30 @@ from ocnopt.errors import ProblemError
 from ocnopt.paths import Path, Widened
 from ocnopt.solvers.augmented import first_augmented
 from ocnopt.solvers.endings import Stopwatch, sentence
-from ocnopt.solvers.kernels import Kernel
+from ocnopt.solvers.kernels import Kernel, Numbers
 from ocnopt.solvers.lowered.limits import fits
 from ocnopt.solvers.remains import explained
 from ocnopt.solvers.rounds import PreparedAugmented
 from ocnopt.solvers.search import (
+    Aim,
     Curvature,
     Iterate,
     Outcome,
     Progress,
+    Record,
     TorchKernel,
-    alike,
+    anywhere,
     begin,
+    closed,
+    each,
     ending,
     find_direction,
-    joined,
     judge,
     line_search,
+    numbers,
     pick_rows,
     record,
-    unflattened,
+    where,
 )
 from ocnopt.solvers.solution import Guess, Result
 from ocnopt.solvers.starts import PreparedStarts, fit_together, repeated, stacked
@@ -57,34 +63,31 @@ class History:
     """Cost, step and regularisation of every problem after each of its sweeps."""
 
     def __init__(self, progress: bool) -> None:
-        self._rows: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._rows: list[tuple[Numbers, ...]] = []
         self._print = progress
 
-    def add(self, progress: Progress, cost: Tensor, step: Tensor, moving: Tensor) -> None:
+    def add(self, progress: Progress, cost: Numbers, step: Numbers, moving: Numbers) -> None:
         """Note one sweep of the problems that are moving."""
-        told, whole = (progress.sweeps, progress.row, cost, step, progress.mu), bool(moving.all())
-        sweeps, row, *values = (v.reshape(-1) if whole else v[moving] for v in told)
-        self._rows.append((sweeps, row, torch.stack(values)))
+        told = progress.sweeps, progress.row, cost, step, progress.mu
+        self._rows.append(told if np.ndim(moving) == 0 or moving.all() else tuple(v[moving] for v in told))
         if self._print:
-            sweep, mean, size, mu = (
-                float(v) for v in (progress.sweeps.max(), cost.mean(), step.mean(), progress.mu.max())
-            )
-            print(f"{sweep:4.0f}  cost {mean:.10g}  step {size:.3g}  mu {mu:.1e}")  # noqa: T201
+            sweep, mu = np.max(progress.sweeps), np.max(progress.mu)
+            print(f"{sweep:4.0f}  cost {np.mean(cost):.10g}  step {np.mean(step):.3g}  mu {mu:.1e}")  # noqa: T201
 
-    def tables(self, shape: torch.Size) -> dict[str, Tensor]:
-        """Each ``(sweeps + 1, ...)``, the start first; what has ended stays as it was, without a step."""
-        sweep, row, values = (torch.cat(parts, dim=-1) for parts in zip(*self._rows, strict=True))
-        table = values.new_zeros(3, int(sweep.max()) + 1, shape.numel())
+    def tables(self, like: Tensor) -> dict[str, Tensor]:
+        """Each ``(sweeps + 1, *batch)``, the start first; what has ended stays as it was, without a step."""
+        sweep, row, *values = (
+            np.hstack([np.ravel(part) for part in column]) for column in zip(*self._rows, strict=True)
+        )
+        table = np.zeros((3, int(sweep.max()) + 1, like.numel()))
         table[:, sweep, row] = values
-        last = torch.zeros_like(table[0, 0], dtype=torch.int64).scatter_reduce(0, row, sweep, "amax")
-        number = torch.arange(table.shape[1], device=row.device)[:, None]
-        kept = torch.minimum(number, last).expand(3, -1, -1)
-        table = table.gather(1, kept)
-        table[1] = torch.where(number <= last, table[1], 0.0)
-        return {
-            name: v.unflatten(1, shape) if shape else v[:, 0]
-            for name, v in zip(("cost", "step", "regularisation"), table, strict=True)
-        }
+        last = np.zeros(like.numel(), dtype=int)
+        np.maximum.at(last, row, sweep)
+        number = np.arange(table.shape[1])[:, None]
+        table = np.take_along_axis(table, np.minimum(number, last)[None], 1)
+        table[1][number > last] = 0.0
+        names = ("cost", "step", "regularisation")
+        return {n: torch.from_numpy(v).to(like).reshape(-1, *like.shape) for n, v in zip(names, table, strict=True)}
 
 
 class Start:
@@ -109,27 +112,47 @@ class Start:
 
     def admit(self, regularisation: float, room: int) -> tuple[Iterate, Progress]:
         """The first paths of the next problems."""
-        rows = torch.arange(self.next, min(self.next + room, self.count) if self.split else self.count)
+        rows = np.arange(self.next, min(self.next + room, self.count) if self.split else self.count)
         first, controls, states = self.first, self.controls, self.states
-        if self.split:
-            first, controls = first[rows], controls[:, rows]
-            states = None if states is None else states[:, rows]
-        self.next = self.count if not self.split else self.next + len(rows)
-        own = rows.to(first.device) if self.split else None
+        own = torch.from_numpy(rows).to(first.device) if self.split else None
+        if own is not None:
+            first, controls = first[own], controls[:, own]
+            states = None if states is None else states[:, own]
+        self.next = self.next + len(rows)
         if states is None:
             path = roll_controls(self.kernel, first, controls, self.q, own)
         else:
             path = self.kernel.evaluate(states, controls, own)
-        zero, count = torch.zeros_like(path.cost), torch.zeros_like(path.cost, dtype=torch.int64)
         finite = torch.isfinite(path.cost) & torch.isfinite(path.states).all(-1).all(0)
         if path.gaps is not None:
             finite = finite & torch.isfinite(path.gaps).all(-1).all(0)
         if not path.cost.ndim and not bool(finite):
             finite_path(list(path.states if path.gaps is None else path.gaps), path.cost, self.times)
-        outcome = torch.where(finite, Outcome.RUNNING, Outcome.NOT_FINITE)
-        row = rows.to(count.device).reshape(count.shape)
-        progress = Progress(row, zero + regularisation, zero, count, count, count, outcome)
-        return begin(path), progress
+        start = begin(path)
+        zero, outcome = np.zeros_like(start.cost)[()], where(numbers(finite), Outcome.RUNNING, Outcome.NOT_FINITE)
+        count = zero.astype(int)
+        mu, row = zero + zero.dtype.type(regularisation), rows.reshape(count.shape)[()]
+        return start, Progress(row, mu, zero, count, count, count, count + outcome)
+
+
+def opened(iterate: Iterate) -> Iterate:
+    """With gaps, zero where there were none."""
+    path = iterate.path
+    gaps = torch.zeros_like(path.states[1:]) if path.gaps is None else path.gaps
+    return iterate._replace(path=path._replace(gaps=gaps))
+
+
+def joined(*records: Record) -> Record:
+    """Problems of several records behind each other."""
+    return each(
+        lambda axis, *values: torch.cat(values, axis) if isinstance(values[0], Tensor) else np.concatenate(values),
+        *records,
+    )
+
+
+def unflattened(record: Record, shape: Sequence[int]) -> Record:
+    """Problems in a row as a batch of that shape."""
+    return each(lambda axis, value: value.reshape(*value.shape[:axis], *shape, *value.shape[axis + 1 :]), record)
 
 
 def roll_controls(kernel: Kernel, first: Tensor, controls: Tensor, q: int, rows: Tensor | None) -> Path:
@@ -253,47 +276,38 @@ class DDP:
                     raise
         return TorchKernel(wide)
 
+    @np.errstate(all="ignore")
     def search(
         self, kernel: Kernel, start: Start, history: History, stopwatch: Stopwatch
-    ) -> list[tuple[Iterate, Progress, Direction]]:
+    ) -> list[tuple[Iterate, Progress, Aim]]:
         """Work on a window of problems until all have ended, the time is up, or Ctrl-C was pressed."""
-        ended: list[tuple[Iterate, Progress, Direction]] = []
+        ended: list[tuple[Iterate, Progress, Aim]] = []
         iterate, progress = start.admit(self.regularisation, kernel.window)
-        history.add(progress, iterate.cost, torch.zeros_like(iterate.cost), progress.row >= 0)
+        history.add(progress, iterate.cost, np.zeros_like(iterate.cost), progress.row >= 0)
         while True:
-            direction, convex = find_direction(kernel, iterate, progress.mu, self.curvature)
-            progress = judge(progress, iterate, direction, self.tolerance, self.max_iterations)
+            aim = find_direction(kernel, iterate, progress.mu, self.curvature)
+            progress = judge(progress, iterate, aim, self.tolerance, self.max_iterations)
             if stopwatch.reason is not None:
-                stopped = torch.where(progress.running, stopwatch.reason, progress.outcome)
-                progress = progress._replace(outcome=stopped)
+                outcome = where(progress.running, stopwatch.reason, progress.outcome)
+                progress = progress._replace(outcome=outcome)
             running = progress.running
-            done = running.numel() - int(running.sum())
-            if done == running.numel() and not start.waiting:
-                progress, direction = ending(kernel, iterate, progress, direction, convex, self.curvature)
-                return [*ended, (iterate._replace(gaps=None), progress, direction)]
-            if start.split and 8 * done >= running.numel():
-                rows, left = running.nonzero()[:, 0], (~running).nonzero()[:, 0]
+            if not anywhere(running) and not start.waiting:
+                return [*ended, (iterate, *ending(kernel, iterate, progress, aim, self.curvature))]
+            if start.split and 8 * (~running).sum() >= running.size:
+                left, rows = (~running).nonzero()[0], running.nonzero()[0]
                 path, end = pick_rows(iterate, left), pick_rows(progress, left)
-                last = pick_rows(direction, left)
-                end, last = ending(kernel, path, end, last, convex[left], self.curvature)
-                ended.append((path._replace(gaps=None), end, last))
-                iterate, progress, direction = (
-                    pick_rows(iterate, rows),
-                    pick_rows(progress, rows),
-                    pick_rows(direction, rows),
-                )
+                ended.append((path, *ending(kernel, path, end, pick_rows(aim, left), self.curvature)))
+                iterate, progress, aim = pick_rows(iterate, rows), pick_rows(progress, rows), pick_rows(aim, rows)
                 running = progress.running
-            if running.numel():
+            if np.size(running):
                 before = iterate.cost
-                iterate, step = line_search(kernel, iterate, direction, running & direction.solvable)
-                progress = record(progress, before, iterate, direction, step)
+                iterate, step = line_search(kernel, iterate, aim, running & aim.solvable)
+                progress = record(progress, before, iterate, aim, step)
                 history.add(progress, iterate.cost, step, running)
-            if start.waiting and running.numel() < kernel.window:
-                new, begun = start.admit(self.regularisation, kernel.window - running.numel())
-                history.add(begun, new.cost, torch.zeros_like(new.cost), begun.row >= 0)
-                iterate, progress = joined(*alike(iterate, new)), joined(progress, begun)
-            elif iterate.gaps is not None and not bool(iterate.gap_size.any()):
-                iterate = iterate._replace(gaps=None)
+            if start.waiting and running.size < kernel.window:
+                new, begun = start.admit(self.regularisation, kernel.window - running.size)
+                history.add(begun, new.cost, np.zeros_like(new.cost), begun.row >= 0)
+                iterate, progress = closed(joined(opened(iterate), opened(new))), joined(progress, begun)
 
 
 @dataclass(frozen=True)
@@ -332,35 +346,36 @@ class PreparedDDP:
 
 
 def _result(
-    wide: Widened,
-    ended: list[tuple[Iterate, Progress, Direction]],
-    kernel: Kernel,
-    history: History,
-    wall_time: float,
+    wide: Widened, ended: list[tuple[Iterate, Progress, Aim]], kernel: Kernel, history: History, wall_time: float
 ) -> tuple[Result, Tensor]:
     shape = wide.problem.batch_shape
-    iterate, progress, direction = ended[0]
+    iterate, progress, aim = ended[0]
     if kernel.apart and shape:
-        order = torch.cat([part[1].row for part in ended]).argsort()
-        together = [pick_rows(joined(*parts), order) for parts in zip(*ended, strict=True)]
-        iterate, progress, direction = (unflattened(part, shape) for part in together)
-    states, p = wide.split(iterate.states)
+        order = np.concatenate([part[1].row for part in ended]).argsort()
+        columns: Any = zip(*((opened(iterate), *rest) for iterate, *rest in ended), strict=True)
+        together: Any = [unflattened(pick_rows(joined(*column), order), shape) for column in columns]
+        iterate, progress, aim = together
+    path, direction = iterate.path, aim.direction
+    outcome, iterations, gap = (
+        torch.as_tensor(v, device=path.cost.device) for v in (progress.outcome, progress.iterations, iterate.gap_size)
+    )
+    states, p = wide.split(path.states)
     result = Result(
         states=states,
-        controls=wide.cut(iterate.controls, wide.control_sizes),
+        controls=wide.cut(path.controls, wide.control_sizes),
         parameters=p,
-        cost=iterate.cost,
-        converged=Outcome.solved(progress.outcome),
-        iterations=progress.iterations,
+        cost=path.cost,
+        converged=Outcome.solved(outcome),
+        iterations=iterations,
         status=_status(progress, iterate, kernel.name),
-        constraint_violation=iterate.gap_size,
+        constraint_violation=gap,
         build_time=0.0,
         wall_time=wall_time,
-        history=history.tables(iterate.cost.shape),
+        history=history.tables(path.cost),
         costates=wide.split(direction.costates)[0],
         gains=(wide.cut(direction.k, wide.control_sizes), _cut_gains(wide, direction.K)),
     )
-    return result, progress.outcome
+    return result, outcome
 
 
 def _cut_gains(wide: Widened, K: Tensor) -> Series:
@@ -373,6 +388,6 @@ def _cut_gains(wide: Widened, K: Tensor) -> Series:
 
 def _status(progress: Progress, iterate: Iterate, kernel: str) -> str | list[str]:
     """One sentence for each problem."""
-    flat = [v.reshape(-1).tolist() for v in (progress.outcome, progress.iterations, iterate.gap_size)]
+    flat = [np.ravel(v).tolist() for v in (progress.outcome, progress.iterations, iterate.gap_size)]
     sentences = [sentence(kernel, *row) for row in zip(*flat, strict=True)]
-    return sentences if iterate.cost.ndim else sentences[0]
+    return sentences if np.ndim(iterate.cost) else sentences[0]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocnopt.checks import clipped, float_tensor, nearest, shape
+from ocnopt.checks import Bounds, clipped, float_tensor, nearest, shape
 from ocnopt.errors import ProblemError
 from ocnopt.paths import rollout
 from ocnopt.solvers.solution import Guess, Solution, perturbed
@@ -48,11 +48,25 @@ def _read(problem: StagedOCP, given: Any) -> tuple[Guess, bool]:
 
 def default_guess(problem: StagedOCP) -> Guess:
     """Zero controls clipped to the bounds, and the problem's parameters."""
-    controls = []
-    for group in problem.groups:
-        u = problem.initial_state.new_zeros((*problem.batch_shape, group.stage.control_dim))
-        controls += [clipped(u, bounds) for bounds in problem.step_bounds[group.start : group.stop]]
-    return Guess(controls, problem.start_parameters())
+    controls = [problem.initial_state.new_zeros(size) for size in _control_sizes(problem)]
+    return Guess(_within(controls, problem.step_bounds), problem.start_parameters())
+
+
+def _control_sizes(problem: StagedOCP) -> list[tuple[int, ...]]:
+    """The shape of each step's control."""
+    return [
+        (*problem.batch_shape, group.stage.control_dim)
+        for group in problem.groups
+        for _ in range(group.start, group.stop)
+    ]
+
+
+def _within(rows: list[Tensor], bounds: list[Bounds | None]) -> list[Tensor]:
+    """Each control within its bounds; all at once where those are the same."""
+    first = bounds[0]
+    if any(each is not first for each in bounds):
+        return [clipped(row, each) for row, each in zip(rows, bounds, strict=True)]
+    return rows if first is None else list(clipped(torch.stack(rows), first).unbind(0))
 
 
 def _as_mapping(problem: StagedOCP, given: Any) -> Mapping[str, Any]:
@@ -70,11 +84,12 @@ def _as_mapping(problem: StagedOCP, given: Any) -> Mapping[str, Any]:
 
 
 def _from_mapping(problem: StagedOCP, given: Mapping[str, Any]) -> Guess:
-    start = default_guess(problem)
-    controls, states = start.controls, None
-    if given.get("controls") is not None:
-        controls = _series("controls", given["controls"], [tuple(u.shape) for u in start.controls], problem)
-        controls = [clipped(u, b) for u, b in zip(controls, problem.step_bounds, strict=True)]
+    states = None
+    if given.get("controls") is None:
+        controls = default_guess(problem).controls
+    else:
+        controls = _series("controls", given["controls"], _control_sizes(problem), problem)
+        controls = _within(controls, problem.step_bounds)
     if given.get("states") is not None:
         sizes = [(*problem.batch_shape, size) for size in problem.state_sizes]
         states = _series("states", given["states"], sizes, problem)
@@ -91,17 +106,20 @@ def _series(name: str, value: Any, sizes: list[tuple[int, ...]], problem: Staged
         wanted = f"{len(sizes)} rows of sizes {sorted({size[-1] for size in sizes})}"
     else:
         tensor = float_tensor(name, value, problem.dtype, problem.device)
+        if len(set(sizes)) == 1 and tensor.shape == (*sizes[0][:-1], len(sizes), sizes[0][-1]):
+            return list(tensor.movedim(-2, 0).clone().unbind(0))
         rows = list(tensor.unbind(-2)) if tensor.ndim > 1 else []
         came, wanted = f"shape {shape(tensor)}", f"(..., {len(sizes)}, {sizes[0][-1]})"
     if len(rows) != len(sizes) or any(row.shape[-1:] != size[-1:] for row, size in zip(rows, sizes, strict=True)):
         raise ProblemError(f"{name} has {came}; expected {wanted}: one row per {unit}")
-    return [_expanded(name, row, size).clone() for row, size in zip(rows, sizes, strict=True)]
+    fitted = [_expanded(name, row, size) for row, size in zip(rows, sizes, strict=True)]
+    return list(torch.stack(fitted).unbind(0)) if len(set(sizes)) == 1 else [row.clone() for row in fitted]
 
 
 def _expanded(name: str, value: Tensor, size: tuple[int, ...]) -> Tensor:
     """The value for each problem of the batch."""
     try:
-        return value.expand(size)
+        return value if value.shape == size else value.expand(size)
     except RuntimeError as error:
         raise ProblemError(
             f"{name} has batch shape {tuple(value.shape[:-1])}; expected {size[:-1]}, or none: one start for all"

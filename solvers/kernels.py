@@ -8,17 +8,20 @@ from torch import Tensor
 from ocnopt.differential.sweep import Direction
 from ocnopt.paths import Path
 
+# A number of each problem: numpy's, without a batch a scalar, with one an array of its shape.
+Numbers = Any
+
 
 class Merit(NamedTuple):
-    """What a step of size alpha must gain: alpha * least, or alpha * slope but for slack; each ``(*batch)``.
+    """What a step of size alpha must gain: alpha * least, or alpha * slope but for slack.
 
     The gain is what the cost loses, and alpha * penalty for the gaps that close; no step is taken where slope < 0.
     """
 
-    penalty: Tensor
-    slope: Tensor
-    least: Tensor
-    slack: Tensor
+    penalty: Numbers
+    slope: Numbers
+    least: Numbers
+    slack: Numbers
 
 
 @runtime_checkable
@@ -49,7 +52,7 @@ class Kernel(Protocol):
         """A given path of all problems, or of those rows of the batch, with its cost and its gaps."""
         ...
 
-    def direction(self, path: Path, mu: Tensor, *, exact: bool) -> Direction:
+    def direction(self, path: Path, mu: Numbers, *, exact: bool) -> Direction:
         """Sweep backwards, with the curvature of the dynamics where ``exact``."""
         ...
 
@@ -58,8 +61,8 @@ class Kernel(Protocol):
         ...
 
     def search(
-        self, path: Path, direction: Direction, merit: Merit, active: Tensor, alphas: Sequence[float]
-    ) -> tuple[Path, Tensor] | None:
+        self, path: Path, direction: Direction, merit: Merit, active: Numbers, alphas: Sequence[float]
+    ) -> tuple[Path, Numbers] | None:
         """The longest step that gains enough, the path with its old gaps; None where roll_out must be asked instead."""
         ...
 

@@ -1,8 +1,8 @@
 r"""The search of a descent method: which step to take along a direction, how to regularise the next, when to stop.
 
 Every problem of a batch has its own step size, regularisation and end. What belongs to a problem is a row of every
-tensor, time in front where there is time: costs ``(B,)``, states ``(N + 1, B, n)``; without a batch the axis B is
-missing.
+tensor, time in front where there is time: states ``(N + 1, B, n)``; without a batch the axis B is missing. Single
+numbers of each problem, costs ``(B,)``, are numpy's, on the host: the rules below read the same for one and for many.
 
 Source: Tassa, Mansard and Todorov, ICRA 2014 (regularisation schedule); Nocedal and Wright 2006, 18.36 (merit of gaps).
 """
@@ -18,7 +18,7 @@ from ocnopt.captured import belongs_to_each
 from ocnopt.differential.sweep import Direction, sweep_path
 from ocnopt.linearise import expand_path, expand_terminal
 from ocnopt.paths import FeedbackLaw, Path, Widened, evaluate, rows_stand_alone, walk
-from ocnopt.solvers.kernels import Kernel, Merit
+from ocnopt.solvers.kernels import Kernel, Merit, Numbers
 
 _MU_MIN, _MU_MAX = 1e-6, 1e12
 # mu grows by _UP when nothing was accepted, falls by _DOWN after a step >= _LONG, rises by _DOWN after one < _SHORT:
@@ -26,15 +26,12 @@ _MU_MIN, _MU_MAX = 1e-6, 1e12
 _UP, _DOWN, _LONG, _SHORT = 10.0, 3.0, 0.5, 0.1
 # Gauss-Newton converges linearly and may creep on in the last digits: so many steps below rounding are the end too.
 _IDLE = 5
-# Damping up to this hides no gain that is worth a step.
-_MILD = 1e-2
+_MILD = 1e-2  # damping up to this hides no gain that is worth a step
 # All step sizes are tried in one rollout where a batch is so small that only calls cost time.
 _SMALL = 64
 # Step sizes: from the full one down.
 _ALPHAS = tuple(0.5**i for i in range(14))
-# A cost below this is taken to have no lower bound.
-_BOTTOM = -1e20
-
+_BOTTOM = -1e20  # a cost below has no lower bound
 
 Curvature = Literal["exact", "gauss_newton", "auto"]
 
@@ -58,8 +55,9 @@ class TorchKernel:
         """See :class:`Kernel`."""
         return evaluate(self._of(rows), states, controls)._replace(rows=rows)
 
-    def direction(self, path: Path, mu: Tensor, *, exact: bool) -> Direction:
+    def direction(self, path: Path, mu: Numbers, *, exact: bool) -> Direction:
         """See :class:`Kernel`; a path swept again, with another mu, is not expanded again."""
+        mu = torch.as_tensor(mu, dtype=path.cost.dtype, device=path.cost.device)
         states, controls, was_exact, *models = self._expanded
         if states is not path.states or controls is not path.controls or (exact and not was_exact):
             wide = self._of(path.rows)
@@ -79,8 +77,8 @@ class TorchKernel:
         return walk(self._of(path.rows), law, start, gaps)
 
     def search(
-        self, path: Path, direction: Direction, merit: Merit, active: Tensor, alphas: Sequence[float]
-    ) -> tuple[Path, Tensor] | None:
+        self, path: Path, direction: Direction, merit: Merit, active: Numbers, alphas: Sequence[float]
+    ) -> tuple[Path, Numbers] | None:
         """See :class:`Kernel`."""
         return None
 
@@ -98,52 +96,59 @@ class TorchKernel:
 
 
 class Iterate(NamedTuple):
-    """A path with the sum and the largest of its |gaps|, and the weight of the sum in the merit of the search."""
+    """A path, its cost, the sum and the largest of its |gaps|, and the weight of the sum in the merit of the search."""
 
-    states: Tensor
-    controls: Tensor
-    cost: Tensor
-    gaps: Tensor | None
-    rows: Tensor | None
-    gap_sum: Tensor
-    gap_size: Tensor
-    weight: Tensor
-
-    @property
-    def path(self) -> Path:
-        """The path alone."""
-        return Path(*self[:5])
+    path: Path
+    cost: Numbers
+    gap_sum: Numbers
+    gap_size: Numbers
+    weight: Numbers
 
 
 def begin(path: Path) -> Iterate:
     """A path before the first step."""
-    zero = torch.zeros_like(path.cost)
+    cost = numbers(path.cost)
+    zero = np.zeros_like(cost)[()]
     if path.gaps is None:
-        return Iterate(*path, zero, zero, zero)
+        return Iterate(path, cost, zero, zero, zero)
     size = path.gaps.abs()
-    return Iterate(*path, size.sum(-1).sum(0), size.amax(-1).amax(0), zero)
+    return Iterate(path, cost, numbers(size.sum(-1).sum(0)), numbers(size.amax(-1).amax(0)), zero)
 
 
-def alike(first: Iterate, second: Iterate) -> tuple[Iterate, Iterate]:
-    """Both with gaps, zero where one had none, or both without."""
-    if (first.gaps is None) == (second.gaps is None):
-        return first, second
-    one, other = (
-        part if part.gaps is not None else part._replace(gaps=torch.zeros_like(part.states[1:]))
-        for part in (first, second)
-    )
-    return one, other
+def closed(iterate: Iterate) -> Iterate:
+    """Without gaps where none is open."""
+    path, open_ = iterate.path, anywhere(iterate.gap_size > 0)
+    return iterate if path.gaps is None or open_ else iterate._replace(path=path._replace(gaps=None))
 
 
-def moved_to(iterate: Iterate, path: Path, step: Tensor, weight: Tensor) -> Iterate:
+def moved_to(iterate: Iterate, path: Path, step: Numbers, weight: Numbers) -> Iterate:
     """The path that a step leads to: of every gap, 1 - step is left."""
-    rows = None if iterate.rows is None else iterate.rows.expand(path.cost.shape)
-    if iterate.gaps is None:
-        return Iterate(*path[:3], None, rows, *(part.expand_as(path.cost) for part in iterate[5:]))
-    left = (1 - step).expand_as(path.cost)
-    gaps = left[..., None] * iterate.gaps if path.gaps is None else path.gaps
-    sums = left * iterate.gap_sum, left * iterate.gap_size, weight.expand_as(path.cost)
-    return Iterate(*path[:3], gaps, rows, *sums)
+    cost, gaps = numbers(path.cost), iterate.path.gaps
+    if gaps is None:
+        return iterate._replace(path=path, cost=cost)
+    left = 1 - step
+    gaps = torch.as_tensor(left, dtype=gaps.dtype, device=gaps.device)[..., None] * gaps
+    weight = where(step > 0, weight, iterate.weight)
+    return Iterate(path._replace(gaps=gaps), cost, left * iterate.gap_sum, left * iterate.gap_size, weight)
+
+
+class Aim(NamedTuple):
+    """A direction, with the predicted change of cost and whether there is one.
+
+    ``convex`` says which models are, whatever direction then takes their place; all by "gauss_newton".
+    """
+
+    direction: Direction
+    linear: Numbers
+    quadratic: Numbers
+    solvable: Numbers
+    convex: Numbers
+
+
+def aim_along(direction: Direction) -> Aim:
+    """A direction with its numbers."""
+    solvable = numbers(direction.solvable)
+    return Aim(direction, numbers(direction.linear), numbers(direction.quadratic), solvable, solvable)
 
 
 class Outcome:
@@ -153,7 +158,7 @@ class Outcome:
     SADDLE = 11
 
     @staticmethod
-    def solved(outcome: Tensor) -> Tensor:
+    def solved(outcome: Any) -> Any:
         """Which searches ended where no first-order step descends."""
         return (outcome == Outcome.CONVERGED) | (outcome == Outcome.SADDLE)
 
@@ -164,236 +169,232 @@ class Progress(NamedTuple):
     ``quiet`` counts accepted steps in a row that changed nothing, ``iterations`` accepted steps, ``sweeps`` all.
     """
 
-    row: Tensor
-    mu: Tensor
-    restart: Tensor
-    quiet: Tensor
-    iterations: Tensor
-    sweeps: Tensor
-    outcome: Tensor
+    row: Numbers
+    mu: Numbers
+    restart: Numbers
+    quiet: Numbers
+    iterations: Numbers
+    sweeps: Numbers
+    outcome: Numbers
 
     @property
-    def running(self) -> Tensor:
+    def running(self) -> Numbers:
         """Problems that still move."""
         return self.outcome == Outcome.RUNNING
 
 
-Record = TypeVar("Record", Iterate, Progress, Direction)
+Record = TypeVar("Record", Iterate, Progress, Aim, Path, Direction)
 _TIMED = ("states", "controls", "gaps", "k", "K", "costates")
 
 
-def each(function: Callable[..., Tensor], *records: Record) -> Record:
+def each(function: Callable[..., Any], *records: Record) -> Record:
     """Apply ``function(axis, *values)`` to every field, the problems of the batch standing along that axis."""
-    fields = zip(records[0]._fields, zip(*records, strict=True), strict=True)
-    made = {name: None if values[0] is None else function(int(name in _TIMED), *values) for name, values in fields}
-    return records[0]._replace(**made)  # type: ignore[arg-type]
+    made: dict[str, Any] = {}
+    for name, values in zip(records[0]._fields, zip(*records, strict=True), strict=True):
+        if isinstance(values[0], tuple):
+            made[name] = each(function, *values)
+        else:
+            made[name] = None if values[0] is None else function(int(name in _TIMED), *values)
+    return records[0]._replace(**made)
 
 
-def rounding(cost: Tensor) -> Tensor:
+def numbers(values: Tensor) -> Numbers:
+    """One number of each problem: over so few a call of torch's costs several times as much as numpy's."""
+    return values.cpu().numpy()[()]
+
+
+def where(mask: Numbers, value: Numbers, other: Numbers) -> Numbers:
+    """np.where, many times as quick for a single problem."""
+    return np.where(mask, value, other) if isinstance(mask, np.ndarray) else value if mask else other
+
+
+def anywhere(mask: Numbers) -> bool:
+    """Whether it holds for any problem."""
+    return bool(mask.any() if isinstance(mask, np.ndarray) else mask)
+
+
+def rounding(cost: Numbers) -> Numbers:
     """Costs closer than this cannot be told apart in floating point."""
-    return 64 * torch.finfo(cost.dtype).eps * (1 + cost.abs())
+    return 64 * np.finfo(cost.dtype).eps * (1 + abs(cost))
 
 
 def choose(mask: Tensor, axis: int, value: Tensor, other: Tensor) -> Tensor:
     """The value where the mask of the problems holds, else the other."""
     shape = ((1,) * axis) + mask.shape + (1,) * (value.ndim - axis - mask.ndim)
-    return torch.where(mask.reshape(shape), value, other)
+    return torch.where(mask.reshape(shape).to(value.device), value, other)
 
 
-def find_direction(kernel: Kernel, iterate: Iterate, mu: Tensor, curvature: Curvature) -> tuple[Direction, Tensor]:
-    """The direction at a path; for a non-convex exact model, where allowed, the Gauss-Newton direction instead.
+def chosen(mask: Numbers, record: Record, other: Record) -> Record:
+    """The problems of one record where the mask holds, else of the other."""
+    if not isinstance(mask, np.ndarray):
+        return record if mask else other
+    places = torch.from_numpy(mask)
+    return each(lambda i, *v: choose(places, i, *v) if isinstance(v[0], Tensor) else np.where(mask, *v), record, other)
 
-    Returns:
-        The direction, and which models are convex; "gauss_newton" asks for none that might not be.
-    """
-    direction = kernel.direction(iterate.path, mu, exact=curvature != "gauss_newton")
-    convex = direction.solvable
+
+def find_direction(kernel: Kernel, iterate: Iterate, mu: Numbers, curvature: Curvature) -> Aim:
+    """The direction at a path; for a non-convex exact model, where allowed, the Gauss-Newton direction instead."""
+    aim = aim_along(kernel.direction(iterate.path, mu, exact=curvature != "gauss_newton"))
     if curvature == "gauss_newton":
-        return direction, torch.ones_like(convex)
+        return aim._replace(convex=np.ones_like(aim.convex)[()])
     # An infeasible path's costates belong to no trajectory: its exact curvature misleads more than it helps.
-    keep = direction.solvable if curvature == "auto" else direction.solvable | (iterate.gap_size == 0)
-    if bool(keep.all()):
-        return direction, convex
-    rows = (~keep).nonzero()
+    keep = aim.solvable if curvature == "auto" else aim.solvable | (iterate.gap_size == 0)
+    if not anywhere(~keep):
+        return aim
     # the torch kernel has expanded the whole path already, and would expand a part of it anew
-    share = 0.25 if kernel.name == "torch" else 0.9
-    if kernel.apart and keep.ndim == 1 and len(rows) <= share * keep.numel():
-        rows = rows[:, 0]
-        some = kernel.direction(pick_rows(iterate, rows).path, mu[rows], exact=False)
-        return put_rows(direction, rows, some), convex
-    other = kernel.direction(iterate.path, mu, exact=False)
-    return each(lambda axis, exact, instead: choose(keep, axis, exact, instead), direction, other), convex
+    share, rows = 0.25 if kernel.name == "torch" else 0.9, np.atleast_1d(~keep).nonzero()[0]
+    if kernel.apart and np.ndim(keep) == 1 and len(rows) <= share * keep.size:
+        some = aim_along(kernel.direction(pick_rows(iterate.path, rows), mu[rows], exact=False))
+        return put_rows(aim, rows, some)._replace(convex=aim.convex)
+    other = aim_along(kernel.direction(iterate.path, mu, exact=False))
+    return chosen(keep, aim, other)._replace(convex=aim.convex)
 
 
 def ending(
-    kernel: Kernel, iterate: Iterate, progress: Progress, direction: Direction, convex: Tensor, curvature: Curvature
-) -> tuple[Progress, Direction]:
+    kernel: Kernel, iterate: Iterate, progress: Progress, aim: Aim, curvature: Curvature
+) -> tuple[Progress, Aim]:
     """Ends as they are without regularisation: a minimum with the gains that it has then, or a saddle.
 
-    Eliminating the controls one after another is a factorisation of the cost's Hessian: it has a negative eigenvalue
-    where, and only where, some Q_uu has.
+    Eliminating controls one by one factorises the cost's Hessian: it has a negative eigenvalue where some Q_uu has.
     """
-    converged = progress.outcome == Outcome.CONVERGED
-    unsure = converged & ((progress.mu > 0) | ~convex)
-    if not bool(unsure.any()):
-        return progress, direction
-    free, convex = find_direction(kernel, iterate, torch.zeros_like(progress.mu), curvature)
-    chosen = unsure & (progress.mu > 0) & free.solvable
-    direction = each(lambda axis, new, old: choose(chosen, axis, new, old), free, direction)
-    unsure = unsure & ~convex
-    if bool(unsure.any()):
+    unsure = (progress.outcome == Outcome.CONVERGED) & ((progress.mu > 0) | ~aim.convex)
+    if not anywhere(unsure):
+        return progress, aim
+    free = find_direction(kernel, iterate, np.zeros_like(progress.mu)[()], curvature)
+    aim = chosen(unsure & (progress.mu > 0) & free.solvable, free, aim)
+    unsure = unsure & ~free.convex
+    if anywhere(unsure):
         # a direction along which nothing changes, or only by rounding, makes no saddle
-        flat = kernel.direction(iterate.path, torch.full_like(progress.mu, _MU_MIN), exact=True).solvable
-        progress = progress._replace(outcome=torch.where(unsure & ~flat, Outcome.SADDLE, progress.outcome))
-    return progress, direction
+        little = np.full_like(progress.mu, _MU_MIN)[()]
+        flat = numbers(kernel.direction(iterate.path, little, exact=True).solvable)
+        progress = progress._replace(outcome=where(unsure & ~flat, Outcome.SADDLE, progress.outcome))
+    return progress, aim
 
 
-def line_search(kernel: Kernel, iterate: Iterate, direction: Direction, active: Tensor) -> tuple[Iterate, Tensor]:
+def line_search(kernel: Kernel, iterate: Iterate, aim: Aim, active: Numbers) -> tuple[Iterate, Numbers]:
     """Try the full step and shorter ones; each problem takes the longest that decreases its merit enough.
 
     Returns:
         The new iterate and the step taken, zero where none was.
     """
-    weight, merit = weigh(iterate, direction)
-    searched = kernel.search(iterate.path, direction, merit, active, _ALPHAS)
+    weight, merit = weigh(iterate, aim)
+    searched = kernel.search(iterate.path, aim.direction, merit, active, _ALPHAS)
     if searched is not None:
         path, step = searched
-        weight = weight if path.gaps is None else torch.where(step > 0, weight, iterate.weight)
-        return moved_to(iterate, path._replace(gaps=None), step, weight), step
-    step = torch.zeros_like(iterate.cost)
-    for sizes in kernel.ladder(active.numel(), _ALPHAS):
+        return closed(moved_to(iterate, path, step, weight)), step
+    step = np.zeros_like(iterate.cost)[()]
+    for sizes in kernel.ladder(np.size(active), _ALPHAS):
         open_ = active & (step == 0)
-        if not bool(open_.any()):
+        if not anywhere(open_):
             break
-        alphas = step.new_tensor(sizes)
-        if kernel.apart and open_.ndim == 1 and 2 * int(open_.sum()) <= open_.numel():
-            rows = open_.nonzero()[:, 0]
-            moved, found = search_some(kernel, pick_rows(iterate, rows), pick_rows(direction, rows), alphas)
-            iterate, step = put_rows(iterate, rows, moved), step.index_copy(0, rows, found)
+        if kernel.apart and np.ndim(open_) == 1 and 2 * open_.sum() <= open_.size:
+            rows = open_.nonzero()[0]
+            moved, found = search_some(kernel, pick_rows(iterate, rows), pick_rows(aim, rows), sizes)
+            iterate, step[rows] = put_rows(iterate, rows, moved), found
         else:
-            moved, found = search_some(kernel, iterate, direction, alphas, open_)
-            iterate, step = moved, torch.where(open_, found, step)
-    return iterate, step
+            iterate, found = search_some(kernel, iterate, aim, sizes, open_)
+            step = where(open_, found, step)
+    return closed(iterate), step
 
 
-def joined(*records: Record) -> Record:
-    """Problems of several records behind each other."""
-    return each(lambda axis, *values: torch.cat(values, axis), *records)
-
-
-def unflattened(record: Record, shape: Sequence[int]) -> Record:
-    """Problems in a row as a batch of that shape."""
-    return each(lambda axis, value: value.unflatten(axis, tuple(shape)), record)
-
-
-def pick_rows(record: Record, rows: Tensor) -> Record:
+def pick_rows(record: Record, rows: Numbers) -> Record:
     """Some problems of a batch."""
-    return each(lambda axis, value: value.index_select(axis, rows), record)
+    places = torch.from_numpy(rows)
+    return each(lambda axis, v: v.index_select(axis, places.to(v.device)) if isinstance(v, Tensor) else v[rows], record)
 
 
-def put_rows(record: Record, rows: Tensor, some: Record) -> Record:
+def put_rows(record: Record, rows: Numbers, some: Record) -> Record:
     """A batch with some of its problems replaced."""
-    return each(lambda axis, value, new: value.index_copy(axis, rows, new), record, some)
+    places = torch.from_numpy(rows)
+
+    def put(axis: int, value: Any, new: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.index_copy(axis, places.to(value.device), new)
+        changed = value.copy()
+        changed[rows] = new
+        return changed
+
+    return each(put, record, some)
 
 
-def weigh(iterate: Iterate, direction: Direction) -> tuple[Tensor, Merit]:
+def weigh(iterate: Iterate, aim: Aim) -> tuple[Numbers, Merit]:
     """The weight of the gaps and what a step must gain."""
     infeasible, weight, slack = iterate.gap_sum, iterate.weight, rounding(iterate.cost)
-    if iterate.gaps is None:
-        slope = -direction.linear
+    if iterate.path.gaps is None:
+        slope = -aim.linear
         return weight, Merit(infeasible, slope, 1e-4 * slope, slack)
     # twice the smallest weight for which the step descends on cost + weight * |gaps| (Nocedal and Wright, 18.36)
-    needed = 2 * (direction.linear + direction.quadratic.clamp_min(0)) / infeasible
-    weight = torch.where(infeasible > 0, torch.maximum(weight, needed), weight)
+    with np.errstate(all="ignore"):
+        needed = 2 * (aim.linear + np.maximum(aim.quadratic, 0)) / infeasible
+    weight = where(infeasible > 0, np.maximum(weight, needed), weight)
     penalty = weight * infeasible
-    slope = penalty - direction.linear
+    slope = penalty - aim.linear
     return weight, Merit(penalty, slope, 1e-4 * slope, slack)
 
 
 def search_some(
-    kernel: Kernel, iterate: Iterate, direction: Direction, alphas: Tensor, allowed: Tensor | None = None
-) -> tuple[Iterate, Tensor]:
+    kernel: Kernel, iterate: Iterate, aim: Aim, sizes: Sequence[float], allowed: Numbers = True
+) -> tuple[Iterate, Numbers]:
     """Roll the feedback law out for every step size and take the longest that decreases the merit enough."""
-    trial = kernel.roll_out(iterate.path, direction, alphas)
-    alpha = alphas.reshape((-1, *(1,) * iterate.cost.ndim))
-    weight, merit = weigh(iterate, direction)
-    gain = iterate.cost - trial.cost + alpha * merit.penalty
+    path = iterate.path
+    alphas = torch.tensor(sizes, dtype=path.cost.dtype, device=path.cost.device)
+    trial, (weight, merit) = kernel.roll_out(path, aim.direction, alphas), weigh(iterate, aim)
+    alpha = numbers(alphas).reshape((-1, *(1,) * path.cost.ndim))
+    cost, finite = numbers(trial.cost), numbers(torch.isfinite(trial.states).all(-1).all(0))
+    gain = iterate.cost - cost + alpha * merit.penalty
     # a step predicted to gain less than rounding is taken if it loses no more
-    enough = gain >= torch.minimum(alpha * merit.least, alpha * merit.slope - merit.slack)
-    accepted = enough & (merit.slope >= 0) & torch.isfinite(trial.cost) & torch.isfinite(trial.states).all(-1).all(0)
-    accepted = accepted if allowed is None else accepted & allowed
-    chosen, found = accepted.to(torch.int8).argmax(0), accepted.any(0)
-    if not bool(found.any()):
-        return iterate, torch.zeros_like(iterate.cost)
-    tried = moved_to(iterate, trial, alpha, weight)
-    if len(alphas) == 1 and bool(found.all()):
-        return each(lambda axis, candidates: candidates.select(axis, 0), tried), alphas[0].expand(iterate.cost.shape)
+    enough = gain >= np.minimum(alpha * merit.least, alpha * merit.slope - merit.slack)
+    accepted = enough & (merit.slope >= 0) & np.isfinite(cost) & finite & allowed
+    first, found = accepted.argmax(0), accepted.any(0)
+    if not found.any():
+        return iterate, np.zeros_like(iterate.cost)[()]
+    step = where(found, alpha.reshape(-1)[first], np.zeros_like(iterate.cost)[()])
+    taken, index = torch.as_tensor(found, device=path.cost.device), torch.as_tensor(first, device=path.cost.device)
 
-    def taken(axis: int, now: Tensor, candidates: Tensor) -> Tensor:
-        index = chosen.reshape((1,) * (axis + 1) + chosen.shape + (1,) * (now.ndim - axis - chosen.ndim))
-        index = index.expand(*now.shape[:axis], 1, *now.shape[axis:])
-        return choose(found, axis, torch.gather(candidates, axis, index).squeeze(axis), now)
+    def pick(axis: int, now: Tensor, candidates: Tensor) -> Tensor:
+        place = index.reshape((1,) * (axis + 1) + index.shape + (1,) * (now.ndim - axis - index.ndim))
+        place = place.expand(*now.shape[:axis], 1, *now.shape[axis:])
+        return choose(taken, axis, torch.gather(candidates, axis, place).squeeze(axis), now)
 
-    return each(taken, iterate, tried), torch.where(found, alphas[chosen], 0.0)
-
-
-def numbers(*tensors: Tensor) -> list[Any]:
-    """One number of each problem, as numpy arrays: over so few a call of torch's costs several times as much."""
-    return [tensor.cpu().numpy() for tensor in tensors]
+    states, controls, reached = (pick(*each_) for each_ in zip((1, 1, 0), path[:3], trial[:3], strict=True))
+    return moved_to(iterate, Path(states, controls, reached, path.gaps, path.rows), step, weight), step
 
 
-def tensors(like: Tensor, *arrays: Any) -> list[Tensor]:
-    """Back to where the problems are."""
-    return [torch.from_numpy(np.asarray(array)).to(like.device) for array in arrays]
-
-
-def _slack(cost: Any) -> Any:
-    """:func:`rounding` of numpy's numbers."""
-    return 64 * np.finfo(cost.dtype).eps * (1 + abs(cost))
-
-
-@np.errstate(all="ignore")
-def judge(progress: Progress, iterate: Iterate, direction: Direction, tolerance: float, sweeps: int) -> Progress:
+def judge(progress: Progress, iterate: Iterate, aim: Aim, tolerance: float, sweeps: int) -> Progress:
     """Which searches end at this path."""
-    now: Any = Progress(*numbers(*progress))
-    linear, quadratic, solvable = numbers(direction.linear, direction.quadratic, direction.solvable)
-    cost, gap = numbers(iterate.cost, iterate.gap_size)
-    decrease = -(linear + quadratic)
+    now, cost = progress, iterate.cost
+    decrease = -(aim.linear + aim.quadratic)
     flat = abs(decrease) <= tolerance**2 * (1 + abs(cost))
     # no room to move at any mu: every gradient vanishes or pushes against a bound, whatever the curvature there
     idle = (now.quiet >= _IDLE) | (decrease == 0)
     # a little damping leaves nothing to gain but rounding, on the wrong side of zero: no search would accept that
-    idle = idle | ((linear >= 0) & (linear <= _slack(cost)) & (now.mu <= _MILD))
+    idle |= (aim.linear >= 0) & (aim.linear <= rounding(cost)) & (now.mu <= _MILD)
     # what is predicted under a large mu says little, but a rough answer may be one under a small mu
-    converged = solvable & (gap <= tolerance) & ((flat & (now.mu <= max(_MU_MIN, 10 * tolerance))) | idle)
+    flat = flat & (now.mu <= max(_MU_MIN, 10 * tolerance))
+    converged = aim.solvable & (iterate.gap_size <= tolerance) & (flat | idle)
     limit, large, low = now.sweeps >= sweeps, now.mu > _MU_MAX, cost < _BOTTOM
-    if not (converged | limit | large | low).any():
+    if not anywhere(converged | limit | large | low):
         return progress
-    stuck = np.where(np.isfinite(linear), Outcome.STUCK, Outcome.NOT_SMOOTH)
-    outcome = np.where(limit, Outcome.LIMIT, now.outcome)
-    outcome = np.where(large, stuck, outcome)
-    outcome = np.where(low, Outcome.UNBOUNDED, outcome)
-    outcome = np.where(converged, Outcome.CONVERGED, outcome)
-    outcome = np.where(now.outcome == Outcome.RUNNING, outcome, now.outcome)
-    return progress._replace(outcome=tensors(progress.outcome, outcome)[0])
+    stuck = where(np.isfinite(aim.linear), Outcome.STUCK, Outcome.NOT_SMOOTH)
+    outcome = where(limit, Outcome.LIMIT, now.outcome)
+    outcome = where(large, stuck, outcome)
+    outcome = where(low, Outcome.UNBOUNDED, outcome)
+    outcome = where(converged, Outcome.CONVERGED, outcome)
+    return progress._replace(outcome=where(now.running, outcome, now.outcome))
 
 
-@np.errstate(all="ignore")
-def record(progress: Progress, before: Tensor, iterate: Iterate, direction: Direction, step: Tensor) -> Progress:
+def record(progress: Progress, before: Numbers, iterate: Iterate, aim: Aim, step: Numbers) -> Progress:
     """Count accepted steps and move mu: up on failure, down to zero on success."""
-    now: Any = Progress(*numbers(*progress))
-    linear, quadratic, old, cost, taken = numbers(direction.linear, direction.quadratic, before, iterate.cost, step)
-    moved, running, mu, restart = taken > 0, now.outcome == Outcome.RUNNING, now.mu, now.restart
-    if (mu > 0).any() or not (moved | ~running).all():
+    now, cost, moved, running = progress, iterate.cost, step > 0, progress.running
+    mu, restart = now.mu, now.restart
+    if anywhere((mu > 0) | (running & ~moved)):
         up = np.maximum(_UP * mu, np.maximum(restart, _MU_MIN))
-        down = np.where(taken >= _LONG, mu / _DOWN, np.where(taken >= _SHORT, mu, _DOWN * mu))
-        down = np.where(down < _MU_MIN, np.zeros_like(mu), down)
-        restart = np.where(moved & (mu > 0), mu / _DOWN, restart)
-        mu = np.where(running, np.where(moved, down, up), mu)
-    slack = _slack(cost)
-    small = (abs(old - cost) <= slack) & (-(linear + quadratic) <= 1e3 * slack)
+        down = where(step >= _LONG, mu / _DOWN, where(step >= _SHORT, mu, _DOWN * mu))
+        down = where(down < _MU_MIN, np.zeros_like(mu), down)
+        restart = where(moved & (mu > 0), mu / _DOWN, restart)
+        mu = where(running, where(moved, down, up), mu)
+    slack = rounding(cost)
+    small = (abs(before - cost) <= slack) & (-(aim.linear + aim.quadratic) <= 1e3 * slack)
     # a sweep or search that failed on the way says nothing about progress
-    quiet = np.where(moved, (now.quiet + 1) * small, now.quiet)
-    counts = quiet, now.iterations + (moved & running), now.sweeps + running
-    mu, restart, quiet, iterations, tried = tensors(progress.mu, mu, restart, *counts)
-    return Progress(progress.row, mu, restart, quiet, iterations, tried, progress.outcome)
+    quiet = where(moved, (now.quiet + 1) * small, now.quiet)
+    return Progress(now.row, mu, restart, quiet, now.iterations + (moved & running), now.sweeps + running, now.outcome)

@@ -24,7 +24,7 @@ from ocnopt.solvers.audit import audit
 from ocnopt.solvers.ddp import DDP, PreparedDDP
 from ocnopt.solvers.direct.casadi_solver import CasADi
 from ocnopt.solvers.indirect import Indirect
-from ocnopt.solvers.kernels import Merit
+from ocnopt.solvers.kernels import Merit, Numbers
 from ocnopt.solvers.search import TorchKernel
 from ocnopt.solvers.solution import Guess, Result
 from ocnopt.staged import Index, Series, Stage, StagedOCP
@@ -276,7 +276,7 @@ class SharedKernel:
         """See :class:`ocnopt.solvers.kernels.Kernel`."""
         return self._outside(self.inner.evaluate(self._each(states), self._beside.apart(controls)))
 
-    def direction(self, path: Path, mu: Tensor, *, exact: bool) -> Direction:
+    def direction(self, path: Path, mu: Numbers, *, exact: bool) -> Direction:
         """See :class:`ocnopt.solvers.kernels.Kernel`."""
         wide, own = self.inner.wide, self._inside(path)
         states, was_exact, *models = self._expanded
@@ -285,7 +285,8 @@ class SharedKernel:
             self._expanded = path.states, exact, *models
         steps, terminal = models
         steps = steps if exact else steps._replace(curvature=None)
-        found = sweep_path(wide, own, steps, terminal, mu.expand(own.cost.shape), minimise_shared_start)
+        damping = torch.as_tensor(mu).to(own.cost).expand(own.cost.shape)
+        found = sweep_path(wide, own, steps, terminal, damping, minimise_shared_start)
         return found._replace(
             k=found.k.flatten(1),
             costates=self._joined(found.costates),
@@ -304,8 +305,8 @@ class SharedKernel:
         return self._outside(self.inner.roll_out(own, law, alphas))
 
     def search(
-        self, path: Path, direction: Direction, merit: Merit, active: Tensor, alphas: Sequence[float]
-    ) -> tuple[Path, Tensor] | None:
+        self, path: Path, direction: Direction, merit: Merit, active: Numbers, alphas: Sequence[float]
+    ) -> tuple[Path, Numbers] | None:
         """See :class:`ocnopt.solvers.kernels.Kernel`."""
         return None
 

@@ -50,8 +50,8 @@ class Library:
     def __getitem__(self, name: str) -> Callable[..., None]:
         """``function(length, lanes, address of the table of arrays, ...)``."""
         function: Any = getattr(self._functions, name)
-        whole, table, address = ctypes.c_longlong, ctypes.c_char_p, ctypes.c_void_p
-        function.argtypes = (whole, whole, table, whole, address) if name == "search" else (whole, whole, table)
+        whole, address = ctypes.c_longlong, ctypes.c_void_p
+        function.argtypes = (whole, whole, address, whole, address) if name == "search" else (whole, whole, address)
         function.restype = None
         return function
 
@@ -193,38 +193,6 @@ class Compiled:
         self.run(self.length, lanes, table)
         del copies
         return last, kept
-
-
-class Search:
-    """The search over step sizes, all problems at once: each takes the first that gains enough."""
-
-    def __init__(self, walk: Fold, length: int, library: Library) -> None:
-        sizes = [int(walk.function.nnz_out(i)) for i in walk.kept]
-        self.length, self.run = length, library["search"]
-        self.kept = [(length + (i < walk.carried), size) for i, size in zip(walk.kept, sizes, strict=True)]
-
-    def __call__(
-        self, own: Sequence[Array], before: Sequence[Array], given: Sequence[Array], alphas: Array
-    ) -> tuple[Array, Array, list[Array]]:
-        """Try step sizes.
-
-        Args:
-            own: of each problem ``(lanes, d)``: where it starts, the shift for a step of size one, and in one array
-                cost, penalty of the gaps, slope, the least slope that is enough, slack, whether to search at all.
-            before: the path, as it stays where no step is taken.
-            given: what the rollout is given, ``(length, lanes, d)``, but the step size; then the end, ``(lanes, d)``.
-            alphas: step sizes.
-
-        Returns:
-            The step taken, zero where none was, the cost, and the path.
-        """
-        lanes = before[0].shape[1]
-        taken, total = np.empty((lanes, 1)), np.empty((lanes, 1))
-        kept = [np.empty((time, lanes, size)) for time, size in self.kept]
-        copies, table = _table([*own, *before, *given, taken, total, *kept])
-        self.run(self.length, lanes, table, len(alphas), alphas.ctypes.data)
-        del copies
-        return taken, total, kept
 
 
 def _table(arrays: Sequence[Array], backwards: bool = False) -> tuple[list[Array], bytes]:

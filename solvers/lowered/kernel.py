@@ -18,14 +18,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ocnopt.captured import given_rows
 from ocnopt.differential.sweep import CostToGo, Direction, minimise_start
 from ocnopt.paths import Path
-from ocnopt.solvers.kernels import Merit
+from ocnopt.solvers.kernels import Merit, Numbers
 from ocnopt.solvers.lowered.arrays import Array, Arrays
-from ocnopt.solvers.lowered.compiled import Compiled, Library, Search, build, find
+from ocnopt.solvers.lowered.compiled import Compiled, Library, build, find
+from ocnopt.solvers.lowered.iteration import Iteration
 from ocnopt.solvers.lowered.limits import fits, refused
-from ocnopt.solvers.lowered.problem import lower_step
+from ocnopt.solvers.lowered.problem import control_limits, given_rows, lower_step
 from ocnopt.solvers.lowered.source import Line
 from ocnopt.solvers.lowered.steps import Fold, Steps, make_steps
 from ocnopt.solvers.solution import Guess
@@ -160,9 +160,8 @@ class LoweredKernel:
         if reason is not None:
             raise refused(reason)
         self._lowered = lower_step(problem, guess.controls[0], guess.parameters)
-        self._d: Array = given_rows(problem).numpy()
-        bounds = problem.control_bounds[0]
-        box = None if bounds is None else (bounds[0].tolist(), bounds[1].tolist())
+        box, self._bounds = control_limits(problem)
+        self._d = given_rows(problem, self._bounds)
         self.q, self.m = problem.parameter_dim, problem.groups[0].stage.control_dim
         self.n, self.length = problem.state_dim + self.q, problem.steps
         self.parameter_bounds = problem.parameter_bounds
@@ -172,7 +171,7 @@ class LoweredKernel:
         self._runners: dict[tuple[bool, str], Runner] = {}
         lanes = problem.initial_state.shape[:-1].numel()
         self._library = self._compiled(lanes, compile)
-        self._search: Search | None = None
+        self._iteration: Iteration | None = None
         used = (self._steps.exact, self._steps.gauss_newton, self._steps.walk, self._steps.end, self._steps.end_value)
         for fold in used:
             self._runner(fold, lanes)
@@ -194,18 +193,18 @@ class LoweredKernel:
             ProblemError: something else has changed that its functions capture.
         """
         self._lowered.require_same(problem)
-        self._d = given_rows(problem).numpy()
+        self._d = given_rows(problem, self._bounds)
 
     def evaluate(self, states: Tensor, controls: Tensor, rows: Tensor | None = None) -> Path:
         """The gaps and the cost of a given path, ``(N + 1, *lead, n)`` and ``(N, *lead, m)``."""
         lead = controls.shape[1:-1]
-        z, u, d = _rows(states), _rows(controls), self._given(rows)
+        z, u, d = _rows(states), _rows(controls), self._given(rows).numpy()
         given = [self._numbers, z[:-1], u, z[1:], d[:-1]]
         (cost,), (gaps,) = self._run(self._steps.gaps, [np.zeros((z.shape[1], 1))], given)
         total = _tensor(self._total(cost, z, d), lead)
         return Path(states, controls, total, _tensor(gaps, (self.length, *lead, self.n)), rows)
 
-    def direction(self, path: Path, mu: Tensor, *, exact: bool) -> Direction:
+    def direction(self, path: Path, mu: Numbers, *, exact: bool) -> Direction:
         """Sweep backwards along a path, then minimise over the static controls.
 
         Args:
@@ -213,22 +212,29 @@ class LoweredKernel:
             mu: the regularisation of each problem, ``(*batch)``.
             exact: keep the second derivatives of the dynamics.
         """
+        mu = np.asarray(mu, dtype=float)
+        if self._library is None:
+            start, (k, K, costates) = self._sweep(path, mu, exact=exact)
+        else:
+            iteration, d = self._prepared(path, self._library)
+            k, K, costates = iteration.sweep(path, mu, d, exact=exact)
+            start = iteration.start
+        return Direction(k, K, costates, *self._minimise_start(path, start, mu))
+
+    def _sweep(self, path: Path, mu: Array, *, exact: bool) -> tuple[list[Array], list[Tensor]]:
+        """V, J and whether they mean anything, at the start; k, K and the costates."""
         lead, N, n = path.cost.shape, self.length, self.n
-        z, u, d = _rows(path.states), _rows(path.controls), self._given(path.rows)
+        z, u, d = _rows(path.states), _rows(path.controls), self._given(path.rows).numpy()
         _, (V, J) = self._run(self._steps.end_value, [], [z[-1:], d[-1:]])
         gaps = self._no_gaps if path.gaps is None else _rows(path.gaps)
-        given = [self._numbers, z[:-1], u, gaps, mu.numpy().reshape(-1, 1), d[:-1]]
+        given = [self._numbers, z[:-1], u, gaps, mu.reshape(-1, 1), d[:-1]]
         fold = self._steps.exact if exact else self._steps.gauss_newton
         costates = np.empty(z.shape)
         costates[-1] = J[0, :, 1:]
         into = {fold.kept[-1]: costates[:-1]}
         start, (k, K, _) = self._run(fold, [V[0], J[0], np.ones((z.shape[1], 1))], given, into)
-        return Direction(
-            _tensor(k, (N, *lead, self.m)),
-            _tensor(K, (N, *lead, self.m, n)),
-            _tensor(costates, (N + 1, *lead, n)),
-            *self._minimise_start(path, start, mu),
-        )
+        shapes = (N, *lead, self.m), (N, *lead, self.m, n), (N + 1, *lead, n)
+        return start, [_tensor(part, shape) for part, shape in zip((k, K, costates), shapes, strict=True)]
 
     def roll_out(self, path: Path, direction: Direction, alphas: Tensor) -> Path:
         """Roll the feedback law out with each step size.
@@ -251,8 +257,8 @@ class LoweredKernel:
         return Path(states, controls, cost, left)
 
     def search(
-        self, path: Path, direction: Direction, merit: Merit, active: Tensor, alphas: Sequence[float]
-    ) -> tuple[Path, Tensor] | None:
+        self, path: Path, direction: Direction, merit: Merit, active: Numbers, alphas: Sequence[float]
+    ) -> tuple[Path, Numbers] | None:
         """The longest step of each problem that gains enough, where there is a compiled kernel.
 
         Args:
@@ -267,19 +273,16 @@ class LoweredKernel:
         """
         if self._library is None:
             return None
-        if self._search is None:
-            self._search = Search(self._steps.walk, self.length, self._library)
-        lead, N, states = path.cost.shape, self.length, _rows(path.states)
-        shift = np.zeros((1, self.n))
-        if self.q:
-            shift = np.zeros((states.shape[1], self.n))
-            shift[:, self.n - self.q :] = _rows(direction.dp[None])[0]
-        own = [states[0], shift, torch.stack([path.cost, *merit, active.double()], -1).numpy().reshape(-1, 6)]
+        iteration, d = self._prepared(path, self._library)
+        return iteration.search(path, direction, merit, active, d, np.array(alphas))
+
+    def _prepared(self, path: Path, library: Library) -> tuple[Iteration, Tensor]:
+        """What an iteration of so many problems needs, and what their steps are given."""
         d = self._given(path.rows)
-        given = [*self._law(path, direction), d[:-1], d[-1]]
-        taken, cost, (z, u) = self._search(own, [states, _rows(path.controls)], given, np.array(alphas))
-        found = _tensor(z, (N + 1, *lead, self.n)), _tensor(u, (N, *lead, self.m)), _tensor(cost, lead)
-        return Path(*found, path.gaps, path.rows), _tensor(taken, lead)
+        key = path.cost.numel(), d.shape[1]
+        if self._iteration is None or self._iteration.key != key:
+            self._iteration = Iteration(self._steps, self.length, *key, library)
+        return self._iteration, d
 
     def ladder(self, lanes: int, alphas: Sequence[float]) -> Sequence[Sequence[float]]:
         """Step sizes one by one for a few problems; over many a call costs the same for three."""
@@ -288,7 +291,7 @@ class LoweredKernel:
     def _roll_out(self, path: Path, direction: Direction, alphas: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """States, controls and costs for some step sizes at once."""
         count, lead, N = len(alphas), (len(alphas), *path.cost.shape), self.length
-        zbar, alpha, d = _rows(path.states), alphas.numpy(), self._given(path.rows)
+        zbar, alpha, d = _rows(path.states), alphas.numpy(), self._given(path.rows).numpy()
         z0 = np.tile(zbar[0], (count, 1))
         if self.q > 0:
             z0[:, self.n - self.q :] += (alpha[:, None, None] * _rows(direction.dp[None])).reshape(len(z0), self.q)
@@ -309,23 +312,23 @@ class LoweredKernel:
         _, (phi,) = self._run(self._steps.end, [], [z[-1:], d[-1:]])
         return cost + phi[0]
 
-    def _given(self, rows: Tensor | None) -> Array:
+    def _given(self, rows: Tensor | None) -> Tensor:
         """What each step of some problems is given besides, ``(N + 1, lanes, s)``."""
-        own = rows is not None and self._d.shape[1] > 1
-        return self._d[:, rows.numpy()] if rows is not None and own else self._d
+        return self._d[:, rows].contiguous() if rows is not None and self._d.shape[1] > 1 else self._d
 
-    def _minimise_start(self, path: Path, start: Sequence[Array], mu: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _minimise_start(self, path: Path, start: Sequence[Array], mu: Array) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The step of the static controls, and the predicted change of cost with its flag."""
         lead, q, (V, J, solvable) = path.cost.shape, self.q, start
-        p, fine = path.states[0][..., self.n - q :], _tensor((solvable[:, 0] > 0) & np.isfinite(J[:, 0]), lead)
+        fine = torch.from_numpy(((solvable[:, 0] > 0) & np.isfinite(J[:, 0])).reshape(lead))
         if q == 0:
-            return p, _tensor(J[:, 0], lead), _tensor(0.5 * V[:, 0] - J[:, 0], lead), fine
-        i = np.arange(self.n + 1)
+            linear = J[:, 0].copy()
+            return path.states[0][..., :0], _tensor(linear, lead), _tensor(0.5 * V[:, 0] - linear, lead), fine
+        p, i = path.states[0][..., self.n - q :], np.arange(self.n + 1)
         low, high = np.minimum(i, i[:, None]), np.maximum(i, i[:, None])
         whole = _tensor(V[:, high * (high + 1) // 2 + low], (*lead, self.n + 1, self.n + 1))
         bounds = self.parameter_bounds
         room = None if bounds is None else (bounds[0] - p, bounds[1] - p)
-        damping = mu[..., None, None] * torch.eye(q, dtype=p.dtype)
+        damping = torch.from_numpy(mu)[..., None, None] * torch.eye(q, dtype=p.dtype)
         dp, value = minimise_start(CostToGo(whole, _tensor(J, (*lead, self.n + 1)), fine), q, damping, room)
         return dp, value.linear, value.quadratic, value.solvable & torch.isfinite(value.linear)
 

@@ -8,7 +8,7 @@ from ocnopt.staged import StagedOCP
 
 # Beyond this size, building takes seconds (derivatives of single numbers).
 _SIZE = 16
-_BOXED = 2
+_BOXED = 6
 
 
 def fits(problem: StagedOCP) -> str | None:
@@ -25,8 +25,6 @@ def fits(problem: StagedOCP) -> str | None:
     m, bounds = problem.groups[0].stage.control_dim, problem.control_bounds[0]
     if bounds is not None and m > _BOXED:
         return f"it has bounds on {m} controls, more than {_BOXED}"
-    if bounds is not None and bounds[0].ndim > 1:
-        return "its control bounds vary from step to step"
     return None
 
 

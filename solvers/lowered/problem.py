@@ -10,10 +10,12 @@ import casadi
 import torch
 from torch import Tensor
 
+from ocnopt.captured import given_rows as rows_of_functions
 from ocnopt.captured import of_problems, substituted
 from ocnopt.checks import clipped
 from ocnopt.paths import Widened, rows_stand_alone
 from ocnopt.solvers.lowered.limits import refused
+from ocnopt.solvers.lowered.steps import Limits
 from ocnopt.solvers.lowering.lowering import Lowering, lower, scattered
 from ocnopt.staged import StagedOCP
 
@@ -85,9 +87,9 @@ def lower_step(problem: StagedOCP, u: Tensor, p: Tensor) -> LoweredStep:
         with substituted(data, own):
             return problem.terminal(x, p, row)
 
-    numbers = torch.linspace(0, problem.steps - 1, 4).round().tolist()
+    numbers, bounds = torch.linspace(0, problem.steps - 1, 4).round().tolist(), problem.step_bounds
     points = [
-        [torch.full_like(k, number), x, clipped(u, problem.control_bounds[0]), clipped(p, problem.parameter_bounds), *d]
+        [torch.full_like(k, number), x, clipped(u, bounds[int(number)]), clipped(p, problem.parameter_bounds), *d]
         for number, (x, u, p, *d) in zip(numbers, scattered([one(start), one(u), one(p), *given]), strict=True)
     ]
     ends = [[x, p, *d] for _, x, _, p, *d in points]
@@ -99,6 +101,29 @@ def lower_step(problem: StagedOCP, u: Tensor, p: Tensor) -> LoweredStep:
     _check_slopes(functions[0], step, points[1:], "step")
     _check_slopes(functions[1], lambda *xp: (end(*xp),), ends[1:], "terminal cost")
     return LoweredStep(_joined(functions[0], 4), _joined(functions[1], 2), lowerings)
+
+
+def control_limits(problem: StagedOCP) -> tuple[Limits | None, Tensor]:
+    """The control bounds, None where they vary from step to step, and a column ``(N + 1, 1)`` for each that does."""
+    limits: list[list[float | None]] = []
+    columns = [problem.initial_state.new_zeros(problem.steps, 0)]
+    for side in problem.control_bounds[0] or ():
+        table = side.expand(problem.steps, -1)
+        same = (table == table[0]).all(0)
+        pairs = zip(table[0].tolist(), same.tolist(), strict=True)
+        limits.append([value if alike else None for value, alike in pairs])
+        columns.append(table[:, ~same])
+    varying = torch.cat(columns, dim=-1)
+    # the end has no control, and its row is not looked at
+    return (limits[0], limits[1]) if limits else None, torch.cat([varying, varying[-1:]])
+
+
+def given_rows(problem: StagedOCP, bounds: Tensor) -> Tensor:
+    """What each step is given besides, ``(N + 1, lanes, s)``: the functions' part, then the bounds that vary."""
+    rows = rows_of_functions(problem)
+    if not bounds.shape[-1]:
+        return rows
+    return torch.cat([rows, bounds[:, None].expand(-1, rows.shape[1], -1)], dim=-1)
 
 
 def _joined(function: casadi.Function, own: int) -> casadi.Function:

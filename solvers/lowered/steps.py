@@ -9,6 +9,7 @@ The algebra is that of :mod:`ocnopt.differential.sweep`, in the same homogeneous
 without branches; it stands a second time because its Hessian is contracted by CasADi and its zeros are structural.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -16,6 +17,11 @@ import casadi
 
 # CasADi ships no annotations: a casadi.SX matrix.
 SX = Any
+
+
+# Lower and upper bounds as numbers, None where they vary from step to step; and as expressions.
+Limits = tuple[list[float | None], list[float | None]]
+Box = tuple[list[SX], list[SX]]
 
 
 class Fold(NamedTuple):
@@ -47,9 +53,7 @@ class Steps(NamedTuple):
     end_value: Fold
 
 
-def make_steps(
-    step: casadi.Function, end: casadi.Function, n: int, m: int, q: int, bounds: tuple[list[float], list[float]] | None
-) -> Steps:
+def make_steps(step: casadi.Function, end: casadi.Function, n: int, m: int, q: int, bounds: Limits | None) -> Steps:
     """Write the kernel's functions down.
 
     Args:
@@ -58,19 +62,24 @@ def make_steps(
         n: size of z, static controls included.
         m: number of staged controls.
         q: number of static controls.
-        bounds: lower and upper of the staged controls, infinite where there is none.
+        bounds: lower and upper of the staged controls, infinite where there is none. What varies stands in d behind
+            what the functions themselves are given, all lower ones first.
     """
     k, z, u = casadi.SX.sym("k"), casadi.SX.sym("z", n), casadi.SX.sym("u", m)
-    d = casadi.SX.sym("d", step.numel_in(4))
+    own = int(step.numel_in(4))
+    d = casadi.SX.sym("d", own + sum(value is None for side in bounds or () for value in side))
     f, cost = _widened(step, k, z, u, d, n - q)
-    (value,) = casadi.cse([end(z[: n - q, 0], z[n - q :, 0], d)])
+    (value,) = casadi.cse([end(z[: n - q, 0], z[n - q :, 0], d[:own, 0])])
+    varying = iter([d[i] for i in range(own, int(d.numel()))])
+    sides = [[next(varying) if value is None else casadi.SX(value) for value in side] for side in bounds or ()]
+    box = (sides[0], sides[1]) if sides else None
     hessian, gradient = casadi.hessian(value, z)
     L = _quadratic(gradient, hessian)
     return Steps(
-        _walk(step, n, m, q, bounds),
+        _walk(step, d, n, m, q, box),
         _gaps(k, z, u, d, f, cost),
-        _bellman(k, z, u, d, f, cost, bounds, exact=True),
-        _bellman(k, z, u, d, f, cost, bounds, exact=False),
+        _bellman(k, z, u, d, f, cost, box, exact=True),
+        _bellman(k, z, u, d, f, cost, box, exact=False),
         _fold("end", [z, d], [value], 0, (0,)),
         _fold("end_value", [z, d], [_packed(L), L[0, :].T], 0, (0, 1)),
     )
@@ -78,7 +87,7 @@ def make_steps(
 
 def _widened(step: casadi.Function, k: SX, z: SX, u: SX, d: SX, n: int) -> tuple[SX, SX]:
     """The next z and the cost of a step."""
-    f, cost = step(k, z[:n, 0], u, z[n:, 0], d)
+    f, cost = step(k, z[:n, 0], u, z[n:, 0], d[: step.numel_in(4), 0])
     f, cost = casadi.cse([casadi.vertcat(f, z[n:, 0]), cost])
     return f, cost
 
@@ -89,16 +98,15 @@ def _fold(name: str, inputs: list[SX], outputs: list[SX], carried: int, kept: tu
     return Fold(name, function, carried, kept)
 
 
-def _walk(step: casadi.Function, n: int, m: int, q: int, bounds: tuple[list[float], list[float]] | None) -> Fold:
+def _walk(step: casadi.Function, d: SX, n: int, m: int, q: int, box: Box | None) -> Fold:
     """The closed loop: u = clip(ubar + alpha k + K (z - zbar)), z_next = f(z, u) - (1 - alpha) gap."""
     sym = casadi.SX.sym
     k, alpha, cost = sym("k"), sym("alpha"), sym("cost")
     z, zbar, gap, ubar, forward = sym("z", n), sym("zbar", n), sym("gap", n), sym("ubar", m), sym("forward", m)
     K = sym("K", n, m)
     u = ubar + alpha * forward + K.T @ (z - zbar)
-    if bounds is not None:
-        u = casadi.vertcat(*(_clamp(u[i], lo, hi) for i, (lo, hi) in enumerate(zip(*bounds, strict=True))))
-    d = sym("d", step.numel_in(4))
+    if box is not None:
+        u = casadi.vertcat(*(_clamp(u[i], lo, hi) for i, (lo, hi) in enumerate(zip(*box, strict=True))))
     f, running = _widened(step, k, z, u, d, n - q)
     inputs = [z, cost, k, zbar, ubar, forward, casadi.vec(K), gap, alpha, d]
     return _fold("walk", inputs, [f - (1 - alpha) * gap, cost + running, u], 2, (0, 2))
@@ -110,9 +118,7 @@ def _gaps(k: SX, z: SX, u: SX, d: SX, f: SX, running: SX) -> Fold:
     return _fold("gaps", [cost, k, z, u, after, d], [cost + running, f - after], 1, (1,))
 
 
-def _bellman(
-    k: SX, z: SX, u: SX, d: SX, f: SX, running: SX, bounds: tuple[list[float], list[float]] | None, *, exact: bool
-) -> Fold:
+def _bellman(k: SX, z: SX, u: SX, d: SX, f: SX, running: SX, box: Box | None, *, exact: bool) -> Fold:
     """Carry V and J over one step."""
     n, m = int(z.shape[0]), int(u.shape[0])
     s, w = n + 1, casadi.vertcat(z, u)
@@ -128,7 +134,7 @@ def _bellman(
     # Only the upper triangle is read, so only that is ever computed.
     Q = L + F.T @ VF
     Quu, Qus = casadi.triu2symm(casadi.triu(Q[s:, s:])), Q[:s, s:].T
-    room = None if bounds is None else (_left(bounds[0], u), _left(bounds[1], u))
+    room = None if box is None else (_left(box[0], u), _left(box[1], u))
     K, fine = minimise_box(Quu + mu * casadi.SX.eye(m), Qus, room)
     cross = K.T @ (Qus + 0.5 * (Quu @ K))
     j = L[0, :].T + F.T @ J
@@ -161,7 +167,7 @@ def _unpacked(upper: SX, size: int) -> SX:
 def minimise_box(H: SX, Hs: SX, room: tuple[SX, SX] | None) -> tuple[SX, SX]:
     """[k  K] of :func:`ocnopt.differential.sweep.minimise_box` and whether H counts as positive definite.
 
-    With bounds m is at most 2, where the active sets are few enough to look at all of them.
+    With at most two controls all active sets are looked at; with more, a fixed number of steps find the minimum.
     """
     m = int(Hs.shape[0])
     if m == 0:
@@ -178,7 +184,7 @@ def minimise_box(H: SX, Hs: SX, room: tuple[SX, SX] | None) -> tuple[SX, SX]:
     if m == 1:
         inside = _and(K[0, 0] > lower, K[0, 0] < upper)
         return casadi.horzcat(_clamp(K[0, 0], lower, upper), casadi.if_else(inside, K[0, 1:], 0)), fine
-    return _on_the_square(H, Hs, K, lower, upper), fine
+    return (_on_the_square if m == 2 else _in_the_box)(H, Hs, K, lower, upper), fine
 
 
 def _newton(H: SX, Hs: SX) -> tuple[SX, SX]:
@@ -226,6 +232,53 @@ def _on_the_square(H: SX, Hs: SX, K: SX, lower: SX, upper: SX) -> SX:
     return casadi.horzcat(k, casadi.vertcat(*(casadi.if_else(both, K[i, 1:], alone[i]) for i in range(2))))
 
 
+def _in_the_box(H: SX, Hs: SX, K: SX, lower: SX, upper: SX) -> SX:
+    """The minimiser over a box of three or more entries, from the free one clipped.
+
+    Minimising along the axes in turn finds which bounds hold; a Newton step on the other entries, whole or up to the
+    first bound, then leads to the minimum. Of 40,000 random problems with condition numbers up to 1e6, all but some in
+    ten thousand are exact after m + 1 rounds; the others end at a lower point of the model, which is still a step.
+    """
+    m, g = int(Hs.shape[0]), Hs[:, 0]
+    k = casadi.vertcat(*(_clamp(K[i, 0], lower[i], upper[i]) for i in range(m)))
+    for _ in range(m + 1):
+        k = _round(m)(H, g, k, lower, upper)
+    newton, feedback = _respond(H, g, Hs[:, 1:], k, lower, upper)
+    return casadi.horzcat(casadi.fmin(casadi.fmax(k + newton, lower), upper), feedback)
+
+
+@functools.cache
+def _round(m: int) -> casadi.Function:
+    """One round of :func:`_in_the_box`: (H, g, k, lower, upper) -> k."""
+    sym = casadi.SX.sym
+    H, g, start, lower, upper = sym("H", m, m), sym("g", m), sym("k", m), sym("lower", m), sym("upper", m)
+    k = casadi.SX(start)
+    for i in (*range(m), *range(m)):
+        k[i] = _clamp(k[i] - (g[i] + H[i, :] @ k) / H[i, i], lower[i], upper[i])
+    newton, _ = _respond(H, g, casadi.SX(m, 0), k, lower, upper)
+    first = casadi.SX(1)
+    for i in range(m):
+        reach = casadi.if_else(newton[i] > 0, upper[i] - k[i], lower[i] - k[i]) / newton[i]
+        first = casadi.fmin(first, casadi.if_else(_and(newton[i] != 0, reach > 0), reach, casadi.inf))
+    best = k.T @ (g + 0.5 * (H @ k))
+    for size in (first, casadi.SX(1)):
+        point = casadi.fmin(casadi.fmax(k + size * newton, lower), upper)
+        value = point.T @ (g + 0.5 * (H @ point))
+        falls = value <= best
+        best, k = casadi.if_else(falls, value, best), casadi.if_else(falls, point, k)
+    return casadi.Function("round", [H, g, start, lower, upper], casadi.cse([k]))
+
+
+def _respond(H: SX, g: SX, Hx: SX, k: SX, lower: SX, upper: SX) -> tuple[SX, SX]:
+    """The Newton step from k on the entries that no bound holds, and their response to x; zero on the others."""
+    slope, m = g + H @ k, int(k.shape[0])
+    free = [_not(_or(_and(k[i] <= lower[i], slope[i] > 0), _and(k[i] >= upper[i], slope[i] < 0))) for i in range(m)]
+    right = casadi.horzcat(slope, Hx)
+    rows = casadi.vertcat(*(casadi.if_else(free[i], right[i, :], 0) for i in range(m)))
+    found, _ = _newton(_restrict(H, free), rows)
+    return found[:, 0], found[:, 1:]
+
+
 def _restrict(H: SX, use: list[SX]) -> SX:
     """H on the entries in use, the identity on the others."""
     m = len(use)
@@ -239,9 +292,9 @@ def _clamp(value: SX, lower: SX, upper: SX) -> SX:
     return casadi.fmin(casadi.fmax(value, lower), upper)
 
 
-def _left(bound: list[float], u: SX) -> SX:
+def _left(bound: list[SX], u: SX) -> SX:
     """How far u is from its bound; a bound at infinity stays a number, so that CasADi can drop it."""
-    return casadi.vertcat(*(b - u[i] if math.isfinite(b) else casadi.SX(b) for i, b in enumerate(bound)))
+    return casadi.vertcat(*(b - u[i] if _finite(b) else b for i, b in enumerate(bound)))
 
 
 def _finite(value: SX) -> bool:

@@ -20,7 +20,7 @@ from ocnopt.solvers.lowered.compiled import Compiled, build, find, find_compiler
 from ocnopt.solvers.lowered.kernel import InTurn, LoweredKernel, Machine
 from ocnopt.solvers.lowered.source import Line
 from ocnopt.solvers.lowered.steps import Fold
-from ocnopt.solvers.search import begin, line_search
+from ocnopt.solvers.search import aim_along, begin, line_search
 from ocnopt.solvers.solve import solve
 from ocnopt.staged import transcribe
 from tests.layout.tree import ROOT
@@ -178,13 +178,13 @@ class TestSearch:
         direction = direction._replace(
             k=direction.k * size[:, None], linear=direction.linear * (size.roll(4) < 20) * size
         )
-        active = torch.tensor([True] * 4 + [False] + [True] * 6)
-        iterate = begin(path)
-        (found, step), (right, wanted) = (line_search(each, iterate, direction, active) for each in (ours, plain))
+        active = np.array([True] * 4 + [False] + [True] * 6)
+        iterate, aim = begin(path), aim_along(direction)
+        (found, step), (right, wanted) = (line_search(each, iterate, aim, active) for each in (ours, plain))
         assert step.tolist() == wanted.tolist()
         assert float(step[4]) == 0.0
         assert len(set(step.tolist())) > 2
-        for actual, expected in zip(found, right, strict=True):
+        for actual, expected in zip([*found.path, *found[1:]], [*right.path, *right[1:]], strict=True):
             assert (actual is None) == (expected is None)
             if actual is not None:
                 torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
@@ -195,9 +195,7 @@ class TestSearch:
         path = some_path(problem, some_guess(problem), infeasible=False)
         direction = ours.direction(path, torch.zeros(()).double(), exact=False)
         wild = direction._replace(k=torch.full_like(direction.k, torch.inf))
-        zero = torch.zeros(()).double()
-        merit = Merit(zero, zero, zero, zero + torch.inf)
-        moved, step = ours.search(path, wild, merit, torch.tensor(True), (1.0, 0.5))
+        moved, step = ours.search(path, wild, Merit(0.0, 0.0, 0.0, np.inf), True, (1.0, 0.5))
         assert float(step) == 0.0
         assert torch.equal(moved.states, path.states)
         assert torch.equal(moved.cost, path.cost)

@@ -3,6 +3,8 @@
 import itertools
 import math
 
+import casadi
+import numpy as np
 import pytest
 import torch
 from hypothesis import Phase, given, settings
@@ -16,6 +18,7 @@ from ocnopt.paths import Path, Widened, evaluate, walk
 from ocnopt.solvers.lowered import arrays, kernel
 from ocnopt.solvers.lowered.kernel import LoweredKernel
 from ocnopt.solvers.lowered.limits import fits
+from ocnopt.solvers.lowered.steps import minimise_box
 from ocnopt.solvers.search import TorchKernel
 from ocnopt.solvers.solution import Guess
 from ocnopt.staged import Stage, StagedOCP, transcribe
@@ -165,6 +168,72 @@ def test_agrees_on_random_problems(seed):
     assert_agree(transcribe(random_problem(seed), STEPS, "midpoint"), mus=(0.0, 10.0), seed=seed)
 
 
+def many_controls(x=(1.0, -0.5), m=4, steps=3, **options):
+    """Controls that push against each other."""
+    push = torch.randn(m, 2, generator=torch.Generator().manual_seed(m), dtype=torch.float64)
+    return transcribe(
+        OCP(
+            lambda t, x, u: torch.sin(x) + (u[..., :, None] * push).sum(-2),
+            lambda t, x, u: (x**2).sum(-1) + 0.1 * (u**2).sum(-1) + u.sum(-1) ** 2,
+            initial_state=x,
+            control_dim=m,
+            horizon=1.0,
+            **options,
+        ),
+        steps,
+    )
+
+
+def varying(m, steps=3):
+    """Bounds of each step: some of them alike, one infinite."""
+    lower, upper = (torch.linspace(a, b, steps * m).double().reshape(steps, m) for a, b in ((-0.2, -0.6), (0.5, 0.1)))
+    lower[0, 0], upper[:, -1] = -torch.inf, 0.2
+    return lower, upper
+
+
+class TestBoxes:
+    @pytest.mark.parametrize("m", [3, 4])
+    def test_three_controls_or_more(self, m):
+        assert_agree(many_controls(m=m, control_bounds=(-0.3, 0.2)))
+
+    @pytest.mark.parametrize("m", [1, 2, 3])
+    def test_bounds_that_vary_from_step_to_step(self, m):
+        problem = many_controls(m=m, control_bounds=varying(m))
+        assert fits(problem) is None
+        assert_agree(problem)
+
+    def test_bounds_that_vary_in_a_batch(self):
+        problem = many_controls(torch.randn(3, 2).double(), m=2, control_bounds=(-0.3, 0.2))
+        guess, (lower, upper) = some_guess(problem), varying(2)
+        problem = many_controls(problem.initial_state, m=2, control_bounds=(lower, upper))
+        found, right = (
+            each.direction(some_path(problem, guess, infeasible=True), torch.zeros(3).double(), exact=False)
+            for each in (LoweredKernel(problem, guess), TorchKernel(Widened(problem)))
+        )
+        assert_near(found.K, right.K)
+
+    @pytest.mark.parametrize("m", [3, 5])
+    def test_the_minimum_is_that_of_all_active_sets(self, m):
+        """Against the best of all 3^m faces that lies in the box."""
+        random = np.random.default_rng(m)
+        for _ in range(10):
+            A = random.normal(size=(m, m))
+            H, g, lower, upper = A @ A.T + 0.01 * np.eye(m), random.normal(size=m), -random.random(m), random.random(m)
+            best = np.inf
+            for face in itertools.product((-1, 0, 1), repeat=m):
+                free, k = np.equal(face, 0), np.where(np.less(face, 0), lower, upper)
+                k[free] = np.linalg.solve(H[np.ix_(free, free)], -(g + H[:, ~free] @ k[~free])[free])
+                if ((k >= lower - 1e-12) & (k <= upper + 1e-12)).all():
+                    best = min(best, g @ k + 0.5 * k @ H @ k)
+            K, fine = minimise_box(
+                *(casadi.SX(casadi.DM(v)) for v in (H, g)), (casadi.SX(casadi.DM(lower)), casadi.SX(casadi.DM(upper)))
+            )
+            k = casadi.evalf(K).full()[:, 0]
+            assert float(casadi.evalf(fine)) == 1.0
+            assert ((k >= lower) & (k <= upper)).all()
+            assert g @ k + 0.5 * k @ H @ k <= best + 1e-10
+
+
 BATCHES = {
     "pendulum": lambda x: transcribe(problems.get("pendulum_swing_up").build(initial_state=x), STEPS),
     "car": lambda x: problems.get("car_parking_tassa").build(initial_state=torch.cat([x, x], dim=-1), steps=STEPS),
@@ -221,11 +290,11 @@ class TestWhatItCannotTake:
         [
             ({"initial_state": torch.zeros(20)}, "20 states, controls and parameters, more than 16"),
             ({"initial_state": torch.zeros(3).float(), "dtype": torch.float32}, "torch.float32 on cpu, not"),
-            ({"initial_state": torch.zeros(3), "control_bounds": (-1.0, 1.0)}, "bounds on 3 controls, more than 2"),
+            ({"initial_state": torch.zeros(3), "control_bounds": (-1.0, 1.0)}, "bounds on 7 controls, more than 6"),
         ],
     )
     def test_sizes(self, options, reason):
-        m = 3 if "control_bounds" in options else 0
+        m = 7 if "control_bounds" in options else 0
         problem = StagedOCP(Stage(lambda k, x, u: 0.5 * x, control_dim=m), steps=2, **options)
         assert reason in fits(problem)
 
