@@ -1,7 +1,8 @@
 """``solve`` and ``prepare``: a problem and a solver in, a :class:`Solution` out. Thin: read, transcribe, delegate."""
 
+import threading
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from importlib import import_module
 from typing import Any, Protocol, runtime_checkable
 
@@ -107,6 +108,7 @@ class Prepared:
     solver: Solver
     build_time: float
     shared_parameters: bool = False
+    _alone: Any = field(default_factory=threading.RLock, init=False, repr=False, compare=False)
 
     def solve(
         self,
@@ -149,7 +151,10 @@ class Prepared:
         can_differentiate()
         if differentiable:
             refuse_gradients(problem, self.solver)
-        result = self.solver.solve(problem, read_guess(problem, initial_guess), progress=progress)
+        guess = read_guess(problem, initial_guess)
+        # what was built works in memory of its own
+        with self._alone:
+            result = self.solver.solve(problem, guess, progress=progress)
         if differentiable:
             result = with_gradients(problem, result, shared=self.shared_parameters)
         return _finished(make_solution(problem, result), strict)

@@ -1,6 +1,7 @@
 """A prepared problem solves from any state and with any data what a fresh solve would."""
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from ocnopt.ocp import OCP, FreeHorizon
 from ocnopt.solvers.ddp import DDP
 from ocnopt.solvers.solve import prepare, solve
 from ocnopt.staged import Stage, StagedOCP
+from tests.solvers.cases import swing
 
 F64 = torch.float64
 SOLVERS = [
@@ -231,3 +233,19 @@ def test_solvers_with_nothing_to_build_see_every_change(solver):
     second = prepared.solve([3.0])
     assert float(second.cost) == pytest.approx(float(first.cost), rel=1e-9)
     assert float(second.states[-1]) == pytest.approx(2 + float(first.states[-1]), rel=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"compile": True}, {"compile": False}, {"kernel": "torch"}])
+def test_threads_that_share_a_prepared_problem(options):
+    """And no solution is overwritten by a later one."""
+    prepared = prepare(swing(), steps=5, **options)
+    starts = [[1.0 + 0.1 * i, 0.1 * i] for i in range(6)]
+    alone = [prepared.solve(start) for start in starts]
+    kept = [(one.states.clone(), one.gains.K.clone(), one.costates.clone()) for one in alone]
+    with ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(prepared.solve, starts))
+    for one, other, (states, gains, costates) in zip(alone, together, kept, strict=True):
+        assert torch.equal(one.states, states)
+        assert torch.equal(one.gains.K, gains)
+        assert torch.equal(one.costates, costates)
+        torch.testing.assert_close(other.states, states, rtol=1e-12, atol=1e-12)
