@@ -19,6 +19,7 @@ from ocnopt import checks
 from ocnopt.checks import first_non_finite, shape
 from ocnopt.errors import ProblemError
 from ocnopt.leading_axes import accepts_leading_axes
+from ocnopt.names import read_names
 
 FUNCTIONS = ("dynamics", "running_cost", "terminal_cost", "path_constraint", "terminal_constraint")
 
@@ -91,8 +92,10 @@ def vector_output(
     if not fits:
         raise ProblemError(
             f"{name} returned shape {shape(output)}; expected {wanted}: index the last axis (x[..., i]) and join the "
-            "results with torch.stack([...], dim=-1)"
+            "results with torch.stack([...], dim=-1), or keep it (x[..., :1], t[..., None])"
         )
+    if expected is None and output.shape[-1] == 0:
+        raise ProblemError(f"{name} returned shape {shape(output)}; expected at least one entry, or None for none")
     return output
 
 
@@ -321,7 +324,7 @@ def _rows(problem: Any, end: float) -> tuple[dict[str, Tensor], dict[str, Tensor
 
 def check_functions(problem: Any, end: float) -> bool:
     """Call every function and check what it returns; return whether p may carry leading axes."""
-    p, broadcast = problem.parameters, True
+    p, broadcast, entries = problem.parameters, True, 0
     batch, n = tuple(problem.initial_state.shape[:-1]), problem.initial_state.shape[-1]
     for name in FUNCTIONS:
         function = getattr(problem, name)
@@ -335,9 +338,11 @@ def check_functions(problem: Any, end: float) -> bool:
         static = {} if p is None else {"p": p}
         size = n if name == "dynamics" else None
         check = partial(function_rows, name, function, batch=batch, dtype=problem.dtype, size=size)
-        check([{**near, **static}, {**far, **static}])
+        value = check([{**near, **static}, {**far, **static}])
+        entries += value.shape[-1] if name.endswith("constraint") else 0
         _check_derivatives(name, function, {**near, **static})
         broadcast = broadcast and (p is None or accepts_leading_axes(function, near, p))
+    read_names("constraint_names", problem.constraint_names, entries)
     return broadcast
 
 
@@ -361,10 +366,13 @@ def check_ends(problem: Any, x: Tensor) -> None:
             row(last, last.stop, x, problem.step_bounds[-1]),
         ],
     }
+    entries = 0
     for name, arguments in rows.items():
         function = getattr(problem, name)
         checks.callable_or_none(name, function)
         if function is not None:
             for here in arguments:
                 near = {key: nearby(argument) for key, argument in here.items()}
-                check_function(name, function, [here, near], batch=batch, dtype=problem.dtype)
+                value = check_function(name, function, [here, near], batch=batch, dtype=problem.dtype)
+            entries += value.shape[-1] if name.endswith("constraint") else 0
+    read_names("constraint_names", problem.constraint_names, entries)

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.integrate import solve_bvp
 from scipy.interpolate import CubicSpline
 
@@ -85,7 +86,7 @@ class Indirect:
         """Solve the continuous problem behind a discrete one; the problems of a batch one by one.
 
         Raises:
-            ProblemError: path constraints, a problem that is discrete from the start, or H linear in a control.
+            ProblemError: path constraints, a problem in float32 or discrete from the start, or H linear in a control.
             NonFiniteError: a single problem has no finite path to start from.
         """
         can_differentiate()
@@ -104,6 +105,11 @@ class Indirect:
             raise ProblemError(
                 "the problem has step_data, numbers given to each of its steps; solver 'indirect' knows no steps: "
                 "expected the problem before it was augmented, or use solver='ddp'"
+            )
+        if problem.dtype != torch.float64:
+            raise ProblemError(
+                f"the problem is in {problem.dtype}; solver 'indirect' needs the digits of torch.float64: make the "
+                "problem with dtype=torch.float64, or use solver='ddp'"
             )
         if problem.origin is None:
             raise ProblemError(

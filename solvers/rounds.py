@@ -179,9 +179,12 @@ def _merged(taken: Tensor, new: Result, old: Result) -> Result:
 def _finished(problem: StagedOCP, rounds: Rounds, count: int, kept: Result, kernel: str) -> Result:
     """The result in terms of the problem itself."""
     outcome = torch.where(rounds.running, Outcome.ROUNDS, rounds.outcome)
-    numbers = audit(problem, list(kept.states), list(kept.controls), kept.parameters)
     wide = Widened(problem)
-    off = distances(problem, measure(wide, wide.join(kept.states, kept.parameters), wide.join_controls(kept.controls)))
+    # data may carry gradients
+    with torch.no_grad():
+        numbers = audit(problem, list(kept.states), list(kept.controls), kept.parameters)
+        Z, U = wide.join(kept.states, kept.parameters), wide.join_controls(kept.controls)
+        off = distances(problem, measure(wide, Z, U))
     shape = problem.batch_shape
     flat = zip(*(v.reshape(-1).tolist() for v in (outcome, rounds.iterations, kept.constraint_violation)), strict=True)
     status = [

@@ -228,10 +228,12 @@ class Search:
             warnings.simplefilter("ignore")
             try:
                 ended = _MINIMIZE(self._cost, self.v, method=self.method, options=self._settings(), **arguments)
-            except ProblemError:
-                raise
-            except (_StoppedError, ValueError, np.linalg.LinAlgError):
-                # time to stop; or a derivative that is no number, somewhere in scipy's linear algebra
+            except (_StoppedError, np.linalg.LinAlgError):
+                return self.v
+            except ValueError as error:
+                # a derivative that is no number, in scipy's linear algebra: its own words, not an error of the user's
+                if "infs or NaNs" not in str(error):
+                    raise
                 return self.v
         return np.asarray(ended.x if self.box is None else np.clip(ended.x, *self.box), dtype=np.float64)
 

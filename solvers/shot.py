@@ -185,7 +185,7 @@ class Shot:
         def product(dv: Vector) -> Vector:
             columns = np.asarray(dv).reshape(self.size, -1)
             dw = np.zeros((self.N, n + self.m, columns.shape[1]))
-            dw[:, n:] = columns[:controls].reshape(self.N, self.m, -1)
+            dw[:, n:] = columns[:controls].reshape(self.N, self.m, columns.shape[1])
             dz = np.concatenate([np.zeros((n - self.q, columns.shape[1])), columns[controls:]])
             for k in range(self.N):
                 dw[k, :n] = dz
@@ -194,7 +194,8 @@ class Shot:
             for k in reversed(range(self.N)):
                 result[k] += models.fw[k].T @ eta
                 eta = result[k, :n]
-            return np.concatenate([result[:, n:].reshape(controls, -1), eta[n - self.q :]]).reshape(np.shape(dv))
+            moved = result[:, n:].reshape(controls, columns.shape[1])
+            return np.concatenate([moved, eta[n - self.q :]]).reshape(np.shape(dv))
 
         return product
 

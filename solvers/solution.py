@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from ocnopt.checks import Bounds, callable_or_none, clipped, numbers, shape
 from ocnopt.errors import DataError, NonFiniteError, ProblemError
@@ -101,9 +102,9 @@ class Solution:
         gains: :class:`Gains`, or None where a solver has none.
         control_bounds: two tensors ``(m,)``, or ``(N, m)``; None without any or where the number of controls varies.
         multipliers: of the constraints, by name: "terminal_constraint" ``(..., e)``, "path_constraint" ``(..., N + 1,
-            c)`` and "state_bounds" ``(..., N + 1, n)`` of each node; None without constraints. cost + multiplier *
-            constraint is stationary: >= 0 for a path constraint, > 0 at an upper and < 0 at a lower bound. Where the
-            number of constraints or states varies from node to node, zeros fill up.
+            c)`` and "state_bounds" ``(..., N + 1, n)`` of each node; None without constraints, and of "indirect" and
+            "shooting". cost + multiplier * constraint is stationary: >= 0 for a path constraint, > 0 at an upper and
+            < 0 at a lower bound. Where the number of constraints or states varies from node to node, zeros fill up.
         minima: of DDP's ``restarts=``, the lowest first: "cost" ``(..., K)``, "starts" that led there, "states",
             "controls" ``(..., K, N, m)``, "parameters" with a free T; NaN and no starts where there are fewer.
     """
@@ -246,7 +247,7 @@ class Solution:
         return saved(plot_solutions({"": self}, time="step" if numbered else "time"), path)
 
     def save(self, path: str | Path) -> None:
-        """Write everything but the problem's functions to one file, read again by ``oc.load_solution``.
+        """Write everything but functions and gradients to one file, read again by ``oc.load_solution``.
 
         Raises:
             DataError: the file cannot be written there.
@@ -255,9 +256,8 @@ class Solution:
         record["history"] = dict(self.history)
         record["gains"] = None if self.gains is None else tuple(self.gains)
         record["fingerprint"] = None if self.problem is None else _fingerprint(self, self.problem)
-        write_file(
-            path, "a file in a folder that you may write to", lambda: torch.save({"format": _FORMAT, **record}, path)
-        )
+        record = tree_map_only(Tensor, Tensor.detach, {"format": _FORMAT, **record})
+        write_file(path, "a file in a folder that you may write to", lambda: torch.save(record, path))
 
     def _per_problem(self, t: Any) -> Tensor:
         batch = tuple(self.cost.shape)

@@ -296,6 +296,8 @@ def test_refusals_name_what_can():
     along = scalar_lqr(path_constraint=lambda t, x, u: x - 2)
     with pytest.raises(oc.ProblemError, match=r"has path_constraint, .* use solver='ddp' or 'casadi', or a penalty"):
         oc.solve(along, "indirect")
+    with pytest.raises(oc.ProblemError, match=r"in torch.float32; solver 'indirect' needs the digits of torch.float64"):
+        oc.solve(scalar_lqr(dtype=torch.float32), "indirect")
     discrete = oc.StagedOCP(
         oc.Stage(lambda k, x, u: x + u, lambda k, x, u: (x**2 + u**2).sum(-1), 1), initial_state=[1.0], steps=3
     )

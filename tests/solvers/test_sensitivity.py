@@ -9,6 +9,7 @@ from ocnopt.errors import ProblemError
 from ocnopt.ocp import OCP, FreeHorizon
 from ocnopt.paths import rollout
 from ocnopt.solvers.ddp import DDP
+from ocnopt.solvers.solution import load_solution
 from ocnopt.solvers.solve import prepare, solve
 from ocnopt.staged import Stage, StagedOCP
 
@@ -366,3 +367,25 @@ def test_an_implicit_integrator():
     largest = max(float(slope.abs().max()) for slope in found)
     ours = sum(float((slope * line).sum()) for slope, line in zip(found, lines, strict=True))
     assert ours == pytest.approx(wanted, rel=1e-6, abs=1e-6 * largest)
+
+
+def test_data_with_gradients_neither_warn_nor_reach_the_file(tmp_path):
+    goal = torch.tensor([1.0, 0.0], dtype=F64, requires_grad=True)
+    problem = OCP(
+        lambda t, x, u: torch.stack([x[..., 1], u[..., 0]], dim=-1),
+        lambda t, x, u: (u**2).sum(-1),
+        initial_state=[0.0, 0.0],
+        control_dim=1,
+        horizon=2.0,
+        terminal_constraint=lambda t, x: x - goal,
+        data=(goal,),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        solution = solve(problem, steps=5, differentiable=True)
+    solution.save(tmp_path / "one.pt")
+    read = load_solution(tmp_path / "one.pt")
+    assert solution.cost.requires_grad
+    assert not read.cost.requires_grad
+    assert not read.states.requires_grad
+    torch.testing.assert_close(read.states, solution.states.detach(), rtol=0, atol=0)

@@ -106,6 +106,36 @@ def test_static_parameters_and_a_free_end_time():
     assert_close(ours.parameters, ddp.parameters, rtol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["trust-exact", "BFGS", "L-BFGS-B"])
+def test_static_parameters_alone(method):
+    """A decay x(1) = x(0) exp(-p) that is to end at 1/4."""
+    problem = oc.OCP(
+        lambda t, x, u, p: -p * x,
+        None,
+        lambda t, x, p: ((x - 0.25) ** 2).sum(-1),
+        initial_state=[1.0],
+        horizon=1.0,
+        parameters=[0.5],
+    )
+    solution = oc.solve(problem, Shooting(method=method), steps=20)
+    assert_converged(solution)
+    assert solution.parameters.item() == pytest.approx(math.log(4.0), rel=1e-6)
+
+
+def test_an_error_of_the_users_is_not_taken_for_scipys():
+    calls = []
+
+    def cost(t, x, u):
+        calls.append(1)
+        if len(calls) > 60:
+            raise ValueError("a table has no such entry")
+        return (x**2 + u**2).sum(-1)
+
+    problem = oc.OCP(lambda t, x, u: u, cost, initial_state=[1.0], control_dim=1, horizon=1.0)
+    with pytest.raises(ValueError, match="a table has no such entry"):
+        oc.solve(problem, "shooting", steps=10)
+
+
 def test_a_bound_on_a_parameter_and_on_the_end_time():
     problem = free_end(parameter_bounds=(-0.6, 0.6))
     ddp, ours = oc.solve(problem, steps=20), oc.solve(problem, "shooting", steps=20)

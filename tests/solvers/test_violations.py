@@ -104,6 +104,25 @@ def test_names_that_do_not_fit_are_refused(names, message):
         problem(**names)
 
 
+def test_one_name_for_each_entry_of_a_constraint():
+    with pytest.raises(ProblemError, match="constraint_names has 2 names; expected 3"):
+        problem(constraint_names=("speed limit", "stop"))
+    with pytest.raises(ProblemError, match="constraint_names has 3 names; expected 0"):
+        problem(path_constraint=None, terminal_constraint=None)
+
+
+@pytest.mark.parametrize(
+    ("constraint", "message"),
+    [
+        (lambda t, x: x[..., :0], r"returned shape \(0,\); expected at least one entry"),
+        (lambda t, x: x[..., 0], r"returned shape \(\); expected \(\) and one last axis: .* or keep it \(x\[..., :1\]"),
+    ],
+)
+def test_a_constraint_has_entries(constraint, message):
+    with pytest.raises(ProblemError, match=message):
+        problem(terminal_constraint=constraint)
+
+
 def test_plots_use_the_names():
     figure = oc.solve(problem(), "casadi", steps=6).plot()
     labels = {axis.get_ylabel() for axis in figure.axes}
@@ -111,7 +130,9 @@ def test_plots_use_the_names():
 
 
 def test_plots_of_a_closed_loop_use_the_names_too():
-    loop = oc.MPC(oc.prepare(problem(terminal_constraint=None), "casadi", steps=4)).simulate([0.0, 0.1], 1)
+    loop = oc.MPC(
+        oc.prepare(problem(terminal_constraint=None, constraint_names=("speed limit",)), "casadi", steps=4)
+    ).simulate([0.0, 0.1], 1)
     labels = [axis.get_ylabel() for axis in loop.plot().axes]
     assert labels == ["place [m]", "speed [m/s]", "thrust [N]", "solve [ms]"]
 
