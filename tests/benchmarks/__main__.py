@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import ocnopt as oc
@@ -35,7 +36,8 @@ from tests.benchmarks import (
     versions,
 )
 
-ABSENT = "not installed (pip install 'ocnopt[peers]')"
+# rich would take what stands in brackets for its own
+ABSENT = escape("not installed (pip install 'ocnopt[peers]')")
 console = Console(width=max(120, Console().width))  # or the tables break where the output is piped
 
 
