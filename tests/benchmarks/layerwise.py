@@ -23,11 +23,15 @@ Make = Callable[[nn.Module], torch.optim.Optimizer]
 
 
 class Net(NamedTuple):
-    """A network, its inputs and how many steps one measurement takes."""
+    """A network, its inputs, how many steps one measurement takes, and how often a repeat measures.
+
+    Short measurements in quick alternation: a machine's speed drifts within a second.
+    """
 
     make: Callable[[], nn.Module]
     inputs: Tensor
     steps: int
+    rounds: int
 
 
 class Cost(NamedTuple):
@@ -59,9 +63,9 @@ def nets() -> dict[str, Net]:
     """Name -> net."""
     torch.manual_seed(0)
     return {
-        "MLP 5 x 32, batch 32": Net(lambda: mlp(32), torch.randn(32, 64), 40),
-        "MLP 5 x 512, batch 128": Net(lambda: mlp(512), torch.randn(128, 64), 8),
-        "4 convolutions, batch 128": Net(convolutions, torch.randn(128, 1, 28, 28), 2),
+        "MLP 5 x 32, batch 32": Net(lambda: mlp(32), torch.randn(32, 64), 4, 20),
+        "MLP 5 x 512, batch 128": Net(lambda: mlp(512), torch.randn(128, 64), 4, 2),
+        "4 convolutions, batch 128": Net(convolutions, torch.randn(128, 1, 28, 28), 2, 1),
     }
 
 
@@ -92,10 +96,10 @@ def stepper(net: Net, way: Make) -> Callable[[], None]:
 
 
 def measure(name: str, net: Net, repeats: int = 11) -> list[Cost]:
-    """Every repeat gives a ratio of its own, and their median counts."""
+    """Every round gives a ratio of its own, and their median counts."""
     steps = {way: stepper(net, make) for way, make in WAYS.items()}
     rounds = []
-    for _ in range(repeats + 1):
+    for _ in range((repeats + 1) * net.rounds):
         spent = {}
         for way, step in steps.items():
             began = process_time()
@@ -103,7 +107,7 @@ def measure(name: str, net: Net, repeats: int = 11) -> list[Cost]:
                 step()
             spent[way] = (process_time() - began) / net.steps
         rounds.append(spent)
-    del rounds[0]  # it warms up
+    del rounds[: net.rounds]  # they warm up
     peaks = {way: live_peak(lambda make=make: _some(stepper(net, make))) for way, make in WAYS.items()}
     return [
         Cost(
