@@ -326,10 +326,13 @@ class PreparedDDP:
             NonFiniteError: as for :meth:`DDP.solve`.
         """
         self.kernel.refresh(problem)
-        return self.search(problem, guess, progress=progress)
+        # few iterations at a time are how many controllers solve: what is left of a search that ends early takes longer
+        # to tell than they have
+        with Stopwatch(self.solver.time_limit) as stopwatch:
+            return self.run(problem, guess, stopwatch, progress=progress)[0]
 
     def search(self, problem: StagedOCP, guess: Guess, *, progress: bool = False) -> Result:
-        """Solve the problem that the kernel was built or refreshed for."""
+        """Solve the problem that the kernel was built for, and explain a failure."""
         with Stopwatch(self.solver.time_limit) as stopwatch:
             result, outcome = self.run(problem, guess, stopwatch, progress=progress)
         return result if bool(result.converged.all()) else explained(problem, result, outcome, self.kernel.name)

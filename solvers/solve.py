@@ -129,7 +129,8 @@ class Prepared:
             differentiable: as for ``solve``.
 
         Returns:
-            As ``solve`` would; its ``build_time`` is zero.
+            As ``solve`` would; its ``build_time`` is zero, and the status of a DDP that stopped early leaves out the
+            gradient that is left.
 
         Raises:
             ProblemError: the state has another shape or is not finite, or something that the functions capture has

@@ -249,3 +249,21 @@ def test_threads_that_share_a_prepared_problem(options):
         assert torch.equal(one.gains.K, gains)
         assert torch.equal(one.costates, costates)
         torch.testing.assert_close(other.states, states, rtol=1e-12, atol=1e-12)
+
+
+def test_an_early_stop_calls_the_users_functions_no_more_than_an_answer():
+    """A controller that takes one iteration at a time has no time for another rollout in torch."""
+    counts = {}
+    for limit in (1, 50):
+        prepared, calls = prepare(swing(), steps=5, kernel="lowered", max_iterations=limit), []
+        stage = prepared.problem.groups[0].stage
+        joint = stage.joint
+        object.__setattr__(stage, "joint", lambda *a, calls=calls, joint=joint: calls.append(1) or joint(*a))
+        solution = prepared.solve([2.5, 0.0])
+        assert bool(solution.converged) == (limit == 50)
+        counts[limit] = len(calls)
+    assert (
+        "the iteration limit was reached; raise max_iterations"
+        in prepare(swing(), steps=5, max_iterations=1).solve([2.5, 0.0]).status
+    )
+    assert counts[1] == counts[50] > 0
