@@ -199,7 +199,10 @@ def weighed(shared: Sequence[Tensor]) -> Iterator[dict[int, int]]:
 
 
 def search(y: Tensor, known: Sequence[Tensor]) -> tuple[Tensor | None, int]:
-    """A leaf that ``y`` depends on and that is not reached through ``known``, and the size of the graph."""
+    """A leaf that ``y`` depends on and that is not reached through ``known``, and the size of the graph.
+
+    A leaf in the memory of something known is that again, cut off by a field that differentiates inside.
+    """
     leaves = {id(tensor) for tensor in known}
     above = {tensor.grad_fn for tensor in known if tensor.grad_fn is not None}
     seen, pending = set(above), [y.grad_fn]
@@ -210,10 +213,16 @@ def search(y: Tensor, known: Sequence[Tensor]) -> tuple[Tensor | None, int]:
         seen.add(node)
         edges = node.next_functions
         leaf = None if edges else getattr(node, "variable", None)
-        if isinstance(leaf, Tensor) and id(leaf) not in leaves:
+        if isinstance(leaf, Tensor) and id(leaf) not in leaves and not any(_shares_memory(leaf, own) for own in known):
             return leaf, len(seen)
         pending += [following for following, _ in edges]
     return None, len(seen) - len(above)
+
+
+def _shares_memory(one: Tensor, other: Tensor) -> bool:
+    if torch._C._functorch.is_functorch_wrapped_tensor(one) or torch._C._functorch.is_functorch_wrapped_tensor(other):
+        return False
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() != 0
 
 
 def modules(field: nn.Module) -> list[nn.Module]:
