@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ocnopt.errors import NonFiniteError, ProblemError
+from ocnopt.transforms import can_differentiate as can_differentiate
 
 Bounds = tuple[Tensor, Tensor]
 
@@ -198,19 +199,6 @@ def times_in_order(times: Sequence[float]) -> None:
         raise ProblemError(
             f"times {[*times]} do not run in one direction; expected a start and one or more further times, strictly "
             "increasing or strictly decreasing: sort them and drop repeated ones"
-        )
-
-
-def can_differentiate() -> None:
-    """Refuse to work where torch gives no derivatives.
-
-    Raises:
-        ProblemError: torch.inference_mode() is on.
-    """
-    if torch.is_inference_mode_enabled():
-        raise ProblemError(
-            "torch.inference_mode() is on, where nothing has a derivative; expected none: leave it, or use "
-            "torch.no_grad(), under which problems are made and solved as everywhere"
         )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ocnopt.checks import Bounds, clipped, float_tensor, nearest, shape
 from ocnopt.errors import ProblemError
 from ocnopt.paths import rollout
-from ocnopt.solvers.solution import Guess, Solution, perturbed
+from ocnopt.solvers.solution import Guess, Solution
 from ocnopt.staged import StagedOCP
 
 _KEYS = ("controls", "states", "parameters", "horizon")
@@ -154,6 +154,19 @@ def _parameters(problem: StagedOCP, given: Mapping[str, Any]) -> Tensor:
             raise ProblemError(f"initial_guess {name} has shape {shape(value)}; expected (..., {part.shape[-1]})")
         parts[name] = _expanded(f"initial_guess {name}", value, tuple(part.shape))
     return clipped(torch.cat(list(parts.values()), dim=-1), problem.parameter_bounds)
+
+
+def perturbed(value: Tensor, amount: float | Tensor, bounds: Bounds | None, generator: torch.Generator) -> Tensor:
+    """Add noise within the bounds, the same to every problem of a batch.
+
+    Args:
+        value: ``(..., size)``.
+        amount: standard deviation, for all entries or for each.
+        bounds: two tensors ``(size,)``.
+        generator: seeded; a new one gives the same noise again.
+    """
+    noise = torch.randn(value.shape[-1:], generator=generator, dtype=torch.float64).to(value)
+    return clipped(value + amount * noise, bounds)
 
 
 def _leave_stationary_point(problem: StagedOCP, guess: Guess) -> Guess:

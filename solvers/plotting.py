@@ -35,8 +35,8 @@ def plot_solutions(
         time: label of the time axis.
     """
     first = next(iter(solutions.values()))
-    states = states or _names(first.problem, "state_names", "x", first.states)
-    controls = controls or _names(first.problem, "control_names", "u", first.controls)
+    states = states or _names(first, "state_names", "x", first.states)
+    controls = controls or _names(first, "control_names", "u", first.controls)
     feedback = [(name, s) for name, s in solutions.items() if s.gains is not None and len(controls) > 0][:1]
     costs = {name: s for name, s in solutions.items() if "cost" in s.history}
     of_states, of_controls = _parts(len(states)), _parts(len(controls))

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ocnopt.checks import Bounds, callable_or_none, clipped, numbers, shape
-from ocnopt.errors import DataError, NonFiniteError, ProblemError
+from ocnopt.checks import callable_or_none, clipped, numbers, shape
+from ocnopt.errors import NonFiniteError, ProblemError
 from ocnopt.paths import behind, rollout
 from ocnopt.solvers.audit import Violation, audit, find_violations
-from ocnopt.solvers.files import check_fingerprint, fingerprint, write_file
+from ocnopt.solvers.files import check_fingerprint, fingerprint, read_file, write_file
 from ocnopt.staged import Series, StagedOCP
 
 _FORMAT = 2
@@ -40,19 +40,6 @@ class Guess:
     controls: list[Tensor]
     parameters: Tensor
     states: list[Tensor] | None = None
-
-
-def perturbed(value: Tensor, amount: float | Tensor, bounds: Bounds | None, generator: torch.Generator) -> Tensor:
-    """Add noise within the bounds, the same to every problem of a batch.
-
-    Args:
-        value: ``(..., size)``.
-        amount: standard deviation, for all entries or for each.
-        bounds: two tensors ``(size,)``.
-        generator: seeded; a new one gives the same noise again.
-    """
-    noise = torch.randn(value.shape[-1:], generator=generator, dtype=torch.float64).to(value)
-    return clipped(value + amount * noise, bounds)
 
 
 class Result(NamedTuple):
@@ -107,6 +94,11 @@ class Solution:
             < 0 at a lower bound. Where the number of constraints or states varies from node to node, zeros fill up.
         minima: of DDP's ``restarts=``, the lowest first: "cost" ``(..., K)``, "starts" that led there, "states",
             "controls" ``(..., K, N, m)``, "parameters" with a free T; NaN and no starts where there are fewer.
+        state_names: of the problem, as ``control_names``; None without any.
+        problem: the discrete problem. None where the solution was pickled, or loaded from a file without it: functions
+            do not travel. ``violations`` and names are kept, ``rollout`` then says what is missing.
+
+    A copy shares the problem; a pickled solution has no gradients.
     """
 
     times: Tensor
@@ -127,13 +119,18 @@ class Solution:
     multipliers: Mapping[str, Tensor] | None = None
     minima: Mapping[str, Tensor] | None = None
     control_bounds: tuple[Tensor, Tensor] | None = None
+    state_names: tuple[str, ...] | None = None
+    control_names: tuple[str, ...] | None = None
     problem: StagedOCP | None = field(default=None, repr=False)
+    _violations: tuple[Violation, ...] | None = field(default=None, repr=False)
 
     @property
     def violations(self) -> tuple[Violation, ...]:
         """Bounds, constraints and steps that are broken by more than 1e-6, the worst first, in the user's names."""
         if self.problem is None:
-            raise ProblemError("this solution has no problem; load it with oc.load_solution(path, problem=...)")
+            if self._violations is None:
+                raise ProblemError("this solution has no problem; load it with oc.load_solution(path, problem=...)")
+            return self._violations
         path = nodes_of(self.states), nodes_of(self.controls)
         return tuple(find_violations(self.problem, *path, full_parameters(self), 1e-6))
 
@@ -252,12 +249,30 @@ class Solution:
         Raises:
             DataError: the file cannot be written there.
         """
-        record = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("problem", "gains")}
+        made = None if self.problem is None else _fingerprint(self, self.problem)
+        record = {"format": _FORMAT, **self._record(), "fingerprint": made}
+        write_file(path, "a file in a folder that you may write to", lambda: torch.save(record, path))
+
+    def _record(self) -> dict[str, Any]:
+        """Everything but functions and gradients, in types that any file takes."""
+        record = self._fields()
         record["history"] = dict(self.history)
         record["gains"] = None if self.gains is None else tuple(self.gains)
-        record["fingerprint"] = None if self.problem is None else _fingerprint(self, self.problem)
-        record = tree_map_only(Tensor, Tensor.detach, {"format": _FORMAT, **record})
-        write_file(path, "a file in a folder that you may write to", lambda: torch.save(record, path))
+        known = self._violations if self.problem is None else self.violations
+        record["_violations"] = None if known is None else [tuple(violation) for violation in known]
+        return dict(tree_map_only(Tensor, Tensor.detach, record))
+
+    def _fields(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "problem"}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (self._record(),)
+
+    def __copy__(self) -> "Solution":
+        return replace(self)
+
+    def __deepcopy__(self, memo: Any) -> "Solution":
+        return replace(self, **tree_map_only(Tensor, Tensor.clone, self._fields()))
 
     def _per_problem(self, t: Any) -> Tensor:
         batch = tuple(self.cost.shape)
@@ -354,13 +369,22 @@ def _fingerprint(solution: Solution, problem: StagedOCP) -> dict[str, Tensor]:
     return fingerprint(problem, *path, full_parameters(solution))
 
 
+def _restored(record: dict[str, Any], problem: StagedOCP | None = None) -> Solution:
+    """The solution of a record."""
+    known = {f.name: record[f.name] for f in fields(Solution) if f.name in record}
+    if known["gains"] is not None:
+        known["gains"] = Gains(*known["gains"])
+    if known.get("_violations") is not None:
+        known["_violations"] = tuple(Violation(*row) for row in known["_violations"])
+    return Solution(**known, problem=problem)
+
+
 def load_solution(path: str | Path, problem: StagedOCP | None = None) -> Solution:
     """Read a solution written by :meth:`Solution.save`.
 
     Args:
         path: the file.
-        problem: the discrete problem (``oc.transcribe(...)``), needed only for ``rollout``; it must be the one that
-            was solved.
+        problem: the discrete problem that was solved (``oc.transcribe(...)``), needed only for ``rollout``.
 
     Raises:
         ProblemError: the problem is not a discrete one.
@@ -370,23 +394,7 @@ def load_solution(path: str | Path, problem: StagedOCP | None = None) -> Solutio
         raise ProblemError(
             f"problem is {type(problem).__name__}; expected the discrete one: oc.transcribe(problem, steps, integrator)"
         )
-    try:
-        record = torch.load(path, weights_only=True)
-        if record.pop("format") != _FORMAT:
-            raise DataError(
-                f"{path} has another format than {_FORMAT}; expected a file written by this version's Solution.save: "
-                "solve the problem again and save it"
-            )
-        gains, saved = record.pop("gains"), record.pop("fingerprint")
-        solution = Solution(**record, gains=None if gains is None else Gains(*gains), problem=problem)
-    except DataError:
-        raise
-    except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist; expected a file written by Solution.save") from error
-    except Exception as error:
-        raise DataError(
-            f"{path} is no saved solution ({type(error).__name__}); expected a file written by Solution.save"
-        ) from error
+    solution, saved = read_file(path, _FORMAT, lambda record: (_restored(record, problem), record["fingerprint"]))
     if problem is not None:
         check_fingerprint(path, saved, lambda: _fingerprint(solution, problem))
     return solution

@@ -4,13 +4,14 @@ import threading
 import time
 from dataclasses import dataclass, field, fields
 from importlib import import_module
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 from ocnopt.checks import Bounds, can_differentiate, float_tensor, is_whole, listed, nearest, shape, traced
 from ocnopt.errors import ConvergenceError, ProblemError
 from ocnopt.grids import transcribe
 from ocnopt.ocp import OCP
 from ocnopt.paths import Widened, behind
+from ocnopt.solvers.files import stays_here
 from ocnopt.solvers.guess import own_guess, read_guess
 from ocnopt.solvers.sensitivity import refuse_gradients, with_gradients
 from ocnopt.solvers.shared import Shared
@@ -110,6 +111,9 @@ class Prepared:
     shared_parameters: bool = False
     _alone: Any = field(default_factory=threading.RLock, init=False, repr=False, compare=False)
 
+    def __reduce__(self) -> NoReturn:
+        raise stays_here("a Prepared", "in another process or for another user call oc.prepare(..) again")
+
     def solve(
         self,
         initial_state: Any = None,
@@ -137,6 +141,7 @@ class Prepared:
                 changed without being named in ``data``.
             ConvergenceError: ``strict`` and not converged.
         """
+        can_differentiate()
         problem = self.problem
         if initial_state is not None:
             wanted = (*problem.batch_shape, problem.state_dim)
@@ -149,7 +154,6 @@ class Prepared:
             graph = traced(initial_state, problem.dtype)
             graph = None if graph is None else graph.expand(wanted)
             problem = problem.altered(initial_state=x0.expand(wanted), traced_state=graph)
-        can_differentiate()
         if differentiable:
             refuse_gradients(problem, self.solver)
         guess = read_guess(problem, initial_guess)
@@ -278,6 +282,8 @@ def make_solution(problem: StagedOCP, result: Result) -> Solution:
         times=problem.times(p).expand(*cost.shape, -1),
         horizon=end.expand(cost.shape),
         control_bounds=_bounds(problem) if same else None,
+        state_names=problem.state_names,
+        control_names=problem.control_names,
         problem=problem,
     )
 

@@ -21,7 +21,8 @@ from ocnopt.solvers.direct.nlp import Answer, Vector, Watch, evaluate, make_solv
 from ocnopt.solvers.direct.path_program import PathProgram, assemble, make_walks, roll_out
 from ocnopt.solvers.direct.transcription import Lowered
 from ocnopt.solvers.endings import Stopwatch, stopped
-from ocnopt.solvers.solution import Guess, perturbed
+from ocnopt.solvers.guess import perturbed
+from ocnopt.solvers.solution import Guess
 from ocnopt.staged import StagedOCP
 
 _ADVICE = {

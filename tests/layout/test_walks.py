@@ -17,6 +17,7 @@ from tests.layout.walk import Walk, walk
 
 ASIDE = (
     "ocnopt/checks.py",
+    "ocnopt/transforms.py",
     "ocnopt/problem_checks.py",
     "ocnopt/names.py",
     "solvers/guess.py",
