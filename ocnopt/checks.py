@@ -315,13 +315,13 @@ def finite_path(steps: Sequence[Tensor], cost: Tensor, times: Tensor) -> None:
         )
 
 
-def no_constraints(problem: Any, solver: str) -> None:
-    """Refuse constraints and bounds on the states for a solver without multipliers."""
-    for name in ("terminal_constraint", "path_constraint", "state_bounds"):
+def no_constraints(problem: Any, solver: str, why: str, *more: str) -> None:
+    """Refuse path constraints and bounds on the states, and ``more``, for a solver that cannot meet them."""
+    for name in (*more, "path_constraint", "state_bounds"):
         if getattr(problem, name) is not None:
             raise ProblemError(
-                f"the problem has {name}; solver {solver!r} has no multipliers for it: use solver='ddp' or 'casadi', "
-                "or a penalty in the cost"
+                f"the problem has {name}; solver {solver!r} {why}: use solver='ddp' or 'casadi', or a penalty in the "
+                "cost"
             )
 
 
@@ -335,11 +335,11 @@ def check_model(model: object, call: str = "SNOpt(model, lr=0.01)") -> None:
         raise ProblemError("the model has no trainable parameter; expected one or more with requires_grad=True")
 
 
-def check_choice(what: str, value: object, options: Sequence[str]) -> None:
-    """Refuse a word that is not one of the options."""
+def check_choice(what: str, value: object, options: Sequence[object]) -> None:
+    """Refuse what is not one of the options."""
     if value not in options:
         offered = " or ".join(map(repr, options))
-        raise ProblemError(f"{what} is {value!r}; expected {offered}{nearest(str(value), options)}")
+        raise ProblemError(f"{what} is {value!r}; expected {offered}{nearest(str(value), map(str, options))}")
 
 
 def check_count(what: str, value: object, default: int) -> None:

@@ -51,7 +51,7 @@ def each_alone(
     """
     if not problem.batch_shape:
         return gathered(problem, [solve_one(problem, guess)])
-    whole = not rows_stand_alone(Widened(problem))
+    whole = not _alike(problem)
 
     def attempt(row: int) -> Attempt:
         single, start = _row_of(problem, row, whole), _guess_of(guess, row)
@@ -61,6 +61,18 @@ def each_alone(
             return _lost(single, start, f"given up: {error}")
 
     return in_turn(problem, guess, attempt, stopwatch)
+
+
+def one_for_all(problem: StagedOCP, guess: Guess) -> tuple[StagedOCP, Guess] | None:
+    """A single problem and its guess, such that what is built for it serves all of a batch; None where nothing does."""
+    if not problem.batch_shape:
+        return problem, guess
+    return (_row_of(problem, 0, False), _guess_of(guess, 0)) if _alike(problem) else None
+
+
+def _alike(problem: StagedOCP) -> bool:
+    """Whether no function captures anything of one problem alone, data included: their tensors stay as they are."""
+    return rows_stand_alone(Widened(problem.altered(data=())))
 
 
 def in_turn(problem: StagedOCP, guess: Guess, attempt: Callable[[int], Attempt], stopwatch: Stopwatch) -> Result:
@@ -127,8 +139,9 @@ def _row_of(problem: StagedOCP, row: int, whole: bool) -> StagedOCP:
     def narrowed(record: Any, names: Mapping[str, bool]) -> Any:
         single = copy.copy(record)
         object.__setattr__(single, "initial_state", _flat(x0)[row])
-        # what these solvers lower, they lower anew for each solve: data are constants
-        object.__setattr__(single, "data", ())
+        if whole:
+            # what is lowered of such a problem is lowered anew for each solve: data are constants
+            object.__setattr__(single, "data", ())
         for name, timed in names.items() if whole else ():
             if getattr(record, name) is not None:
                 object.__setattr__(single, name, pick.of(getattr(record, name), timed=timed))

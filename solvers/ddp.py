@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ocnopt.checks import can_differentiate, finite_path, nearest, solver_options
+from ocnopt.checks import can_differentiate, check_choice, finite_path, solver_options
 from ocnopt.differential.sweep import Direction
 from ocnopt.errors import ProblemError
 from ocnopt.paths import Path, Widened
@@ -212,11 +212,7 @@ class DDP:
             "compile": ("auto", True, False),
         }
         for name, known in choices.items():
-            value = getattr(self, name)
-            if value not in known:
-                words = [str(choice) for choice in known]
-                hint = nearest(str(value), words)
-                raise ProblemError(f"{name} is {value!r}; expected one of {', '.join(words)}{hint}")
+            check_choice(name, getattr(self, name), known)
         positive = ["tolerance", "constraint_tolerance", *([] if self.time_limit is None else ["time_limit"])]
         solver_options(
             self,

@@ -69,7 +69,7 @@ class Shared:
         """
         joint, start = join_experiments(problem), join_guess(problem, guess)
         if isinstance(self.solver, DDP):
-            no_constraints(problem, "ddp")
+            no_constraints(problem, "ddp", "has no multipliers for it here", "terminal_constraint")
             if self.solver.restarts:
                 raise ProblemError(
                     f"shared_parameters=True came with restarts={self.solver.restarts}, which choose among the answers "

@@ -178,7 +178,8 @@ def prepare(
 ) -> Prepared:
     """Check, lower and compile a problem once, to solve it many times from other states and with other data.
 
-    "indirect" and "shooting" have nothing that could be built once: they lower anew at each solve.
+    "indirect" and "shooting" work off the problems of a batch one by one: what is built once serves them all, unless
+    the functions hold data of each, and then it is built at each solve.
 
     Args:
         problem: as for ``solve``.

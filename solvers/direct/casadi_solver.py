@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ocnopt.captured import given_rows
-from ocnopt.checks import nearest, solver_options
+from ocnopt.checks import check_choice, solver_options
 from ocnopt.errors import ProblemError
 from ocnopt.integrate.tableaus import IMPLICIT
 from ocnopt.paths import Widened, rollout, rows_stand_alone
@@ -64,10 +64,7 @@ class CasADi:
 
     def __post_init__(self) -> None:
         for name, known in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in known:
-                hint = nearest(str(value), known)
-                raise ProblemError(f"{name} is {value!r}; expected one of {', '.join(known)}{hint}")
+            check_choice(name, getattr(self, name), known)
         positive = ["tolerance", *([] if self.time_limit is None else ["time_limit"])]
         solver_options(self, at_least={"max_iterations": 1, "restarts": 0, "degree": 1}, positive=positive)
         if self.degree > 9:

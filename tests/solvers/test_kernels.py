@@ -161,7 +161,7 @@ class TestWhichKernel:
             object.__setattr__(made, field.name, field.default)
         object.__setattr__(made, "kernel", "lowerd")
         with pytest.raises(
-            ProblemError, match="kernel is 'lowerd'; expected one of auto, torch, lowered; did you mean"
+            ProblemError, match="kernel is 'lowerd'; expected 'auto' or 'torch' or 'lowered'; did you mean"
         ):
             made.__post_init__()
 

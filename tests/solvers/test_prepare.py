@@ -1,6 +1,7 @@
 """A prepared problem solves from any state and with any data what a fresh solve would."""
 
 import dataclasses
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -9,8 +10,11 @@ import torch
 from ocnopt.errors import ConvergenceError, ProblemError
 from ocnopt.ocp import OCP, FreeHorizon
 from ocnopt.solvers.ddp import DDP
+from ocnopt.solvers.lowered import problem as problem_module
+from ocnopt.solvers.lowering.lowering import lower
 from ocnopt.solvers.solve import prepare, solve
 from ocnopt.staged import Stage, StagedOCP
+from tests.oracles.compare import assert_close
 from tests.solvers.cases import swing
 
 F64 = torch.float64
@@ -35,6 +39,12 @@ def pendulum(target, mass, batch=(), **changes):
     start = torch.tensor([0.5, -0.2], dtype=F64).expand(*batch, 2)
     given = {"initial_state": start, "control_dim": 1, "horizon": 1.0, "data": (target, mass)}
     return OCP(dynamics, cost, lambda t, x: 3 * ((x - target) ** 2).sum(-1), **{**given, **changes})
+
+
+def tracking(target, **changes):
+    """min of the integral of (x - target)^2 + u^2 from x = target + 1, T = 1: tanh(1)."""
+    given = {"initial_state": [1.0], "control_dim": 1, "horizon": 1.0, "data": (target,), **changes}
+    return OCP(lambda t, x, u: u, lambda t, x, u: ((x - target) ** 2 + u**2).sum(-1), **given)
 
 
 def fresh(target, mass, start, solver, options, **changes):
@@ -215,19 +225,44 @@ def test_programs_made_later_are_compared_at_the_old_points():
         torch.testing.assert_close(answer.cost, wanted.cost, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("solver", ["indirect", "shooting"])
-def test_solvers_with_nothing_to_build_see_every_change(solver):
-    """min of the integral of (x - target)^2 + u^2 from x = target + 1, T = 1: tanh(1)."""
-    target = torch.tensor([0.0], dtype=F64)
-    problem = OCP(
-        lambda t, x, u: u,
-        lambda t, x, u: ((x - target) ** 2 + u**2).sum(-1),
-        initial_state=[1.0],
-        control_dim=1,
-        horizon=1.0,
-        data=(target,),
-    )
+@pytest.mark.parametrize("batch", [(), (2,)])
+@pytest.mark.parametrize(("solver", "options"), [("indirect", {}), ("shooting", {})])
+def test_solvers_one_by_one_build_once(solver, options, batch, monkeypatch):
+    calls = []
+    monkeypatch.setattr(problem_module, "lower", lambda *given, **named: calls.append(0) or lower(*given, **named))
+    target = torch.tensor([0.3], dtype=F64)
+    prepared = prepare(tracking(target, initial_state=torch.ones(*batch, 1)), solver, steps=4, **options)
+    assert len(calls) == 2  # the step and the end
+    target.fill_(2.0)
+    solution = prepared.solve(torch.full((1,), 3.0))
+    prepared.solve()
+    assert len(calls) == 2
+    assert_close(solution.cost, torch.full(batch, math.tanh(1.0)), rtol=1e-2)
+
+
+@pytest.mark.parametrize("solver", ["ddp", "casadi", "indirect", "shooting"])
+def test_data_of_each_problem_with_every_solver(solver):
+    target = torch.tensor([[0.0], [5.0]], dtype=F64)
+    problem = tracking(target, initial_state=target + 1)
     prepared = prepare(problem, solver, steps=4)
+    first = prepared.solve()
+    target.add_(1.0)
+    second = prepared.solve(problem.initial_state + 1)
+    for solution in (first, second):
+        assert_close(solution.cost, torch.full((2,), math.tanh(1.0)), rtol=2e-2)
+
+
+@pytest.mark.parametrize("solver", ["indirect", "shooting"])
+def test_what_is_refused_is_refused_when_prepared(solver):
+    problem = pendulum(torch.zeros(2, dtype=F64), torch.ones((), dtype=F64), path_constraint=lambda t, x, u: x - 9)
+    with pytest.raises(ProblemError, match=f"has path_constraint; solver '{solver}' .*: use solver='ddp' or 'casadi'"):
+        prepare(problem, solver)
+
+
+@pytest.mark.parametrize("solver", ["indirect", "shooting"])
+def test_solvers_one_by_one_see_every_change(solver):
+    target = torch.tensor([0.0], dtype=F64)
+    prepared = prepare(tracking(target), solver, steps=4)
     first = prepared.solve()
     target.fill_(2.0)
     second = prepared.solve([3.0])

@@ -109,7 +109,7 @@ class TestSolver:
         made.__post_init__()
 
     def test_unknown_curvature(self):
-        message = r"curvature is 'exakt'; expected one of exact, gauss_newton, auto; did you mean 'exact'\?"
+        message = r"curvature is 'exakt'; expected 'exact' or 'gauss_newton' or 'auto'; did you mean 'exact'\?"
         with pytest.raises(oc.ProblemError, match=message):
             inspect.unwrap(DDP.__init__)(object.__new__(DDP), curvature="exakt")
 
