@@ -112,6 +112,8 @@ class StagedOCP:
     """The initial state with its graph, where it came with one."""
     step_data: Tensor | None = field(init=False, default=None)
     """What each step and the end are given besides, ``(N + 1, *batch, s)``: see :meth:`altered`."""
+    data_of_each: tuple[bool, ...] | None = field(init=False, default=None)
+    """Which data belong to one problem of the batch each; None: all whose leading axes are the batch's."""
     tableau: Tableau | None = field(init=False, default=None)
     """The method that the continuous problem behind it was cut by."""
     nodes: Tensor | None = field(init=False, default=None)

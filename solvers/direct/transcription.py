@@ -13,7 +13,7 @@ import casadi
 import torch
 from torch import Tensor
 
-from ocnopt.captured import substituted
+from ocnopt.captured import substituted, which_of_each
 from ocnopt.checks import clipped
 from ocnopt.errors import ProblemError
 from ocnopt.integrate.tableaus import Tableau
@@ -130,12 +130,19 @@ def _tuple_of(problem: StagedOCP, functions: Mapping[str, Function]) -> Function
 
 def _seen(problem: StagedOCP, arguments: Sequence[Tensor]) -> Any:
     """Within it, the functions see the last arguments as the problem's data."""
-    return substituted(problem.data, arguments[len(arguments) - len(problem.data) :])
+    given = arguments[len(arguments) - len(problem.data) :]
+    pairs = zip(problem.data, given, strict=True)
+    return substituted(problem.data, [v if v.ndim == tensor.ndim else v.reshape(tensor.shape) for tensor, v in pairs])
 
 
 def _given(problem: StagedOCP) -> list[Tensor]:
-    """What a step is given besides: a row of ``step_data``, the data."""
-    return [*([] if problem.step_data is None else [problem.step_data[0]]), *problem.data]
+    """What a step is given besides: a row of ``step_data``, the data.
+
+    What belongs to all problems has axes more, as its own may look like the batch's.
+    """
+    more = (None,) * len(problem.batch_shape)
+    data = [tensor if own else tensor[more] for tensor, own in zip(problem.data, which_of_each(problem), strict=True)]
+    return [*([] if problem.step_data is None else [problem.step_data[0]]), *data]
 
 
 def _lower_stretch(

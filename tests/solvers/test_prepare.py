@@ -252,6 +252,21 @@ def test_data_of_each_problem_with_every_solver(solver):
         assert_close(solution.cost, torch.full((2,), math.tanh(1.0)), rtol=2e-2)
 
 
+@pytest.mark.parametrize("solver", ["ddp", "casadi", "indirect", "shooting"])
+def test_data_of_all_with_as_many_entries_as_there_are_problems(solver):
+    target = torch.tensor([0.0, 3.0], dtype=F64)
+    start = torch.tensor([[1.0, 3.0], [0.0, 5.0]], dtype=F64)
+    problem = tracking(target, initial_state=start, control_dim=2)
+    prepared = prepare(problem, solver, steps=4)
+    first = prepared.solve()
+    target.add_(1.0)
+    second = prepared.solve(start + 1)
+    for solution in (first, second):
+        # the cost is quadratic in the distance
+        assert_close(solution.cost, math.tanh(1.0) * torch.tensor([1.0, 4.0]), rtol=2e-2)
+    assert_close(second.cost, first.cost, rtol=1e-9)
+
+
 @pytest.mark.parametrize("solver", ["indirect", "shooting"])
 def test_what_is_refused_is_refused_when_prepared(solver):
     problem = pendulum(torch.zeros(2, dtype=F64), torch.ones((), dtype=F64), path_constraint=lambda t, x, u: x - 9)
