@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ocnopt.checks import Bounds
+from ocnopt.errors import NonFiniteError
 from ocnopt.paths import Widened, evaluate, fitted
 from ocnopt.staged import Series, StagedOCP
 
@@ -120,6 +121,38 @@ def placed(problem: StagedOCP, kind: str, entry: int, ahead: int, step: int | No
     """An entry of a kind and where it stands, in the user's words; the end where ``step`` is None."""
     name = _called(problem, kind, entry, ahead)
     return f"{kind}{'' if name.startswith('[') else ' '}{name} {'at the end' if step is None else f'at step {step}'}"
+
+
+def rollout_status(states: Series, cost: Tensor, times: Tensor) -> str | list[str]:
+    """What became of each closed loop, in one sentence.
+
+    Args:
+        states: x_0..x_N, each ``(*batch, n)``.
+        cost: ``(*batch)``.
+        times: of the nodes, ``(N + 1, *batch)``.
+
+    Raises:
+        NonFiniteError: a single one left the numbers.
+    """
+    sentence = "closed-loop rollout of a policy; nothing was optimised"
+    lost = torch.stack([~torch.isfinite(x).all(-1) for x in states])
+    broken = lost.any(0) | ~torch.isfinite(cost)
+    if not bool(broken.any()):
+        return sentence
+
+    def told(step: Tensor, off_path: Tensor, time: Tensor) -> str:
+        place = f"at t = {float(time):.6g} (node {int(step)} of {len(times) - 1})" if bool(off_path) else "in its cost"
+        return f"closed-loop rollout of a policy that left the finite numbers {place}"
+
+    steps = lost.to(torch.int8).argmax(0)
+    when = torch.gather(times, 0, steps[None])[0]
+    if cost.ndim == 0:
+        raise NonFiniteError(
+            f"{told(steps, lost.any(), when)}; expected finite states: take more steps (a stiff plan from collocation "
+            "needs them), or start nearer to the plan"
+        )
+    rows = zip(broken.reshape(-1), steps.reshape(-1), lost.any(0).reshape(-1), when.reshape(-1), strict=True)
+    return [told(*row) if bool(bad) else sentence for bad, *row in rows]
 
 
 def _excesses(wide: Widened, Z: Tensor, U: Tensor, p: Tensor) -> Iterator[tuple[str, int | None, Tensor]]:

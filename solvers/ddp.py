@@ -228,8 +228,8 @@ class DDP:
             ProblemError: the problem cannot be lowered, where ``kernel`` asks for it; torch.inference_mode() is on.
             NonFiniteError: the first path of a single problem is not finite.
         """
-        prepared = self._build(problem, guess, self.compile)
-        return prepared.search(problem, guess, progress=progress)._replace(build_time=prepared.build_time)
+        prepared = self._build(problem, guess, self.compile, fixed=True)
+        return prepared.solve(problem, guess, progress=progress)._replace(build_time=prepared.build_time)
 
     def prepare(self, problem: StagedOCP, guess: Guess) -> "PreparedDDP | PreparedAugmented | PreparedStarts":
         """Choose, build and compile the kernel; lowered functions are compared with torch near the guess's controls.
@@ -244,6 +244,8 @@ class DDP:
         problem: StagedOCP,
         guess: Guess,
         compile: bool | Literal["auto"],  # noqa: A002
+        *,
+        fixed: bool = False,
     ) -> "PreparedDDP | PreparedAugmented | PreparedStarts":
         can_differentiate()
         if self.restarts:
@@ -251,13 +253,13 @@ class DDP:
             one = replace(self, restarts=0)
             if together:
                 problem, guess = repeated(problem, self.restarts + 1), stacked([guess] * (self.restarts + 1))
-            inner = one._build(problem, guess, compile)
+            inner = one._build(problem, guess, compile, fixed=fixed)
             return PreparedStarts(inner, together, self.restarts, self.seed, self.time_limit)
         began = time.perf_counter()
         with torch.no_grad():
             free = first_augmented(problem) if problem.constrained else problem
             kernel = self.make_kernel(Widened(free), guess, compile)
-        prepared = PreparedDDP(self, kernel, time.perf_counter() - began)
+        prepared = PreparedDDP(self, kernel, time.perf_counter() - began, fixed)
         return PreparedAugmented(prepared) if problem.constrained else prepared
 
     def make_kernel(self, wide: Widened, guess: Guess, compile: bool | Literal["auto"] = "auto") -> Kernel:  # noqa: A002
@@ -308,11 +310,15 @@ class DDP:
 
 @dataclass(frozen=True)
 class PreparedDDP:
-    """A solver for one problem, whose initial state, data and ``step_data`` may change."""
+    """A solver for one problem, whose initial state, data and ``step_data`` may change.
+
+    Where it is ``fixed``, the kernel is not asked to take them up, and what is left of a failure is told.
+    """
 
     solver: DDP
     kernel: Kernel
     build_time: float
+    fixed: bool = False
 
     def solve(self, problem: StagedOCP, guess: Guess, *, progress: bool = False) -> Result:
         """Solve the problem as it is now.
@@ -321,22 +327,20 @@ class PreparedDDP:
             ProblemError: something else of it has changed.
             NonFiniteError: as for :meth:`DDP.solve`.
         """
-        self.kernel.refresh(problem)
-        # few iterations at a time are how many controllers solve: what is left of a search that ends early takes longer
-        # to tell than they have
-        with Stopwatch(self.solver.time_limit) as stopwatch:
-            return self.run(problem, guess, stopwatch, progress=progress)[0]
-
-    def search(self, problem: StagedOCP, guess: Guess, *, progress: bool = False) -> Result:
-        """Solve the problem that the kernel was built for, and explain a failure."""
+        if not self.fixed:
+            self.kernel.refresh(problem)
         with Stopwatch(self.solver.time_limit) as stopwatch:
             result, outcome = self.run(problem, guess, stopwatch, progress=progress)
-        return result if bool(result.converged.all()) else explained(problem, result, outcome, self.kernel.name)
+        # few iterations at a time are how many controllers solve: what is left of a search that ends early takes longer
+        # to tell than they have
+        if not self.fixed or bool(result.converged.all()):
+            return result
+        return explained(problem, result, outcome, self.kernel.name)
 
     def run(
         self, problem: StagedOCP, guess: Guess, stopwatch: Stopwatch, *, progress: bool = False
     ) -> tuple[Result, Tensor]:
-        """As :meth:`search`, and how it ended for each problem, an :class:`Outcome`."""
+        """As :meth:`solve`, and how it ended for each problem, an :class:`Outcome`."""
         began = time.perf_counter()
         with torch.no_grad():
             wide, history = Widened(problem), History(progress)
@@ -365,6 +369,7 @@ def _result(
         parameters=p,
         cost=path.cost,
         converged=Outcome.solved(outcome),
+        saddle=outcome == Outcome.SADDLE,
         iterations=iterations,
         status=_status(progress, iterate, kernel.name),
         constraint_violation=gap,

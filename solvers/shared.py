@@ -81,7 +81,7 @@ class Shared:
                     "expected kernel='torch' or 'auto'"
                 )
             kernel = SharedKernel(Widened(problem))
-            return PreparedShared(PreparedDDP(self.solver, kernel, 0.0))
+            return PreparedShared(PreparedDDP(self.solver, kernel, 0.0, fixed=True))
         if problem.tableau is not None and problem.tableau.name in IMPLICIT:
             raise ProblemError(
                 f"shared_parameters=True came with the implicit integrator {problem.tableau.name!r}; expected an "
@@ -105,11 +105,9 @@ class PreparedShared:
         """
         joint, start = join_experiments(problem), join_guess(problem, guess)
         if isinstance(self.solver, PreparedDDP):
+            # of the experiments, which the one problem is made of
             self.solver.kernel.refresh(problem)
-            result = self.solver.search(joint, start, progress=progress)
-        else:
-            result = self.solver.solve(joint, start, progress=progress)
-        return _apart(problem, result)
+        return _apart(problem, self.solver.solve(joint, start, progress=progress))
 
 
 def _check(problem: StagedOCP) -> None:
@@ -251,6 +249,7 @@ def _apart(problem: StagedOCP, result: Result) -> Result:
         history={name: v.reshape(-1, *(1,) * len(batch)).expand(-1, *batch) for name, v in result.history.items()},
         costates=None if result.costates is None else own(result.costates, n),
         gains=gains,
+        saddle=None if result.saddle is None else result.saddle.expand(batch),
     )
 
 

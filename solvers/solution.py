@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ocnopt.checks import callable_or_none, clipped, numbers, shape
-from ocnopt.errors import NonFiniteError, ProblemError
+from ocnopt.errors import ProblemError
 from ocnopt.paths import behind, rollout
-from ocnopt.solvers.audit import Violation, audit, find_violations
+from ocnopt.solvers.audit import Violation, audit, find_violations, rollout_status
 from ocnopt.solvers.files import check_fingerprint, fingerprint, read_file, write_file
 from ocnopt.staged import Series, StagedOCP
 
@@ -64,6 +64,7 @@ class Result(NamedTuple):
     gains: tuple[Series, Series] | None = None
     multipliers: Mapping[str, Tensor] | None = None
     minima: Mapping[str, Tensor] | None = None
+    saddle: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +95,7 @@ class Solution:
             < 0 at a lower bound. Where the number of constraints or states varies from node to node, zeros fill up.
         minima: of DDP's ``restarts=``, the lowest first: "cost" ``(..., K)``, "starts" that led there, "states",
             "controls" ``(..., K, N, m)``, "parameters" with a free T; NaN and no starts where there are fewer.
+        saddle: whether DDP ended in one, ``(...)`` bool; None of the other solvers.
         state_names: of the problem, as ``control_names``; None without any.
         problem: the discrete problem. None where the solution was pickled, or loaded from a file without it: functions
             do not travel. ``violations`` and names are kept, ``rollout`` then says what is missing.
@@ -118,6 +120,7 @@ class Solution:
     gains: Gains | None = None
     multipliers: Mapping[str, Tensor] | None = None
     minima: Mapping[str, Tensor] | None = None
+    saddle: Tensor | None = None
     control_bounds: tuple[Tensor, Tensor] | None = None
     state_names: tuple[str, ...] | None = None
     control_names: tuple[str, ...] | None = None
@@ -206,7 +209,7 @@ class Solution:
             cost=path.cost,
             converged=torch.zeros_like(self.converged),
             iterations=torch.zeros_like(self.iterations),
-            status=_rollout_status(path.states, path.cost, nodes),
+            status=rollout_status(path.states, path.cost, nodes),
             constraint_violation=violation,
             wall_time=0.0,
             build_time=0.0,
@@ -255,15 +258,16 @@ class Solution:
 
     def _record(self) -> dict[str, Any]:
         """Everything but functions and gradients, in types that any file takes."""
-        record = self._fields()
-        record["history"] = dict(self.history)
-        record["gains"] = None if self.gains is None else tuple(self.gains)
         known = self._violations if self.problem is None else self.violations
-        record["_violations"] = None if known is None else [tuple(violation) for violation in known]
-        return dict(tree_map_only(Tensor, Tensor.detach, record))
+        plain = {
+            "gains": None if self.gains is None else tuple(self.gains),
+            "_violations": None if known is None else [tuple(violation) for violation in known],
+        }
+        return dict(tree_map_only(Tensor, Tensor.detach, self._fields() | plain))
 
     def _fields(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "problem"}
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "problem"}
+        return own | {"history": dict(self.history)}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restored, (self._record(),)
@@ -330,33 +334,6 @@ def full_parameters(solution: Solution) -> Tensor:
     if origin is None or not origin.free:
         return solution.parameters
     return torch.cat([solution.parameters, solution.horizon[..., None]], dim=-1)
-
-
-def _rollout_status(states: Series, cost: Tensor, times: Tensor) -> str | list[str]:
-    """What became of each closed loop.
-
-    Raises:
-        NonFiniteError: a single one left the numbers.
-    """
-    sentence = "closed-loop rollout of a policy; nothing was optimised"
-    lost = torch.stack([~torch.isfinite(x).all(-1) for x in states])
-    broken = lost.any(0) | ~torch.isfinite(cost)
-    if not bool(broken.any()):
-        return sentence
-
-    def told(step: Tensor, off_path: Tensor, time: Tensor) -> str:
-        place = f"at t = {float(time):.6g} (node {int(step)} of {len(times) - 1})" if bool(off_path) else "in its cost"
-        return f"closed-loop rollout of a policy that left the finite numbers {place}"
-
-    steps = lost.to(torch.int8).argmax(0)
-    when = torch.gather(times, 0, steps[None])[0]
-    if cost.ndim == 0:
-        raise NonFiniteError(
-            f"{told(steps, lost.any(), when)}; expected finite states: take more steps (a stiff plan from collocation "
-            "needs them), or start nearer to the plan"
-        )
-    rows = zip(broken.reshape(-1), steps.reshape(-1), lost.any(0).reshape(-1), when.reshape(-1), strict=True)
-    return [told(*row) if bool(bad) else sentence for bad, *row in rows]
 
 
 def nodes_of(values: Series, tail: int = 1) -> tuple[Tensor, ...]:
