@@ -18,7 +18,7 @@ import numpy as np
 
 from ocnopt.checks import Bounds
 from ocnopt.solvers.audit import placed
-from ocnopt.solvers.direct.nlp import Answer, Piece, Positions, Program, Vector
+from ocnopt.solvers.direct.nlp import Answer, Piece, Positions, Program, Vector, kind_of
 from ocnopt.staged import StagedOCP
 
 
@@ -202,7 +202,7 @@ def _end_piece(end: casadi.Function, columns: Positions, height: int, node: int)
 
 
 def _symbols(function: casadi.Function, size: int, given: int) -> tuple[Any, Any, Any]:
-    kind = casadi.SX if function.is_a("SXFunction") else casadi.MX
+    kind = kind_of(function)
     return kind.sym("k"), kind.sym("y", size), kind.sym("d", given)
 
 

@@ -18,6 +18,7 @@ from ocnopt.checks import clipped
 from ocnopt.errors import ProblemError
 from ocnopt.integrate.tableaus import Tableau
 from ocnopt.ocp import Function, Lifted
+from ocnopt.solvers.direct.nlp import kind_of
 from ocnopt.solvers.direct.path_program import Run
 from ocnopt.solvers.lowering.lowering import Lowering, lower, scattered
 from ocnopt.solvers.solution import Guess
@@ -243,7 +244,7 @@ def _points(problem: StagedOCP, arguments: tuple[Tensor, ...], steps: Sequence[f
 
 def _without_inner(function: casadi.Function) -> casadi.Function:
     """(k, x, u, p, d) -> (f, l, c) as a step without inner points."""
-    kind = _kind(function)
+    kind = kind_of(function)
     k, x, u, p, d = (kind.sym(name, function.numel_in(i)) for i, name in enumerate("kxupd"))
     f, cost, c = function(k, x, u, p, d)
     return casadi.Function("step", [k, x, kind.sym("s", 0), u, p, d], [f, kind(0, 1), cost, c])
@@ -251,16 +252,12 @@ def _without_inner(function: casadi.Function) -> casadi.Function:
 
 def _one_given(function: casadi.Function, own: int) -> casadi.Function:
     """The function with all arguments behind its ``own`` ones as one column."""
-    kind = _kind(function)
+    kind = kind_of(function)
     symbols = [kind.sym(f"a{i}", function.numel_in(i)) for i in range(own)]
     sizes = [int(function.numel_in(i)) for i in range(own, function.n_in())]
     d = kind.sym("d", sum(sizes))
     parts = casadi.vertsplit(d, [0, *itertools.accumulate(sizes)]) if sizes else []
     return casadi.Function("given", [*symbols, d], function.call([*symbols, *parts]))
-
-
-def _kind(function: casadi.Function) -> Any:
-    return casadi.SX if function.is_a("SXFunction") else casadi.MX
 
 
 def _collocation_step(function: casadi.Function, lifted: Lifted, steps: int, degree: int) -> casadi.Function:
@@ -284,7 +281,7 @@ def _collocation_step(function: casadi.Function, lifted: Lifted, steps: int, deg
 
 def _step_symbols(function: casadi.Function, points: int) -> list[Any]:
     """k, x, s, u, p, d of a step with that many inner points, for rates (k, t, x, u, p, d) -> .."""
-    kind, n = _kind(function), int(function.numel_in(2))
+    kind, n = kind_of(function), int(function.numel_in(2))
     sizes = (1, n, n * points, *(int(function.numel_in(i)) for i in (3, 4, 5)))
     return [kind.sym(name, size) for name, size in zip("kxsupd", sizes, strict=True)]
 
