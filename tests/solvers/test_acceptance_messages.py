@@ -94,7 +94,7 @@ BAD_INPUT = {
     "an end time that is fixed": (lambda: solve(made(), initial_guess={"horizon": 2.0}), "the problem's end time is"),
     "what a solver cannot": (
         lambda: solve(made(path_constraint=lambda t, x, u: x - 9), "indirect"),
-        "has path_constraint, .* use solver='ddp' or 'casadi'",
+        "has path_constraint; .* use solver='ddp' or 'casadi'",
     ),
     "what cannot be lowered": (
         lambda: solve(made(lambda t, x, u: torch.special.i1(x) + u), kernel="lowered", steps=3),
