@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocnopt import captured, checks, problem_checks
+from ocnopt import bounds, captured, checks, problem_checks
 from ocnopt.checks import Bounds
 from ocnopt.errors import ProblemError
 from ocnopt.names import read_names
@@ -102,11 +102,14 @@ class OCP:
         horizon: T, :class:`Horizon` or :class:`FreeHorizon`.
         parameters: the static control p ``(q,)``, an initial guess for ``solve``; with it every function takes p as
             its last argument.
-        control_bounds: ``(lower, upper)``, scalars, vectors ``(m,)`` or ``(N, m)`` with a row for each step, or a
-            function of time that returns such a pair, asked where each step begins. Bounds are read once, as copies:
-            what they are made of may not be in ``data``, and carries no gradients.
-        state_bounds: likewise ``(n,)``, at every node but the first, whose state is given.
-        parameter_bounds: likewise, ``(q,)``.
+        control_bounds: ``(lower, upper)``, each a scalar, a vector ``(m,)``, or what broadcasts to the controls of a
+            Solution: ``(N, m)`` with a row for each step, ``(*batch, 1, m)`` for each problem, ``(*batch, N, m)`` for
+            each step of each. Two axes are steps and controls; where they could be problems too they are refused. Or a
+            function of time that returns a pair, ``(m,)`` or ``(*batch, m)``, asked where each step begins. Bounds are
+            read once, as copies: what they are made of may not be in ``data``, and carries no gradients.
+        state_bounds: likewise, what broadcasts to ``(*batch, N + 1, n)``; no function. They hold at every node but the
+            first, whose state is given.
+        parameter_bounds: likewise ``(q,)`` or ``(*batch, q)``; where each problem has its own, each starts within them.
         path_constraint: ``c(t, x, u[, p]) -> (..., c)``, <= 0 at every node.
         terminal_constraint: ``e(T, x[, p]) -> (..., e)``, == 0.
         state_names: one for each state, units included; plots, tables and messages use them.
@@ -190,10 +193,12 @@ class OCP:
         q = self.parameter_dim
         limits: Any = control_bounds
         if not callable(control_bounds):
-            limits = checks.bounds("control_bounds", control_bounds, control_dim, dtype, x0.device, table=True)
+            limits = bounds.read("control_bounds", control_bounds, control_dim, x0, batch=self.batch_shape, rows="N")
         put(self, "control_bounds", limits)
-        put(self, "state_bounds", checks.bounds("state_bounds", state_bounds, x0.shape[-1], dtype, x0.device))
-        put(self, "parameter_bounds", checks.bounds("parameter_bounds", parameter_bounds, q, dtype, x0.device))
+        around = bounds.read("state_bounds", state_bounds, self.state_dim, x0, batch=self.batch_shape, rows="N + 1")
+        put(self, "state_bounds", around)
+        box = bounds.read("parameter_bounds", parameter_bounds, q, x0, batch=self.batch_shape)
+        put(self, "parameter_bounds", box)
         put(self, "state_names", read_names("state_names", state_names, self.state_dim))
         put(self, "control_names", read_names("control_names", control_names, control_dim))
         put(self, "constraint_names", read_names("constraint_names", constraint_names))
@@ -211,14 +216,33 @@ class OCP:
         return self.initial_state.shape[-1]
 
     def control_bounds_at(self, t: float, step: int = 0) -> Bounds | None:
-        """The bounds of the controls at a time, ``(m,)``; those of a step where they have a row for each."""
+        """The bounds of the controls at a time, ``(m,)`` or ``(*batch, m)``; of a step where each has its row."""
         given, x0 = self.control_bounds, self.initial_state
         if callable(given):
             name = f"control_bounds(t = {t:.6g})"
             with captured.must_not_be_read(self.data, name):
                 pair = given(x0.new_tensor(t))
-            return checks.bounds(name, () if pair is None else pair, self.control_dim, self.dtype, x0.device)
-        return given if given is None or given[0].ndim == 1 else (given[0][step], given[1][step])
+            return bounds.read(name, () if pair is None else pair, self.control_dim, x0, batch=self.batch_shape)
+        if given is None or given[0].ndim == 1:
+            return given
+        own = step if given[0].shape[-2] > 1 else 0
+        return given[0][..., own, :], given[1][..., own, :]
+
+    def control_bounds_of(self, times: Tensor) -> Bounds | None:
+        """The bounds of the controls; those that are a function of time as rows for the steps between N + 1 times."""
+        if not callable(self.control_bounds):
+            return self.control_bounds
+        if isinstance(self.horizon, FreeHorizon):
+            raise ProblemError(
+                "control_bounds is a function of time, but the end time is free; expected a vector for all steps or "
+                "(N, m) with a row for each"
+            )
+        pairs = [self.control_bounds_at(t) for t in times[:-1].tolist()]
+        # with the batch's axes, be they of size one: two axes alone may mean problems
+        first = self.initial_state.new_zeros((*(1,) * len(self.batch_shape), self.control_dim))
+        sides = zip(*(pair for pair in pairs if pair is not None), strict=True)
+        lower, upper = (torch.stack(torch.broadcast_tensors(first, *side)[1:], dim=-2) for side in sides)
+        return lower, upper
 
     @property
     def parameter_dim(self) -> int:
@@ -366,9 +390,9 @@ def lift(problem: OCP) -> Lifted:
         return Lifted(problem, horizon.t0, horizon.t1, p, problem.parameter_bounds, free=False)
     infinite = x0.new_full((problem.parameter_dim,), torch.inf)
     lower, upper = problem.parameter_bounds or (-infinite, infinite)
-    bounds = (_append(lower, horizon.lower), _append(upper, horizon.upper))
-    return Lifted(problem, 0.0, 1.0, _append(p, horizon.initial), bounds, free=True)
+    box = (_append(lower, horizon.lower), _append(upper, horizon.upper))
+    return Lifted(problem, 0.0, 1.0, _append(p, horizon.initial), box, free=True)
 
 
 def _append(vector: Tensor, number: float) -> Tensor:
-    return torch.cat([vector, vector.new_tensor([number])])
+    return torch.cat([vector, vector.new_full((*vector.shape[:-1], 1), number)], dim=-1)

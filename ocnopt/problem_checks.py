@@ -298,8 +298,8 @@ def check_order(problem: Any, end: float) -> None:
 
 def check_parameters(problem: Any) -> None:
     """Refuse parameters outside their bounds."""
-    if problem.parameters is None or problem.parameter_bounds is None:
-        return
+    if problem.parameters is None or problem.parameter_bounds is None or problem.parameter_bounds[0].ndim > 1:
+        return  # where each problem has bounds of its own, one start for all is clipped to them
     lower, upper = problem.parameter_bounds
     outside = (problem.parameters < lower) | (problem.parameters > upper)
     if bool(outside.any()):

@@ -140,11 +140,11 @@ def _row_of(problem: StagedOCP, row: int, whole: bool) -> StagedOCP:
         stages = {id(group.stage): pick.stage(group.stage) for group in problem.groups}
         groups = tuple(replace(group, stage=stages[id(group.stage)]) for group in problem.groups)
         single = single.altered(groups=groups)
-    if problem.step_data is not None:
-        single = single.altered(step_data=problem.step_data.flatten(1, -2)[:, row])
+    single = single.for_rows(row)
     if problem.origin is not None:
-        origin = narrowed(problem.origin.problem, dict.fromkeys(FUNCTIONS, True))
-        single = single.altered(origin=replace(problem.origin, problem=origin))
+        origin, box = narrowed(problem.origin.problem, dict.fromkeys(FUNCTIONS, True)), single.parameter_bounds
+        object.__setattr__(origin, "control_bounds", single.control_bounds[0])
+        single = single.altered(origin=replace(problem.origin, problem=origin, parameter_bounds=box))
     return single
 
 

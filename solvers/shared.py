@@ -206,7 +206,8 @@ def join_experiments(problem: StagedOCP) -> StagedOCP:
 def _repeated(bounds: Bounds | None, count: int) -> Bounds | None:
     if bounds is None:
         return None
-    lower, upper = (side.repeat(*(1,) * (side.ndim - 1), count) for side in bounds)
+    one = lambda side: side.flatten(1) if side.ndim > 2 else side.repeat(*(1,) * (side.ndim - 1), count)  # noqa: E731
+    lower, upper = (one(side) for side in bounds)
     return lower, upper
 
 
