@@ -136,15 +136,15 @@ def by_step(name: str, bounds: Bounds | None, count: int, what: str, batch: Sequ
     return lower, upper
 
 
-def of_controls(problem: Any, value: Any) -> tuple[Bounds | None, ...]:
-    """Read the bounds of the controls of a discrete problem, those of each of its groups."""
-    batch, steps = problem.batch_shape, problem.steps
+def of_controls(value: Any, groups: Sequence[Any], initial_state: Tensor) -> tuple[Bounds | None, ...]:
+    """Read the bounds of the controls of a discrete problem, those of each of its groups of steps."""
+    batch, steps = initial_state.shape[:-1], groups[-1].stop
     known: dict[int, Bounds | None] = {}
-    for m in {group.stage.control_dim for group in problem.groups}:
-        pair = read("control_bounds", value, m, problem.initial_state, batch=batch, rows="N")
+    for m in {group.stage.control_dim for group in groups}:
+        pair = read("control_bounds", value, m, initial_state, batch=batch, rows="N")
         known[m] = by_step("control_bounds", pair, steps, "steps", batch)
     found = []
-    for group in problem.groups:
+    for group in groups:
         pair = known[group.stage.control_dim]
         if pair is not None and pair[0].ndim > 1:
             pair = (pair[0][group.start : group.stop], pair[1][group.start : group.stop])

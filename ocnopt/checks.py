@@ -275,16 +275,6 @@ def finite_path(steps: Sequence[Tensor], cost: Tensor, times: Tensor) -> None:
         )
 
 
-def no_constraints(problem: Any, solver: str) -> None:
-    """Refuse constraints and bounds on the states for a solver without multipliers."""
-    for name in ("terminal_constraint", "path_constraint", "state_bounds"):
-        if getattr(problem, name) is not None:
-            raise ProblemError(
-                f"the problem has {name}; solver {solver!r} has no multipliers for it: use solver='ddp' or 'casadi', "
-                "or a penalty in the cost"
-            )
-
-
 def check_model(model: object, call: str = "SNOpt(model, lr=0.01)") -> None:
     """Refuse what is not a module with something to train."""
     if not isinstance(model, nn.Module):

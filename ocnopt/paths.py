@@ -61,16 +61,16 @@ class Widened:
 
     def _stacked_bounds(self) -> checks.Bounds | None:
         """Two tensors ``(N, m)`` or ``(N, *batch, m)``; no control that is only there to fill up may move."""
-        pairs, m = self.problem.control_bounds, self.m
-        first = pairs[0]
-        if all(bounds is first for bounds in pairs) and len(set(self.control_sizes)) == 1:
+        groups, m = self.problem.control_bounds, self.m
+        first = groups[0]
+        if all(bounds is first for bounds in groups) and len(set(self.control_sizes)) == 1:
             if first is None or first[0].ndim > 1:
                 return first
             return first[0].expand(self.steps, m), first[1].expand(self.steps, m)
-        given, infinite = self.problem.step_bounds, self.problem.initial_state.new_full((m,), torch.inf)
+        infinite = self.problem.initial_state.new_full((m,), torch.inf)
         pairs = [
             bounds or (-infinite[:size], infinite[:size])
-            for bounds, size in zip(given, self.control_sizes, strict=True)
+            for bounds, size in zip(self.problem.step_bounds, self.control_sizes, strict=True)
         ]
         lower, upper = (
             torch.stack([pad(side, (0, m - side.shape[-1])) for side in sides]) for sides in zip(*pairs, strict=True)

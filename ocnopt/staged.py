@@ -151,7 +151,7 @@ class StagedOCP:
         put(self, "initial_state", x0)
         put(self, "traced_state", checks.traced(initial_state, dtype))
         put(self, "parameters", p)
-        put(self, "control_bounds", bounds.of_controls(self, control_bounds))
+        put(self, "control_bounds", bounds.of_controls(control_bounds, groups, x0))
         n, q = self.state_dim, self.parameter_dim
         box = bounds.read("parameter_bounds", parameter_bounds, q, x0, batch=self.batch_shape)
         put(self, "parameter_bounds", box)
@@ -363,8 +363,7 @@ def cut(problem: OCP, lifted: Lifted, stage: Stage, steps: int | Tensor, path_co
         steps: N equal steps, or the times of the N + 1 nodes.
         path_constraint: ``c(k, x, u, p)``.
     """
-    nodes = steps if isinstance(steps, Tensor) else None
-    count = steps if nodes is None else len(nodes) - 1
+    nodes, count = (steps, len(steps) - 1) if isinstance(steps, Tensor) else (None, steps)
     has_parameters = lifted.parameter_dim > 0
     staged = StagedOCP(
         stage,

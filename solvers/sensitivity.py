@@ -36,11 +36,13 @@ from ocnopt.errors import ProblemError
 from ocnopt.linearise import gradient
 from ocnopt.solvers.solution import Result
 from ocnopt.solvers.stationary import Models, Point, Rows, expand, matvec
-from ocnopt.staged import StagedOCP
+from ocnopt.staged import Index, StagedOCP
 
 # The penalty on constraints that hold, relative to the largest second derivative; how often their multipliers are
 # mended at most, and what may be missed relative to the response.
 _PENALTY, _MENDINGS, _MENDED = 1e4, 30, 1e-11
+# In the place of infinite bounds.
+_FAR = 1e20
 
 
 def refuse_gradients(problem: StagedOCP, solver: Any) -> None:
@@ -59,10 +61,10 @@ def refuse_gradients(problem: StagedOCP, solver: Any) -> None:
             "differentiable=True came with method='collocation', whose answer solves another problem than the discrete "
             "one that is differentiated; expected 'multiple_shooting', or solver 'ddp'"
         )
-    if problem.state_bounds is not None:
+    if problem.state_bounds is not None and len(set(problem.state_sizes)) > 1:
         raise ProblemError(
-            "differentiable=True came with state_bounds, whose active ones the gradients do not hold; expected them "
-            "among path_constraint: torch.cat([lower - x, x - upper], dim=-1)"
+            "differentiable=True came with state_bounds and a state whose size varies by stage, so that their number "
+            "does; expected one size: write the bounds into the cost as a penalty"
         )
 
 
@@ -79,7 +81,7 @@ def with_gradients(problem: StagedOCP, result: Result, *, shared: bool = False) 
     """
     if not torch.is_grad_enabled():
         return result
-    at = Point(problem, result, shared)
+    at = Point(_with_bounds_as_constraints(problem), result, shared)
     _warn_of_unfinished(result.converged)
     states, controls, p, cost = _Solved.apply(at, problem.traced_state, *problem.data)
     wide = at.wide
@@ -89,6 +91,29 @@ def with_gradients(problem: StagedOCP, result: Result, *, shared: bool = False) 
         parameters=p,
         cost=cost,
     )
+
+
+def _with_bounds_as_constraints(problem: StagedOCP) -> StagedOCP:
+    """Bounds on the states as further entries of the path constraint; those of the first state, which is given, too."""
+    if problem.state_bounds is None:
+        return problem
+    given = problem.path_constraint
+    # infinity times a multiplier of zero is NaN
+    lower, upper = (side.clamp(-_FAR, _FAR) for side in problem.state_bounds)
+    places = [
+        (sign, side, i)
+        for sign, side in ((-1.0, lower), (1.0, upper))
+        for i in range(side.shape[-1])
+        if bool((side[..., i].abs() < _FAR).any())
+    ]
+
+    def along(k: Index, x: Tensor, u: Tensor, *p: Tensor) -> Tensor:
+        step = k if isinstance(k, int) or k.ndim == 0 else k.reshape(-1)
+        rows = [sign * (x[..., i] - (side if side.ndim == 1 else side[step])[..., i]) for sign, side, i in places]
+        bounded = torch.stack(rows, dim=-1) if rows else x[..., :0]
+        return bounded if given is None else torch.cat([given(k, x, u, *p), bounded], dim=-1)
+
+    return problem.altered(path_constraint=along, state_bounds=None)
 
 
 def _warn_of_unfinished(converged: Tensor) -> None:
