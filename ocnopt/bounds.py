@@ -107,8 +107,6 @@ def _fitted(side: Tensor, size: int, batch: tuple[int, ...], timed: bool) -> Ten
     lead = side.shape[: max(0, side.ndim - 1 - len(rows))]
     if math.prod(lead) > 1:
         return side.expand(*batch, *rows, size)
-    if len(lead) > len(batch):
-        raise RuntimeError("more axes than the batch has")
     side = side.reshape((*rows, *side.shape[-1:])).expand(*rows, size)
     if math.prod(rows) == 1:
         return side.reshape(size)

@@ -102,14 +102,12 @@ class OCP:
         horizon: T, :class:`Horizon` or :class:`FreeHorizon`.
         parameters: the static control p ``(q,)``, an initial guess for ``solve``; with it every function takes p as
             its last argument.
-        control_bounds: ``(lower, upper)``, each a scalar, a vector ``(m,)``, or what broadcasts to the controls of a
-            Solution: ``(N, m)`` with a row for each step, ``(*batch, 1, m)`` for each problem, ``(*batch, N, m)`` for
-            each step of each. Two axes are steps and controls; where they could be problems too they are refused. Or a
+        control_bounds: ``(lower, upper)``, scalars, vectors ``(m,)``, or what broadcasts to ``(*batch, N, m)``: ``(N,
+            m)`` with a row for each step, ``(*batch, 1, m)`` for each problem (two axes never are problems). Or a
             function of time that returns a pair, ``(m,)`` or ``(*batch, m)``, asked where each step begins. Bounds are
             read once, as copies: what they are made of may not be in ``data``, and carries no gradients.
-        state_bounds: likewise, what broadcasts to ``(*batch, N + 1, n)``; no function. They hold at every node but the
-            first, whose state is given.
-        parameter_bounds: likewise ``(q,)`` or ``(*batch, q)``; where each problem has its own, each starts within them.
+        state_bounds: likewise, what broadcasts to ``(*batch, N + 1, n)``, at every node but the first, which is given.
+        parameter_bounds: likewise ``(q,)`` or ``(*batch, q)``; each problem starts within its own.
         path_constraint: ``c(t, x, u[, p]) -> (..., c)``, <= 0 at every node.
         terminal_constraint: ``e(T, x[, p]) -> (..., e)``, == 0.
         state_names: one for each state, units included; plots, tables and messages use them.
@@ -155,6 +153,8 @@ class OCP:
     """The initial state with its graph, where it came with one."""
     parameters_broadcast: bool = field(init=False)
     """Whether the functions accept p with leading axes, as a batched ``solve`` needs."""
+    parameters_of_each: bool = field(init=False)
+    """Whether a function of a batch accepts p with its axes only."""
 
     def __init__(
         self,
@@ -190,15 +190,13 @@ class OCP:
         put(self, "control_dim", control_dim)
         put(self, "horizon", read_horizon(horizon))
         put(self, "parameters", p)
-        q = self.parameter_dim
         limits: Any = control_bounds
         if not callable(control_bounds):
             limits = bounds.read("control_bounds", control_bounds, control_dim, x0, batch=self.batch_shape, rows="N")
         put(self, "control_bounds", limits)
-        around = bounds.read("state_bounds", state_bounds, self.state_dim, x0, batch=self.batch_shape, rows="N + 1")
-        put(self, "state_bounds", around)
-        box = bounds.read("parameter_bounds", parameter_bounds, q, x0, batch=self.batch_shape)
-        put(self, "parameter_bounds", box)
+        n, q, batch = self.state_dim, self.parameter_dim, self.batch_shape
+        put(self, "state_bounds", bounds.read("state_bounds", state_bounds, n, x0, batch=batch, rows="N + 1"))
+        put(self, "parameter_bounds", bounds.read("parameter_bounds", parameter_bounds, q, x0, batch=batch))
         put(self, "state_names", read_names("state_names", state_names, self.state_dim))
         put(self, "control_names", read_names("control_names", control_names, control_dim))
         put(self, "constraint_names", read_names("constraint_names", constraint_names))
@@ -208,7 +206,8 @@ class OCP:
         end = self.horizon.initial if isinstance(self.horizon, FreeHorizon) else self.horizon.t1
         problem_checks.check_order(self, end)
         with captured.must_be_read(self.data):
-            put(self, "parameters_broadcast", problem_checks.check_functions(self, end))
+            for name, value in problem_checks.check_functions(self, end).items():
+                put(self, name, value)
 
     @property
     def state_dim(self) -> int:
@@ -363,6 +362,8 @@ class Lifted:
         if self.problem.parameters is None:
             return function(*arguments)
         user_p = self.split(p)[0]
+        if user_p.ndim == 1 and self.problem.parameters_of_each:
+            user_p = user_p.expand(*x.shape[:-1], -1)
         if user_p.ndim == 1 or self.problem.parameters_broadcast:
             return function(*arguments, user_p)
         if self.batch_shape:
