@@ -27,13 +27,18 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from ocnopt.captured import substituted
+from ocnopt.checks import shape
 from ocnopt.differential.sweep import BellmanStep, CostToGo, bellman_step, minimise_box, sweep
 from ocnopt.errors import ProblemError
 from ocnopt.linearise import gradient
+from ocnopt.paths import Widened, step_number
+from ocnopt.problem_checks import nearby
 from ocnopt.solvers.solution import Result
 from ocnopt.solvers.stationary import Models, Point, Rows, expand, matvec
 from ocnopt.staged import Index, StagedOCP
@@ -65,6 +70,57 @@ def refuse_gradients(problem: StagedOCP, solver: Any) -> None:
         raise ProblemError(
             "differentiable=True came with state_bounds and a state whose size varies by stage, so that their number "
             "does; expected one size: write the bounds into the cost as a penalty"
+        )
+    _refuse_unnamed(problem)
+
+
+class _Handed(TorchFunctionMode):
+    """Notes the tensors with gradients that operations are handed and that none of them made."""
+
+    def __init__(self, known: Sequence[Tensor]) -> None:
+        super().__init__()
+        # kept alive, so that an id stays its own
+        self._made = {id(tensor): tensor for tensor in known}
+        self.found: dict[int, Tensor] = {}
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        self.found |= {id(v): v for v in given if id(v) not in self._made and v.requires_grad}
+        value = function(*args, **(kwargs or {}))
+        self._made |= {id(leaf): leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)}
+        return value
+
+
+def _refuse_unnamed(problem: StagedOCP) -> None:
+    """Refuse captured tensors that require gradients and are not among the data; warn of modules' parameters."""
+    wide = Widened(problem)
+    z = wide.join([problem.initial_state], problem.start_parameters())[0].detach()
+    z, u = nearby(z), nearby(z.new_zeros((*z.shape[:-1], wide.m)))
+    data = [tensor.detach().clone() for tensor in problem.data]
+    with torch.enable_grad(), substituted(problem.data, data), _Handed(problem.data) as handed:
+        outputs = [wide.terminal(z), wide.end_error(z)]
+        for group in problem.groups:
+            k = step_number(group, group.start, z)
+            outputs += [*wide.advance(group, k, z, u), wide.path_excess(group, k, z, u)]
+    traced, seen = [output for output in outputs if output.requires_grad], list(handed.found.values())
+    if not traced or not seen:
+        return
+    ones = [torch.ones_like(v) for v in traced]
+    slopes: Sequence[Tensor | None] = torch.autograd.grad(traced, seen, ones, allow_unused=True)
+    read = [tensor for tensor, slope in zip(seen, slopes, strict=True) if slope is not None]
+    plain = [tensor for tensor in read if not isinstance(tensor, nn.Parameter)]
+    if plain:
+        raise ProblemError(
+            f"differentiable=True came with functions that capture a tensor of shape {shape(plain[0])} which requires "
+            "grad but is not named in data, so that no gradient would reach it; expected it there: data=(tensor, ..), "
+            "or capture its detach()"
+        )
+    if read:
+        warnings.warn(
+            f"differentiable=True: the functions capture parameters of a module ({len(read)}) that require grad but "
+            "are not named in data, and no gradient of the solution reaches them. Name those that should get one, "
+            "data=tuple(module.parameters()); call module.requires_grad_(False) where none should",
+            stacklevel=4,
         )
 
 

@@ -261,52 +261,6 @@ def test_gradients_that_nobody_asks_for_are_refused():
         solve(pendulum(numbers([1.3, 0.8, 1.1]), [1.0, 0.0]), steps=5, differentiable=True)
 
 
-INFINITE = float("inf")
-STATE_BOUNDS = {
-    "speed": (numbers([1.0, -0.5]), ([-INFINITE, -0.6], INFINITE), "casadi"),
-    "place, by DDP": (numbers([1.0, -0.5]), ([0.6, -INFINITE], INFINITE), "ddp"),
-    "of each": (
-        numbers([1.0, -0.5], [0.3, 0.8]),
-        (numbers([-INFINITE, -0.6], [-INFINITE, -0.3])[:, None], 9.0),
-        "casadi",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", STATE_BOUNDS)
-def test_active_bounds_on_states_stay_active(case):
-    start, bounds, solver = STATE_BOUNDS[case]
-    data = numbers([1.3, 0.8, 1.1])
-    along = (lambda t, x, u, p: u - 5.0) if case == "speed" else None
-    problem = pendulum(data, start, state_bounds=bounds, path_constraint=along)
-    exact = {"constraint_tolerance": 1e-11, "compile": False} if solver == "ddp" else {}
-    prepared = prepare(problem, solver, steps=STEPS, tolerance=1e-11, **exact)
-    solution, found, wanted = gradients(prepared, start, data, random_loss)
-    assert bool((solution.multipliers["state_bounds"].abs() > 1e-3).flatten(-2).any(-1).all())
-    assert_close(found, wanted)
-
-
-def test_bounds_on_states_of_experiments_with_one_parameter():
-    start, data = numbers([1.0, -0.5], [0.3, 0.8]), numbers([1.3, 0.8, 1.1])
-    bounds = (numbers([-INFINITE, -0.6], [-INFINITE, -0.3])[:, None], INFINITE)
-    prepared = prepare(
-        pendulum(data, start, state_bounds=bounds), "casadi", steps=STEPS, tolerance=1e-11, shared_parameters=True
-    )
-    _, found, wanted = gradients(prepared, start, data, random_loss)
-    assert_close(found, wanted)
-
-
-def test_bounds_on_states_whose_number_varies_are_refused():
-    weight = numbers([1.0]).requires_grad_()
-    stages = [
-        Stage(lambda k, x, u: weight * x + u, lambda k, x, u: (u**2).sum(-1), control_dim=2),
-        Stage(lambda k, x, u: x[..., :1] + u, lambda k, x, u: (u**2).sum(-1), control_dim=1),
-    ]
-    problem = StagedOCP(stages, initial_state=numbers([1.0, 2.0]), state_bounds=(0.0, 9.0), data=(weight,))
-    with pytest.raises(ProblemError, match="state_bounds and a state whose size varies by stage"):
-        solve(problem, differentiable=True)
-
-
 def test_the_gradient_of_an_augmented_lagrangian_is_that_of_ipopts_answer():
     gradients, target = [], numbers([0.3, 0.0])
     for solver, options in (("ddp", {"kernel": "torch"}), ("casadi", {})):
