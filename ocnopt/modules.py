@@ -81,7 +81,7 @@ def from_module(
     """Make a problem of a network: its trainable weights become p, in the module's dtype and on its device.
 
     p is an unknown of ``solve``: the module's own weights are where it starts, and ``differentiable=True`` gives
-    gradients to the initial state, not to them. For gradients in what costs capture write an :class:`OCP` with ``data``.
+    gradients to the initial state, not to them. For gradients in what costs capture write an OCP with ``data``.
 
     Args:
         field: any module ``field(t, x)``, t a 0-d tensor, x ``(samples, n)``, that returns dx/dt shaped like x.

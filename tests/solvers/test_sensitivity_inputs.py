@@ -12,28 +12,28 @@ from ocnopt.staged import Stage, StagedOCP
 from tests.solvers.test_sensitivity import STEPS, assert_close, gradients, numbers, pendulum, random_loss
 
 INFINITE = float("inf")
-STATE_BOUNDS = {
-    "speed": (numbers([1.0, -0.5]), ([-INFINITE, -0.6], INFINITE), "casadi"),
-    "place, by DDP": (numbers([1.0, -0.5]), ([0.6, -INFINITE], INFINITE), "ddp"),
-    "of each": (
-        numbers([1.0, -0.5], [0.3, 0.8]),
-        (numbers([-INFINITE, -0.6], [-INFINITE, -0.3])[:, None], 9.0),
-        "casadi",
-    ),
-}
 
 
-@pytest.mark.parametrize("case", STATE_BOUNDS)
-def test_active_bounds_on_states_stay_active(case):
-    start, bounds, solver = STATE_BOUNDS[case]
-    data = numbers([1.3, 0.8, 1.1])
-    along = (lambda t, x, u, p: u - 5.0) if case == "speed" else None
-    problem = pendulum(data, start, state_bounds=bounds, path_constraint=along)
-    exact = {"constraint_tolerance": 1e-11, "compile": False} if solver == "ddp" else {}
-    prepared = prepare(problem, solver, steps=STEPS, tolerance=1e-11, **exact)
+def test_active_bounds_on_states_stay_active():
+    start, data = numbers([1.0, -0.5], [0.3, 0.8]), numbers([1.3, 0.8, 1.1])
+    bounds = (numbers([-INFINITE, -0.6], [-INFINITE, -0.3])[:, None], 9.0)
+    prepared = prepare(pendulum(data, start, state_bounds=bounds), "casadi", steps=STEPS, tolerance=1e-11)
     solution, found, wanted = gradients(prepared, start, data, random_loss)
     assert bool((solution.multipliers["state_bounds"].abs() > 1e-3).flatten(-2).any(-1).all())
     assert_close(found, wanted)
+
+
+def test_both_solvers_have_the_same_gradients_at_bounds_on_states():
+    found = []
+    for solver, exact in (("casadi", {}), ("ddp", {"constraint_tolerance": 1e-11, "compile": False})):
+        start, data = numbers([1.0, -0.5]).requires_grad_(), numbers([1.3, 0.8, 1.1]).requires_grad_()
+        bounds = {"state_bounds": ([0.6, -INFINITE], INFINITE), "path_constraint": lambda t, x, u, p: u - 0.2}
+        solution = solve(
+            pendulum(data, start, **bounds), solver, steps=STEPS, differentiable=True, tolerance=1e-11, **exact
+        )
+        assert float(solution.states[:, 0].detach().min()) == pytest.approx(0.6, abs=1e-8)
+        found.append(torch.autograd.grad(random_loss(solution), [start, data]))
+    assert_close(*found)
 
 
 def test_bounds_on_states_of_experiments_with_one_parameter():
