@@ -81,8 +81,9 @@ def _side(name: str, value: Any, size: int, like: Tensor, batch: tuple[int, ...]
         side = numbers(name, value, like.dtype, like.device)
     except ProblemError as error:
         raise ProblemError(f"{name} is {value!r}; expected {forms}") from error
-    if rows and math.prod(batch) > 1 and tuple(side.shape[:-1]) == batch:
-        steps, own = (*(1,) * len(batch), *side.shape[-2:]), (*batch, 1, side.shape[-1])
+    lead = tuple(side.shape[:-1])
+    if rows and math.prod(lead) > 1 and lead == batch[-len(lead) :]:
+        steps, own = (*(1,) * len(batch), *side.shape[-2:]), (*lead, 1, side.shape[-1])
         raise ProblemError(
             f"{name} has shape {shape(side)}, which may mean rows for steps or for the problems of a batch {batch}; "
             f"expected {steps} for steps, {own} for problems: say which by an axis of size one"

@@ -106,6 +106,11 @@ def test_what_is_refused(options, message):
         transcribe(problem(**options), STEPS)
 
 
+def test_rows_that_may_be_problems_of_the_last_axis_are_refused():
+    with pytest.raises(ProblemError, match=r"expected \(1, 1, 4, 2\) for steps, \(4, 1, 2\) for problems"):
+        problem((2, 4), control_bounds=(lower(4, 2), 9.0))
+
+
 def test_sizes_that_vary_take_one_pair_for_each_problem():
     stages = [Stage(lambda k, x, u: x + u, control_dim=2), Stage(lambda k, x, u: x[..., :1] + u, control_dim=1)]
     staged = StagedOCP(stages, initial_state=torch.zeros(3, 2), control_bounds=(lower(3, 1, 1), 9.0))

@@ -51,6 +51,15 @@ def test_each_problem_is_its_own(kernel, alone, monkeypatch):
     assert bool(((whole.controls == low) | (whole.controls == high)).any(1).all())
 
 
+def test_so_many_that_steps_are_numpy_calls():
+    starts = STARTS.repeat(40, 1)
+    upper = torch.rand(120, 1, 1, generator=torch.Generator().manual_seed(0), dtype=F64)
+    problem = swing(starts, control_bounds=(-INFINITE, upper))
+    whole, wanted = (oc.solve(problem, steps=4, **KERNELS[kernel]) for kernel in ("lowered", "torch"))
+    torch.testing.assert_close(whole.controls, wanted.controls, rtol=0, atol=1e-8)
+    assert bool((whole.controls == upper).any())
+
+
 @pytest.mark.parametrize("solver", ["casadi", "shooting", "indirect"])
 def test_solvers_that_take_one_after_another(solver):
     steps = 3 if solver == "indirect" else STEPS
