@@ -131,58 +131,6 @@ def callable_or_none(name: str, function: Any, *, required: bool = False) -> Non
         raise ProblemError(f"{name} is {type(function).__name__}; expected a function of plain torch code")
 
 
-def bounds(
-    name: str, value: Any, size: int, dtype: torch.dtype, device: torch.device, *, table: bool = False
-) -> Bounds | None:
-    """Read ``(lower, upper)``, scalars or vectors, as two tensors ``(size,)``; None stays None.
-
-    Where a ``table`` is allowed, either side may have a row for each step, and both then do: ``(N, size)``.
-
-    Raises:
-        ProblemError: not a pair, wrong size, NaN, or a lower bound above its upper bound.
-    """
-    if value is None:
-        return None
-    value = torch.as_tensor(value) if isinstance(value, np.ndarray) and value.ndim > 0 else value
-    if (
-        isinstance(value, str)
-        or not isinstance(value, Sequence | Tensor)
-        or (isinstance(value, Tensor) and value.ndim == 0)
-        or len(value) != 2
-    ):
-        raise ProblemError(
-            f"{name} is {value!r}; expected a pair (lower, upper) of scalars or of vectors of {size} numbers"
-        )
-    lower, upper = (_bound(f"{name}[{i}]", side, size, dtype, device, table) for i, side in enumerate(value))
-    if len({len(side) for side in (lower, upper) if side.ndim > 1}) > 1:
-        raise ProblemError(f"{name} have {len(lower)} and {len(upper)} rows; expected one for each step on both sides")
-    lower, upper = torch.broadcast_tensors(lower, upper)
-    if bool((lower > upper).any()):
-        at = tuple((lower > upper).nonzero()[0].tolist())
-        i = at[0] if len(at) == 1 else at
-        raise ProblemError(
-            f"{name}: lower {lower[at].item()} exceeds upper {upper[at].item()} at entry {i}; expected lower <= upper"
-        )
-    return lower, upper
-
-
-def _bound(name: str, value: Any, size: int, dtype: torch.dtype, device: torch.device, table: bool) -> Tensor:
-    if value is None or (isinstance(value, list | tuple) and None in value):
-        raise ProblemError(
-            f"{name} is {value!r}; expected numbers: float('inf') or -float('inf') stands for a side without a bound"
-        )
-    if isinstance(value, Tensor) and value.requires_grad:
-        raise ProblemError(f"{name} requires grad, but no gradient reaches bounds; expected .detach() or a constraint")
-    try:
-        side = torch.as_tensor(_real(value), dtype=dtype, device=device)
-        side = side.expand(*(side.shape[:-1] if table and side.ndim == 2 else ()), size).clone()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ProblemError(f"{name} is {value!r}; expected a number or a vector of {size} numbers") from error
-    if bool(torch.isnan(side).any()):
-        raise ProblemError(f"{name} holds NaN; expected numbers (use float('inf') for a side without a bound)")
-    return side
-
-
 def clipped(value: Tensor, bounds: Bounds | None) -> Tensor:
     """The value within its bounds, where there are any."""
     return value if bounds is None else value.clamp(*bounds)

@@ -60,15 +60,17 @@ class Widened:
         self.control_bounds = self._stacked_bounds()
 
     def _stacked_bounds(self) -> checks.Bounds | None:
-        """Two tensors ``(N, m)``; no control that is only there to fill up may move."""
-        given, m = self.problem.step_bounds, self.m
-        first = given[0]
-        if all(bounds is first for bounds in given) and len(set(self.control_sizes)) == 1:
-            return first and (first[0].expand(self.steps, m), first[1].expand(self.steps, m))
+        """Two tensors ``(N, m)`` or ``(N, *batch, m)``; no control that is only there to fill up may move."""
+        groups, m = self.problem.control_bounds, self.m
+        first = groups[0]
+        if all(bounds is first for bounds in groups) and len(set(self.control_sizes)) == 1:
+            if first is None or first[0].ndim > 1:
+                return first
+            return first[0].expand(self.steps, m), first[1].expand(self.steps, m)
         infinite = self.problem.initial_state.new_full((m,), torch.inf)
         pairs = [
             bounds or (-infinite[:size], infinite[:size])
-            for bounds, size in zip(given, self.control_sizes, strict=True)
+            for bounds, size in zip(self.problem.step_bounds, self.control_sizes, strict=True)
         ]
         lower, upper = (
             torch.stack([pad(side, (0, m - side.shape[-1])) for side in sides]) for sides in zip(*pairs, strict=True)
@@ -77,12 +79,16 @@ class Widened:
 
     @property
     def state_bounds(self) -> checks.Bounds | None:
-        """Two tensors ``(N + 1, n - q)``, infinite for the first state, which is given, and for what only fills up."""
+        """Two tensors ``(N + 1, n - q)`` or ``(N + 1, *batch, n - q)``.
+
+        Infinite for the first state, which is given, and for what only fills up.
+        """
         given = self.problem.state_bounds
         if given is None:
             return None
         sizes = torch.tensor([0, *self.state_sizes[1:]], device=given[0].device)[:, None]
         bounded = torch.arange(self.n - self.q, device=given[0].device) < sizes
+        bounded = bounded.reshape(len(bounded), *(1,) * (given[0].ndim - 2), self.n - self.q)
         return torch.where(bounded, given[0], -torch.inf), torch.where(bounded, given[1], torch.inf)
 
     def join(self, states: Series, p: Tensor) -> Tensor:
@@ -172,10 +178,10 @@ def _stacked(values: Series, size: int) -> Tensor:
 
 
 def fitted(bounds: checks.Bounds, values: Tensor) -> checks.Bounds:
-    """Bounds ``(size,)`` or ``(steps, size)`` with axes for the batch of values ``(steps, *lead, size)``."""
-    lower, upper = (
-        side.reshape(*side.shape[:-1], *(1,) * (values.ndim - side.ndim), side.shape[-1]) for side in bounds
-    )
+    """Bounds ``(size,)``, ``(steps, size)`` or ``(steps, *batch, size)`` beside values ``(steps, *lead, size)``."""
+    if bounds[0].ndim == 1:
+        return bounds
+    lower, upper = (side.reshape(len(side), *(1,) * (values.ndim - side.ndim), *side.shape[1:]) for side in bounds)
     return lower, upper
 
 

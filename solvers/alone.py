@@ -67,7 +67,8 @@ def one_for_all(problem: StagedOCP, guess: Guess) -> tuple[StagedOCP, Guess] | N
     """A single problem and its guess, such that what is built for it serves all of a batch; None where nothing does."""
     if not problem.batch_shape:
         return problem, guess
-    return (_row_of(problem, 0, False), _guess_of(guess, 0)) if _alike(problem) else None
+    alike = _alike(problem) and not problem.bounds_differ
+    return (_row_of(problem, 0, False), _guess_of(guess, 0)) if alike else None
 
 
 def _alike(problem: StagedOCP) -> bool:
@@ -153,11 +154,11 @@ def _row_of(problem: StagedOCP, row: int, whole: bool) -> StagedOCP:
         stages = {id(group.stage): pick.stage(group.stage) for group in problem.groups}
         groups = tuple(replace(group, stage=stages[id(group.stage)]) for group in problem.groups)
         single = single.altered(groups=groups)
-    if problem.step_data is not None:
-        single = single.altered(step_data=problem.step_data.flatten(1, -2)[:, row])
+    single = single.for_rows(row)
     if problem.origin is not None:
-        origin = narrowed(problem.origin.problem, dict.fromkeys(FUNCTIONS, True))
-        single = single.altered(origin=replace(problem.origin, problem=origin))
+        origin, box = narrowed(problem.origin.problem, dict.fromkeys(FUNCTIONS, True)), single.parameter_bounds
+        object.__setattr__(origin, "control_bounds", single.control_bounds[0])
+        single = single.altered(origin=replace(problem.origin, problem=origin, parameter_bounds=box))
     return single
 
 

@@ -159,14 +159,15 @@ def _excesses(wide: Widened, Z: Tensor, U: Tensor, p: Tensor) -> Iterator[tuple[
     """How far bounds and constraints are broken, ``(steps, *batch, size)``: the kind and the first of the steps."""
     yield "control_bounds", 0, _outside(U, wide.control_bounds)
     yield "state_bounds", 0, _outside(Z[..., : wide.n - wide.q], wide.state_bounds)
-    yield "parameter_bounds", None, _outside(p[None], wide.parameter_bounds)
+    box = wide.parameter_bounds
+    yield "parameter_bounds", None, _outside(p[None], box and (box[0][None], box[1][None]))
     for first, excess in wide.path_excesses(Z, U):
         yield "path_constraint", first, excess
     yield "terminal_constraint", wide.steps, wide.end_error(Z[-1]).abs()[None]
 
 
 def _outside(value: Tensor, bounds: Bounds | None) -> Tensor:
-    """How far values, with time in front, are beyond their bounds, ``(size,)`` or ``(steps, size)``."""
+    """How far values, with time in front, are beyond their bounds."""
     if bounds is None:
         return value[..., :0]
     lower, upper = fitted(bounds, value)

@@ -74,7 +74,7 @@ def fingerprint(problem: StagedOCP, states: Series, controls: Series, p: Tensor)
     """What the problem gives on a path: another problem gives other numbers."""
     with torch.no_grad():
         numbers = audit(problem, states, controls, p)
-    pairs = (*problem.control_bounds, problem.parameter_bounds)
+    pairs = (*problem.control_bounds, problem.state_bounds, problem.parameter_bounds)
     bounds = [side.reshape(-1) for pair in pairs for side in pair or ()]
     return {
         "initial state": problem.initial_state,

@@ -219,11 +219,13 @@ def _check(problem: StagedOCP) -> None:
     """
     can_differentiate()
     no_constraints(problem, "indirect", "does not find its multipliers")
-    if any(bounds is not None and bounds[0].ndim > 1 for bounds in problem.control_bounds):
-        raise ProblemError(
-            "the problem has control_bounds that vary in time; solver 'indirect' takes one vector for all times: "
-            "use solver='ddp' or 'casadi'"
-        )
+    rows = range(torch.Size(problem.batch_shape).numel()) if problem.bounds_differ else ()
+    for one in [problem.for_rows(row) for row in rows] or [problem]:
+        if any(bounds is not None and bounds[0].ndim > 1 for bounds in one.control_bounds):
+            raise ProblemError(
+                "the problem has control_bounds that vary in time; solver 'indirect' takes one vector for all times: "
+                "use solver='ddp' or 'casadi'"
+            )
     if problem.step_data is not None:
         raise ProblemError(
             "the problem has step_data, numbers given to each of its steps; solver 'indirect' knows no steps: "

@@ -64,7 +64,7 @@ class TorchKernel:
             models = [expand_path(wide, path, exact=exact), expand_terminal(wide, path.states[-1])]
             self._expanded = path.states, path.controls, exact, *models
         steps, terminal = models
-        return sweep_path(self.wide, path, steps if exact else steps._replace(curvature=None), terminal, mu)
+        return sweep_path(self._of(path.rows), path, steps if exact else steps._replace(curvature=None), terminal, mu)
 
     def roll_out(self, path: Path, direction: Direction, alphas: Tensor) -> Path:
         """See :class:`Kernel`."""
@@ -72,9 +72,10 @@ class TorchKernel:
         start = start.expand(len(alphas), *start.shape)
         if self.wide.q:
             start = torch.cat([start[..., : -self.wide.q], start[..., -self.wide.q :] + a * direction.dp], dim=-1)
-        law = FeedbackLaw(path.states, path.controls, direction.k, direction.K, a, self.wide.control_bounds)
+        wide = self._of(path.rows)
+        law = FeedbackLaw(path.states, path.controls, direction.k, direction.K, a, wide.control_bounds)
         gaps = None if path.gaps is None else (1 - a) * path.gaps[:, None]
-        return walk(self._of(path.rows), law, start, gaps)
+        return walk(wide, law, start, gaps)
 
     def search(
         self, path: Path, direction: Direction, merit: Merit, active: Numbers, alphas: Sequence[float]
@@ -88,11 +89,9 @@ class TorchKernel:
 
     def _of(self, rows: Tensor | None) -> Widened:
         """The problem as it is for some rows of its batch."""
-        table = self.wide.problem.step_data
-        if rows is None or table is None:
-            return self.wide
-        flat = table.flatten(1, -2)[:, rows.to(table.device)]
-        return Widened(self.wide.problem.altered(step_data=flat))
+        whole = self.wide.problem
+        some = whole if rows is None else whole.for_rows(rows.to(whole.device))
+        return self.wide if some is whole else Widened(some)
 
 
 class Iterate(NamedTuple):

@@ -88,7 +88,8 @@ class Solution:
         history: "cost", "step" and "regularisation" (what the solver has of them) per iteration, the start first:
             ``(iterations + 1, ...)``.
         gains: :class:`Gains`, or None where a solver has none.
-        control_bounds: two tensors ``(m,)``, or ``(N, m)``; None without any or where the number of controls varies.
+        control_bounds: two tensors ``(m,)``, ``(N, m)`` or ``(..., N, m)``; None without any or where the number of
+            controls varies.
         multipliers: of the constraints, by name: "terminal_constraint" ``(..., e)``, "path_constraint" ``(..., N + 1,
             c)`` and "state_bounds" ``(..., N + 1, n)`` of each node; None without constraints, and of "indirect" and
             "shooting". cost + multiplier * constraint is stationary: >= 0 for a path constraint, > 0 at an upper and
@@ -168,7 +169,9 @@ class Solution:
             feedback = _pick(self._tensor("K"), k, 2)
             u = u + (feedback @ (x - nominal)[..., None])[..., 0]
         bounds = self.control_bounds
-        return clipped(u, bounds if bounds is None or bounds[0].ndim == 1 else (bounds[0][k], bounds[1][k]))
+        if bounds is not None and bounds[0].ndim > 1:
+            bounds = tuple(side[k] if side.ndim == 2 else _pick(side, k, 1) for side in bounds)  # type: ignore[assignment]
+        return clipped(u, bounds)
 
     def rollout(
         self, initial_state: Tensor, disturbance: Callable[[Tensor, Tensor], Tensor] | None = None

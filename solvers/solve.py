@@ -290,9 +290,12 @@ def make_solution(problem: StagedOCP, result: Result) -> Solution:
 
 
 def _bounds(problem: StagedOCP) -> Bounds | None:
-    """The control bounds, with a row for each step where they vary."""
+    """The control bounds, with a row for each step where they vary, and for each problem where they differ."""
     first = problem.control_bounds[0]
-    return first if all(bounds is first for bounds in problem.control_bounds) else Widened(problem).control_bounds
+    if first is None or (first[0].ndim == 1 and all(pair is first for pair in problem.control_bounds)):
+        return first
+    whole = Widened(problem).control_bounds
+    return whole and (whole[0].movedim(0, -2), whole[1].movedim(0, -2))
 
 
 def make_solver(solver: str | Solver, options: dict[str, Any]) -> Solver:

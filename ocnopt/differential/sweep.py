@@ -38,7 +38,7 @@ from torch import Tensor
 
 from ocnopt.checks import Bounds
 from ocnopt.linearise import StepCurvature, StepModels
-from ocnopt.paths import Path, Widened
+from ocnopt.paths import Path, Widened, fitted
 
 # Projected Newton on the box: iterations allowed, and the step sizes tried at once.
 _MAX_ITERATIONS = 50
@@ -194,7 +194,7 @@ def _rooms(wide: Widened, path: Path) -> list[Bounds] | list[None]:
     """How far the controls of each step may move."""
     if wide.control_bounds is None:
         return [None] * wide.steps
-    lower, upper = (side.reshape(wide.steps, *(1,) * path.cost.ndim, wide.m) for side in wide.control_bounds)
+    lower, upper = fitted(wide.control_bounds, path.controls)
     return list(zip((lower - path.controls).unbind(0), (upper - path.controls).unbind(0), strict=True))
 
 

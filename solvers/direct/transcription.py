@@ -235,7 +235,7 @@ def _points(problem: StagedOCP, arguments: tuple[Tensor, ...], steps: Sequence[f
     given_now = [v.detach().clone() for v in _given(problem)]
     for i, point in enumerate(scattered([*arguments, *given_now], count=max(3, len(steps) - 1))):
         (*front, u, p), given = point[: len(arguments)], point[len(arguments) :]
-        bounds = next((b for b in problem.step_bounds if b is not None and b[0].shape == u.shape[-1:]), None)
+        bounds = next((b for b in problem.step_bounds if b is not None and b[0].shape[-1:] == u.shape[-1:]), None)
         if steps:
             front[0] = torch.full_like(arguments[0], steps[i % len(steps)])
         points.append([*front, clipped(u, bounds), clipped(p, problem.parameter_bounds), *given])
