@@ -36,13 +36,14 @@ class Stage:
     """One stage: ``dynamics(k, x, u[, p]) -> x_next`` and ``cost(k, x, u[, p])``, none means zero; m = ``control_dim``.
 
     ``joint(k, x, u, p) -> (x_next, cost)`` replaces both where they share work; with ``step_data`` it takes the step's
-    row of it as one argument more.
+    row of it as one argument more. ``parts`` calls once each, with the same arguments, what ``joint`` calls many times.
     """
 
     dynamics: Function | None
     cost: Function | None = None
     control_dim: int = 0
     joint: Advance | None = None
+    parts: Callable[..., tuple[Tensor, ...]] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "control_dim", checks.whole("control_dim of a Stage", self.control_dim, 0))
@@ -160,9 +161,6 @@ class StagedOCP:
         put(self, "initial_guess", checks.start_guess(initial_guess))
         put(self, "dtype", dtype)
         put(self, "origin", origin)
-        put(self, "step_data", None)
-        put(self, "tableau", None)
-        put(self, "nodes", None)
         put(self, "state_sizes", (n,) * (self.steps + 1))
         if origin is None:
             with captured.must_be_read(self.data):
@@ -367,10 +365,13 @@ def transcribe(problem: OCP, steps: int, integrator: str = "rk4") -> StagedOCP:
         zero = x.new_zeros(x.shape[:-1])
         return end, combine(zero, h, [tableau.b[i] for i in used], costs)
 
+    def parts(k: Index, x: Tensor, u: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        return lifted.dynamics(time(k, x), x, u, p), lifted.running_cost(time(k, x), x, u, p)
+
     has_parameters = lifted.parameter_dim > 0
     along = problem.path_constraint and (lambda k, x, u, p: lifted.path_constraint(time(k, x), x, u, p))
     staged = StagedOCP(
-        Stage(None, None, problem.control_dim, joint),
+        Stage(None, None, problem.control_dim, joint, parts),
         problem.terminal_cost and _arity(lifted.terminal_cost, has_parameters),
         initial_state=problem.initial_state if problem.traced_state is None else problem.traced_state,
         steps=steps,
