@@ -10,7 +10,6 @@ A static control is a state whose first value is free: :class:`ocnopt.paths.Wide
 over states and staged controls needs nothing else.
 """
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -174,9 +173,8 @@ class StagedOCP:
         With ``step_data (N + 1, *batch, s)`` every stage is a joint one that takes its row ``(*batch, s)`` as last
         argument, and so does the terminal cost, which gets the last row.
         """
-        other = copy.copy(self)
-        for name, value in changes.items():
-            object.__setattr__(other, name, value)
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__ | changes)
         return other
 
     @property
@@ -366,7 +364,8 @@ def transcribe(problem: OCP, steps: int, integrator: str = "rk4") -> StagedOCP:
         return end, combine(zero, h, [tableau.b[i] for i in used], costs)
 
     def parts(k: Index, x: Tensor, u: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-        return lifted.dynamics(time(k, x), x, u, p), lifted.running_cost(time(k, x), x, u, p)
+        t = time(k, x)
+        return lifted.dynamics(t, x, u, p), lifted.running_cost(t, x, u, p)
 
     has_parameters = lifted.parameter_dim > 0
     along = problem.path_constraint and (lambda k, x, u, p: lifted.path_constraint(time(k, x), x, u, p))

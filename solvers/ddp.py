@@ -29,7 +29,7 @@ from ocnopt.errors import ProblemError
 from ocnopt.paths import Path, Widened
 from ocnopt.solvers.augmented import first_augmented
 from ocnopt.solvers.endings import History, Stopwatch, Tables, sentence
-from ocnopt.solvers.kernels import Kernel
+from ocnopt.solvers.kernels import Kernel, Numbers
 from ocnopt.solvers.lowered.limits import fits
 from ocnopt.solvers.remains import explained
 from ocnopt.solvers.rounds import PreparedAugmented
@@ -92,17 +92,24 @@ class Start:
             path = roll_controls(self.kernel, first, controls, self.q, own)
         else:
             path = self.kernel.evaluate(states, controls, own)
-        finite = torch.isfinite(path.cost) & torch.isfinite(path.states).all(-1).all(0)
-        if path.gaps is not None:
-            finite = finite & torch.isfinite(path.gaps).all(-1).all(0)
-        if not path.cost.ndim and not bool(finite):
+        finite = is_finite(path)
+        if not path.cost.ndim and not finite:
             steps = list(path.states if path.gaps is None else path.gaps)
             finite_path(steps, path.cost, self.wide.times(first))
         start = begin(path)
-        zero, outcome = np.zeros_like(start.cost)[()], where(numbers(finite), Outcome.RUNNING, Outcome.NOT_FINITE)
+        zero, outcome = np.zeros_like(start.cost)[()], where(finite, Outcome.RUNNING, Outcome.NOT_FINITE)
         count = zero.astype(int)
         mu, row = zero + zero.dtype.type(regularisation), rows.reshape(count.shape)[()]
         return start, Progress(row, mu, zero, count, count, count, count + outcome)
+
+
+def is_finite(path: Path) -> Numbers:
+    """Whether cost, states and gaps of each problem are finite."""
+    series = [path.states] if path.gaps is None else [path.states, path.gaps]
+    if not path.cost.ndim:
+        return np.bool_(all(np.isfinite(numbers(part)).all() for part in (path.cost, *series)))
+    found = [torch.isfinite(part).all(-1).all(0) for part in series]
+    return numbers(torch.isfinite(path.cost) & torch.stack(found).all(0))
 
 
 def opened(iterate: Iterate) -> Iterate:
@@ -329,16 +336,15 @@ def _result(
         together: Any = [unflattened(pick_rows(joined(*column), order), shape) for column in columns]
         iterate, progress, aim = together
     path, direction = iterate.path, aim.direction
-    outcome, iterations, gap = (
-        torch.as_tensor(v, device=path.cost.device) for v in (progress.outcome, progress.iterations, iterate.gap_size)
-    )
+    told = (progress.outcome, Outcome.solved(progress.outcome), progress.iterations, iterate.gap_size)
+    outcome, converged, iterations, gap = (torch.as_tensor(v, device=path.cost.device) for v in told)
     states, p = wide.split(path.states)
     result = Result(
         states=states,
         controls=wide.cut(path.controls, wide.control_sizes),
         parameters=p,
         cost=path.cost,
-        converged=Outcome.solved(outcome),
+        converged=converged,
         iterations=iterations,
         status=_status(progress, iterate, kernel.name),
         constraint_violation=gap,
