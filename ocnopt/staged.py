@@ -10,7 +10,6 @@ A static control is a state whose first value is free: :class:`ocnopt.paths.Wide
 over states and staged controls needs nothing else.
 """
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,13 +35,14 @@ class Stage:
     """One stage: ``dynamics(k, x, u[, p]) -> x_next`` and ``cost(k, x, u[, p])``, none means zero; m = ``control_dim``.
 
     ``joint(k, x, u, p) -> (x_next, cost)`` replaces both where they share work; with ``step_data`` it takes the step's
-    row of it as one argument more.
+    row of it as one argument more. ``parts`` calls once each, with the same arguments, what ``joint`` calls many times.
     """
 
     dynamics: Function | None
     cost: Function | None = None
     control_dim: int = 0
     joint: Advance | None = None
+    parts: Callable[..., tuple[Tensor, ...]] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "control_dim", checks.whole("control_dim of a Stage", self.control_dim, 0))
@@ -166,9 +166,6 @@ class StagedOCP:
         put(self, "initial_guess", checks.start_guess(initial_guess))
         put(self, "dtype", dtype)
         put(self, "origin", origin)
-        put(self, "step_data", None)
-        put(self, "tableau", None)
-        put(self, "nodes", None)
         put(self, "state_sizes", (n,) * (self.steps + 1))
         if origin is None:
             with captured.must_be_read(self.data):
@@ -182,9 +179,8 @@ class StagedOCP:
         With ``step_data (N + 1, *batch, s)`` every stage is a joint one that takes its row ``(*batch, s)`` as last
         argument, and so does the terminal cost, which gets the last row.
         """
-        other = copy.copy(self)
-        for name, value in changes.items():
-            object.__setattr__(other, name, value)
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__ | changes)
         return other
 
     @property
@@ -351,8 +347,13 @@ def transcribe(problem: OCP, steps: int, integrator: str = "rk4") -> StagedOCP:
         zero = x.new_zeros(x.shape[:-1])
         return end, combine(zero, h, [tableau.b[i] for i in used], costs)
 
+    def parts(k: Index, x: Tensor, u: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        t = time(k, x)
+        return lifted.dynamics(t, x, u, p), lifted.running_cost(t, x, u, p)
+
     along = problem.path_constraint and (lambda k, x, u, p: lifted.path_constraint(time(k, x), x, u, p))
-    return cut(problem, lifted, Stage(None, None, problem.control_dim, joint), steps, along).altered(tableau=tableau)
+    stage = Stage(None, None, problem.control_dim, joint, parts)
+    return cut(problem, lifted, stage, steps, along).altered(tableau=tableau)
 
 
 def cut(problem: OCP, lifted: Lifted, stage: Stage, steps: int | Tensor, path_constraint: Function | None) -> StagedOCP:

@@ -92,7 +92,9 @@ def _not_started(problem: StagedOCP, guess: Guess, outcome: int) -> list[Attempt
     """The starts of all problems as answers."""
     why, advice = stopped(outcome)
     with torch.no_grad():
-        states = guess.states or list(rollout(problem, guess.controls, problem.initial_state, guess.parameters).states)
+        states = guess.states
+        if states is None:
+            states = rollout(problem, guess.controls, problem.initial_state, guess.parameters).states
         found = audit(problem, states, guess.controls, guess.parameters)
 
     whole, status = replace(guess, states=states), f"not started: {why}; {advice}"
@@ -111,7 +113,7 @@ def _stays(start: Guess, cost: float, violation: float, status: str) -> Attempt:
     return Attempt(
         states=start.states,
         controls=start.controls,
-        costates=[torch.full_like(x, torch.nan) for x in start.states or ()],
+        costates=[torch.full_like(x, torch.nan) for x in (() if start.states is None else start.states)],
         parameters=start.parameters,
         cost=cost,
         converged=False,

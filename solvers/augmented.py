@@ -163,10 +163,7 @@ def augment(problem: StagedOCP, multipliers: Multipliers, penalty: Tensor) -> St
         tensor(5., dtype=torch.float64)
     """
     row = _Row(problem, multipliers)
-    groups = tuple(
-        replace(group, stage=Stage(None, None, group.stage.control_dim, _joint(problem, group, row)))
-        for group in problem.groups
-    )
+    groups = tuple(replace(group, stage=_stage(problem, group, row)) for group in problem.groups)
     return problem.altered(
         groups=groups,
         terminal_cost=_terminal(problem, row),
@@ -180,6 +177,10 @@ def augment(problem: StagedOCP, multipliers: Multipliers, penalty: Tensor) -> St
 def first_augmented(problem: StagedOCP) -> StagedOCP:
     """The problem of the first inner solve."""
     return augment(problem, no_multipliers(problem), problem.initial_state.new_full(problem.batch_shape, FIRST_PENALTY))
+
+
+def _stage(problem: StagedOCP, group: Group, row: _Row) -> Stage:
+    return Stage(None, None, group.stage.control_dim, _joint(problem, group, row), _parts(problem, group, row))
 
 
 def _joint(problem: StagedOCP, group: Group, row: _Row) -> Advance:
@@ -206,6 +207,19 @@ def _joint(problem: StagedOCP, group: Group, row: _Row) -> Advance:
         return x_next, cost
 
     return joint
+
+
+def _parts(problem: StagedOCP, group: Group, row: _Row) -> Callable[..., tuple[Tensor, ...]] | None:
+    """What a stage is made of, with the constraint along the path."""
+    own = group.stage.parts
+    if own is None:
+        return None
+
+    def parts(k: Index, x: Tensor, u: Tensor, p: Tensor, given: Tensor) -> tuple[Tensor, ...]:
+        before = () if problem.step_data is None else (row.part(given, "given"),)
+        return (*own(k, x, u, p, *before), problem.path_excess(k, x, u, p))
+
+    return parts
 
 
 def _terminal(problem: StagedOCP, row: _Row) -> Callable[..., Tensor]:

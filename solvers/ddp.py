@@ -28,7 +28,7 @@ from ocnopt.differential.sweep import Direction
 from ocnopt.errors import ProblemError
 from ocnopt.paths import Path, Widened
 from ocnopt.solvers.augmented import first_augmented
-from ocnopt.solvers.endings import Stopwatch, sentence
+from ocnopt.solvers.endings import History, Stopwatch, Tables, sentence
 from ocnopt.solvers.kernels import Kernel, Numbers
 from ocnopt.solvers.lowered.limits import fits
 from ocnopt.solvers.remains import explained
@@ -59,37 +59,6 @@ from ocnopt.solvers.starts import PreparedStarts, fit_together, repeated, stacke
 from ocnopt.staged import Series, StagedOCP
 
 
-class History:
-    """Cost, step and regularisation of every problem after each of its sweeps."""
-
-    def __init__(self, progress: bool) -> None:
-        self._rows: list[tuple[Numbers, ...]] = []
-        self._print = progress
-
-    def add(self, progress: Progress, cost: Numbers, step: Numbers, moving: Numbers) -> None:
-        """Note one sweep of the problems that are moving."""
-        told = progress.sweeps, progress.row, cost, step, progress.mu
-        self._rows.append(told if np.ndim(moving) == 0 or moving.all() else tuple(v[moving] for v in told))
-        if self._print:
-            sweep, mu = np.max(progress.sweeps), np.max(progress.mu)
-            print(f"{sweep:4.0f}  cost {np.mean(cost):.10g}  step {np.mean(step):.3g}  mu {mu:.1e}")  # noqa: T201
-
-    def tables(self, like: Tensor) -> dict[str, Tensor]:
-        """Each ``(sweeps + 1, *batch)``, the start first; what has ended stays as it was, without a step."""
-        sweep, row, *values = (
-            np.hstack([np.ravel(part) for part in column]) for column in zip(*self._rows, strict=True)
-        )
-        table = np.zeros((3, int(sweep.max()) + 1, like.numel()))
-        table[:, sweep, row] = values
-        last = np.zeros(like.numel(), dtype=int)
-        np.maximum.at(last, row, sweep)
-        number = np.arange(table.shape[1])[:, None]
-        table = np.take_along_axis(table, np.minimum(number, last)[None], 1)
-        table[1][number > last] = 0.0
-        names = ("cost", "step", "regularisation")
-        return {n: torch.from_numpy(v).to(like).reshape(-1, *like.shape) for n, v in zip(names, table, strict=True)}
-
-
 class Start:
     """Problems that wait for their turn: the guess, one row for each."""
 
@@ -102,7 +71,7 @@ class Start:
             first, controls = first.flatten(0, -2), controls.flatten(1, -2)
             states = None if states is None else states.flatten(1, -2)
         self.first, self.controls, self.states = first, controls, states
-        self.times = wide.times(first)
+        self.wide = wide
         self.count, self.q = first[..., 0].numel(), wide.q
 
     @property
@@ -123,16 +92,24 @@ class Start:
             path = roll_controls(self.kernel, first, controls, self.q, own)
         else:
             path = self.kernel.evaluate(states, controls, own)
-        finite = torch.isfinite(path.cost) & torch.isfinite(path.states).all(-1).all(0)
-        if path.gaps is not None:
-            finite = finite & torch.isfinite(path.gaps).all(-1).all(0)
-        if not path.cost.ndim and not bool(finite):
-            finite_path(list(path.states if path.gaps is None else path.gaps), path.cost, self.times)
+        finite = is_finite(path)
+        if not path.cost.ndim and not finite:
+            steps = list(path.states if path.gaps is None else path.gaps)
+            finite_path(steps, path.cost, self.wide.times(first))
         start = begin(path)
-        zero, outcome = np.zeros_like(start.cost)[()], where(numbers(finite), Outcome.RUNNING, Outcome.NOT_FINITE)
+        zero, outcome = np.zeros_like(start.cost)[()], where(finite, Outcome.RUNNING, Outcome.NOT_FINITE)
         count = zero.astype(int)
         mu, row = zero + zero.dtype.type(regularisation), rows.reshape(count.shape)[()]
         return start, Progress(row, mu, zero, count, count, count, count + outcome)
+
+
+def is_finite(path: Path) -> Numbers:
+    """Whether cost, states and gaps of each problem are finite."""
+    series = [path.states] if path.gaps is None else [path.states, path.gaps]
+    if not path.cost.ndim:
+        return np.bool_(all(np.isfinite(numbers(part)).all() for part in (path.cost, *series)))
+    found = [torch.isfinite(part).all(-1).all(0) for part in series]
+    return numbers(torch.isfinite(path.cost) & torch.stack(found).all(0))
 
 
 def opened(iterate: Iterate) -> Iterate:
@@ -359,23 +336,22 @@ def _result(
         together: Any = [unflattened(pick_rows(joined(*column), order), shape) for column in columns]
         iterate, progress, aim = together
     path, direction = iterate.path, aim.direction
-    outcome, iterations, gap = (
-        torch.as_tensor(v, device=path.cost.device) for v in (progress.outcome, progress.iterations, iterate.gap_size)
-    )
+    told = (progress.outcome, Outcome.solved(progress.outcome), progress.iterations, iterate.gap_size)
+    outcome, converged, iterations, gap = (torch.as_tensor(v, device=path.cost.device) for v in told)
     states, p = wide.split(path.states)
     result = Result(
         states=states,
         controls=wide.cut(path.controls, wide.control_sizes),
         parameters=p,
         cost=path.cost,
-        converged=Outcome.solved(outcome),
+        converged=converged,
         saddle=outcome == Outcome.SADDLE,
         iterations=iterations,
         status=_status(progress, iterate, kernel.name),
         constraint_violation=gap,
         build_time=0.0,
         wall_time=wall_time,
-        history=history.tables(path.cost),
+        history=Tables(history, path.cost),
         costates=wide.split(direction.costates)[0],
         gains=(wide.cut(direction.k, wide.control_sizes), _cut_gains(wide, direction.K)),
     )

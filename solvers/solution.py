@@ -32,14 +32,14 @@ class Gains(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Guess:
-    """Where a solver starts: controls u_k ``(*batch, m)``, p ``(*batch, q)`` with T where it is free.
+    """Where a solver starts: controls ``(N, *batch, m)``, p ``(*batch, q)`` with T where it is free.
 
-    States x_0..x_N ``(*batch, n)``, where given, need not satisfy the dynamics.
+    States ``(N + 1, *batch, n)``, where given, need not satisfy the dynamics. Where sizes vary, both are lists.
     """
 
-    controls: list[Tensor]
+    controls: Series
     parameters: Tensor
-    states: list[Tensor] | None = None
+    states: Series | None = None
 
 
 class Result(NamedTuple):

@@ -323,7 +323,9 @@ class LoweredKernel:
         fine = torch.from_numpy(((solvable[:, 0] > 0) & np.isfinite(J[:, 0])).reshape(lead))
         if q == 0:
             linear = J[:, 0].copy()
-            return path.states[0][..., :0], _tensor(linear, lead), _tensor(0.5 * V[:, 0] - linear, lead), fine
+            quadratic = 0.5 * V[:, 0] - linear
+            dp = path.states.new_empty((*lead, 0))
+            return dp, torch.from_numpy(linear.reshape(lead)), torch.from_numpy(quadratic.reshape(lead)), fine
         p, i = path.states[0][..., self.n - q :], np.arange(self.n + 1)
         low, high = np.minimum(i, i[:, None]), np.maximum(i, i[:, None])
         whole = _tensor(V[:, high * (high + 1) // 2 + low], (*lead, self.n + 1, self.n + 1))

@@ -27,19 +27,19 @@ Function = Callable[..., Any]
 
 
 class LoweredStep(NamedTuple):
-    """The step (k, x, u, p, d) -> (x_next, cost) and the end (x, p, d) -> Phi, with what they came from."""
+    """The step (k, x, u, p, d) -> (x_next, cost) and the end (x, p, d) -> Phi; ``seen`` calls all that they call."""
 
     step: casadi.Function
     end: casadi.Function
-    lowerings: tuple[Lowering, Lowering]
+    seen: tuple[Lowering, ...]
 
     def require_same(self, problem: StagedOCP) -> None:
-        """Compare both with what they were.
+        """Compare what they call with what it was.
 
         Raises:
             ProblemError: something that the functions capture has changed, and is not among the data.
         """
-        for lowering in self.lowerings:
+        for lowering in self.seen:
             lowering.require_same(_first_given(problem))
 
 
@@ -87,6 +87,11 @@ def lower_step(problem: StagedOCP, u: Tensor, p: Tensor) -> LoweredStep:
         with substituted(data, own):
             return problem.terminal(x, p, row)
 
+    def parts(k: Tensor, x: Tensor, u: Tensor, p: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+        with substituted(data, given[tabled:]):
+            once = stage.parts(k, x, u, p, *given[:tabled])  # type: ignore[misc]
+        return *once, end(x, p, *given)
+
     first = problem.for_rows(0) if problem.batch_shape else problem
     numbers, bounds = torch.linspace(0, problem.steps - 1, 4).round().tolist(), first.step_bounds
     points = [
@@ -101,7 +106,12 @@ def lower_step(problem: StagedOCP, u: Tensor, p: Tensor) -> LoweredStep:
     functions = (_small(lowerings[0], "step"), _small(lowerings[1], "terminal cost"))
     _check_slopes(functions[0], step, points[1:], "step")
     _check_slopes(functions[1], lambda *xp: (end(*xp),), ends[1:], "terminal cost")
-    return LoweredStep(_joined(functions[0], 4), _joined(functions[1], 2), lowerings)
+    # a Runge-Kutta step calls everything at each of its stages; what has changed shows at one
+    seen: tuple[Lowering, ...] = lowerings
+    if stage.parts is not None:
+        seen = (lower(parts, points, "a function of the problem", elsewhere=_ELSEWHERE),)
+        seen[0].function()
+    return LoweredStep(_joined(functions[0], 4), _joined(functions[1], 2), seen)
 
 
 def control_limits(problem: StagedOCP) -> tuple[Limits | None, Tensor]:

@@ -10,6 +10,7 @@ import torch
 from ocnopt.errors import ConvergenceError, ProblemError
 from ocnopt.ocp import OCP, FreeHorizon
 from ocnopt.solvers.ddp import DDP
+from ocnopt.solvers.endings import History, Tables
 from ocnopt.solvers.lowered import problem as problem_module
 from ocnopt.solvers.lowering.lowering import lower
 from ocnopt.solvers.solve import prepare, solve
@@ -25,6 +26,7 @@ SOLVERS = [
     ("casadi", {"method": "collocation"}),
 ]
 STEPS = 12
+FUNCTIONS = ("dynamics", "running_cost", "terminal_cost", "path_constraint", "terminal_constraint")
 
 
 def pendulum(target, mass, batch=(), **changes):
@@ -153,6 +155,64 @@ def test_a_capture_that_changes_and_is_not_named_is_noticed(solver, options):
     mass.fill_(2.0)
     with pytest.raises(ProblemError, match=r"no longer what it was .* name that tensor in data="):
         prepared.solve()
+
+
+def test_a_change_is_noticed_wherever_in_a_captured_tensor_it_is():
+    table = torch.linspace(1.0, 2.0, STEPS, dtype=F64)
+    stage = Stage(lambda k, x, u: x + u, lambda k, x, u: table[k] * (u**2).sum(-1), control_dim=1)
+    problem = StagedOCP(stage, lambda x: (x**2).sum(-1), initial_state=[1.0], steps=STEPS)
+    prepared = prepare(problem, kernel="lowered")
+    prepared.solve()
+    table[-1] = 7.0
+    with pytest.raises(ProblemError, match=r"a tensor \(12,\) that its functions capture has changed"):
+        prepared.solve()
+    table[-1] = 2.0 + 1e-15
+    prepared.solve()
+
+
+@pytest.mark.parametrize(
+    "name", ["dynamics", "running_cost", "terminal_cost", "path_constraint", "terminal_constraint"]
+)
+def test_a_number_that_changes_is_noticed_and_each_function_asked_once(name):
+    numbers, calls = dict.fromkeys(FUNCTIONS, 1.0), dict.fromkeys(FUNCTIONS, 0)
+
+    def counted(name, value):
+        calls[name] += 1
+        return numbers[name] * value
+
+    problem = OCP(
+        lambda t, x, u: counted("dynamics", u - 0.1 * x),
+        lambda t, x, u: counted("running_cost", (u**2).sum(-1)),
+        lambda t, x: counted("terminal_cost", (x**2).sum(-1)),
+        path_constraint=lambda t, x, u: counted("path_constraint", u - 3),
+        terminal_constraint=lambda t, x: counted("terminal_constraint", x),
+        initial_state=[1.0],
+        control_dim=1,
+        horizon=1.0,
+    )
+    if "constraint" not in name:
+        problem = dataclasses.replace(problem, path_constraint=None, terminal_constraint=None)
+    prepared = prepare(problem, steps=STEPS, kernel="lowered")
+    state = prepared.problem.initial_state + 0.1
+    guess = prepared.solve(state)
+    calls.update(dict.fromkeys(FUNCTIONS, 0))
+    prepared.solve(state, initial_guess=guess)
+    if "constraint" not in name:
+        assert calls["dynamics"] == calls["running_cost"] == calls["terminal_cost"] == 1
+    numbers[name] = 1.5
+    with pytest.raises(ProblemError, match="tensor or number that its functions capture has changed"):
+        prepared.solve(state)
+
+
+def test_a_history_is_made_when_it_is_looked_at(monkeypatch):
+    made = []
+    monkeypatch.setattr(History, "tables", lambda _, like: made.append(like) or {"cost": like})
+    history = Tables(History(progress=False), torch.ones(2))
+    assert not made
+    assert list(history) == ["cost"]
+    assert len(history) == 1
+    assert history["cost"] is made[0]
+    assert len(made) == 1
 
 
 def test_the_torch_kernel_sees_every_change():
