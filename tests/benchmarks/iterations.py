@@ -112,7 +112,9 @@ def average(name: str, steps: int, noise: float, around: bool, starts: int = 10)
     """Solve from each start alone; ``same`` counts those that led exact DDP and IPOPT to the same cost."""
     batch, controls = random_starts.random_batch(name, steps, noise, starts)
     record = oc.problems.control(name)
-    problem = record.build(initial_state=batch.initial_state[0], **({"steps": steps} if "car" in name else {}))
+    problem = record.build(
+        initial_state=batch.initial_state[0], **({"steps": steps} if name == "car_parking_tassa" else {})
+    )
     if around:
         controls = controls + record.initial_guess(steps)["controls"]
     counts, same = [], 0
