@@ -20,7 +20,7 @@ from ocnopt.linearise import expand_path, expand_terminal
 from ocnopt.paths import FeedbackLaw, Path, Widened, evaluate, rows_stand_alone, walk
 from ocnopt.solvers.kernels import Kernel, Merit, Numbers
 
-_MU_MIN, _MU_MAX = 1e-6, 1e12
+_MU_FIRST, _MU_MIN, _MU_MAX = 1e-4, 1e-6, 1e12  # the first after zero, the smallest but zero, the largest
 # mu grows by _UP when nothing was accepted, falls by _DOWN after a step >= _LONG, rises by _DOWN after one < _SHORT:
 # a fifth to a quarter fewer sweeps than the schedule of Tassa et al. 2012 on pendulum and cartpole swing-ups.
 _UP, _DOWN, _LONG, _SHORT = 10.0, 3.0, 0.5, 0.1
@@ -29,8 +29,8 @@ _IDLE = 5
 _MILD = 1e-2  # damping up to this hides no gain that is worth a step
 # All step sizes are tried in one rollout where a batch is so small that only calls cost time.
 _SMALL = 64
-# Step sizes: from the full one down.
-_ALPHAS = tuple(0.5**i for i in range(14))
+_SHARE = 0.25  # of the first-order gain, which a step must reach; a full Newton step gains half
+_ALPHAS = tuple(0.5**i for i in range(14))  # step sizes, from the full one down
 _BOTTOM = -1e20  # a cost below has no lower bound
 
 Curvature = Literal["exact", "gauss_newton", "auto"]
@@ -321,14 +321,14 @@ def weigh(iterate: Iterate, aim: Aim) -> tuple[Numbers, Merit]:
     infeasible, weight, slack = iterate.gap_sum, iterate.weight, rounding(iterate.cost)
     if iterate.path.gaps is None:
         slope = -aim.linear
-        return weight, Merit(infeasible, slope, 1e-4 * slope, slack)
+        return weight, Merit(infeasible, slope, _SHARE * slope, slack)
     # twice the smallest weight for which the step descends on cost + weight * |gaps| (Nocedal and Wright, 18.36)
     with np.errstate(all="ignore"):
         needed = 2 * (aim.linear + np.maximum(aim.quadratic, 0)) / infeasible
     weight = where(infeasible > 0, np.maximum(weight, needed), weight)
     penalty = weight * infeasible
     slope = penalty - aim.linear
-    return weight, Merit(penalty, slope, 1e-4 * slope, slack)
+    return weight, Merit(penalty, slope, _SHARE * slope, slack)
 
 
 def search_some(
@@ -387,7 +387,7 @@ def record(progress: Progress, before: Numbers, iterate: Iterate, aim: Aim, step
     now, cost, moved, running = progress, iterate.cost, step > 0, progress.running
     mu, restart = now.mu, now.restart
     if anywhere((mu > 0) | (running & ~moved)):
-        up = np.maximum(_UP * mu, np.maximum(restart, _MU_MIN))
+        up = np.maximum(_UP * mu, np.maximum(restart, _MU_FIRST))
         down = where(step >= _LONG, mu / _DOWN, where(step >= _SHORT, mu, _DOWN * mu))
         down = where(down < _MU_MIN, np.zeros_like(mu), down)
         restart = where(moved & (mu > 0), mu / _DOWN, restart)
