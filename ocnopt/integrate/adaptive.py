@@ -16,7 +16,7 @@ from torch import Tensor
 from ocnopt.checks import times_in_order
 from ocnopt.errors import ConvergenceError, NonFiniteError, ProblemError
 from ocnopt.integrate.runge_kutta import Field, Stages, Take, step, weighted_sum
-from ocnopt.integrate.tableaus import DOPRI5, Tableau
+from ocnopt.integrate.tableaus import DOPRI5, TABLEAUS, Tableau
 from ocnopt.integrate.walk import OnStep, Step, Walk
 
 Norm = Callable[[Tensor], Tensor]
@@ -72,7 +72,8 @@ def integrate(
     times_in_order(times)
     if tableau.b_error is None:
         raise ProblemError(
-            f"method {tableau.name!r} has no error estimate; expected dopri5 or bosh3, or a fixed grid: give steps="
+            f"method {tableau.name!r} has no error estimate; expected one of "
+            f"{', '.join(name for name, known in TABLEAUS.items() if known.b_error)}, or a fixed grid: give steps="
         )
     if not (rtol >= 0 and atol >= 0 and 0 < rtol + atol < math.inf):
         raise ProblemError(f"rtol={rtol}, atol={atol}; expected two finite tolerances >= 0, not both zero")

@@ -43,8 +43,9 @@ class NeuralODE(nn.Module):
         field: any module ``field(t, x) -> dx/dt`` with t a 0-d tensor; x a tensor of any shape or a tuple of tensors.
         horizon: the end time T (from 0), ``Horizon(t0, t1)``, also backwards, or ``FreeHorizon``: then T is the buffer
             ``T``, saved with the module and moved by a horizon policy.
-        method: ``"dopri5"``, ``"bosh3"``, ``"rk4"``, ``"kutta3"``, ``"heun"``, ``"midpoint"``, ``"euler"``, or any
-            method of torchdiffeq by its name.
+        method: with error control ``"dopri5"``, ``"tsit5"``, ``"dopri8"`` (tight tolerances), ``"bosh3"``,
+            ``"adaptive_heun"`` (loose ones); on a grid ``"rk4"``, ``"kutta3"``, ``"heun"``, ``"midpoint"``,
+            ``"euler"``; or any other method of torchdiffeq by its name.
         rtol: relative tolerance of an adaptive method.
         atol: absolute tolerance.
         steps: cut the horizon into this many equal steps instead; 20 for a method without an error estimate.

@@ -1,5 +1,8 @@
 """One step: the order conditions of Butcher's trees, scipy's coefficients, and what a step evaluates."""
 
+from functools import cache
+from itertools import product
+
 import numpy as np
 import pytest
 import scipy.integrate
@@ -12,24 +15,28 @@ from ocnopt.integrate.tableaus import TABLEAUS
 from tests.oracles.compare import assert_close
 
 METHODS = sorted(TABLEAUS)
-# rooted trees as nested tuples (children of the root), by number of nodes
-TREES = {
-    1: [()],
-    2: [((),)],
-    3: [((), ()), (((),),)],
-    4: [((), (), ()), ((), ((),)), (((), ()),), ((((),),),)],
-    5: [
-        ((), (), (), ()),
-        ((), (), ((),)),
-        (((),), ((),)),
-        ((), ((), ())),
-        ((), (((),),)),
-        (((), (), ()),),
-        (((), ((),)),),
-        ((((), ()),),),
-        (((((),),),),),
-    ],
-}
+PAIRS = sorted(name for name, tableau in TABLEAUS.items() if tableau.b_error is not None)
+
+
+@cache
+def trees(n):
+    """The rooted trees with n nodes, as nested tuples: children of the root, none before one that is smaller."""
+    found = {1: [()]}.get(n, [])
+    for sizes in partitions(n - 1):
+        for children in product(*(list(enumerate(trees(size))) for size in sizes)):
+            pairs = list(zip(sizes, (i for i, _ in children), strict=True))
+            if n > 1 and pairs == sorted(pairs, reverse=True):
+                found.append(tuple(child for _, child in children))
+    return found
+
+
+def partitions(n, largest=None):
+    """Ways to write n as a sum, largest term first."""
+    if n == 0:
+        yield ()
+    for first in range(min(n, largest or n), 0, -1):
+        for rest in partitions(n - first, first):
+            yield (first, *rest)
 
 
 def matrix(tableau):
@@ -53,25 +60,32 @@ def weights(tree, A):
     return value
 
 
+def misses(b, A, order):
+    """By how much weights b miss the order conditions of all trees with as many nodes."""
+    return [abs(b @ weights(tree, A) - 1 / density(tree)) for tree in trees(order)]
+
+
+def test_all_trees_are_there():
+    assert [len(trees(n)) for n in range(1, 10)] == [1, 1, 2, 4, 9, 20, 48, 115, 286]
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_order_conditions(name):
     tableau = TABLEAUS[name]
     A, b = matrix(tableau), np.array(tableau.b)
     for order in range(1, tableau.order + 1):
-        for tree in TREES[order]:
-            assert b @ weights(tree, A) == pytest.approx(1 / density(tree), abs=1e-15)
-    missed = [tree for tree in TREES.get(tableau.order + 1, []) if abs(b @ weights(tree, A) - 1 / density(tree)) > 1e-6]
-    assert missed or tableau.order == 5
+        # coefficients of tsit5 and dopri8 are as large as 17
+        assert max(misses(b, A, order)) < 5e-15
+    assert max(misses(b, A, tableau.order + 1)) > 1e-6
 
 
-@pytest.mark.parametrize("name", ["bosh3", "dopri5"])
+@pytest.mark.parametrize("name", PAIRS)
 def test_the_embedded_method_has_one_order_less(name):
     tableau = TABLEAUS[name]
     A, b_hat = matrix(tableau), np.array(tableau.b) - np.array(tableau.b_error)
     for order in range(1, tableau.order):
-        for tree in TREES[order]:
-            assert b_hat @ weights(tree, A) == pytest.approx(1 / density(tree), abs=1e-15)
-    assert any(abs(b_hat @ weights(tree, A) - 1 / density(tree)) > 1e-6 for tree in TREES[tableau.order])
+        assert max(misses(b_hat, A, order)) < 5e-15
+    assert max(misses(b_hat, A, tableau.order)) > 1e-6
 
 
 def test_coefficients_are_those_of_scipy():
@@ -80,6 +94,19 @@ def test_coefficients_are_those_of_scipy():
         assert_close(matrix(tableau)[:rows, :columns], method.A, rtol=1e-15)
         assert_close(tableau.b[: method.n_stages], method.B, rtol=1e-15)
         assert_close(np.abs(tableau.b_error), np.abs(method.E), rtol=1e-13)
+
+
+def test_coefficients_are_those_of_torchdiffeq():
+    pytest.importorskip("torchdiffeq")
+    from torchdiffeq._impl.adaptive_heun import AdaptiveHeunSolver
+    from torchdiffeq._impl.dopri8 import Dopri8Solver
+
+    for name, method in (("dopri8", Dopri8Solver), ("adaptive_heun", AdaptiveHeunSolver)):
+        tableau, theirs = TABLEAUS[name], method.tableau
+        for row, expected in zip(tableau.a[1:], theirs.beta, strict=False):
+            assert_close(row, expected[: len(row)], rtol=1e-15)
+        for ours, expected in ((tableau.b, theirs.c_sol), (np.abs(tableau.b_error), theirs.c_error.abs())):
+            assert_close(ours, expected[: len(ours)], rtol=1e-14)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -106,12 +133,14 @@ def test_the_quadrature_of_dopri5_integrates_cubics():
 @pytest.mark.parametrize("name", METHODS)
 def test_the_error_on_exponential_growth_falls_with_the_order(name):
     tableau, errors = TABLEAUS[name], []
-    for n in (16, 32):
+    # where the error is not yet, and no longer, that of the leading term
+    coarse = {"dopri8": 2, "tsit5": 32}.get(name, 16)
+    for n in (coarse, 2 * coarse):
         x = torch.ones(1, dtype=torch.float64)
         for k in range(n):
             x, _ = step(tableau, lambda t, x: x, k / n, 1 / n, x)
         errors.append(abs(float(x) - np.e))
-    assert np.log2(errors[0] / errors[1]) == pytest.approx(tableau.order, abs=0.15)
+    assert np.log2(errors[0] / errors[1]) == pytest.approx(tableau.order, abs=0.5 if name == "dopri8" else 0.15)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -133,7 +162,7 @@ def test_the_known_first_slope_is_not_evaluated_again(name):
     assert_close(torch.stack(again.slopes), torch.stack(seen.slopes), rtol=0.0)
 
 
-@pytest.mark.parametrize("name", ["bosh3", "dopri5"])
+@pytest.mark.parametrize("name", ["bosh3", "dopri5", "tsit5"])
 def test_the_last_slope_is_the_first_of_the_next_step(name):
     tableau = TABLEAUS[name]
     x, seen = step(tableau, lambda t, x: torch.sin(x) * t, 0.5, 0.1, torch.rand(3, dtype=torch.float64))

@@ -1,6 +1,7 @@
 """Walks on a grid and with error control, against closed forms and torchdiffeq."""
 
 import math
+from functools import cache
 from itertools import pairwise
 
 import pytest
@@ -10,8 +11,10 @@ from hypothesis import strategies as st
 
 from ocnopt.errors import ConvergenceError, NonFiniteError, ProblemError
 from ocnopt.integrate import adaptive, fixed
-from ocnopt.integrate.tableaus import BOSH3, DOPRI5, RK4, TABLEAUS
+from ocnopt.integrate.tableaus import DOPRI5, RK4, TABLEAUS
 from ocnopt.integrate.walk import StageLog
+
+PAIRS = [tableau for tableau in TABLEAUS.values() if tableau.b_error is not None]
 
 
 def pendulum(t, x):
@@ -22,15 +25,20 @@ def start(*shape):
     return torch.linspace(-1.0, 1.0, math.prod(shape), dtype=torch.float64).reshape(shape)
 
 
-@pytest.mark.parametrize("tableau", [DOPRI5, BOSH3])
+@cache
+def exact(times):
+    from torchdiffeq import odeint
+
+    return odeint(pendulum, start(3, 2), torch.tensor(times, dtype=torch.float64), rtol=1e-12, atol=1e-12)[1:]
+
+
+@pytest.mark.parametrize("tableau", PAIRS, ids=lambda tableau: tableau.name)
 @pytest.mark.parametrize("times", [(0.0, 2.0), (0.0, 0.3, 2.0), (2.0, 0.0), (2.0, 1.0, -1.0)])
 def test_adaptive_agrees_with_a_tight_torchdiffeq_solve(tableau, times):
-    torchdiffeq = pytest.importorskip("torchdiffeq")
-    x = start(3, 2)
-    grid = torch.tensor(times, dtype=torch.float64)
-    exact = torchdiffeq.odeint(pendulum, x, grid, rtol=1e-12, atol=1e-12)[1:]
-    walk = adaptive.integrate(pendulum, x, times, tableau=tableau, rtol=1e-7, atol=1e-7)
-    torch.testing.assert_close(torch.stack(walk.states), exact, rtol=0, atol=2e-6)
+    pytest.importorskip("torchdiffeq")
+    tolerance = 1e-7 if tableau.order > 2 else 1e-5
+    walk = adaptive.integrate(pendulum, start(3, 2), times, tableau=tableau, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(torch.stack(walk.states), exact(times), rtol=0, atol=20 * tolerance)
     assert walk.state is walk.states[-1]
 
 
@@ -184,7 +192,7 @@ def test_tolerances_must_make_sense():
 
 
 def test_step_control_needs_an_error_estimate():
-    with pytest.raises(ProblemError, match="'rk4' has no error estimate; expected dopri5 or bosh3"):
+    with pytest.raises(ProblemError, match="'rk4' has no error estimate; expected one of .*tsit5, dopri8, or"):
         adaptive.integrate(pendulum, start(2), (0.0, 1.0), tableau=RK4)
 
 
@@ -221,7 +229,7 @@ def test_the_cap_on_evaluations_names_time_and_causes():
         adaptive.integrate(lambda t, x: 1e3 * torch.sin(x), start(9), (0.0, 1.0), max_evaluations=50)
 
 
-@pytest.mark.parametrize("tableau", [DOPRI5, BOSH3, RK4])
+@pytest.mark.parametrize("tableau", [*PAIRS, RK4], ids=lambda tableau: tableau.name)
 def test_a_stage_log_keeps_what_belongs_to_accepted_steps(tableau):
     """Note the number of each evaluation; the times of the stages say which ones a step used."""
     log, seen, steps = StageLog(tableau), [], []
@@ -238,7 +246,7 @@ def test_a_stage_log_keeps_what_belongs_to_accepted_steps(tableau):
     if tableau is RK4:
         walk = fixed.integrate(field, start(4), (0.0, 1.0), step_size=0.2, on_step=accept)
     else:
-        walk = adaptive.integrate(field, start(4), (0.0, 1.0), tableau=tableau, rtol=1e-5, atol=1e-5, on_step=accept)
+        walk = adaptive.integrate(field, start(4), (0.0, 1.0), tableau=tableau, rtol=1e-4, atol=1e-4, on_step=accept)
         assert walk.rejected > 0
     for step, notes in steps:
         assert len(notes) == len(tableau.c)

@@ -226,8 +226,10 @@ def test_a_field_without_time_is_told_how_to_get_one():
 
 def test_what_torchdiffeq_would_ignore_is_refused():
     pytest.importorskip("torchdiffeq")
-    with pytest.raises(ProblemError, match="steps=7 met method='dopri8' of torchdiffeq, which chooses its own steps"):
-        NeuralODE(Tanh(), method="dopri8", steps=7)
+    with pytest.raises(
+        ProblemError, match="steps=7 met method='fehlberg2' of torchdiffeq, which chooses its own steps"
+    ):
+        NeuralODE(Tanh(), method="fehlberg2", steps=7)
     for adjoint in ("discrete", "backprop"):
         with pytest.raises(ProblemError, match='gradients would be cut off; expected adjoint="continuous"'):
             NeuralODE(Tanh(), method="scipy_solver", adjoint=adjoint)
@@ -236,7 +238,7 @@ def test_what_torchdiffeq_would_ignore_is_refused():
 @pytest.mark.parametrize("adjoint", ["discrete", "continuous"])
 def test_the_cap_on_evaluations_holds_for_torchdiffeq(adjoint):
     pytest.importorskip("torchdiffeq")
-    ode = NeuralODE(Tanh(), method="dopri8", max_evaluations=20, rtol=1e-9, atol=1e-9, adjoint=adjoint)
+    ode = NeuralODE(Tanh(), method="fehlberg2", max_evaluations=20, rtol=1e-9, atol=1e-9, adjoint=adjoint)
     with pytest.raises(ConvergenceError, match="more than its 20 evaluations of the field and stands at t = "):
         ode(start(4, 3))
     assert ode.statistics.forward == 20
@@ -323,8 +325,8 @@ def test_what_cannot_be_observed_says_so():
     with pytest.raises(ProblemError, match="adjoint='backprop' cannot be observed; expected one of .*discrete"):
         NeuralODE(Tanh(), adjoint="backprop").observe(watcher)
     pytest.importorskip("torchdiffeq")
-    with pytest.raises(ProblemError, match="method='dopri8', .* cannot be observed"):
-        NeuralODE(Tanh(), method="dopri8").observe(watcher)
+    with pytest.raises(ProblemError, match="method='fehlberg2', .* cannot be observed"):
+        NeuralODE(Tanh(), method="fehlberg2").observe(watcher)
 
 
 def test_backprop_has_no_gradient_for_times_and_says_so():
