@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ocnopt.integrate.runge_kutta import Field, Stages, Time, step
+from ocnopt.integrate.runge_kutta import Field, Stages, Time, interpolate, step
 from ocnopt.integrate.tableaus import Tableau
 from ocnopt.integrate.walk import StageLog, Step
 
@@ -113,12 +113,13 @@ class Costate(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """An accepted step, without its tensors; ``output`` is i where it ends at ``times[i]``."""
+    """An accepted step, without its tensors; ``output`` is i where it ends at ``times[i]``, others may be inside."""
 
     time: float
     size: float
     notes: Sequence[Any]
     output: int | None
+    inside: range = range(0)
 
 
 class Replay(NamedTuple):
@@ -183,10 +184,10 @@ class Trajectory:
         if self._graphs:
             self._filled += self._step
             self.end = taken.state
-            self.outputs += taken.output is not None
+            self.outputs += len(taken.inside) + (taken.output is not None)
             return
         place, start = len(self.steps), taken.stages.points[0]
-        self.steps.append(Taken(taken.time, taken.size, notes, taken.output))
+        self.steps.append(Taken(taken.time, taken.size, notes, taken.output, taken.inside))
         if place % self._stride == 0:
             self._states[place] = start.detach()
         while len(self._states) * start.nbytes > self._budget - self._filled and 2 * self._stride**2 <= place:
@@ -246,7 +247,10 @@ def shortened(tableau: Tableau) -> Tableau:
 
 
 def pull(
-    advance: Callable[[Tensor], Tensor], start: Tensor, inputs: Sequence[Tensor], costate: Tensor
+    advance: Callable[[Tensor], Tensor | list[Tensor]],
+    start: Tensor,
+    inputs: Sequence[Tensor],
+    costate: Tensor | list[Tensor],
 ) -> tuple[Tensor, Sequence[Tensor | None]]:
     """Take a step again from ``start``: the costate there, and what reaches the inputs."""
     with torch.enable_grad():
@@ -280,6 +284,7 @@ class DiscreteStep:
         jumps: dL/dx at outputs, by their index in ``times``.
         observer: watches every evaluation.
         times: start and outputs, where dL/dtimes is wanted.
+        outputs: start and outputs of a dense walk, whose steps stretch with the last of them alone.
     """
 
     def __init__(
@@ -289,46 +294,66 @@ class DiscreteStep:
         jumps: Mapping[int, Tensor],
         observer: Observer | None = None,
         times: Sequence[float] | None = None,
+        outputs: Sequence[float] = (),
     ) -> None:
-        self._tableau, self._field, self._jumps = shortened(tableau), field, jumps
-        self._observer, self._times = observer, times
+        self._tableau, self._field, self._jumps = tableau, field, jumps
+        self._observer, self._times, self._outputs = observer, times, outputs
 
     def __call__(self, replay: Replay, value: Costate) -> tuple[Costate, None]:
         """Carry the costate from the end of a step to its start."""
         taken, start = replay.step, replay.start.detach().requires_grad_()
         costate, interval = value.x, taken.output or value.interval
-        moves: Sequence[Tensor] = ()
         if taken.output is not None and taken.output in self._jumps:
             costate = costate + self._jumps[taken.output]
-        field = self._field.noted(taken.notes, self._stages(taken))
+        inside = [i for i in taken.inside if i in self._jumps]
+        # Interpolation needs the slope at the end, nothing else does.
+        tableau = self._tableau if inside else shortened(self._tableau)
+        field, moves = self._field.noted(taken.notes, self._stages(taken, tableau)), []
         if self._times is not None:
-            moves = [torch.tensor(v, dtype=torch.float64, device=start.device, requires_grad=True) for v in (1.0, 0.0)]
-            field = _moved(field, taken.time, *moves)
+            moves = [_leaf((1.0,), start), _leaf((0.0,), start), _leaf([self._outputs[i] for i in inside], start)]
+            field = _moved(field, taken.time, *moves[:2])
         inputs = (*self._field.parameters, *moves)
 
-        def advance(start: Tensor) -> Tensor:
-            end, _ = step(self._tableau, field, taken.time, taken.size, start)
+        def advance(start: Tensor) -> list[Tensor]:
+            end, seen = step(tableau, field, taken.time, taken.size, start)
             if replay.expected is not None:
                 self._field.require_same(end, replay.expected, (start, *inputs))
-            return end
+            if not inside:
+                return [end]
+            stretch, shift, at = moves or (1.0, 0.0, _leaf([self._outputs[i] for i in inside], start))
+            theta = (at - taken.time - shift) / (taken.size * stretch)
+            return [end, interpolate(tableau, taken.size, start, seen.slopes, theta)]
 
-        x, found = pull(advance, start, inputs, costate)
+        costates = [costate, *([torch.stack([self._jumps[i] for i in inside])] if inside else [])]
+        x, found = pull(advance, start, inputs, costates)
         count = len(self._field.parameters)
         accumulate(value.parameters, found[:count])
         if self._times is not None:
-            # An interval stretches its steps and moves their starts in proportion.
-            stretch, shift = (0.0 if v is None else v for v in found[count:])
-            began, length = self._times[interval - 1], self._times[interval] - self._times[interval - 1]
-            stretch = stretch / length + shift * ((taken.time - began) / length)
-            value.times[interval] += stretch
-            value.times[interval - 1] += shift - stretch
+            self._accumulate_times(value.times, taken, interval, inside, found[count:])
         return value._replace(x=x, interval=interval), None
 
-    def _stages(self, taken: Taken) -> Iterator[AbstractContextManager[Any]] | None:
+    def _accumulate_times(
+        self, total: Tensor, taken: Taken, interval: int, inside: list[int], found: Sequence[Tensor | None]
+    ) -> None:
+        """An interval stretches its steps and moves their starts in proportion; outputs inside move alone."""
+        stretch, shift = (0.0 if v is None else v[0] for v in found[:2])
+        times, before = self._times or (), 0 if self._outputs else interval - 1
+        length = times[interval] - times[before]
+        stretch = stretch / length + shift * ((taken.time - times[before]) / length)
+        total[interval] += stretch
+        total[before] += shift - stretch
+        if found[2] is not None:
+            total[inside] += found[2].to(total)
+
+    def _stages(self, taken: Taken, tableau: Tableau) -> Iterator[AbstractContextManager[Any]] | None:
         """The observer's contexts of a step's evaluations."""
         if self._observer is None:
             return None
-        return map(self._observer.stage, [abs(taken.size) * w for w in self._tableau.quadrature], repeat(1.0))
+        return map(self._observer.stage, [abs(taken.size) * w for w in tableau.quadrature], repeat(1.0))
+
+
+def _leaf(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device=like.device, requires_grad=True)
 
 
 def _moved(field: Field, start: float, stretch: Tensor, shift: Tensor) -> Field:

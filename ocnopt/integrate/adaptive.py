@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ocnopt.checks import times_in_order
 from ocnopt.errors import ConvergenceError, NonFiniteError, ProblemError
-from ocnopt.integrate.runge_kutta import Field, Stages, Take, step, weighted_sum
+from ocnopt.integrate.runge_kutta import Field, Outputs, Stages, Take, closed, step, weighted_sum
 from ocnopt.integrate.tableaus import DOPRI5, TABLEAUS, Tableau
 from ocnopt.integrate.walk import OnStep, Step, Walk
 
@@ -42,6 +42,7 @@ def integrate(
     on_step: OnStep | None = None,
     max_evaluations: int | None = None,
     take: Take = step,
+    dense: bool = False,
 ) -> Walk:
     """Integrate dx/dt = F(t, x) from ``times[0]`` through ``times[1:]`` with controlled local error.
 
@@ -59,6 +60,7 @@ def integrate(
         on_step: called with every accepted :class:`~ocnopt.integrate.walk.Step`.
         max_evaluations: cap on evaluations of the field.
         take: takes each step.
+        dense: stop at the last time alone and interpolate the times between, by the closed method.
 
     Raises:
         ProblemError: the method has no error estimate, or times or tolerances make no sense.
@@ -77,11 +79,14 @@ def integrate(
         )
     if not (rtol >= 0 and atol >= 0 and 0 < rtol + atol < math.inf):
         raise ProblemError(f"rtol={rtol}, atol={atol}; expected two finite tolerances >= 0, not both zero")
-    walker = _Walker(field, tableau, rtol, atol, norm, on_step, max_evaluations, take)
+    tableau = closed(tableau) if dense else tableau
+    outputs = Outputs(times, tableau, dense)
+    walker = _Walker(field, tableau, rtol, atol, norm, outputs, on_step, max_evaluations, take)
     walker.start(times, x, first, first_size)
-    states = [walker.advance(output, end) for output, end in enumerate(times[1:], start=1)]
+    for stop in outputs.stops:
+        walker.advance(stop)
     slope = walker.slope if tableau.first_same_as_last else None
-    return Walk(states, slope, walker.size, walker.steps, walker.rejected, walker.evaluations)
+    return Walk(outputs.states, slope, walker.size, walker.steps, walker.rejected, walker.evaluations)
 
 
 class _Walker:
@@ -94,12 +99,14 @@ class _Walker:
         rtol: float,
         atol: float,
         norm: Norm,
+        outputs: Outputs,
         on_step: OnStep | None,
         max_evaluations: int | None,
         take: Take,
     ) -> None:
         self.take = take
-        self.field, self.tableau, self.norm, self.on_step = field, tableau, norm, on_step
+        self.field, self.tableau, self.norm = field, tableau, norm
+        self.outputs, self.on_step = outputs, on_step
         self.rtol, self.atol, self.max_evaluations = rtol, atol, max_evaluations
         self.error_weights: Sequence[float] = tableau.b_error or ()
         self.steps = self.rejected = self.evaluations = 0
@@ -115,18 +122,17 @@ class _Walker:
         span = abs(times[-1] - times[0])
         self.size = self._first_size(self.slope.detach(), span) if size is None else abs(size)
 
-    def advance(self, output: int, end: float) -> Tensor:
-        """Step until ``end``; the state there."""
+    def advance(self, end: float) -> None:
+        """Step until ``end``."""
         arrived = False
         while not arrived:
             remaining = abs(end - self.t)
             arrived = remaining <= self.size * (1 + 1e-6)
             # Two equal steps instead of a full one and a sliver.
             length = remaining if arrived else min(self.size, remaining / 2)
-            arrived = self._attempt(length, end, output if arrived else None) and arrived
-        return self.x
+            arrived = self._attempt(length, end, arrived) and arrived
 
-    def _attempt(self, length: float, end: float, output: int | None) -> bool:
+    def _attempt(self, length: float, end: float, arrives: bool) -> bool:
         """Try one step; whether it was accepted."""
         h = self.direction * length
         self._charge(len(self.tableau.c) - (self.slope is not None), h)
@@ -135,14 +141,16 @@ class _Walker:
         accepted = error <= 1.0
         factor = self._factor(error)
         if accepted:
+            inside = self.outputs.inside(self.t, h, arrives)
             if self.on_step is not None:
-                self.on_step(Step(self.t, h, seen, output, x))
+                self.on_step(Step(self.t, h, seen, inside.stop if arrives else None, x, inside))
+            self.outputs.add(self.t, h, x, seen, inside, arrives)
             self.steps += 1
             self.t += h
             self.x, self.magnitude = x, magnitude
             self.slope = seen.slopes[-1] if self.tableau.first_same_as_last else None
             # A step cut short by an output says little about the length to try after it.
-            self.size = max(self.size, length * factor) if output is not None and factor >= 1 else length * factor
+            self.size = max(self.size, length * factor) if arrives and factor >= 1 else length * factor
         else:
             self.rejected += 1
             self.slope = seen.slopes[0]

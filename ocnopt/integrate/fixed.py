@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ocnopt.checks import times_in_order
 from ocnopt.errors import NonFiniteError, ProblemError
-from ocnopt.integrate.runge_kutta import Field, Take, step
+from ocnopt.integrate.runge_kutta import Field, Outputs, Take, closed, step
 from ocnopt.integrate.tableaus import RK4, Tableau
 from ocnopt.integrate.walk import OnStep, Step, Walk
 
@@ -24,6 +24,7 @@ def integrate(
     first: Tensor | None = None,
     on_step: OnStep | None = None,
     take: Take = step,
+    dense: bool = False,
 ) -> Walk:
     """Integrate dx/dt = F(t, x) from ``times[0]`` through ``times[1:]`` in equal steps no longer than ``step_size``.
 
@@ -36,6 +37,8 @@ def integrate(
         first: F at the start, where it is known already.
         on_step: called with every :class:`~ocnopt.integrate.walk.Step`.
         take: takes each step.
+        dense: cut the way from the first to the last time as one interval and interpolate the times
+            between, by the closed method.
 
     Raises:
         ProblemError: the times or the step size make no grid.
@@ -48,8 +51,10 @@ def integrate(
     times_in_order(times)
     if not (math.isfinite(step_size) and step_size > 0):
         raise ProblemError(f"step_size is {step_size}; expected a positive length of time")
-    states, slope, steps, evaluations = [], first, 0, 0
-    for output, (start, end) in enumerate(pairwise(times), start=1):
+    tableau = closed(tableau) if dense else tableau
+    outputs = Outputs(times, tableau, dense)
+    slope, steps, evaluations = first, 0, 0
+    for start, end in pairwise((times[0], *outputs.stops)):
         count = max(1, math.ceil(abs(end - start) / step_size - 1e-6))
         h = (end - start) / count
         t = start
@@ -57,13 +62,15 @@ def integrate(
             evaluations += len(tableau.c) - (slope is not None)
             x, seen = take(tableau, field, t, h, x, slope)
             slope = seen.slopes[-1] if tableau.first_same_as_last else None
+            arrived = i == count - 1
+            inside = outputs.inside(t, h, arrived)
             if on_step is not None:
-                on_step(Step(t, h, seen, output if i == count - 1 else None, x))
+                on_step(Step(t, h, seen, inside.stop if arrived else None, x, inside))
+            outputs.add(t, h, x, seen, inside, arrived)
             t += h
         _require_finite(x, start, end, h)
         steps += count
-        states.append(x)
-    return Walk(states, slope, step_size, steps, 0, evaluations)
+    return Walk(outputs.states, slope, step_size, steps, 0, evaluations)
 
 
 def _require_finite(x: Tensor, start: float, end: float, h: float) -> None:

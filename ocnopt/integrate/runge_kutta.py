@@ -7,6 +7,8 @@ here.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -72,6 +74,85 @@ def step(
     if tableau.first_same_as_last:
         return seen.points[-1], seen
     return combine(x, h, tableau.b, seen.slopes), seen
+
+
+@cache
+def closed(tableau: Tableau) -> Tableau:
+    """The method with F(t + h, x_next) as its last stage, which is the first of the next step too."""
+    if tableau.first_same_as_last:
+        return tableau
+    return replace(
+        tableau,
+        c=(*tableau.c, 1.0),
+        a=(*tableau.a, tableau.b),
+        b=(*tableau.b, 0.0),
+        quadrature=(*tableau.quadrature, 0.0),
+        b_error=tableau.b_error and (*tableau.b_error, 0.0),
+        first_same_as_last=True,
+    )
+
+
+def interpolate(tableau: Tableau, h: float, x: Tensor, slopes: Sequence[Tensor], theta: Tensor) -> Tensor:
+    """The states ``(m, *x.shape)`` at t + theta h within a step of a closed method from x.
+
+    Args:
+        tableau: closed.
+        h: size of the step.
+        x: the state at its start.
+        slopes: those of its stages.
+        theta: ``(m,)``, float64, from 0 to 1.
+    """
+    powers = theta[:, None] ** torch.arange(1, len(_polynomials(tableau)[0]) + 1, device=theta.device)
+    weights = (h * powers @ torch.tensor(_polynomials(tableau), dtype=theta.dtype, device=theta.device).T).to(x)
+    states = x
+    for weight, slope in zip(weights.unbind(1), slopes, strict=True):
+        states = torch.addcmul(states, weight.view(-1, *(1,) * x.ndim), slope)
+    return states
+
+
+@cache
+def _polynomials(tableau: Tableau) -> tuple[tuple[float, ...], ...]:
+    """The coefficients of theta, theta^2, ... in each b_i(theta)."""
+    rows, last = [], len(tableau.b) - 1
+    for i, b in enumerate(tableau.b):
+        high = () if tableau.dense is None else tableau.dense[i]
+        start, end = float(i == 0), float(i == last)
+        value = b - start - sum(high)
+        cubic = end - start - sum(k * a for k, a in enumerate(high, start=4)) - 2 * value
+        rows.append((start, value - cubic, cubic, *high))
+    return tuple(rows)
+
+
+class Outputs:
+    """The states at the output times of a walk, gathered step by step.
+
+    Args:
+        times: start and outputs.
+        tableau: the method; closed if the walk is dense.
+        dense: whether the walk stops at the last time alone; the others are interpolated.
+    """
+
+    def __init__(self, times: Sequence[float], tableau: Tableau, dense: bool) -> None:
+        self._times, self._tableau, self._dense = times, tableau, dense
+        self.stops = times[-1:] if dense else times[1:]
+        self.states: list[Tensor] = []
+
+    def inside(self, t: float, h: float, arrived: bool) -> range:
+        """The outputs before the end of a step, where the walk has perhaps ``arrived`` at a stop."""
+        first = last = len(self.states) + 1
+        while self._dense and last < len(self._times) - 1 and (arrived or (self._times[last] - t) / h < 1.0):
+            last += 1
+        return range(first, last)
+
+    def add(self, t: float, h: float, x: Tensor, seen: Stages, inside: range, arrived: bool) -> None:
+        """Take in a step that ends in x."""
+        if inside:
+            theta = torch.tensor([(self._times[i] - t) / h for i in inside], dtype=torch.float64, device=x.device)
+            # Where the slopes have a graph it goes on, whatever the mode.
+            with torch.set_grad_enabled(any(slope.requires_grad for slope in seen.slopes)):
+                self.states += interpolate(self._tableau, h, seen.points[0], seen.slopes, theta).unbind()
+        if arrived:
+            self.states.append(x)
 
 
 @runtime_checkable

@@ -1,7 +1,8 @@
 """What a walk along a path returns: accepted steps, states at the output times, counts.
 
 A walk goes from ``times[0]`` through ``times[1:]``, forwards or backwards, and stops at each of them: the last step of
-an interval is shortened to end there, nothing is interpolated. Step sizes h carry the sign of the direction.
+an interval is shortened to end there. A dense walk stops at the last time alone and interpolates the others. Step sizes
+h carry the sign of the direction.
 """
 
 from collections import deque
@@ -17,13 +18,17 @@ T = TypeVar("T")
 
 
 class Step(NamedTuple):
-    """One accepted step of length ``size`` from ``time`` to ``state``; ``output`` is i if it ends at ``times[i]``."""
+    """One accepted step of length ``size`` from ``time`` to ``state``.
+
+    ``output`` is i if it ends at ``times[i]``; the outputs ``inside`` are interpolated.
+    """
 
     time: float
     size: float
     stages: Stages
     output: int | None
     state: Tensor
+    inside: range = range(0)
 
 
 OnStep = Callable[[Step], None]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ocnopt.checks import check_choice, is_whole
+from ocnopt.checks import check_choice, float_tensor, is_whole
 from ocnopt.errors import OcnoptError, ProblemError
 from ocnopt.integrate import torchdiffeq_bridge
 from ocnopt.integrate.tableaus import TABLEAUS
@@ -78,6 +78,33 @@ def check_state(state: object) -> None:
             f"the parts of the state differ: {sorted(f'{dtype} on {device}' for dtype, device in kinds)}; expected one "
             "dtype and one device (a non-empty tuple): convert them with .to(...)"
         )
+
+
+def check_times(times: Any) -> Tensor:
+    """Read output times; equal ones may stand side by side, unless they need gradients."""
+    given = times if isinstance(times, Tensor) else float_tensor("times", times, torch.float64)
+    if given.ndim != 1 or not given.numel() or not given.is_floating_point():
+        raise ProblemError(
+            f"times has shape {tuple(given.shape)} and dtype {given.dtype}; expected a vector of one or more "
+            "floating-point times: torch.linspace(0.0, 1.0, 5)"
+        )
+    if given.requires_grad and bool((given.diff() == 0).any()):
+        raise ProblemError(
+            "times that need gradients are repeated; expected each of them once, as equal ones share a gradient: drop "
+            "the repetitions and index the output"
+        )
+    return given
+
+
+def without_repeats(times: Sequence[float]) -> tuple[list[float], list[int]]:
+    """The times without those equal to the one before, and the place of each among them."""
+    values: list[float] = []
+    places = []
+    for time in times:
+        if not values or time != values[-1]:
+            values.append(time)
+        places.append(len(values) - 1)
+    return values, places
 
 
 def check_slope(slope: object, shapes: Sequence[Sequence[int]], *, is_tuple: bool) -> Any:

@@ -15,19 +15,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ocnopt.checks import check_count, check_number, float_tensor, times_in_order
+from ocnopt.checks import check_count, check_number, times_in_order
 from ocnopt.differential.discrete import Observer, Observers
 from ocnopt.errors import ConvergenceError, ProblemError
 from ocnopt.integrate import adaptive, fixed, torchdiffeq_bridge
-from ocnopt.integrate.tableaus import TABLEAUS
+from ocnopt.integrate.runge_kutta import closed
+from ocnopt.integrate.tableaus import TABLEAUS, Tableau
 from ocnopt.integrate.walk import Walk
 from ocnopt.neural.checks import (
     as_tensors,
     check_field,
     check_not_observed,
     check_options,
+    check_times,
     check_without_tangent,
     in_forward_mode,
+    without_repeats,
 )
 from ocnopt.neural.evaluation import Evaluation, State, StateLayout, Statistics, Surroundings
 from ocnopt.neural.solve import Continuous, Discrete, Job, solve
@@ -57,6 +60,8 @@ class NeuralODE(nn.Module):
         adjoint_params: tensors besides the field's parameters that it depends on and that need gradients, or a function
             that returns them at every forward pass.
         max_evaluations: cap on the evaluations of one adaptive walk forwards.
+        dense: whether outputs on the way are interpolated (order 4 for "dopri5" and "tsit5", 5 for "dopri8", else the
+            cubic of Hermite) instead of ending a step each: that is more exact, but dear where there are many of them.
 
     Raises:
         ProblemError: an argument is wrong, or the field's output does not fit the state.
@@ -93,6 +98,7 @@ class NeuralODE(nn.Module):
         checkpoint_bytes: int = 256 * 2**20,
         adjoint_params: Iterable[Tensor] | Callable[[], Iterable[Tensor]] | Any | None = None,
         max_evaluations: int | Any | None = 100_000,
+        dense: bool = False,
     ) -> None:
         super().__init__()
         check_field(field)
@@ -103,7 +109,7 @@ class NeuralODE(nn.Module):
             check_count("max_evaluations", max_evaluations, default=100_000)
         self.field = field
         self.horizon = read_horizon(horizon)
-        self.method, self.rtol, self.atol, self.adjoint = method, rtol, atol, adjoint
+        self.method, self.rtol, self.atol, self.adjoint, self.dense = method, rtol, atol, adjoint, dense
         self.steps, self.checkpoint_bytes, self.max_evaluations = steps, checkpoint_bytes, max_evaluations
         is_function = callable(adjoint_params) and not isinstance(adjoint_params, nn.Module)
         self.adjoint_params: Any = (
@@ -120,8 +126,8 @@ class NeuralODE(nn.Module):
 
         Args:
             x: the state at the start: a tensor, or a tuple of tensors.
-            times: where to report instead of at the end, strictly monotone; from the horizon's start, or, where they
-                run against the horizon, from its end. Their gradients are exact too.
+            times: where to report instead of at the end, in one direction, equal ones side by side; from the horizon's
+                start, or, where they run against the horizon, from its end. Their gradients are exact too.
 
         Raises:
             ProblemError: the state, the times or the field's output do not fit.
@@ -129,14 +135,11 @@ class NeuralODE(nn.Module):
             ConvergenceError: the step underflowed, or ``max_evaluations`` were spent.
         """
         layout = StateLayout.of(x)
-        values, moving, from_start = self._read_times(times)
-        state = layout.join(x)
-        if len(values) == 1:
-            return layout.split(state.unsqueeze(0))
-        outputs = self._solve(layout, state, values, moving)
-        if times is None:
-            return layout.split(outputs[-1])
-        return layout.split(torch.stack([state, *outputs] if from_start else [*outputs]))
+        values, moving, wanted = self._read_times(times)
+        path = [layout.join(x)]
+        if len(values) > 1:
+            path += self._solve(layout, path[0], values, moving)
+        return layout.split(path[-1] if times is None else torch.stack([path[i] for i in wanted]))
 
     def observe(self, observer: Observer) -> RemovableHandle:
         """Let ``observer`` watch the backward pass of every solve from now on, until ``handle.remove()``.
@@ -176,8 +179,8 @@ class NeuralODE(nn.Module):
         # A copy is a new module: whoever observes this one has not asked to observe that one.
         return {**self.__dict__, "_observers": OrderedDict()}
 
-    def _read_times(self, times: Sequence[float] | Tensor | None) -> tuple[list[float], Tensor | None, bool]:
-        """Start and outputs as numbers, as a tensor if they need gradients, and whether the start is an output too."""
+    def _read_times(self, times: Sequence[float] | Tensor | None) -> tuple[list[float], Tensor | None, list[int]]:
+        """Start and outputs as numbers, as a tensor if they need gradients, and which of them are wanted."""
         for moved in (times, self._buffers.get("T")):
             if isinstance(moved, Tensor):
                 check_without_tangent(moved)
@@ -185,14 +188,9 @@ class NeuralODE(nn.Module):
         if times is None:
             if isinstance(self.horizon, FreeHorizon) and self.T.requires_grad:
                 moving = torch.stack([torch.full_like(self.T, start), self.T])
-            return [start, end], moving, False
-        wanted = times if isinstance(times, Tensor) else float_tensor("times", times, torch.float64)
-        if wanted.ndim != 1 or not wanted.numel() or not wanted.is_floating_point():
-            raise ProblemError(
-                f"times has shape {tuple(wanted.shape)} and dtype {wanted.dtype}; expected a vector of one or more "
-                "floating-point times: torch.linspace(0.0, 1.0, 5)"
-            )
-        values = wanted.tolist()
+            return [start, end], moving, [1]
+        given = check_times(times)
+        values, wanted = without_repeats(given.tolist())
         against = len(values) > 1 and (values[1] - values[0]) * (end - start) < 0
         start = end if against else start
         from_start = math.isclose(values[0], start, rel_tol=1e-6, abs_tol=1e-9)
@@ -201,12 +199,13 @@ class NeuralODE(nn.Module):
                 f"times begin at {values[0]}, behind the start {start} of the path; expected times that lead on from "
                 "there: set horizon=oc.Horizon(start, end)"
             )
-        values = values if from_start else [start, *values]
+        if not from_start:
+            values, wanted = [start, *values], [i + 1 for i in wanted]
         if len(values) > 1:
             times_in_order(values)
-        if wanted.requires_grad:
-            moving = wanted if from_start else torch.cat([wanted.new_full((1,), start), wanted])
-        return values, moving, from_start
+        if given.requires_grad:
+            moving = given if from_start else torch.cat([given.new_full((1,), start), given])
+        return values, moving, wanted
 
     def _end(self) -> float:
         return self.T.item() if isinstance(self.horizon, FreeHorizon) else self.horizon.t1
@@ -225,7 +224,10 @@ class NeuralODE(nn.Module):
         if self.method not in TABLEAUS:
             return self._through_torchdiffeq(evaluation, x, times, moving, step_size)
         at_end = math.isclose(times[-1], self._end(), rel_tol=1e-6, abs_tol=1e-9)
-        job = Job(evaluation, TABLEAUS[self.method], self._integrator(step_size), times, self._observer(), at_end)
+        dense = self.dense and len(times) > 2
+        tableau = closed(TABLEAUS[self.method]) if dense else TABLEAUS[self.method]
+        integrate = self._integrator(tableau, step_size)
+        job = Job(evaluation, tableau, integrate, times, self._observer(), at_end, dense)
         if not torch.is_grad_enabled():
             return job.walk(x).states
         if self.adjoint == "backprop" or in_forward_mode():
@@ -272,8 +274,7 @@ class NeuralODE(nn.Module):
         evaluation.is_backward = True
         return states.unbind(0)
 
-    def _integrator(self, step_size: float) -> partial[Walk]:
-        tableau = TABLEAUS[self.method]
+    def _integrator(self, tableau: Tableau, step_size: float) -> partial[Walk]:
         if self.steps is not None or tableau.b_error is None:
             return partial(fixed.integrate, tableau=tableau, step_size=step_size)
         return partial(

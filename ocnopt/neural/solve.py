@@ -40,7 +40,8 @@ from ocnopt.neural.evaluation import Evaluation, Noise, Root
 class Job:
     """One solve: the field, the method, the walk with method and tolerances bound, start and output times.
 
-    ``at_end`` says whether the last time is the end of the horizon, about which an observer is told.
+    ``at_end`` says whether the last time is the end of the horizon, about which an observer is told, ``dense`` whether
+    the walk interpolates the other outputs.
     """
 
     evaluation: Evaluation
@@ -49,6 +50,7 @@ class Job:
     times: Sequence[float]
     observer: Observer | None
     at_end: bool = True
+    dense: bool = False
 
     def walk(
         self,
@@ -58,7 +60,7 @@ class Job:
         take: Take = take_step,
     ) -> Walk:
         """Walk the path and note its statistics."""
-        walk = self.integrate(self.evaluation, x, self.times, first=first, on_step=on_step, take=take)
+        walk = self.integrate(self.evaluation, x, self.times, first=first, on_step=on_step, take=take, dense=self.dense)
         self.evaluation.statistics.steps, self.evaluation.statistics.rejected = walk.steps, walk.rejected
         return walk
 
@@ -132,8 +134,8 @@ class Discrete:
         """Pull the steps back from the last to the first."""
         job, (end, *states) = self.job, saved
         job.tell_terminal(end, self._slope, jumps)
-        times = job.times if job.evaluation.moving else None
-        step = DiscreteStep(job.tableau, job.evaluation, jumps, job.observer, times)
+        times, outputs = job.times if job.evaluation.moving else None, job.times if job.dense else ()
+        step = DiscreteStep(job.tableau, job.evaluation, jumps, job.observer, times, outputs)
         return sweep(step, Replays(self._trajectory, states, end), value)[0]
 
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ocnopt.integrate.runge_kutta import combine, stages, step, weighted_sum
+from ocnopt.integrate.runge_kutta import closed, combine, interpolate, stages, step, weighted_sum
 from ocnopt.integrate.tableaus import TABLEAUS
 from tests.oracles.compare import assert_close
 
@@ -86,6 +86,43 @@ def test_the_embedded_method_has_one_order_less(name):
     for order in range(1, tableau.order):
         assert max(misses(b_hat, A, order)) < 5e-15
     assert max(misses(b_hat, A, tableau.order)) > 1e-6
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_order_conditions_within_a_step(name):
+    tableau = closed(TABLEAUS[name])
+    A, order = matrix(tableau), {"dopri8": 5, "dopri5": 4, "tsit5": 4}.get(name, min(tableau.order, 3))
+    theta = torch.tensor([0.0, 0.2, 0.7, 1.0], dtype=torch.float64)
+    # the slopes are unit vectors, so that the states are the weights
+    at = interpolate(tableau, 1.0, torch.zeros(len(A)).double(), [*torch.eye(len(A)).double()], theta)
+    for t, b in zip(theta.tolist(), at.numpy(), strict=True):
+        for n in range(1, order + 1):
+            assert max(abs(b @ weights(tree, A) - t**n / density(tree)) for tree in trees(n)) < 1e-13
+    assert_close(at[-1], tableau.b, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_interpolant_has_the_slopes_of_the_ends(name):
+    tableau = closed(TABLEAUS[name])
+    eye, zero = torch.eye(len(tableau.b)).double(), torch.zeros(len(tableau.b)).double()
+
+    def state(theta):
+        return interpolate(tableau, 1.0, zero, [*eye], theta)[0]
+
+    start, end = (torch.autograd.functional.jacobian(state, torch.tensor([t]).double())[:, 0] for t in (0.0, 1.0))
+    assert_close(start, eye[0], atol=1e-13)
+    assert_close(end, eye[-1], atol=1e-12)
+
+
+def test_a_closed_method_takes_the_same_steps_and_knows_the_slope_at_the_end():
+    x = torch.rand(3, dtype=torch.float64)
+    for name in METHODS:
+        (end, _), (same, seen) = (
+            step(tableau, lambda t, x: torch.sin(x) * t, 0.5, 0.1, x)
+            for tableau in (TABLEAUS[name], closed(TABLEAUS[name]))
+        )
+        assert torch.equal(end, same)
+        assert_close(seen.slopes[-1], torch.sin(end) * 0.6, rtol=1e-14)
 
 
 def test_coefficients_are_those_of_scipy():

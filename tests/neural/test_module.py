@@ -269,7 +269,7 @@ def test_steps_must_be_positive(steps):
         (torch.tensor([0, 1]), "dtype torch.int64; expected a vector"),
         ([-0.5, 1.0], "times begin at -0.5, behind the start 0.0 of the path; .*horizon=oc.Horizon"),
         ([2.0, 1.0], "times begin at 2.0, behind the start 1.0"),
-        ([0.5, 0.5, 1.0], "do not run in one direction"),
+        ([0.5, 1.0, 0.5], "do not run in one direction"),
         ([0.2, 0.5, 0.4], "do not run in one direction"),
     ],
 )
