@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ocnopt.checks import times_in_order
 from ocnopt.errors import ConvergenceError, NonFiniteError, ProblemError
+from ocnopt.integrate.events import Watch
 from ocnopt.integrate.runge_kutta import Field, Outputs, Stages, Take, closed, step, weighted_sum
 from ocnopt.integrate.tableaus import DOPRI5, TABLEAUS, Tableau
 from ocnopt.integrate.walk import OnStep, Step, Walk
@@ -43,6 +44,7 @@ def integrate(
     max_evaluations: int | None = None,
     take: Take = step,
     dense: bool = False,
+    watch: Watch | None = None,
 ) -> Walk:
     """Integrate dx/dt = F(t, x) from ``times[0]`` through ``times[1:]`` with controlled local error.
 
@@ -61,6 +63,7 @@ def integrate(
         max_evaluations: cap on evaluations of the field.
         take: takes each step.
         dense: stop at the last time alone and interpolate the times between, by the closed method.
+        watch: ends the walk where its event is met.
 
     Raises:
         ProblemError: the method has no error estimate, or times or tolerances make no sense.
@@ -79,14 +82,18 @@ def integrate(
         )
     if not (rtol >= 0 and atol >= 0 and 0 < rtol + atol < math.inf):
         raise ProblemError(f"rtol={rtol}, atol={atol}; expected two finite tolerances >= 0, not both zero")
-    tableau = closed(tableau) if dense else tableau
+    tableau = closed(tableau) if dense or watch is not None else tableau
+    if watch is not None:
+        watch.start()
     outputs = Outputs(times, tableau, dense)
-    walker = _Walker(field, tableau, rtol, atol, norm, outputs, on_step, max_evaluations, take)
+    walker = _Walker(field, tableau, rtol, atol, norm, outputs, on_step, max_evaluations, take, watch)
     walker.start(times, x, first, first_size)
     for stop in outputs.stops:
-        walker.advance(stop)
+        if not walker.has_met:
+            walker.advance(stop)
     slope = walker.slope if tableau.first_same_as_last else None
-    return Walk(outputs.states, slope, walker.size, walker.steps, walker.rejected, walker.evaluations)
+    end = walker.t if walker.has_met else times[-1]
+    return Walk(outputs.states, slope, walker.size, walker.steps, walker.rejected, walker.evaluations, end)
 
 
 class _Walker:
@@ -103,8 +110,9 @@ class _Walker:
         on_step: OnStep | None,
         max_evaluations: int | None,
         take: Take,
+        watch: Watch | None,
     ) -> None:
-        self.take = take
+        self.take, self.watch, self.has_met = take, watch, False
         self.field, self.tableau, self.norm = field, tableau, norm
         self.outputs, self.on_step = outputs, on_step
         self.rtol, self.atol, self.max_evaluations = rtol, atol, max_evaluations
@@ -125,7 +133,7 @@ class _Walker:
     def advance(self, end: float) -> None:
         """Step until ``end``."""
         arrived = False
-        while not arrived:
+        while not (arrived or self.has_met):
             remaining = abs(end - self.t)
             arrived = remaining <= self.size * (1 + 1e-6)
             # Two equal steps instead of a full one and a sliver.
@@ -141,6 +149,12 @@ class _Walker:
         accepted = error <= 1.0
         factor = self._factor(error)
         if accepted:
+            cut = None
+            if self.watch is not None:
+                cut = self.watch.length(self.tableau, self.field, self.t, h, self.x, seen)
+            if cut is not None:
+                h, arrives, self.has_met = cut, True, True
+                x, seen = self.take(self.tableau, self.field, self.t, h, self.x, seen.slopes[0])
             inside = self.outputs.inside(self.t, h, arrives)
             if self.on_step is not None:
                 self.on_step(Step(self.t, h, seen, inside.stop if arrives else None, x, inside))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ocnopt.checks import times_in_order
 from ocnopt.errors import NonFiniteError, ProblemError
+from ocnopt.integrate.events import Watch
 from ocnopt.integrate.runge_kutta import Field, Outputs, Take, closed, step
 from ocnopt.integrate.tableaus import RK4, Tableau
 from ocnopt.integrate.walk import OnStep, Step, Walk
@@ -25,6 +26,7 @@ def integrate(
     on_step: OnStep | None = None,
     take: Take = step,
     dense: bool = False,
+    watch: Watch | None = None,
 ) -> Walk:
     """Integrate dx/dt = F(t, x) from ``times[0]`` through ``times[1:]`` in equal steps no longer than ``step_size``.
 
@@ -39,6 +41,7 @@ def integrate(
         take: takes each step.
         dense: cut the way from the first to the last time as one interval and interpolate the times
             between, by the closed method.
+        watch: ends the walk where its event is met.
 
     Raises:
         ProblemError: the times or the step size make no grid.
@@ -51,26 +54,32 @@ def integrate(
     times_in_order(times)
     if not (math.isfinite(step_size) and step_size > 0):
         raise ProblemError(f"step_size is {step_size}; expected a positive length of time")
-    tableau = closed(tableau) if dense else tableau
+    tableau = closed(tableau) if dense or watch is not None else tableau
+    if watch is not None:
+        watch.start()
     outputs = Outputs(times, tableau, dense)
     slope, steps, evaluations = first, 0, 0
     for start, end in pairwise((times[0], *outputs.stops)):
         count = max(1, math.ceil(abs(end - start) / step_size - 1e-6))
-        h = (end - start) / count
-        t = start
+        h, t = (end - start) / count, start
         for i in range(count):
             evaluations += len(tableau.c) - (slope is not None)
-            x, seen = take(tableau, field, t, h, x, slope)
+            before, arrived = x, i == count - 1
+            x, seen = take(tableau, field, t, h, before, slope)
+            cut = None if watch is None else watch.length(tableau, field, t, h, before, seen)
+            if cut is not None:
+                h, arrived = cut, True
+                x, seen = take(tableau, field, t, h, before, seen.slopes[0])
             slope = seen.slopes[-1] if tableau.first_same_as_last else None
-            arrived = i == count - 1
             inside = outputs.inside(t, h, arrived)
             if on_step is not None:
                 on_step(Step(t, h, seen, inside.stop if arrived else None, x, inside))
             outputs.add(t, h, x, seen, inside, arrived)
-            t += h
+            steps, t = steps + 1, t + h
+            if cut is not None:
+                return Walk(outputs.states, slope, step_size, steps, 0, evaluations, t)
         _require_finite(x, start, end, h)
-        steps += count
-    return Walk(outputs.states, slope, step_size, steps, 0, evaluations)
+    return Walk(outputs.states, slope, step_size, steps, 0, evaluations, times[-1])
 
 
 def _require_finite(x: Tensor, start: float, end: float, h: float) -> None:

@@ -37,7 +37,8 @@ OnStep = Callable[[Step], None]
 class Walk(NamedTuple):
     """A finished walk.
 
-    ``states`` are those at ``times[1:]``; ``slope`` is F at the end where the method knows it; ``next_size`` is the
+    ``states`` are those at ``times[1:]``; ``end`` is the last time, or that of the event which ended the walk;
+    ``slope`` is F at the end where the method knows it; ``next_size`` is the
     step length that an adaptive walk would try next.
     """
 
@@ -47,6 +48,7 @@ class Walk(NamedTuple):
     steps: int
     rejected: int
     evaluations: int
+    end: float
 
     @property
     def state(self) -> Tensor:

@@ -19,6 +19,7 @@ from ocnopt.checks import check_count, check_number, times_in_order
 from ocnopt.differential.discrete import Observer, Observers
 from ocnopt.errors import ConvergenceError, ProblemError
 from ocnopt.integrate import adaptive, fixed, torchdiffeq_bridge
+from ocnopt.integrate.events import Watch
 from ocnopt.integrate.runge_kutta import closed
 from ocnopt.integrate.tableaus import TABLEAUS, Tableau
 from ocnopt.integrate.walk import Walk
@@ -33,7 +34,7 @@ from ocnopt.neural.checks import (
     without_repeats,
 )
 from ocnopt.neural.evaluation import Evaluation, State, StateLayout, Statistics, Surroundings
-from ocnopt.neural.solve import Continuous, Discrete, Job, solve
+from ocnopt.neural.solve import Continuous, Discrete, Job, meet, solve
 from ocnopt.ocp import FreeHorizon, Horizon, read_horizon
 
 DEFAULT_STEPS = 20
@@ -141,6 +142,53 @@ class NeuralODE(nn.Module):
             path += self._solve(layout, path[0], values, moving)
         return layout.split(path[-1] if times is None else torch.stack([path[i] for i in wanted]))
 
+    def until(self, event: Callable[[Tensor, Any], Any], x: State, *, direction: int = 0) -> tuple[Tensor, State]:
+        """The time when an event happens first, and the state then; both are differentiable.
+
+        Their gradients are those of the implicit function theorem, dt = -g_x x_theta / (g_t + g_x F), and reach what
+        the event itself depends on. Samples share steps and time: reduce over them, or call once for each.
+
+        Args:
+            event: ``g(t, x)``, one number, whose change of sign is the event; t is a 0-d tensor. Each step is looked at
+                in eight places: what changes back between two of them is not seen.
+            x: the state at the start of the horizon, as in :meth:`forward`; an event there does not count.
+            direction: 1 for values that rise through zero, -1 for those that fall, 0 for both.
+
+        Returns:
+            The time, 0-d, in the dtype of the state, and the state.
+
+        Raises:
+            ConvergenceError: nothing happens within the horizon.
+            ProblemError: the event gives no differentiable number, or the method is one of torchdiffeq.
+
+        >>> class Fall(nn.Module):
+        ...     def forward(self, t, x):
+        ...         return torch.stack([x[1], x.new_tensor(-9.81)])
+        >>> start = torch.tensor([10.0, 0.0], dtype=torch.float64, requires_grad=True)
+        >>> time, _ = NeuralODE(Fall(), horizon=5.0).until(lambda t, x: x[0], start)
+        >>> time.backward()
+        >>> bool(abs(time - (20 / 9.81) ** 0.5) < 1e-12), bool(abs(start.grad[0] - (20 * 9.81) ** -0.5) < 1e-12)
+        (True, True)
+        """
+        if self.method not in TABLEAUS:
+            raise ProblemError(
+                f"until() met method={self.method!r} of torchdiffeq; expected one of {', '.join(TABLEAUS)}, which tell "
+                "their steps"
+            )
+        if direction not in (-1, 0, 1):
+            raise ProblemError(f"direction is {direction!r}; expected 1 (rising), -1 (falling) or 0 (both)")
+        layout, (values, _, _) = StateLayout.of(x), self._read_times(None)
+        watch = Watch(lambda t, x: event(t, layout.split(x)), direction)
+        (end,) = self._solve(layout, layout.join(x), values, None, watch)
+        if watch.met is None:
+            raise ConvergenceError(
+                f"the event did not happen between t = {values[0]:.6g} and t = {values[1]:.6g}, where it "
+                f"is {watch.last:.6g}; expected its sign to change: a longer horizon, direction=0, or shorter steps "
+                "(steps=)"
+            )
+        time, end = meet(watch, watch.met, end)
+        return time, layout.split(end)
+
     def observe(self, observer: Observer) -> RemovableHandle:
         """Let ``observer`` watch the backward pass of every solve from now on, until ``handle.remove()``.
 
@@ -214,8 +262,10 @@ class NeuralODE(nn.Module):
         extra = as_tensors(self.adjoint_params()) if callable(self.adjoint_params) else self.adjoint_params
         return [*{id(tensor): tensor for tensor in (*own, *extra) if tensor.requires_grad}.values()]
 
-    def _solve(self, layout: StateLayout, x: Tensor, times: list[float], moving: Tensor | None) -> Sequence[Tensor]:
-        """The states at ``times[1:]``."""
+    def _solve(
+        self, layout: StateLayout, x: Tensor, times: list[float], moving: Tensor | None, watch: Watch | None = None
+    ) -> Sequence[Tensor]:
+        """The states at ``times[1:]``, or at the event."""
         surroundings = Surroundings(self.field, x.device)
         parameters = self._differentiated(surroundings.parameters)
         evaluation = Evaluation(self.field, layout, parameters, surroundings, moving is not None, self._weights)
@@ -225,8 +275,10 @@ class NeuralODE(nn.Module):
             return self._through_torchdiffeq(evaluation, x, times, moving, step_size)
         at_end = math.isclose(times[-1], self._end(), rel_tol=1e-6, abs_tol=1e-9)
         dense = self.dense and len(times) > 2
-        tableau = closed(TABLEAUS[self.method]) if dense else TABLEAUS[self.method]
+        tableau = closed(TABLEAUS[self.method]) if dense or watch is not None else TABLEAUS[self.method]
         integrate = self._integrator(tableau, step_size)
+        if watch is not None:
+            integrate, at_end = partial(integrate, watch=watch), False
         job = Job(evaluation, tableau, integrate, times, self._observer(), at_end, dense)
         if not torch.is_grad_enabled():
             return job.walk(x).states

@@ -28,6 +28,7 @@ from ocnopt.differential.stretches import Packing, blocks_of, carry
 from ocnopt.differential.sweep import sweep
 from ocnopt.errors import OcnoptError
 from ocnopt.integrate import adaptive
+from ocnopt.integrate.events import Met, Watch
 from ocnopt.integrate.runge_kutta import Take, Time
 from ocnopt.integrate.runge_kutta import step as take_step
 from ocnopt.integrate.tableaus import Tableau
@@ -63,6 +64,10 @@ class Job:
         walk = self.integrate(self.evaluation, x, self.times, first=first, on_step=on_step, take=take, dense=self.dense)
         self.evaluation.statistics.steps, self.evaluation.statistics.rejected = walk.steps, walk.rejected
         return walk
+
+    def ending(self, end: float) -> "Job":
+        """The job as its walk has ended."""
+        return self if end == self.times[-1] else replace(self, times=[*self.times[:-1], end])
 
     def tell_terminal(self, x: Tensor, slope: Tensor | None, jumps: Mapping[int, Tensor]) -> None:
         """Tell the observer about the end of the path."""
@@ -108,6 +113,7 @@ class Discrete:
             surroundings.set_noise(before)
             surroundings.set_buffers()
             walk = self._walk(root, before)
+        self.job = self.job.ending(walk.end)
         self._slope = None if self.job.observer is None or walk.slope is None else walk.slope.detach()
         joined, end = self._trajectory.outputs, self._trajectory.end
         if end is not None:
@@ -168,6 +174,7 @@ class Continuous:
         self._first = self.job.evaluation.root(self.job.times[0], x).slope
         walk = self.job.walk(x, self._first)
         end, random = walk.states[-1], surroundings.moved(before)
+        self.job = self.job.ending(walk.end)
         if random:
             warnings.warn(
                 "the field draws random numbers (dropout?), and the continuous adjoint meets other ones on its way "
@@ -329,9 +336,9 @@ class _Last(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
         raise OcnoptError(
-            "the gradient of a NeuralODE was differentiated once more; its adjoint solve gives first derivatives only: "
-            "use "
-            'adjoint="backprop", or oc.hvp and oc.differentiate for second derivatives'
+            "the gradient of a NeuralODE was differentiated once more; its adjoint solve, and the time of an event "
+            'with any adjoint, gives first derivatives only: use adjoint="backprop", or oc.hvp and oc.differentiate '
+            "for second derivatives"
         )
 
 
@@ -353,3 +360,28 @@ def solve(adjoint: Discrete | Continuous, x: Tensor, moving: Tensor | None) -> t
     evaluation.surroundings.note_buffers()
     rest = _Node.apply(adjoint, joined, outputs[joined:], saved, start, moving, *evaluation.parameters)
     return (*outputs[:joined], *rest)
+
+
+class _Meeting(torch.autograd.Function):
+    """The time of an event and the state there, which moves with it."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor, met: Met) -> tuple[Tensor, Tensor]:
+        ctx.met = met
+        ctx.save_for_backward(g, x)
+        return x.new_full((), met.time), x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, by_time: Tensor, by_state: Tensor) -> Any:
+        felt = by_time + (by_state * ctx.met.slope).sum()
+        gradients = (-felt / ctx.met.along, by_state)
+        return (*(_Last.apply(2, *gradients, *ctx.saved_tensors) if torch.is_grad_enabled() else gradients), None)
+
+
+def meet(watch: Watch, met: Met, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The time of an event and the state there, differentiable by the implicit function theorem.
+
+    With x differentiable at a fixed time: dt = -(g_x dx + dg) / (g_t + g_x F), dx_event = dx + F dt, dg the change of g
+    by what it depends on besides.
+    """
+    return _Meeting.apply(watch.value(met.time, x), x, met)
