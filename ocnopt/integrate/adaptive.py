@@ -5,6 +5,9 @@ tolerance, E = norm(e / (atol + rtol max(|x|, |x_next|))). E <= 1 accepts; eithe
 E^(-1/order), at least h/5, at most 10 h and after a rejection at most h (Hairer, Norsett and Wanner, Solving ODEs I,
 II.4). The norm is taken over the whole tensor: one step size for all samples. A non-finite attempt counts as rejected,
 so a step that overshoots the field's domain is tried again, shorter.
+
+PI control (Hairer and Wanner IV.2) was measured over networks and classical fields: it rejects fewer steps but takes
+shorter ones, more evaluations on networks, and at equal error no fewer than this controller with a safety of 0.8.
 """
 
 import math

@@ -63,6 +63,7 @@ class NeuralODE(nn.Module):
         max_evaluations: cap on the evaluations of one adaptive walk forwards.
         dense: whether outputs on the way are interpolated (order 4 for "dopri5" and "tsit5", 5 for "dopri8", else the
             cubic of Hermite) instead of ending a step each: that is more exact, but dear where there are many of them.
+            The methods of torchdiffeq always interpolate.
 
     Raises:
         ProblemError: an argument is wrong, or the field's output does not fit the state.

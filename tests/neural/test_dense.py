@@ -15,7 +15,7 @@ from ocnopt.ocp import Horizon
 from tests.neural.cases import Coupled, Tanh, distance, gradients, loss, start
 from tests.neural.test_gradients import Watcher
 
-METHODS = [("dopri5", None), ("tsit5", None), ("dopri8", None), ("bosh3", None), ("rk4", 5), ("dopri8", 2)]
+METHODS = [("dopri5", None), ("tsit5", None), ("dopri8", None), ("bosh3", None), ("rk4", 5)]
 TIMES = [0.0, 0.1, 0.15, 0.4, 0.4, 0.7, 0.9]
 
 
@@ -70,7 +70,7 @@ def test_discrete_is_back_propagation_through_interpolants(method, steps, horizo
     field, x = Tanh(), start(4, 3)
     control = {"method": method, "steps": steps, "rtol": 1e-3, "atol": 1e-3, "dense": True}
     value, expected = gradients(NeuralODE(field, horizon, adjoint="backprop", **control), x, times)
-    for budget in (2**28, 60_000, 0):
+    for budget in (60_000, 0):
         ode = NeuralODE(field, horizon, checkpoint_bytes=budget, **control)
         ours, gradient = gradients(ode, x, times)
         assert torch.equal(ours, value)

@@ -62,17 +62,16 @@ def test_a_bouncing_ball():
 
 
 @pytest.mark.parametrize("adjoint", ["discrete", "continuous"])
-@pytest.mark.parametrize("budget", [0, 2**28])
-def test_gradients_against_finite_differences(adjoint, budget):
+def test_gradients_against_finite_differences(adjoint):
     field, x = Tanh(), start(4, 3)
     threshold = torch.tensor(0.15, dtype=torch.float64, requires_grad=True)
-    ode = NeuralODE(field, Horizon(0.5, -6.0), rtol=1e-10, atol=1e-10, adjoint=adjoint, checkpoint_bytes=budget)
+    ode = NeuralODE(field, Horizon(0.5, -6.0), rtol=1e-10, atol=1e-10, adjoint=adjoint, checkpoint_bytes=0)
 
     def event(t, x):
         return x.mean() + 0.3 * t**2 - 0.3 * 0.5**2 - moved - threshold
 
     moved = float(x.mean())
-    wanted = [x.requires_grad_(), threshold, *field.parameters()]
+    wanted = [x.requires_grad_(), threshold, field.inner.weight]
 
     def value():
         time, end = ode.until(event, x)

@@ -12,6 +12,8 @@ from ocnopt.neural.evaluation import Evaluation, StateLayout, Surroundings
 from ocnopt.neural.neural_ode import NeuralODE
 from tests.neural.cases import Plain, Tanh, distance, start
 
+METHODS = sorted(TABLEAUS.keys() - {"adaptive_heun", "tsit5"})
+
 
 def walked(name, budget, n=21, outputs=1, graphs=True):
     torch.manual_seed(0)
@@ -42,7 +44,7 @@ def pulled(name, path, trajectory, jumps):
     return torch.cat([value.x.flatten(), *(total.flatten() for total in value.parameters)])
 
 
-@pytest.mark.parametrize("name", sorted(TABLEAUS))
+@pytest.mark.parametrize("name", METHODS)
 def test_states_and_thinned_states_are_the_same_steps(name):
     jumps = {1: start(2, 3), 2: start(2, 3), 3: start(2, 3)}
     path, _, trajectory = walked(name, 2**23, outputs=3, graphs=False)
@@ -56,7 +58,7 @@ def test_states_and_thinned_states_are_the_same_steps(name):
             assert torch.equal(one.start, other.start)
 
 
-@pytest.mark.parametrize("name", sorted(TABLEAUS))
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 2.0])
 def test_a_graph_and_replays_are_one_path(name, share):
     """Wherever the graph ends: at an output, between two, at the end."""
