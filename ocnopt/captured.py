@@ -117,6 +117,12 @@ def of_problems(data: Sequence[Tensor], batch_shape: Sequence[int], change: Call
     return [change(tensor) if belongs_to_each(tensor, batch_shape) else tensor for tensor in data]
 
 
+def which_of_each(problem: Any) -> Sequence[bool]:
+    """Which of a problem's data belong to one problem of its batch each."""
+    known: Sequence[bool] | None = problem.data_of_each
+    return [belongs_to_each(tensor, problem.batch_shape) for tensor in problem.data] if known is None else known
+
+
 def given_rows(problem: Any) -> Tensor:
     """What each step and the end are given: ``(N + 1, lanes, s)``, lanes = 1 where it is the same for all problems."""
     batch = problem.batch_shape
@@ -124,8 +130,8 @@ def given_rows(problem: Any) -> Tensor:
     parts = [problem.initial_state.new_zeros(nodes, 1, 0)]
     if problem.step_data is not None:
         parts.append(problem.step_data.detach().reshape(nodes, count, -1))
-    for tensor in problem.data:
-        lanes = count if belongs_to_each(tensor, batch) else 1
+    for tensor, own in zip(problem.data, which_of_each(problem), strict=True):
+        lanes = count if own else 1
         parts.append(tensor.detach().reshape(1, lanes, -1).expand(nodes, -1, -1))
     lanes = max(part.shape[1] for part in parts)
     return torch.cat([part.expand(-1, lanes, -1) for part in parts], dim=-1)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ocnopt.errors import NonFiniteError, ProblemError
+from ocnopt.transforms import can_differentiate as can_differentiate
 
 Bounds = tuple[Tensor, Tensor]
 
@@ -130,58 +131,6 @@ def callable_or_none(name: str, function: Any, *, required: bool = False) -> Non
         raise ProblemError(f"{name} is {type(function).__name__}; expected a function of plain torch code")
 
 
-def bounds(
-    name: str, value: Any, size: int, dtype: torch.dtype, device: torch.device, *, table: bool = False
-) -> Bounds | None:
-    """Read ``(lower, upper)``, scalars or vectors, as two tensors ``(size,)``; None stays None.
-
-    Where a ``table`` is allowed, either side may have a row for each step, and both then do: ``(N, size)``.
-
-    Raises:
-        ProblemError: not a pair, wrong size, NaN, or a lower bound above its upper bound.
-    """
-    if value is None:
-        return None
-    value = torch.as_tensor(value) if isinstance(value, np.ndarray) and value.ndim > 0 else value
-    if (
-        isinstance(value, str)
-        or not isinstance(value, Sequence | Tensor)
-        or (isinstance(value, Tensor) and value.ndim == 0)
-        or len(value) != 2
-    ):
-        raise ProblemError(
-            f"{name} is {value!r}; expected a pair (lower, upper) of scalars or of vectors of {size} numbers"
-        )
-    lower, upper = (_bound(f"{name}[{i}]", side, size, dtype, device, table) for i, side in enumerate(value))
-    if len({len(side) for side in (lower, upper) if side.ndim > 1}) > 1:
-        raise ProblemError(f"{name} have {len(lower)} and {len(upper)} rows; expected one for each step on both sides")
-    lower, upper = torch.broadcast_tensors(lower, upper)
-    if bool((lower > upper).any()):
-        at = tuple((lower > upper).nonzero()[0].tolist())
-        i = at[0] if len(at) == 1 else at
-        raise ProblemError(
-            f"{name}: lower {lower[at].item()} exceeds upper {upper[at].item()} at entry {i}; expected lower <= upper"
-        )
-    return lower, upper
-
-
-def _bound(name: str, value: Any, size: int, dtype: torch.dtype, device: torch.device, table: bool) -> Tensor:
-    if value is None or (isinstance(value, list | tuple) and None in value):
-        raise ProblemError(
-            f"{name} is {value!r}; expected numbers: float('inf') or -float('inf') stands for a side without a bound"
-        )
-    if isinstance(value, Tensor) and value.requires_grad:
-        raise ProblemError(f"{name} requires grad, but no gradient reaches bounds; expected .detach() or a constraint")
-    try:
-        side = torch.as_tensor(_real(value), dtype=dtype, device=device)
-        side = side.expand(*(side.shape[:-1] if table and side.ndim == 2 else ()), size).clone()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ProblemError(f"{name} is {value!r}; expected a number or a vector of {size} numbers") from error
-    if bool(torch.isnan(side).any()):
-        raise ProblemError(f"{name} holds NaN; expected numbers (use float('inf') for a side without a bound)")
-    return side
-
-
 def clipped(value: Tensor, bounds: Bounds | None) -> Tensor:
     """The value within its bounds, where there are any."""
     return value if bounds is None else value.clamp(*bounds)
@@ -198,19 +147,6 @@ def times_in_order(times: Sequence[float]) -> None:
         raise ProblemError(
             f"times {[*times]} do not run in one direction; expected a start and one or more further times, strictly "
             "increasing or strictly decreasing: sort them and drop repeated ones"
-        )
-
-
-def can_differentiate() -> None:
-    """Refuse to work where torch gives no derivatives.
-
-    Raises:
-        ProblemError: torch.inference_mode() is on.
-    """
-    if torch.is_inference_mode_enabled():
-        raise ProblemError(
-            "torch.inference_mode() is on, where nothing has a derivative; expected none: leave it, or use "
-            "torch.no_grad(), under which problems are made and solved as everywhere"
         )
 
 
@@ -327,13 +263,13 @@ def finite_path(steps: Sequence[Tensor], cost: Tensor, times: Tensor) -> None:
         )
 
 
-def no_constraints(problem: Any, solver: str) -> None:
-    """Refuse constraints and bounds on the states for a solver without multipliers."""
-    for name in ("terminal_constraint", "path_constraint", "state_bounds"):
+def no_constraints(problem: Any, solver: str, why: str, *more: str) -> None:
+    """Refuse path constraints and bounds on the states, and ``more``, for a solver that cannot meet them."""
+    for name in (*more, "path_constraint", "state_bounds"):
         if getattr(problem, name) is not None:
             raise ProblemError(
-                f"the problem has {name}; solver {solver!r} has no multipliers for it: use solver='ddp' or 'casadi', "
-                "or a penalty in the cost"
+                f"the problem has {name}; solver {solver!r} {why}: use solver='ddp' or 'casadi', or a penalty in the "
+                "cost"
             )
 
 
@@ -347,11 +283,11 @@ def check_model(model: object, call: str = "SNOpt(model, lr=0.01)") -> None:
         raise ProblemError("the model has no trainable parameter; expected one or more with requires_grad=True")
 
 
-def check_choice(what: str, value: object, options: Sequence[str]) -> None:
-    """Refuse a word that is not one of the options."""
+def check_choice(what: str, value: object, options: Sequence[object]) -> None:
+    """Refuse what is not one of the options."""
     if value not in options:
         offered = " or ".join(map(repr, options))
-        raise ProblemError(f"{what} is {value!r}; expected {offered}{nearest(str(value), options)}")
+        raise ProblemError(f"{what} is {value!r}; expected {offered}{nearest(str(value), map(str, options))}")
 
 
 def check_count(what: str, value: object, default: int) -> None:

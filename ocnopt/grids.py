@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from ocnopt import checks
-from ocnopt.checks import Bounds
 from ocnopt.errors import ProblemError
 from ocnopt.integrate.runge_kutta import Stages, combine, stages
 from ocnopt.integrate.tableaus import IMPLICIT, get_tableau
 from ocnopt.ocp import OCP, FreeHorizon, Lifted, lift
-from ocnopt.staged import Index, Stage, StagedOCP
+from ocnopt.staged import Index, Stage, StagedOCP, cut
 from ocnopt.staged import transcribe as transcribe_equal
 
 
@@ -56,27 +55,9 @@ def transcribe(problem: OCP, steps: Any, integrator: str = "rk4") -> StagedOCP:
     nodes = _read_times(problem, steps)
     lifted = lift(problem)
     grid = _Grid(lifted, get_tableau(integrator), nodes)
-    along, end = problem.path_constraint, problem.terminal_constraint
-    none = problem.initial_state.new_zeros(0)
-    staged = StagedOCP(
-        Stage(grid.dynamics, None if problem.running_cost is None else grid.cost, problem.control_dim),
-        None if problem.terminal_cost is None else lambda x, *p: lifted.terminal_cost(x, p[0] if p else none),
-        initial_state=problem.initial_state if problem.traced_state is None else problem.traced_state,
-        steps=len(nodes) - 1,
-        parameters=problem.parameters,
-        control_bounds=_bounds_of_steps(problem, nodes),
-        state_bounds=problem.state_bounds,
-        parameter_bounds=problem.parameter_bounds,
-        path_constraint=None if along is None else lambda k, x, u, *p: along(grid.nodes[k], x, u, *p),
-        terminal_constraint=None if end is None else lambda x, *p: end(nodes[-1], x, *p),
-        state_names=problem.state_names,
-        control_names=problem.control_names,
-        constraint_names=problem.constraint_names,
-        data=problem.data,
-        initial_guess=problem.initial_guess,
-        dtype=problem.dtype,
-    )
-    return staged.altered(nodes=nodes)
+    along = problem.path_constraint and (lambda k, x, u, p: lifted.path_constraint(grid.nodes[k], x, u, p))
+    stage = Stage(grid.dynamics, problem.running_cost and grid.cost, problem.control_dim)
+    return cut(problem, lifted, stage, nodes, along)
 
 
 class _Grid:
@@ -123,12 +104,3 @@ def _read_times(problem: OCP, value: Any) -> Tensor:
             f"{float(ends[1]):.6g}, each later than the one before"
         )
     return nodes
-
-
-def _bounds_of_steps(problem: OCP, nodes: Tensor) -> Bounds | None:
-    """The control bounds, those that are a function of time at the beginning of each step."""
-    if not callable(problem.control_bounds):
-        return problem.control_bounds
-    pairs = [problem.control_bounds_at(t) for t in nodes[:-1].tolist()]
-    lower, upper = (torch.stack([pair[i] for pair in pairs if pair is not None]) for i in (0, 1))
-    return lower, upper

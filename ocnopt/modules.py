@@ -80,6 +80,9 @@ def from_module(
 ) -> OCP:
     """Make a problem of a network: its trainable weights become p, in the module's dtype and on its device.
 
+    p is an unknown of ``solve``: the module's own weights are where it starts, and ``differentiable=True`` gives
+    gradients to the initial state, not to them. For gradients in what costs capture write an OCP with ``data``.
+
     Args:
         field: any module ``field(t, x)``, t a 0-d tensor, x ``(samples, n)``, that returns dx/dt shaped like x.
         terminal_cost: ``Phi(t, x)`` or ``Phi(t, x, p)``.
@@ -102,11 +105,12 @@ def from_module(
     weights = trainable_weights(field)
     _check_field(field)
     x0 = checks.float_tensor("initial_state", initial_state, weights[0].dtype, weights[0].device)
+    graph = checks.traced(initial_state, x0.dtype)
     return OCP(
         ModuleDynamics(field, WeightLayout.of(field)),
         None if running_cost is None else _with_p("running_cost", running_cost, ("t", "x", "u")),
         _with_p("terminal_cost", terminal_cost, ("t", "x")),
-        initial_state=x0,
+        initial_state=x0 if graph is None else graph.to(x0.device),
         horizon=horizon,
         parameters=torch.cat([w.detach().reshape(-1) for w in weights]),
         dtype=weights[0].dtype,

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocnopt import captured, checks, problem_checks
+from ocnopt import bounds, captured, checks, problem_checks
 from ocnopt.checks import Bounds
 from ocnopt.errors import ProblemError
 from ocnopt.names import read_names
@@ -102,11 +102,12 @@ class OCP:
         horizon: T, :class:`Horizon` or :class:`FreeHorizon`.
         parameters: the static control p ``(q,)``, an initial guess for ``solve``; with it every function takes p as
             its last argument.
-        control_bounds: ``(lower, upper)``, scalars, vectors ``(m,)`` or ``(N, m)`` with a row for each step, or a
-            function of time that returns such a pair, asked where each step begins. Bounds are read once, as copies:
-            what they are made of may not be in ``data``, and carries no gradients.
-        state_bounds: likewise ``(n,)``, at every node but the first, whose state is given.
-        parameter_bounds: likewise, ``(q,)``.
+        control_bounds: ``(lower, upper)``, scalars, vectors ``(m,)``, or what broadcasts to ``(*batch, N, m)``: ``(N,
+            m)`` with a row for each step, ``(*batch, 1, m)`` for each problem (two axes never are problems). Or a
+            function of time that returns a pair, ``(m,)`` or ``(*batch, m)``, asked where each step begins. Bounds are
+            read once, as copies: what they are made of may not be in ``data``, and carries no gradients.
+        state_bounds: likewise, what broadcasts to ``(*batch, N + 1, n)``, at every node but the first, which is given.
+        parameter_bounds: likewise ``(q,)`` or ``(*batch, q)``; each problem starts within its own.
         path_constraint: ``c(t, x, u[, p]) -> (..., c)``, <= 0 at every node.
         terminal_constraint: ``e(T, x[, p]) -> (..., e)``, == 0.
         state_names: one for each state, units included; plots, tables and messages use them.
@@ -152,6 +153,8 @@ class OCP:
     """The initial state with its graph, where it came with one."""
     parameters_broadcast: bool = field(init=False)
     """Whether the functions accept p with leading axes, as a batched ``solve`` needs."""
+    parameters_of_each: bool = field(init=False)
+    """Whether a function of a batch accepts p with its axes only."""
 
     def __init__(
         self,
@@ -187,13 +190,13 @@ class OCP:
         put(self, "control_dim", control_dim)
         put(self, "horizon", read_horizon(horizon))
         put(self, "parameters", p)
-        q = self.parameter_dim
         limits: Any = control_bounds
         if not callable(control_bounds):
-            limits = checks.bounds("control_bounds", control_bounds, control_dim, dtype, x0.device, table=True)
+            limits = bounds.read("control_bounds", control_bounds, control_dim, x0, batch=self.batch_shape, rows="N")
         put(self, "control_bounds", limits)
-        put(self, "state_bounds", checks.bounds("state_bounds", state_bounds, x0.shape[-1], dtype, x0.device))
-        put(self, "parameter_bounds", checks.bounds("parameter_bounds", parameter_bounds, q, dtype, x0.device))
+        n, q, batch = self.state_dim, self.parameter_dim, self.batch_shape
+        put(self, "state_bounds", bounds.read("state_bounds", state_bounds, n, x0, batch=batch, rows="N + 1"))
+        put(self, "parameter_bounds", bounds.read("parameter_bounds", parameter_bounds, q, x0, batch=batch))
         put(self, "state_names", read_names("state_names", state_names, self.state_dim))
         put(self, "control_names", read_names("control_names", control_names, control_dim))
         put(self, "constraint_names", read_names("constraint_names", constraint_names))
@@ -203,7 +206,8 @@ class OCP:
         end = self.horizon.initial if isinstance(self.horizon, FreeHorizon) else self.horizon.t1
         problem_checks.check_order(self, end)
         with captured.must_be_read(self.data):
-            put(self, "parameters_broadcast", problem_checks.check_functions(self, end))
+            for name, value in problem_checks.check_functions(self, end).items():
+                put(self, name, value)
 
     @property
     def state_dim(self) -> int:
@@ -211,14 +215,33 @@ class OCP:
         return self.initial_state.shape[-1]
 
     def control_bounds_at(self, t: float, step: int = 0) -> Bounds | None:
-        """The bounds of the controls at a time, ``(m,)``; those of a step where they have a row for each."""
+        """The bounds of the controls at a time, ``(m,)`` or ``(*batch, m)``; of a step where each has its row."""
         given, x0 = self.control_bounds, self.initial_state
         if callable(given):
             name = f"control_bounds(t = {t:.6g})"
             with captured.must_not_be_read(self.data, name):
                 pair = given(x0.new_tensor(t))
-            return checks.bounds(name, () if pair is None else pair, self.control_dim, self.dtype, x0.device)
-        return given if given is None or given[0].ndim == 1 else (given[0][step], given[1][step])
+            return bounds.read(name, () if pair is None else pair, self.control_dim, x0, batch=self.batch_shape)
+        if given is None or given[0].ndim == 1:
+            return given
+        own = step if given[0].shape[-2] > 1 else 0
+        return given[0][..., own, :], given[1][..., own, :]
+
+    def control_bounds_of(self, times: Tensor) -> Bounds | None:
+        """The bounds of the controls; those that are a function of time as rows for the steps between N + 1 times."""
+        if not callable(self.control_bounds):
+            return self.control_bounds
+        if isinstance(self.horizon, FreeHorizon):
+            raise ProblemError(
+                "control_bounds is a function of time, but the end time is free; expected a vector for all steps or "
+                "(N, m) with a row for each"
+            )
+        pairs = [self.control_bounds_at(t) for t in times[:-1].tolist()]
+        # with the batch's axes, be they of size one: two axes alone may mean problems
+        first = self.initial_state.new_zeros((*(1,) * len(self.batch_shape), self.control_dim))
+        sides = zip(*(pair for pair in pairs if pair is not None), strict=True)
+        lower, upper = (torch.stack(torch.broadcast_tensors(first, *side)[1:], dim=-2) for side in sides)
+        return lower, upper
 
     @property
     def parameter_dim(self) -> int:
@@ -339,6 +362,8 @@ class Lifted:
         if self.problem.parameters is None:
             return function(*arguments)
         user_p = self.split(p)[0]
+        if user_p.ndim == 1 and self.problem.parameters_of_each:
+            user_p = user_p.expand(*x.shape[:-1], -1)
         if user_p.ndim == 1 or self.problem.parameters_broadcast:
             return function(*arguments, user_p)
         if self.batch_shape:
@@ -366,9 +391,9 @@ def lift(problem: OCP) -> Lifted:
         return Lifted(problem, horizon.t0, horizon.t1, p, problem.parameter_bounds, free=False)
     infinite = x0.new_full((problem.parameter_dim,), torch.inf)
     lower, upper = problem.parameter_bounds or (-infinite, infinite)
-    bounds = (_append(lower, horizon.lower), _append(upper, horizon.upper))
-    return Lifted(problem, 0.0, 1.0, _append(p, horizon.initial), bounds, free=True)
+    box = (_append(lower, horizon.lower), _append(upper, horizon.upper))
+    return Lifted(problem, 0.0, 1.0, _append(p, horizon.initial), box, free=True)
 
 
 def _append(vector: Tensor, number: float) -> Tensor:
-    return torch.cat([vector, vector.new_tensor([number])])
+    return torch.cat([vector, vector.new_full((*vector.shape[:-1], 1), number)], dim=-1)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ocnopt import checks, problem_checks
-from ocnopt.captured import of_problems, substituted
+from ocnopt.captured import belongs_to_each, substituted, which_of_each
 from ocnopt.staged import Group, Index, Series, StagedOCP
 
 
@@ -60,15 +60,17 @@ class Widened:
         self.control_bounds = self._stacked_bounds()
 
     def _stacked_bounds(self) -> checks.Bounds | None:
-        """Two tensors ``(N, m)``; no control that is only there to fill up may move."""
-        given, m = self.problem.step_bounds, self.m
-        first = given[0]
-        if all(bounds is first for bounds in given) and len(set(self.control_sizes)) == 1:
-            return first and (first[0].expand(self.steps, m), first[1].expand(self.steps, m))
+        """Two tensors ``(N, m)`` or ``(N, *batch, m)``; no control that is only there to fill up may move."""
+        groups, m = self.problem.control_bounds, self.m
+        first = groups[0]
+        if all(bounds is first for bounds in groups) and len(set(self.control_sizes)) == 1:
+            if first is None or first[0].ndim > 1:
+                return first
+            return first[0].expand(self.steps, m), first[1].expand(self.steps, m)
         infinite = self.problem.initial_state.new_full((m,), torch.inf)
         pairs = [
             bounds or (-infinite[:size], infinite[:size])
-            for bounds, size in zip(given, self.control_sizes, strict=True)
+            for bounds, size in zip(self.problem.step_bounds, self.control_sizes, strict=True)
         ]
         lower, upper = (
             torch.stack([pad(side, (0, m - side.shape[-1])) for side in sides]) for sides in zip(*pairs, strict=True)
@@ -77,12 +79,16 @@ class Widened:
 
     @property
     def state_bounds(self) -> checks.Bounds | None:
-        """Two tensors ``(N + 1, n - q)``, infinite for the first state, which is given, and for what only fills up."""
+        """Two tensors ``(N + 1, n - q)`` or ``(N + 1, *batch, n - q)``.
+
+        Infinite for the first state, which is given, and for what only fills up.
+        """
         given = self.problem.state_bounds
         if given is None:
             return None
         sizes = torch.tensor([0, *self.state_sizes[1:]], device=given[0].device)[:, None]
         bounded = torch.arange(self.n - self.q, device=given[0].device) < sizes
+        bounded = bounded.reshape(len(bounded), *(1,) * (given[0].ndim - 2), self.n - self.q)
         return torch.where(bounded, given[0], -torch.inf), torch.where(bounded, given[1], torch.inf)
 
     def join(self, states: Series, p: Tensor) -> Tensor:
@@ -172,10 +178,10 @@ def _stacked(values: Series, size: int) -> Tensor:
 
 
 def fitted(bounds: checks.Bounds, values: Tensor) -> checks.Bounds:
-    """Bounds ``(size,)`` or ``(steps, size)`` with axes for the batch of values ``(steps, *lead, size)``."""
-    lower, upper = (
-        side.reshape(*side.shape[:-1], *(1,) * (values.ndim - side.ndim), side.shape[-1]) for side in bounds
-    )
+    """Bounds ``(size,)``, ``(steps, size)`` or ``(steps, *batch, size)`` beside values ``(steps, *lead, size)``."""
+    if bounds[0].ndim == 1:
+        return bounds
+    lower, upper = (side.reshape(len(side), *(1,) * (values.ndim - side.ndim), *side.shape[1:]) for side in bounds)
     return lower, upper
 
 
@@ -286,14 +292,15 @@ def rows_stand_alone(wide: Widened) -> bool:
     """
     if not wide.problem.batch_shape:
         return True
-    problem, batch, axes = wide.problem, wide.problem.batch_shape, len(wide.problem.batch_shape)
+    problem, axes = wide.problem, len(wide.problem.batch_shape)
     first = wide.join([problem.initial_state], problem.start_parameters())[0].flatten(0, -2)
     z, u = problem_checks.nearby(first), first.new_zeros(len(first), wide.m)
     near = [problem_checks.nearby(v.detach()) for v in problem.data]
     alone, moved = torch.arange(len(z), device=z.device), torch.arange(-1, len(z), device=z.device) % len(z)
 
     def values(rows: Tensor) -> list[Tensor]:
-        data = of_problems(near, batch, lambda v: v.flatten(0, axes - 1)[rows])
+        each = zip(near, which_of_each(problem), strict=True)
+        data = [v.flatten(0, axes - 1)[rows] if own else v for v, own in each]
         table = None if problem.step_data is None else problem.step_data.flatten(1, axes)[:, rows]
         own = Widened(problem.altered(step_data=table))
         with substituted(problem.data, data):
@@ -309,3 +316,32 @@ def rows_stand_alone(wide: Widened) -> bool:
     except Exception:
         # whatever a function of the user's makes of rows that it did not expect
         return False
+
+
+def data_of_each(problem: StagedOCP) -> tuple[bool, ...]:
+    """Which data belong to one problem of the batch each: their leading axes are the batch's, and they change no other.
+
+    A vector for all may have as many entries as there are problems: then its first entry changes the others too.
+    """
+    batch, wide = problem.batch_shape, Widened(problem)
+    z = problem_checks.nearby(wide.join([problem.initial_state], problem.start_parameters())[0])
+    u = z.new_zeros((*batch, wide.m))
+
+    def others(i: int, tensor: Tensor) -> list[Tensor]:
+        with torch.no_grad(), substituted((problem.data[i],), (tensor,)):
+            found = [wide.terminal(z), wide.end_error(z)]
+            for group in wide.groups:
+                k = step_number(group, group.start, z)
+                found += [*wide.advance(group, k, z, u), wide.path_excess(group, k, z, u)]
+        return [value.flatten(0, len(batch) - 1)[1:] for value in found]
+
+    def own(i: int, tensor: Tensor) -> bool:
+        if not belongs_to_each(tensor, batch):
+            return False
+        here = tensor.detach().flatten(0, len(batch) - 1)
+        first = torch.arange(len(here), device=here.device).reshape(-1, *(1,) * (here.ndim - 1)) == 0
+        moved = torch.where(first, problem_checks.nearby(here), here).reshape(tensor.shape)
+        pairs = zip(others(i, tensor.detach()), others(i, moved), strict=True)
+        return all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
+
+    return tuple(own(i, tensor) for i, tensor in enumerate(problem.data))

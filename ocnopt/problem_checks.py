@@ -298,8 +298,8 @@ def check_order(problem: Any, end: float) -> None:
 
 def check_parameters(problem: Any) -> None:
     """Refuse parameters outside their bounds."""
-    if problem.parameters is None or problem.parameter_bounds is None:
-        return
+    if problem.parameters is None or problem.parameter_bounds is None or problem.parameter_bounds[0].ndim > 1:
+        return  # where each problem has bounds of its own, one start for all is clipped to them
     lower, upper = problem.parameter_bounds
     outside = (problem.parameters < lower) | (problem.parameters > upper)
     if bool(outside.any()):
@@ -322,9 +322,9 @@ def _rows(problem: Any, end: float) -> tuple[dict[str, Tensor], dict[str, Tensor
     return near, {"t": x0.new_tensor(end), "x": nearby(x0), "u": u1}
 
 
-def check_functions(problem: Any, end: float) -> bool:
-    """Call every function and check what it returns; return whether p may carry leading axes."""
-    p, broadcast, entries = problem.parameters, True, 0
+def check_functions(problem: Any, end: float) -> dict[str, bool]:
+    """Call every function and check what it returns; return whether p may carry leading axes, and whether it must."""
+    p, broadcast, wide, entries = problem.parameters, True, False, 0
     batch, n = tuple(problem.initial_state.shape[:-1]), problem.initial_state.shape[-1]
     for name in FUNCTIONS:
         function = getattr(problem, name)
@@ -338,12 +338,23 @@ def check_functions(problem: Any, end: float) -> bool:
         static = {} if p is None else {"p": p}
         size = n if name == "dynamics" else None
         check = partial(function_rows, name, function, batch=batch, dtype=problem.dtype, size=size)
-        value = check([{**near, **static}, {**far, **static}])
+        try:
+            value = check([{**near, **static}, {**far, **static}])
+        except ProblemError as error:
+            if p is None or not batch:
+                raise
+            # one that is written for a solve alone, where each problem of a batch has its own p
+            wide, static, moved = True, {"p": p.expand(*batch, -1)}, {"p": nearby(p.expand(*batch, -1))}
+            try:
+                value = check([{**near, **static}, {**far, **moved}])
+            except ProblemError:
+                raise error from error.__cause__
         entries += value.shape[-1] if name.endswith("constraint") else 0
         _check_derivatives(name, function, {**near, **static})
-        broadcast = broadcast and (p is None or accepts_leading_axes(function, near, p))
+        if p is not None and static["p"] is p:
+            broadcast = broadcast and accepts_leading_axes(function, near, p)
     read_names("constraint_names", problem.constraint_names, entries)
-    return broadcast
+    return {"parameters_broadcast": broadcast, "parameters_of_each": wide}
 
 
 def check_ends(problem: Any, x: Tensor) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocnopt import checks
+from ocnopt import bounds, checks
 from ocnopt.errors import ProblemError
 from ocnopt.ocp import OCP, Function
 
@@ -25,7 +25,7 @@ def limit_rates(problem: Any, rate_bounds: Any, *, initial_control: Any) -> OCP:
 
     Args:
         problem: an :class:`ocnopt.OCP`, with control bounds that are the same at all times, or none.
-        rate_bounds: ``(lower, upper)`` of du/dt, scalars or vectors ``(m,)``.
+        rate_bounds: ``(lower, upper)`` of du/dt, scalars, vectors ``(m,)``, or as ``control_bounds`` of an OCP.
         initial_control: u(t0) ``(m,)`` or ``(*batch, m)``: what was applied last.
 
     Returns:
@@ -46,7 +46,8 @@ def limit_rates(problem: Any, rate_bounds: Any, *, initial_control: Any) -> OCP:
     if not isinstance(problem, OCP) or problem.control_dim == 0:
         came = "has no controls" if isinstance(problem, OCP) else f"is {type(problem).__name__}"
         raise ProblemError(f"limit_rates got a problem that {came}; expected an oc.OCP with controls: limit that one")
-    if callable(problem.control_bounds) or (problem.control_bounds is not None and problem.control_bounds[0].ndim > 1):
+    given = problem.control_bounds
+    if callable(given) or (given is not None and given[0].ndim > 1 and given[0].shape[-2] > 1):
         raise ProblemError(
             "limit_rates got control_bounds that vary in time, but bounds on states hold at all times; expected one "
             "vector: write the others as path_constraint"
@@ -54,7 +55,7 @@ def limit_rates(problem: Any, rate_bounds: Any, *, initial_control: Any) -> OCP:
     n, m = problem.state_dim, problem.control_dim
     u0 = _initial(problem, initial_control)
     x0 = problem.initial_state if problem.traced_state is None else problem.traced_state
-    rates = checks.bounds("rate_bounds", rate_bounds, m, problem.dtype, problem.device)
+    rates = bounds.read("rate_bounds", rate_bounds, m, problem.initial_state, batch=problem.batch_shape, rows="N")
     if rates is None:
         raise ProblemError("limit_rates got rate_bounds=None; expected a pair (lower, upper): leave the problem as is")
 
@@ -93,11 +94,11 @@ def limit_rates(problem: Any, rate_bounds: Any, *, initial_control: Any) -> OCP:
 def _initial(problem: OCP, value: Any) -> Tensor:
     """u(t0), within its bounds."""
     u0 = checks.float_tensor("initial_control", value, problem.dtype, problem.device)
-    m, bounds = problem.control_dim, problem.control_bounds
+    m, box = problem.control_dim, problem.control_bounds_at(problem.horizon.t0)
     if tuple(u0.shape) not in ((m,), (*problem.batch_shape, m)):
         batch = f" or {(*problem.batch_shape, m)}" if problem.batch_shape else ""
         raise ProblemError(f"initial_control has shape {checks.shape(u0)}; expected {(m,)}{batch}: u at the beginning")
-    if isinstance(bounds, tuple) and bool(((u0 < bounds[0]) | (u0 > bounds[1])).any()):
+    if box is not None and bool(((u0 < box[0]) | (u0 > box[1])).any()):
         raise ProblemError(
             f"initial_control {u0.tolist()} is outside control_bounds; expected it within: clip it, or widen the bounds"
         )
@@ -112,7 +113,9 @@ def _state_bounds(problem: OCP) -> tuple[Tensor, Tensor] | None:
     sides = []
     for i, free in enumerate((-infinite, infinite)):
         given = ((problem.state_bounds, problem.state_dim), (problem.control_bounds, problem.control_dim))
-        sides.append(torch.cat([pair[i] if isinstance(pair, tuple) else free.expand(size) for pair, size in given]))
+        parts = [pair[i] if isinstance(pair, tuple) else free.expand(size) for pair, size in given]
+        lead = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+        sides.append(torch.cat([part.expand(*lead, part.shape[-1]) for part in parts], dim=-1))
     return sides[0], sides[1]
 
 

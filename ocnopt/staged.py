@@ -10,7 +10,6 @@ A static control is a state whose first value is free: :class:`ocnopt.paths.Wide
 over states and staged controls needs nothing else.
 """
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocnopt import captured, checks, staged_checks
+from ocnopt import bounds, captured, checks, staged_checks
 from ocnopt.errors import ProblemError
 from ocnopt.integrate.implicit import implicit_step
 from ocnopt.integrate.runge_kutta import combine, stages
@@ -36,13 +35,14 @@ class Stage:
     """One stage: ``dynamics(k, x, u[, p]) -> x_next`` and ``cost(k, x, u[, p])``, none means zero; m = ``control_dim``.
 
     ``joint(k, x, u, p) -> (x_next, cost)`` replaces both where they share work; with ``step_data`` it takes the step's
-    row of it as one argument more.
+    row of it as one argument more. ``parts`` calls once each, with the same arguments, what ``joint`` calls many times.
     """
 
     dynamics: Function | None
     cost: Function | None = None
     control_dim: int = 0
     joint: Advance | None = None
+    parts: Callable[..., tuple[Tensor, ...]] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "control_dim", checks.whole("control_dim of a Stage", self.control_dim, 0))
@@ -69,9 +69,11 @@ class StagedOCP:
         steps: N, with one stage.
         parameters: the static control p ``(q,)``; with it every function takes p as its last argument, indexed
             ``p[..., i]``.
-        control_bounds: ``(lower, upper)``, scalars, vectors ``(m,)`` or ``(N, m)`` with a row for each step.
-        state_bounds: likewise ``(n,)``, at the nodes 1..N; scalars where the size of the state varies.
-        parameter_bounds: likewise, ``(q,)``.
+        control_bounds: ``(lower, upper)``, scalars, vectors ``(m,)``, ``(N, m)`` or anything that broadcasts to
+            ``(*batch, N, m)``, as in :class:`ocnopt.OCP`.
+        state_bounds: likewise, to ``(*batch, N + 1, n)``, at the nodes 1..N; one for all states where their number
+            varies.
+        parameter_bounds: likewise, ``(q,)`` or ``(*batch, q)``.
         path_constraint: ``c(k, x, u[, p]) -> (..., c)``, <= 0 at the nodes 0..N-1, and at N with the last control.
         terminal_constraint: ``e(x[, p]) -> (..., e)``, == 0.
         state_names: one for each state where its size does not vary; as in :class:`ocnopt.OCP`.
@@ -96,8 +98,9 @@ class StagedOCP:
     initial_state: Tensor
     parameters: Tensor | None
     control_bounds: tuple[checks.Bounds | None, ...]
-    """Of each group, ``(m,)`` or ``(steps, m)``."""
+    """Of each group, ``(m,)``, ``(steps, m)`` or ``(steps, *batch, m)``."""
     state_bounds: checks.Bounds | None
+    """``(n,)``, ``(N + 1, n)`` or ``(N + 1, *batch, n)``."""
     parameter_bounds: checks.Bounds | None
     path_constraint: Function | None
     terminal_constraint: Function | None
@@ -112,6 +115,8 @@ class StagedOCP:
     """The initial state with its graph, where it came with one."""
     step_data: Tensor | None = field(init=False, default=None)
     """What each step and the end are given besides, ``(N + 1, *batch, s)``: see :meth:`altered`."""
+    data_of_each: tuple[bool, ...] | None = field(init=False, default=None)
+    """Which data belong to one problem of the batch each; None: all whose leading axes are the batch's."""
     tableau: Tableau | None = field(init=False, default=None)
     """The method that the continuous problem behind it was cut by."""
     nodes: Tensor | None = field(init=False, default=None)
@@ -148,9 +153,10 @@ class StagedOCP:
         put(self, "initial_state", x0)
         put(self, "traced_state", checks.traced(initial_state, dtype))
         put(self, "parameters", p)
-        put(self, "control_bounds", _control_bounds(groups, control_bounds, dtype, x0.device))
+        put(self, "control_bounds", bounds.of_controls(control_bounds, groups, x0))
         n, q = self.state_dim, self.parameter_dim
-        put(self, "parameter_bounds", checks.bounds("parameter_bounds", parameter_bounds, q, dtype, x0.device))
+        box = bounds.read("parameter_bounds", parameter_bounds, q, x0, batch=self.batch_shape)
+        put(self, "parameter_bounds", box)
         put(self, "path_constraint", path_constraint)
         put(self, "terminal_constraint", terminal_constraint)
         put(self, "state_names", read_names("state_names", state_names, n))
@@ -160,9 +166,6 @@ class StagedOCP:
         put(self, "initial_guess", checks.start_guess(initial_guess))
         put(self, "dtype", dtype)
         put(self, "origin", origin)
-        put(self, "step_data", None)
-        put(self, "tableau", None)
-        put(self, "nodes", None)
         put(self, "state_sizes", (n,) * (self.steps + 1))
         if origin is None:
             with captured.must_be_read(self.data):
@@ -176,9 +179,8 @@ class StagedOCP:
         With ``step_data (N + 1, *batch, s)`` every stage is a joint one that takes its row ``(*batch, s)`` as last
         argument, and so does the terminal cost, which gets the last row.
         """
-        other = copy.copy(self)
-        for name, value in changes.items():
-            object.__setattr__(other, name, value)
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__ | changes)
         return other
 
     @property
@@ -214,12 +216,27 @@ class StagedOCP:
 
     @property
     def step_bounds(self) -> list[checks.Bounds | None]:
-        """The control bounds of each of the N steps."""
-        return [
-            bounds if bounds is None or bounds[0].ndim == 1 else (bounds[0][i], bounds[1][i])
-            for group, bounds in zip(self.groups, self.control_bounds, strict=True)
-            for i in range(group.stop - group.start)
-        ]
+        """The control bounds of each of the N steps, ``(m,)`` or ``(*batch, m)``."""
+        pairs = zip(self.groups, self.control_bounds, strict=True)
+        return [own for group, given in pairs for own in bounds.each(given, group.stop - group.start)]
+
+    @property
+    def bounds_differ(self) -> bool:
+        """Whether problems of the batch have bounds of their own."""
+        timed = any(pair is not None and pair[0].ndim > 2 for pair in (*self.control_bounds, self.state_bounds))
+        return timed or (self.parameter_bounds is not None and self.parameter_bounds[0].ndim > 1)
+
+    def for_rows(self, rows: Tensor | int) -> "StagedOCP":
+        """With the ``step_data`` and the bounds of some rows of the flattened batch, or of one without a batch."""
+        table = self.step_data
+        if table is None and not self.bounds_differ:
+            return self
+        return self.altered(
+            control_bounds=tuple(bounds.picked(pair, rows, 1) for pair in self.control_bounds),
+            state_bounds=bounds.picked(self.state_bounds, rows, 1),
+            parameter_bounds=bounds.picked(self.parameter_bounds, rows, 0),
+            step_data=None if table is None else table.flatten(1, -2)[:, rows],
+        )
 
     def times(self, p: Tensor) -> Tensor:
         """Times of the nodes ``(..., N + 1)`` for p ``(..., q)``; step numbers where there is no continuous problem."""
@@ -270,7 +287,8 @@ class StagedOCP:
     def start_parameters(self) -> Tensor:
         """The first guess of p for each problem, ``(*batch, q)``."""
         p = self.initial_state.new_zeros(0) if self.parameters is None else self.parameters
-        return p.expand(*self.batch_shape, p.shape[-1])
+        box = self.parameter_bounds
+        return checks.clipped(p, box if box is not None and box[0].ndim > 1 else None).expand(*self.batch_shape, -1)
 
 
 def _groups(stages: Any, steps: Any) -> tuple[Group, ...]:
@@ -288,44 +306,6 @@ def _groups(stages: Any, steps: Any) -> tuple[Group, ...]:
     if steps is not None and steps != len(stages):
         raise ProblemError(f"{len(stages)} stages came with steps={steps}; expected no steps= beside a sequence")
     return tuple(Group(stage, k, k + 1, single=True) for k, stage in enumerate(stages))
-
-
-def _control_bounds(
-    groups: Sequence[Group], value: Any, dtype: torch.dtype, device: torch.device
-) -> tuple[checks.Bounds | None, ...]:
-    """The bounds of each group; those for every step must be as many as these."""
-    read = {
-        m: checks.bounds("control_bounds", value, m, dtype, device, table=True)
-        for m in {group.stage.control_dim for group in groups}
-    }
-    found: list[checks.Bounds | None] = []
-    for group in groups:
-        bounds = read[group.stage.control_dim]
-        if bounds is not None and bounds[0].ndim > 1:
-            if len(bounds[0]) != groups[-1].stop:
-                raise ProblemError(
-                    f"control_bounds have {len(bounds[0])} rows for {groups[-1].stop} steps; expected one row for "
-                    "each, a vector for all, or a function of time"
-                )
-            place = group.start if group.single else slice(group.start, group.stop)
-            bounds = (bounds[0][place], bounds[1][place])
-        found.append(bounds)
-    return tuple(found)
-
-
-def _bounds_of_steps(problem: OCP, lifted: Lifted, steps: int) -> checks.Bounds | None:
-    """The control bounds, those that are a function of time at the beginning of each step."""
-    if not callable(problem.control_bounds):
-        return problem.control_bounds
-    if lifted.free:
-        raise ProblemError(
-            "control_bounds is a function of time, but the end time is free; expected a vector for all steps or (N, m) "
-            "with a row for each"
-        )
-    times = lifted.times(steps, lifted.parameters)[:-1].tolist()
-    pairs = [problem.control_bounds_at(t) for t in times]
-    lower, upper = (torch.stack([pair[i] for pair in pairs if pair is not None]) for i in (0, 1))
-    return lower, upper
 
 
 def transcribe(problem: OCP, steps: int, integrator: str = "rk4") -> StagedOCP:
@@ -367,18 +347,37 @@ def transcribe(problem: OCP, steps: int, integrator: str = "rk4") -> StagedOCP:
         zero = x.new_zeros(x.shape[:-1])
         return end, combine(zero, h, [tableau.b[i] for i in used], costs)
 
-    has_parameters = lifted.parameter_dim > 0
+    def parts(k: Index, x: Tensor, u: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        t = time(k, x)
+        return lifted.dynamics(t, x, u, p), lifted.running_cost(t, x, u, p)
+
     along = problem.path_constraint and (lambda k, x, u, p: lifted.path_constraint(time(k, x), x, u, p))
+    stage = Stage(None, None, problem.control_dim, joint, parts)
+    return cut(problem, lifted, stage, steps, along).altered(tableau=tableau)
+
+
+def cut(problem: OCP, lifted: Lifted, stage: Stage, steps: int | Tensor, path_constraint: Function | None) -> StagedOCP:
+    """What all ways of cutting a problem into steps share: everything but its stage and its path constraint.
+
+    Args:
+        problem: the continuous problem.
+        lifted: the same in the one form.
+        stage: of all steps.
+        steps: N equal steps, or the times of the N + 1 nodes.
+        path_constraint: ``c(k, x, u, p)``.
+    """
+    nodes, count = (steps, len(steps) - 1) if isinstance(steps, Tensor) else (None, steps)
+    has_parameters = lifted.parameter_dim > 0
     staged = StagedOCP(
-        Stage(None, None, problem.control_dim, joint),
+        stage,
         problem.terminal_cost and _arity(lifted.terminal_cost, has_parameters),
         initial_state=problem.initial_state if problem.traced_state is None else problem.traced_state,
-        steps=steps,
+        steps=count,
         parameters=lifted.parameters if has_parameters else None,
-        control_bounds=_bounds_of_steps(problem, lifted, steps),
+        control_bounds=problem.control_bounds_of(lifted.times(count, lifted.parameters) if nodes is None else nodes),
         state_bounds=problem.state_bounds,
         parameter_bounds=lifted.parameter_bounds,
-        path_constraint=along and _arity(along, has_parameters),
+        path_constraint=path_constraint and _arity(path_constraint, has_parameters),
         terminal_constraint=problem.terminal_constraint and _arity(lifted.terminal_constraint, has_parameters),
         state_names=problem.state_names,
         control_names=problem.control_names,
@@ -386,9 +385,9 @@ def transcribe(problem: OCP, steps: int, integrator: str = "rk4") -> StagedOCP:
         data=problem.data,
         initial_guess=problem.initial_guess,
         dtype=problem.dtype,
-        origin=lifted,
+        origin=lifted if nodes is None else None,
     )
-    return staged.altered(tableau=tableau)
+    return staged.altered(nodes=nodes)
 
 
 def _arity(function: Function, has_parameters: bool) -> Function:

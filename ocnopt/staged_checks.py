@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocnopt import checks, problem_checks
+from ocnopt import bounds, checks, problem_checks
 from ocnopt.errors import ProblemError
 
 
@@ -47,12 +47,12 @@ def _check_function(problem: Any, name: str, function: Any, here: dict[str, Any]
 
 
 def state_bounds(problem: Any, value: Any) -> checks.Bounds | None:
-    """Read bounds of the states, two tensors of the largest state's size."""
-    sizes = set(problem.state_sizes)
-    pair = checks.bounds("state_bounds", value, max(sizes), problem.dtype, problem.device)
-    if pair is not None and len(sizes) > 1 and any(bool((side != side[0]).any()) for side in pair):
+    """Read bounds of the states, of the largest state's size."""
+    sizes, batch = set(problem.state_sizes), problem.batch_shape
+    pair = bounds.read("state_bounds", value, max(sizes), problem.initial_state, batch=batch, rows="N + 1")
+    if pair is not None and len(sizes) > 1 and any(bool((side != side[..., :1]).any()) for side in pair):
         raise ProblemError(
             f"state_bounds are vectors, but the size of the state varies from {min(sizes)} to {max(sizes)}; expected a "
             "pair of scalars: write other bounds as path_constraint="
         )
-    return pair
+    return bounds.by_step("state_bounds", pair, problem.steps + 1, "nodes", batch)

@@ -51,7 +51,7 @@ def each_alone(
     """
     if not problem.batch_shape:
         return gathered(problem, [solve_one(problem, guess)])
-    whole = not rows_stand_alone(Widened(problem))
+    whole = not _alike(problem)
 
     def attempt(row: int) -> Attempt:
         single, start = _row_of(problem, row, whole), _guess_of(guess, row)
@@ -61,6 +61,19 @@ def each_alone(
             return _lost(single, start, f"given up: {error}")
 
     return in_turn(problem, guess, attempt, stopwatch)
+
+
+def one_for_all(problem: StagedOCP, guess: Guess) -> tuple[StagedOCP, Guess] | None:
+    """A single problem and its guess, such that what is built for it serves all of a batch; None where nothing does."""
+    if not problem.batch_shape:
+        return problem, guess
+    alike = _alike(problem) and not problem.bounds_differ
+    return (_row_of(problem, 0, False), _guess_of(guess, 0)) if alike else None
+
+
+def _alike(problem: StagedOCP) -> bool:
+    """Whether no function captures anything of one problem alone, data included: their tensors stay as they are."""
+    return rows_stand_alone(Widened(problem.altered(data=())))
 
 
 def in_turn(problem: StagedOCP, guess: Guess, attempt: Callable[[int], Attempt], stopwatch: Stopwatch) -> Result:
@@ -79,7 +92,9 @@ def _not_started(problem: StagedOCP, guess: Guess, outcome: int) -> list[Attempt
     """The starts of all problems as answers."""
     why, advice = stopped(outcome)
     with torch.no_grad():
-        states = guess.states or list(rollout(problem, guess.controls, problem.initial_state, guess.parameters).states)
+        states = guess.states
+        if states is None:
+            states = rollout(problem, guess.controls, problem.initial_state, guess.parameters).states
         found = audit(problem, states, guess.controls, guess.parameters)
 
     whole, status = replace(guess, states=states), f"not started: {why}; {advice}"
@@ -98,7 +113,7 @@ def _stays(start: Guess, cost: float, violation: float, status: str) -> Attempt:
     return Attempt(
         states=start.states,
         controls=start.controls,
-        costates=[torch.full_like(x, torch.nan) for x in start.states or ()],
+        costates=[torch.full_like(x, torch.nan) for x in (() if start.states is None else start.states)],
         parameters=start.parameters,
         cost=cost,
         converged=False,
@@ -127,8 +142,9 @@ def _row_of(problem: StagedOCP, row: int, whole: bool) -> StagedOCP:
     def narrowed(record: Any, names: Mapping[str, bool]) -> Any:
         single = copy.copy(record)
         object.__setattr__(single, "initial_state", _flat(x0)[row])
-        # what these solvers lower, they lower anew for each solve: data are constants
-        object.__setattr__(single, "data", ())
+        if whole:
+            # what is lowered of such a problem is lowered anew for each solve: data are constants
+            object.__setattr__(single, "data", ())
         for name, timed in names.items() if whole else ():
             if getattr(record, name) is not None:
                 object.__setattr__(single, name, pick.of(getattr(record, name), timed=timed))
@@ -140,11 +156,11 @@ def _row_of(problem: StagedOCP, row: int, whole: bool) -> StagedOCP:
         stages = {id(group.stage): pick.stage(group.stage) for group in problem.groups}
         groups = tuple(replace(group, stage=stages[id(group.stage)]) for group in problem.groups)
         single = single.altered(groups=groups)
-    if problem.step_data is not None:
-        single = single.altered(step_data=problem.step_data.flatten(1, -2)[:, row])
+    single = single.for_rows(row)
     if problem.origin is not None:
-        origin = narrowed(problem.origin.problem, dict.fromkeys(FUNCTIONS, True))
-        single = single.altered(origin=replace(problem.origin, problem=origin))
+        origin, box = narrowed(problem.origin.problem, dict.fromkeys(FUNCTIONS, True)), single.parameter_bounds
+        object.__setattr__(origin, "control_bounds", single.control_bounds[0])
+        single = single.altered(origin=replace(problem.origin, problem=origin, parameter_bounds=box))
     return single
 
 

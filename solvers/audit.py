@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ocnopt.checks import Bounds
+from ocnopt.errors import NonFiniteError
 from ocnopt.paths import Widened, evaluate, fitted
 from ocnopt.staged import Series, StagedOCP
 
@@ -122,18 +123,51 @@ def placed(problem: StagedOCP, kind: str, entry: int, ahead: int, step: int | No
     return f"{kind}{'' if name.startswith('[') else ' '}{name} {'at the end' if step is None else f'at step {step}'}"
 
 
+def rollout_status(states: Series, cost: Tensor, times: Tensor) -> str | list[str]:
+    """What became of each closed loop, in one sentence.
+
+    Args:
+        states: x_0..x_N, each ``(*batch, n)``.
+        cost: ``(*batch)``.
+        times: of the nodes, ``(N + 1, *batch)``.
+
+    Raises:
+        NonFiniteError: a single one left the numbers.
+    """
+    sentence = "closed-loop rollout of a policy; nothing was optimised"
+    lost = torch.stack([~torch.isfinite(x).all(-1) for x in states])
+    broken = lost.any(0) | ~torch.isfinite(cost)
+    if not bool(broken.any()):
+        return sentence
+
+    def told(step: Tensor, off_path: Tensor, time: Tensor) -> str:
+        place = f"at t = {float(time):.6g} (node {int(step)} of {len(times) - 1})" if bool(off_path) else "in its cost"
+        return f"closed-loop rollout of a policy that left the finite numbers {place}"
+
+    steps = lost.to(torch.int8).argmax(0)
+    when = torch.gather(times, 0, steps[None])[0]
+    if cost.ndim == 0:
+        raise NonFiniteError(
+            f"{told(steps, lost.any(), when)}; expected finite states: take more steps (a stiff plan from collocation "
+            "needs them), or start nearer to the plan"
+        )
+    rows = zip(broken.reshape(-1), steps.reshape(-1), lost.any(0).reshape(-1), when.reshape(-1), strict=True)
+    return [told(*row) if bool(bad) else sentence for bad, *row in rows]
+
+
 def _excesses(wide: Widened, Z: Tensor, U: Tensor, p: Tensor) -> Iterator[tuple[str, int | None, Tensor]]:
     """How far bounds and constraints are broken, ``(steps, *batch, size)``: the kind and the first of the steps."""
     yield "control_bounds", 0, _outside(U, wide.control_bounds)
     yield "state_bounds", 0, _outside(Z[..., : wide.n - wide.q], wide.state_bounds)
-    yield "parameter_bounds", None, _outside(p[None], wide.parameter_bounds)
+    box = wide.parameter_bounds
+    yield "parameter_bounds", None, _outside(p[None], box and (box[0][None], box[1][None]))
     for first, excess in wide.path_excesses(Z, U):
         yield "path_constraint", first, excess
     yield "terminal_constraint", wide.steps, wide.end_error(Z[-1]).abs()[None]
 
 
 def _outside(value: Tensor, bounds: Bounds | None) -> Tensor:
-    """How far values, with time in front, are beyond their bounds, ``(size,)`` or ``(steps, size)``."""
+    """How far values, with time in front, are beyond their bounds."""
     if bounds is None:
         return value[..., :0]
     lower, upper = fitted(bounds, value)

@@ -28,6 +28,9 @@ from ocnopt.paths import Widened, fitted, step_number
 from ocnopt.problem_checks import nearby
 from ocnopt.staged import Advance, Group, Index, Stage, StagedOCP
 
+# What stands in a row for an infinite bound: numbers in it are moved about when functions are compared.
+_FAR = 1e20
+
 # rho of the first inner solve. With ten times more, planar_quadrotor_min_time takes more than twice the sweeps: where
 # controls cost nothing, the constraints alone make the problem stiff.
 FIRST_PENALTY = 1.0
@@ -86,7 +89,19 @@ class _Row:
             "path": c,
             "state": multipliers.state.shape[-1],
             "after": c if self.late else 0,
+            "lower": 0,
+            "upper": 0,
         }
+        # of each state that has a bound anywhere: numbers, or none where they stand in the row
+        self.limits: dict[int, tuple[float, float] | None] = {}
+        if problem.state_bounds is not None:
+            lower, upper = problem.state_bounds
+            bounded = (lower.isfinite() | upper.isfinite()).reshape(-1, lower.shape[-1]).any(0)
+            self.limits = dict.fromkeys(bounded.nonzero()[:, 0].tolist())
+            if lower.ndim == 1:
+                self.limits = {i: (float(lower[i]), float(upper[i])) for i in self.limits}
+            else:
+                sizes["lower"] = sizes["upper"] = lower.shape[-1]
         sizes |= {"rho": 1, "rho_state": 1, "rho_after": 1}
         self.places: dict[str, slice] = {}
         start = 0
@@ -109,6 +124,8 @@ class _Row:
         parts = [] if problem.step_data is None else [problem.step_data]
         parts += [end.expand(nodes, *end.shape), path, state]
         parts += [path[-1:].expand(nodes, *path[-1].shape)] if self.late else []
+        if None in self.limits.values() and problem.state_bounds is not None:
+            parts += [side.clamp(-_FAR, _FAR).expand_as(state) for side in fitted(problem.state_bounds, state)]
         return torch.cat([*parts, rho, after_first, last], dim=-1)
 
 
@@ -146,10 +163,7 @@ def augment(problem: StagedOCP, multipliers: Multipliers, penalty: Tensor) -> St
         tensor(5., dtype=torch.float64)
     """
     row = _Row(problem, multipliers)
-    groups = tuple(
-        replace(group, stage=Stage(None, None, group.stage.control_dim, _joint(problem, group, row)))
-        for group in problem.groups
-    )
+    groups = tuple(replace(group, stage=_stage(problem, group, row)) for group in problem.groups)
     return problem.altered(
         groups=groups,
         terminal_cost=_terminal(problem, row),
@@ -163,6 +177,10 @@ def augment(problem: StagedOCP, multipliers: Multipliers, penalty: Tensor) -> St
 def first_augmented(problem: StagedOCP) -> StagedOCP:
     """The problem of the first inner solve."""
     return augment(problem, no_multipliers(problem), problem.initial_state.new_full(problem.batch_shape, FIRST_PENALTY))
+
+
+def _stage(problem: StagedOCP, group: Group, row: _Row) -> Stage:
+    return Stage(None, None, group.stage.control_dim, _joint(problem, group, row), _parts(problem, group, row))
 
 
 def _joint(problem: StagedOCP, group: Group, row: _Row) -> Advance:
@@ -182,13 +200,26 @@ def _joint(problem: StagedOCP, group: Group, row: _Row) -> Advance:
         rho = row.part(own, "rho")
         if problem.path_constraint is not None:
             cost = cost + _path_toll(problem.path_excess(number, x, u, p), row.part(own, "path"), rho)
-        cost = cost + _state_toll(problem, x, row.part(own, "state"), row.part(own, "rho_state"))
+        cost = cost + _state_toll(row, x, own, "rho_state")
         if ends:
             after = problem.path_excess(number + 1, x_next, u, p)
             cost = cost + _path_toll(after, row.part(own, "after"), row.part(own, "rho_after"))
         return x_next, cost
 
     return joint
+
+
+def _parts(problem: StagedOCP, group: Group, row: _Row) -> Callable[..., tuple[Tensor, ...]] | None:
+    """What a stage is made of, with the constraint along the path."""
+    own = group.stage.parts
+    if own is None:
+        return None
+
+    def parts(k: Index, x: Tensor, u: Tensor, p: Tensor, given: Tensor) -> tuple[Tensor, ...]:
+        before = () if problem.step_data is None else (row.part(given, "given"),)
+        return (*own(k, x, u, p, *before), problem.path_excess(k, x, u, p))
+
+    return parts
 
 
 def _terminal(problem: StagedOCP, row: _Row) -> Callable[..., Tensor]:
@@ -202,7 +233,7 @@ def _terminal(problem: StagedOCP, row: _Row) -> Callable[..., Tensor]:
         s = row.part(own, "end")
         v = problem.end_error(x, p) + s
         cost = cost + _toll(v, s, rho)
-        cost = cost + _state_toll(problem, x, row.part(own, "state"), rho)
+        cost = cost + _state_toll(row, x, own, "rho")
         if problem.path_constraint is None or row.late:
             return cost
         excess = problem.path_excess(step_number(last, problem.steps, x), x, x.new_zeros((*x.shape[:-1], m)), p)
@@ -221,12 +252,18 @@ def _path_toll(excess: Tensor, s: Tensor, rho: Tensor) -> Tensor:
     return _toll((excess + s).clamp(min=0.0), s, rho)
 
 
-def _state_toll(problem: StagedOCP, x: Tensor, s: Tensor, rho: Tensor) -> Tensor:
-    if problem.state_bounds is None:
-        return x.new_zeros(x.shape[:-1])
-    total = x.new_zeros(x.shape[:-1])
-    for i, (lower, upper) in enumerate(zip(*(side.tolist() for side in problem.state_bounds), strict=True)):
-        if i < x.shape[-1] and (lower > -torch.inf or upper < torch.inf):
-            v = x[..., i : i + 1] + s[..., i : i + 1]
-            total = total + _toll(v - v.clamp(lower, upper), s[..., i : i + 1], rho)
+def _state_toll(row: _Row, x: Tensor, own: Tensor, weight: str) -> Tensor:
+    """What the bounds on a state add."""
+    total, shifts, rho = x.new_zeros(x.shape[:-1]), row.part(own, "state"), row.part(own, weight)
+    for i, limits in row.limits.items():
+        if i >= x.shape[-1]:
+            continue
+        s = shifts[..., i : i + 1]
+        v = x[..., i : i + 1] + s
+        if limits is not None:
+            nearest = v.clamp(*limits)
+        else:
+            lower, upper = (row.part(own, name)[..., i : i + 1] for name in ("lower", "upper"))
+            nearest = torch.minimum(torch.maximum(v, lower), upper)
+        total = total + _toll(v - nearest, s, rho)
     return total

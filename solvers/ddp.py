@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ocnopt.checks import can_differentiate, finite_path, nearest, solver_options
+from ocnopt.checks import can_differentiate, check_choice, finite_path, solver_options
 from ocnopt.differential.sweep import Direction
 from ocnopt.errors import ProblemError
 from ocnopt.paths import Path, Widened
 from ocnopt.solvers.augmented import first_augmented
-from ocnopt.solvers.endings import Stopwatch, sentence
+from ocnopt.solvers.endings import History, Stopwatch, Tables, sentence
 from ocnopt.solvers.kernels import Kernel, Numbers
 from ocnopt.solvers.lowered.limits import fits
 from ocnopt.solvers.remains import explained
@@ -59,37 +59,6 @@ from ocnopt.solvers.starts import PreparedStarts, fit_together, repeated, stacke
 from ocnopt.staged import Series, StagedOCP
 
 
-class History:
-    """Cost, step and regularisation of every problem after each of its sweeps."""
-
-    def __init__(self, progress: bool) -> None:
-        self._rows: list[tuple[Numbers, ...]] = []
-        self._print = progress
-
-    def add(self, progress: Progress, cost: Numbers, step: Numbers, moving: Numbers) -> None:
-        """Note one sweep of the problems that are moving."""
-        told = progress.sweeps, progress.row, cost, step, progress.mu
-        self._rows.append(told if np.ndim(moving) == 0 or moving.all() else tuple(v[moving] for v in told))
-        if self._print:
-            sweep, mu = np.max(progress.sweeps), np.max(progress.mu)
-            print(f"{sweep:4.0f}  cost {np.mean(cost):.10g}  step {np.mean(step):.3g}  mu {mu:.1e}")  # noqa: T201
-
-    def tables(self, like: Tensor) -> dict[str, Tensor]:
-        """Each ``(sweeps + 1, *batch)``, the start first; what has ended stays as it was, without a step."""
-        sweep, row, *values = (
-            np.hstack([np.ravel(part) for part in column]) for column in zip(*self._rows, strict=True)
-        )
-        table = np.zeros((3, int(sweep.max()) + 1, like.numel()))
-        table[:, sweep, row] = values
-        last = np.zeros(like.numel(), dtype=int)
-        np.maximum.at(last, row, sweep)
-        number = np.arange(table.shape[1])[:, None]
-        table = np.take_along_axis(table, np.minimum(number, last)[None], 1)
-        table[1][number > last] = 0.0
-        names = ("cost", "step", "regularisation")
-        return {n: torch.from_numpy(v).to(like).reshape(-1, *like.shape) for n, v in zip(names, table, strict=True)}
-
-
 class Start:
     """Problems that wait for their turn: the guess, one row for each."""
 
@@ -102,7 +71,7 @@ class Start:
             first, controls = first.flatten(0, -2), controls.flatten(1, -2)
             states = None if states is None else states.flatten(1, -2)
         self.first, self.controls, self.states = first, controls, states
-        self.times = wide.times(first)
+        self.wide = wide
         self.count, self.q = first[..., 0].numel(), wide.q
 
     @property
@@ -123,16 +92,24 @@ class Start:
             path = roll_controls(self.kernel, first, controls, self.q, own)
         else:
             path = self.kernel.evaluate(states, controls, own)
-        finite = torch.isfinite(path.cost) & torch.isfinite(path.states).all(-1).all(0)
-        if path.gaps is not None:
-            finite = finite & torch.isfinite(path.gaps).all(-1).all(0)
-        if not path.cost.ndim and not bool(finite):
-            finite_path(list(path.states if path.gaps is None else path.gaps), path.cost, self.times)
+        finite = is_finite(path)
+        if not path.cost.ndim and not finite:
+            steps = list(path.states if path.gaps is None else path.gaps)
+            finite_path(steps, path.cost, self.wide.times(first))
         start = begin(path)
-        zero, outcome = np.zeros_like(start.cost)[()], where(numbers(finite), Outcome.RUNNING, Outcome.NOT_FINITE)
+        zero, outcome = np.zeros_like(start.cost)[()], where(finite, Outcome.RUNNING, Outcome.NOT_FINITE)
         count = zero.astype(int)
         mu, row = zero + zero.dtype.type(regularisation), rows.reshape(count.shape)[()]
         return start, Progress(row, mu, zero, count, count, count, count + outcome)
+
+
+def is_finite(path: Path) -> Numbers:
+    """Whether cost, states and gaps of each problem are finite."""
+    series = [path.states] if path.gaps is None else [path.states, path.gaps]
+    if not path.cost.ndim:
+        return np.bool_(all(np.isfinite(numbers(part)).all() for part in (path.cost, *series)))
+    found = [torch.isfinite(part).all(-1).all(0) for part in series]
+    return numbers(torch.isfinite(path.cost) & torch.stack(found).all(0))
 
 
 def opened(iterate: Iterate) -> Iterate:
@@ -212,11 +189,7 @@ class DDP:
             "compile": ("auto", True, False),
         }
         for name, known in choices.items():
-            value = getattr(self, name)
-            if value not in known:
-                words = [str(choice) for choice in known]
-                hint = nearest(str(value), words)
-                raise ProblemError(f"{name} is {value!r}; expected one of {', '.join(words)}{hint}")
+            check_choice(name, getattr(self, name), known)
         positive = ["tolerance", "constraint_tolerance", *([] if self.time_limit is None else ["time_limit"])]
         solver_options(
             self,
@@ -232,8 +205,8 @@ class DDP:
             ProblemError: the problem cannot be lowered, where ``kernel`` asks for it; torch.inference_mode() is on.
             NonFiniteError: the first path of a single problem is not finite.
         """
-        prepared = self._build(problem, guess, self.compile)
-        return prepared.search(problem, guess, progress=progress)._replace(build_time=prepared.build_time)
+        prepared = self._build(problem, guess, self.compile, fixed=True)
+        return prepared.solve(problem, guess, progress=progress)._replace(build_time=prepared.build_time)
 
     def prepare(self, problem: StagedOCP, guess: Guess) -> "PreparedDDP | PreparedAugmented | PreparedStarts":
         """Choose, build and compile the kernel; lowered functions are compared with torch near the guess's controls.
@@ -248,6 +221,8 @@ class DDP:
         problem: StagedOCP,
         guess: Guess,
         compile: bool | Literal["auto"],  # noqa: A002
+        *,
+        fixed: bool = False,
     ) -> "PreparedDDP | PreparedAugmented | PreparedStarts":
         can_differentiate()
         if self.restarts:
@@ -255,13 +230,13 @@ class DDP:
             one = replace(self, restarts=0)
             if together:
                 problem, guess = repeated(problem, self.restarts + 1), stacked([guess] * (self.restarts + 1))
-            inner = one._build(problem, guess, compile)
+            inner = one._build(problem, guess, compile, fixed=fixed)
             return PreparedStarts(inner, together, self.restarts, self.seed, self.time_limit)
         began = time.perf_counter()
         with torch.no_grad():
             free = first_augmented(problem) if problem.constrained else problem
             kernel = self.make_kernel(Widened(free), guess, compile)
-        prepared = PreparedDDP(self, kernel, time.perf_counter() - began)
+        prepared = PreparedDDP(self, kernel, time.perf_counter() - began, fixed)
         return PreparedAugmented(prepared) if problem.constrained else prepared
 
     def make_kernel(self, wide: Widened, guess: Guess, compile: bool | Literal["auto"] = "auto") -> Kernel:  # noqa: A002
@@ -312,11 +287,15 @@ class DDP:
 
 @dataclass(frozen=True)
 class PreparedDDP:
-    """A solver for one problem, whose initial state, data and ``step_data`` may change."""
+    """A solver for one problem, whose initial state, data and ``step_data`` may change.
+
+    Where it is ``fixed``, the kernel is not asked to take them up, and what is left of a failure is told.
+    """
 
     solver: DDP
     kernel: Kernel
     build_time: float
+    fixed: bool = False
 
     def solve(self, problem: StagedOCP, guess: Guess, *, progress: bool = False) -> Result:
         """Solve the problem as it is now.
@@ -325,22 +304,20 @@ class PreparedDDP:
             ProblemError: something else of it has changed.
             NonFiniteError: as for :meth:`DDP.solve`.
         """
-        self.kernel.refresh(problem)
-        # few iterations at a time are how many controllers solve: what is left of a search that ends early takes longer
-        # to tell than they have
-        with Stopwatch(self.solver.time_limit) as stopwatch:
-            return self.run(problem, guess, stopwatch, progress=progress)[0]
-
-    def search(self, problem: StagedOCP, guess: Guess, *, progress: bool = False) -> Result:
-        """Solve the problem that the kernel was built for, and explain a failure."""
+        if not self.fixed:
+            self.kernel.refresh(problem)
         with Stopwatch(self.solver.time_limit) as stopwatch:
             result, outcome = self.run(problem, guess, stopwatch, progress=progress)
-        return result if bool(result.converged.all()) else explained(problem, result, outcome, self.kernel.name)
+        # few iterations at a time are how many controllers solve: what is left of a search that ends early takes longer
+        # to tell than they have
+        if not self.fixed or bool(result.converged.all()):
+            return result
+        return explained(problem, result, outcome, self.kernel.name)
 
     def run(
         self, problem: StagedOCP, guess: Guess, stopwatch: Stopwatch, *, progress: bool = False
     ) -> tuple[Result, Tensor]:
-        """As :meth:`search`, and how it ended for each problem, an :class:`Outcome`."""
+        """As :meth:`solve`, and how it ended for each problem, an :class:`Outcome`."""
         began = time.perf_counter()
         with torch.no_grad():
             wide, history = Widened(problem), History(progress)
@@ -359,22 +336,22 @@ def _result(
         together: Any = [unflattened(pick_rows(joined(*column), order), shape) for column in columns]
         iterate, progress, aim = together
     path, direction = iterate.path, aim.direction
-    outcome, iterations, gap = (
-        torch.as_tensor(v, device=path.cost.device) for v in (progress.outcome, progress.iterations, iterate.gap_size)
-    )
+    told = (progress.outcome, Outcome.solved(progress.outcome), progress.iterations, iterate.gap_size)
+    outcome, converged, iterations, gap = (torch.as_tensor(v, device=path.cost.device) for v in told)
     states, p = wide.split(path.states)
     result = Result(
         states=states,
         controls=wide.cut(path.controls, wide.control_sizes),
         parameters=p,
         cost=path.cost,
-        converged=Outcome.solved(outcome),
+        converged=converged,
+        saddle=outcome == Outcome.SADDLE,
         iterations=iterations,
         status=_status(progress, iterate, kernel.name),
         constraint_violation=gap,
         build_time=0.0,
         wall_time=wall_time,
-        history=history.tables(path.cost),
+        history=Tables(history, path.cost),
         costates=wide.split(direction.costates)[0],
         gains=(wide.cut(direction.k, wide.control_sizes), _cut_gains(wide, direction.K)),
     )

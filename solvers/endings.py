@@ -1,18 +1,76 @@
-"""Why a search ends: its time is up, Ctrl-C was pressed, or what it found; and the sentence that says so."""
+"""What a search went through and why it ends: its time is up, Ctrl-C, what it found; and the sentence that says so."""
 
+import functools
 import math
 import signal
 import threading
 import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ocnopt.solvers.search import Outcome
+import numpy as np
+import torch
+from torch import Tensor
+
+from ocnopt.solvers.kernels import Numbers
+from ocnopt.solvers.search import Outcome, Progress
 
 # Why a solve stopped that nothing was wrong with, and what to do.
 _STOPPED = {
     Outcome.LATE: ("the time limit was reached", "raise time_limit, or start from this solution"),
     Outcome.INTERRUPTED: ("Ctrl-C was pressed", "start from this solution to go on"),
 }
+
+
+class History:
+    """Cost, step and regularisation of every problem after each of its sweeps."""
+
+    def __init__(self, progress: bool) -> None:
+        self._rows: list[tuple[Numbers, ...]] = []
+        self._print = progress
+
+    def add(self, progress: Progress, cost: Numbers, step: Numbers, moving: Numbers) -> None:
+        """Note one sweep of the problems that are moving."""
+        told = progress.sweeps, progress.row, cost, step, progress.mu
+        self._rows.append(told if np.ndim(moving) == 0 or moving.all() else tuple(v[moving] for v in told))
+        if self._print:
+            sweep, mu = np.max(progress.sweeps), np.max(progress.mu)
+            print(f"{sweep:4.0f}  cost {np.mean(cost):.10g}  step {np.mean(step):.3g}  mu {mu:.1e}")  # noqa: T201
+
+    def tables(self, like: Tensor) -> dict[str, Tensor]:
+        """Each ``(sweeps + 1, *batch)``, the start first; what has ended stays as it was, without a step."""
+        sweep, row, *values = (
+            np.hstack([np.ravel(part) for part in column]) for column in zip(*self._rows, strict=True)
+        )
+        table = np.zeros((3, int(sweep.max()) + 1, like.numel()))
+        table[:, sweep, row] = values
+        last = np.zeros(like.numel(), dtype=int)
+        np.maximum.at(last, row, sweep)
+        number = np.arange(table.shape[1])[:, None]
+        table = np.take_along_axis(table, np.minimum(number, last)[None], 1)
+        table[1][number > last] = 0.0
+        names = ("cost", "step", "regularisation")
+        return {n: torch.from_numpy(v).to(like).reshape(-1, *like.shape) for n, v in zip(names, table, strict=True)}
+
+
+class Tables(Mapping[str, Tensor]):
+    """The tables of a history, made once somebody looks: they take longer than an iteration."""
+
+    def __init__(self, history: History, like: Tensor) -> None:
+        self._history, self._like = history, like
+
+    @functools.cached_property
+    def _tables(self) -> dict[str, Tensor]:
+        return self._history.tables(self._like)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tables[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tables)
+
+    def __len__(self) -> int:
+        return len(self._tables)
 
 
 class Stopwatch:

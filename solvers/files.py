@@ -2,14 +2,16 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ocnopt.errors import DataError
+from ocnopt.errors import DataError, ProblemError
 from ocnopt.solvers.audit import audit
 from ocnopt.staged import Series, StagedOCP
+
+Read = TypeVar("Read")
 
 
 def write_file(path: str | Path, wanted: str, write: Callable[[], Any]) -> None:
@@ -32,11 +34,47 @@ def write_file(path: str | Path, wanted: str, write: Callable[[], Any]) -> None:
         raise DataError(f"{path} cannot be written ({reason}); expected {wanted}: choose another path") from error
 
 
+def read_file(path: str | Path, known: int, make: Callable[[dict[str, Any]], Read]) -> Read:
+    """Read the record of a solution and make something of it, or say why not.
+
+    Args:
+        path: of the file.
+        known: the format that it has to have.
+        make: takes the record.
+
+    Raises:
+        DataError: it is not there, no such record, or of another format.
+    """
+    wanted = "expected a file written by Solution.save"
+    try:
+        record = torch.load(path, weights_only=True)
+        if record.pop("format") != known:
+            raise DataError(
+                f"{path} has another format than {known}; expected a file written by this version's Solution.save: "
+                "solve the problem again and save it"
+            )
+        return make(record)
+    except DataError:
+        raise
+    except FileNotFoundError as error:
+        raise DataError(f"{path} does not exist; {wanted}") from error
+    except Exception as error:
+        raise DataError(f"{path} is no saved solution ({type(error).__name__}); {wanted}") from error
+
+
+def stays_here(what: str, instead: str) -> ProblemError:
+    """The refusal to pickle or to copy what was built for one process."""
+    return ProblemError(
+        f"{what} was to be pickled or copied; expected it to stay where it was made, as it holds built programs, a "
+        f"lock and your functions: {instead}. What travels are solutions: pickle them, or solution.save(path)"
+    )
+
+
 def fingerprint(problem: StagedOCP, states: Series, controls: Series, p: Tensor) -> dict[str, Tensor]:
     """What the problem gives on a path: another problem gives other numbers."""
     with torch.no_grad():
         numbers = audit(problem, states, controls, p)
-    pairs = (*problem.control_bounds, problem.parameter_bounds)
+    pairs = (*problem.control_bounds, problem.state_bounds, problem.parameter_bounds)
     bounds = [side.reshape(-1) for pair in pairs for side in pair or ()]
     return {
         "initial state": problem.initial_state,

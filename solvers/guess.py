@@ -1,7 +1,7 @@
 """Where a solver starts: what the caller gave, read and checked, else the problem's own start, else zero controls."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from ocnopt.checks import Bounds, clipped, float_tensor, nearest, shape
 from ocnopt.errors import ProblemError
 from ocnopt.paths import rollout
-from ocnopt.solvers.solution import Guess, Solution, perturbed
-from ocnopt.staged import StagedOCP
+from ocnopt.solvers.solution import Guess, Solution
+from ocnopt.staged import Series, StagedOCP
 
 _KEYS = ("controls", "states", "parameters", "horizon")
 
@@ -48,25 +48,26 @@ def _read(problem: StagedOCP, given: Any) -> tuple[Guess, bool]:
 
 def default_guess(problem: StagedOCP) -> Guess:
     """Zero controls clipped to the bounds, and the problem's parameters."""
-    controls = [problem.initial_state.new_zeros(size) for size in _control_sizes(problem)]
+    sizes, x0 = _control_sizes(problem), problem.initial_state
+    if len(set(sizes)) == 1:
+        controls: Series = x0.new_zeros(len(sizes), *problem.batch_shape, sizes[0])
+    else:
+        controls = [x0.new_zeros(*problem.batch_shape, size) for size in sizes]
     return Guess(_within(controls, problem.step_bounds), problem.start_parameters())
 
 
-def _control_sizes(problem: StagedOCP) -> list[tuple[int, ...]]:
-    """The shape of each step's control."""
-    return [
-        (*problem.batch_shape, group.stage.control_dim)
-        for group in problem.groups
-        for _ in range(group.start, group.stop)
-    ]
+def _control_sizes(problem: StagedOCP) -> list[int]:
+    """The size of each step's control."""
+    return [size for group in problem.groups for size in [group.stage.control_dim] * (group.stop - group.start)]
 
 
-def _within(rows: list[Tensor], bounds: list[Bounds | None]) -> list[Tensor]:
+def _within(rows: Series, bounds: list[Bounds | None]) -> Series:
     """Each control within its bounds; all at once where those are the same."""
     first = bounds[0]
-    if any(each is not first for each in bounds):
-        return [clipped(row, each) for row, each in zip(rows, bounds, strict=True)]
-    return rows if first is None else list(clipped(torch.stack(rows), first).unbind(0))
+    if isinstance(rows, Tensor) and all(each is first for each in bounds):
+        return clipped(rows, first)
+    kept = [clipped(row, each) for row, each in zip(rows, bounds, strict=True)]
+    return torch.stack(kept) if isinstance(rows, Tensor) else kept
 
 
 def _as_mapping(problem: StagedOCP, given: Any) -> Mapping[str, Any]:
@@ -91,29 +92,29 @@ def _from_mapping(problem: StagedOCP, given: Mapping[str, Any]) -> Guess:
         controls = _series("controls", given["controls"], _control_sizes(problem), problem)
         controls = _within(controls, problem.step_bounds)
     if given.get("states") is not None:
-        sizes = [(*problem.batch_shape, size) for size in problem.state_sizes]
-        states = _series("states", given["states"], sizes, problem)
+        states = _series("states", given["states"], problem.state_sizes, problem)
         states[0] = problem.initial_state
     return Guess(controls, _parameters(problem, given), states)
 
 
-def _series(name: str, value: Any, sizes: list[tuple[int, ...]], problem: StagedOCP) -> list[Tensor]:
-    """Read ``(..., length, size)``, or one tensor a step, as a list over time; a leading batch may be left out."""
+def _series(name: str, value: Any, sizes: Sequence[int], problem: StagedOCP) -> Tensor | list[Tensor]:
+    """Read ``(..., length, size)``, or one tensor a step, time in front; a leading batch may be left out."""
     name, unit = f"initial_guess {name}", "step" if name == "controls" else "node"
+    batch, alike = problem.batch_shape, len(set(sizes)) == 1
     if isinstance(value, tuple | list) and value and isinstance(value[0], Tensor):
         rows = [float_tensor(name, row, problem.dtype, problem.device) for row in value]
         came = f"{len(rows)} rows of sizes {sorted({row.shape[-1:].numel() for row in rows})}"
-        wanted = f"{len(sizes)} rows of sizes {sorted({size[-1] for size in sizes})}"
+        wanted = f"{len(sizes)} rows of sizes {sorted(set(sizes))}"
     else:
         tensor = float_tensor(name, value, problem.dtype, problem.device)
-        if len(set(sizes)) == 1 and tensor.shape == (*sizes[0][:-1], len(sizes), sizes[0][-1]):
-            return list(tensor.movedim(-2, 0).clone().unbind(0))
+        if alike and tensor.shape == (*batch, len(sizes), sizes[0]):
+            return tensor.movedim(-2, 0).contiguous()
         rows = list(tensor.unbind(-2)) if tensor.ndim > 1 else []
-        came, wanted = f"shape {shape(tensor)}", f"(..., {len(sizes)}, {sizes[0][-1]})"
-    if len(rows) != len(sizes) or any(row.shape[-1:] != size[-1:] for row, size in zip(rows, sizes, strict=True)):
+        came, wanted = f"shape {shape(tensor)}", f"(..., {len(sizes)}, {sizes[0]})"
+    if len(rows) != len(sizes) or any(row.shape[-1:] != (size,) for row, size in zip(rows, sizes, strict=True)):
         raise ProblemError(f"{name} has {came}; expected {wanted}: one row per {unit}")
-    fitted = [_expanded(name, row, size) for row, size in zip(rows, sizes, strict=True)]
-    return list(torch.stack(fitted).unbind(0)) if len(set(sizes)) == 1 else [row.clone() for row in fitted]
+    fitted = [_expanded(name, row, (*batch, size)) for row, size in zip(rows, sizes, strict=True)]
+    return torch.stack(fitted) if alike else [row.clone() for row in fitted]
 
 
 def _expanded(name: str, value: Tensor, size: tuple[int, ...]) -> Tensor:
@@ -156,6 +157,19 @@ def _parameters(problem: StagedOCP, given: Mapping[str, Any]) -> Tensor:
     return clipped(torch.cat(list(parts.values()), dim=-1), problem.parameter_bounds)
 
 
+def perturbed(value: Tensor, amount: float | Tensor, bounds: Bounds | None, generator: torch.Generator) -> Tensor:
+    """Add noise within the bounds, the same to every problem of a batch.
+
+    Args:
+        value: ``(..., size)``.
+        amount: standard deviation, for all entries or for each.
+        bounds: two tensors ``(size,)``.
+        generator: seeded; a new one gives the same noise again.
+    """
+    noise = torch.randn(value.shape[-1:], generator=generator, dtype=torch.float64).to(value)
+    return clipped(value + amount * noise, bounds)
+
+
 def _leave_stationary_point(problem: StagedOCP, guess: Guess) -> Guess:
     """Perturb problems whose cost has a zero gradient at zero controls; constraints are left to their solver."""
     constrained = problem.terminal_constraint is not None or problem.path_constraint is not None
@@ -182,4 +196,4 @@ def _leave_stationary_point(problem: StagedOCP, guess: Guess) -> Guess:
     generator = torch.Generator().manual_seed(0)
     pairs = zip(guess.controls, problem.step_bounds, strict=True)
     moved = [torch.where(still[..., None], perturbed(u, 0.1, b, generator), u) for u, b in pairs]
-    return replace(guess, controls=moved)
+    return replace(guess, controls=torch.stack(moved) if isinstance(guess.controls, Tensor) else moved)

@@ -18,7 +18,7 @@ based on residual control and the Matlab PSE, ACM TOMS 27, 2001 (the collocation
 
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,19 +26,22 @@ import torch
 from scipy.integrate import solve_bvp
 from scipy.interpolate import CubicSpline
 
-from ocnopt.checks import can_differentiate, check_choice, solver_options
+from ocnopt.checks import can_differentiate, check_choice, no_constraints, solver_options
 from ocnopt.errors import ProblemError
 from ocnopt.paths import behind
-from ocnopt.solvers.alone import Attempt, each_alone
+from ocnopt.solvers.alone import Attempt, each_alone, one_for_all
 from ocnopt.solvers.conditions import Conditions, NoMoreStepsError, Path, Steps, Vector, array
 from ocnopt.solvers.ddp import DDP
 from ocnopt.solvers.direct.casadi_solver import CasADi
 from ocnopt.solvers.endings import Stopwatch, stopped
+from ocnopt.solvers.rounds import PreparedAugmented
 from ocnopt.solvers.solution import Guess, Result
 from ocnopt.staged import StagedOCP
 
 # Rounds of tolerance on the way to the last: each starts from the mesh and the path of the one before.
 _ROUNDS = (1e-3, 1e-5)
+# Who finds the first path.
+_STARTS: dict[str, Any] = {"ddp": DDP, "casadi": CasADi}
 # The stubs of scipy know no arguments that are chosen at run time.
 _SOLVE_BVP: Any = solve_bvp
 # How scipy's solver ends, and one more end.
@@ -89,47 +92,50 @@ class Indirect:
             ProblemError: path constraints, a problem in float32 or discrete from the start, or H linear in a control.
             NonFiniteError: a single problem has no finite path to start from.
         """
-        can_differentiate()
-        for name in ("path_constraint", "state_bounds"):
-            if getattr(problem, name) is not None:
-                raise ProblemError(
-                    f"the problem has {name}, whose multipliers solver 'indirect' does not find: use solver='ddp' or "
-                    "'casadi', or a penalty in the cost"
-                )
-        if any(bounds is not None and bounds[0].ndim > 1 for bounds in problem.control_bounds):
-            raise ProblemError(
-                "the problem has control_bounds that vary in time; solver 'indirect' takes one vector for all times: "
-                "use solver='ddp' or 'casadi'"
-            )
-        if problem.step_data is not None:
-            raise ProblemError(
-                "the problem has step_data, numbers given to each of its steps; solver 'indirect' knows no steps: "
-                "expected the problem before it was augmented, or use solver='ddp'"
-            )
-        if problem.dtype != torch.float64:
-            raise ProblemError(
-                f"the problem is in {problem.dtype}; solver 'indirect' needs the digits of torch.float64: make the "
-                "problem with dtype=torch.float64, or use solver='ddp'"
-            )
-        if problem.origin is None:
-            raise ProblemError(
-                "the problem is discrete from the start; solver 'indirect' needs dynamics in continuous time: write it "
-                "as an oc.OCP, with a whole number of steps, or use solver='ddp'"
-            )
+        return PreparedIndirect(self, None).solve(problem, guess, progress=progress)
+
+    def prepare(self, problem: StagedOCP, guess: Guess) -> "PreparedIndirect":
+        """Check the problem and build the solver that finds the first path.
+
+        Raises:
+            ProblemError: as for :meth:`solve`, but for what shows along a path alone.
+        """
+        _check(problem)
+        single, kept = one_for_all(problem, guess), {}
+        if single is not None:
+            name = "casadi" if self.start == "casadi" else "ddp"
+            kept[name] = _STARTS[name]().prepare(*single)
+        return PreparedIndirect(self, kept if single else None)
+
+
+@dataclass(frozen=True)
+class PreparedIndirect:
+    """A solver for one problem, whose initial state and data may change.
+
+    ``kept`` are the solvers for the first path by name, built for one problem that stands for all; None where each
+    problem needs its own.
+    """
+
+    solver: Indirect
+    kept: dict[str, Any] | None
+
+    def solve(self, problem: StagedOCP, guess: Guess, *, progress: bool = False) -> Result:
+        """Solve the problem as it is now; raises as :meth:`Indirect.solve`."""
+        _check(problem)
 
         def solve_one(single: StagedOCP, start: Guess) -> Attempt:
             return self._solve_one(single, start, stopwatch, progress)
 
-        with Stopwatch(self.time_limit) as stopwatch:
+        with Stopwatch(self.solver.time_limit) as stopwatch:
             return each_alone(problem, guess, solve_one, stopwatch)
 
     def _solve_one(self, problem: StagedOCP, guess: Guess, stopwatch: Stopwatch, progress: bool) -> Attempt:
         began = time.perf_counter()
         name, first = self._start(problem, guess, stopwatch)
-        conditions, path = _first_path(problem, first, Steps(self.max_iterations, stopwatch))
+        conditions, path = _first_path(problem, first, Steps(self.solver.max_iterations, stopwatch))
         history: dict[str, list[float]] = {"cost": [float(first.cost)], "residual": [np.nan], "nodes": [path.s.size]}
-        rounds = [tol for tol in _ROUNDS if tol > self.tolerance]
-        for tol in [*rounds, self.tolerance]:
+        rounds = [tol for tol in _ROUNDS if tol > self.solver.tolerance]
+        for tol in [*rounds, self.solver.tolerance]:
             try:
                 found = self._collocate(conditions, path, tol)
             except NoMoreStepsError:
@@ -147,18 +153,29 @@ class Indirect:
                 print(f"{newton:4d}  cost {row['cost']:.10g}  residual {path.residual:.1e}  nodes {path.s.size}")  # noqa: T201
             if path.status in (_MESH, _SINGULAR) or not np.isfinite(path.y).all():
                 break
-        status = _status(self, conditions.steps, path, name, first)
+        status = _status(self.solver, conditions.steps, path, name, first)
         return _attempt(problem, conditions, path, history, status, time.perf_counter() - began)
 
     def _start(self, problem: StagedOCP, guess: Guess, stopwatch: Stopwatch) -> tuple[str, Result]:
         """Who found the first path, and the path."""
-        if self.start == "casadi":
-            return "casadi", CasADi(time_limit=stopwatch.left).solve(problem, guess)
-        first = DDP(time_limit=stopwatch.left).solve(problem, guess)
-        if self.start == "ddp" or bool(first.converged) or stopwatch.reason is not None:
+        asked = self.solver.start
+        if asked == "casadi":
+            return "casadi", self._found_by("casadi", problem, guess, stopwatch)
+        first = self._found_by("ddp", problem, guess, stopwatch)
+        if asked == "ddp" or bool(first.converged) or stopwatch.reason is not None:
             return "ddp", first
-        second = CasADi(time_limit=stopwatch.left).solve(problem, guess)
+        second = self._found_by("casadi", problem, guess, stopwatch)
         return ("casadi", second) if bool(second.converged) else ("ddp", first)
+
+    def _found_by(self, name: str, problem: StagedOCP, guess: Guess, stopwatch: Stopwatch) -> Result:
+        """Another solver's answer; that solver is built once, where it serves all problems."""
+        solver = _STARTS[name](time_limit=stopwatch.left)
+        if self.kept is not None:
+            if name not in self.kept:
+                self.kept[name] = solver.prepare(problem, guess)
+            solver = _timed(self.kept[name], solver.time_limit)
+        found: Result = solver.solve(problem, guess)
+        return found
 
     def _collocate(self, conditions: Conditions, path: Path, tol: float) -> Path:
         """One round of scipy's solver."""
@@ -178,13 +195,52 @@ class Indirect:
                 "bc_jac": lambda a, b: c.boundary_jacobian(a, b, none)[:2],
             }
         given = {"p": path.numbers} if path.numbers.size else {}
-        room = max(int(self.max_nodes), path.s.size)
+        room = max(int(self.solver.max_nodes), path.s.size)
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             # scipy warns of what the status says
             warnings.simplefilter("ignore")
             found = _SOLVE_BVP(x=path.s, y=path.y, tol=tol, max_nodes=room, **functions, **given)
         numbers = none if found.p is None else found.p
         return Path(found.x, found.y, numbers, found.sol, float(found.rms_residuals.max()), int(found.status))
+
+
+def _timed(prepared: Any, limit: float | None) -> Any:
+    """The same with another time limit."""
+    if isinstance(prepared, PreparedAugmented):
+        return replace(prepared, inner=_timed(prepared.inner, limit))
+    return replace(prepared, solver=replace(prepared.solver, time_limit=limit))
+
+
+def _check(problem: StagedOCP) -> None:
+    """Refuse what Pontryagin's conditions here do not hold.
+
+    Raises:
+        ProblemError: names it, and the solver that can.
+    """
+    can_differentiate()
+    no_constraints(problem, "indirect", "does not find its multipliers")
+    rows = range(torch.Size(problem.batch_shape).numel()) if problem.bounds_differ else ()
+    for one in [problem.for_rows(row) for row in rows] or [problem]:
+        if any(bounds is not None and bounds[0].ndim > 1 for bounds in one.control_bounds):
+            raise ProblemError(
+                "the problem has control_bounds that vary in time; solver 'indirect' takes one vector for all times: "
+                "use solver='ddp' or 'casadi'"
+            )
+    if problem.step_data is not None:
+        raise ProblemError(
+            "the problem has step_data, numbers given to each of its steps; solver 'indirect' knows no steps: "
+            "expected the problem before it was augmented, or use solver='ddp'"
+        )
+    if problem.dtype != torch.float64:
+        raise ProblemError(
+            f"the problem is in {problem.dtype}; solver 'indirect' needs the digits of torch.float64: make the "
+            "problem with dtype=torch.float64, or use solver='ddp'"
+        )
+    if problem.origin is None:
+        raise ProblemError(
+            "the problem is discrete from the start; solver 'indirect' needs dynamics in continuous time: write it "
+            "as an oc.OCP, with a whole number of steps, or use solver='ddp'"
+        )
 
 
 def _first_path(problem: StagedOCP, first: Result, steps: Steps) -> tuple[Conditions, Path]:
@@ -267,7 +323,7 @@ def _attempt(
     n, s = c.n, np.linspace(path.s[0], path.s[-1], problem.steps + 1)
     y, middle = path.spline(s), 0.5 * (s[1:] + s[:-1])
     w = c.at(middle, path.spline(middle), path.numbers)
-    wrong = np.abs(c.end(path.y[:n, -1], path.numbers)[0][1:]).max(initial=0.0)
+    wrong = np.abs(c.end(path.y[:n, -1], path.numbers)[0][1:])
     return Attempt(
         states=c.tensor(y[:n].T),
         controls=w[:, c.h.u],
@@ -277,7 +333,8 @@ def _attempt(
         converged=status[0],
         iterations=c.steps.taken,
         status=status[1],
-        violation=float(max(wrong, path.residual)),
+        violation=float(max(wrong.max(initial=0.0), path.residual)),
         wall_time=wall_time,
         history=history,
+        multipliers=None if wrong.size == 0 else {"terminal_constraint": c.tensor(path.numbers[c.q :])},
     )

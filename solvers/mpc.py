@@ -15,15 +15,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from ocnopt.checks import callable_or_none, is_number, numbers, shape, whole
+from ocnopt.checks import callable_or_none, can_differentiate, is_number, numbers, shape, whole
 from ocnopt.errors import NonFiniteError, ProblemError
 from ocnopt.paths import step_number
 from ocnopt.solvers.endings import Stopwatch
+from ocnopt.solvers.files import stays_here
 from ocnopt.solvers.solution import Gains, Solution, full_parameters, pushed
 from ocnopt.solvers.solve import Prepared
 
@@ -141,6 +142,9 @@ class MPC:
         self.feedback, self._update = feedback, update
         self.reset()
 
+    def __reduce__(self) -> NoReturn:
+        raise stays_here("an MPC", "make another with oc.MPC(oc.prepare(..)); for a loop of its own MPC(mpc.prepared)")
+
     def reset(self) -> None:
         """Forget the plan: the next call solves from the problem's own start."""
         self.plan: Solution | None = None
@@ -164,6 +168,7 @@ class MPC:
             ProblemError: x has another shape or is not finite, or t runs backwards.
             NonFiniteError: there is no finite plan to begin with.
         """
+        can_differentiate()
         problem = self.prepared.problem
         x = numbers("the state of an MPC", x, problem.dtype, problem.device)
         wanted = (*problem.batch_shape, problem.state_dim)

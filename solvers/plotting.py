@@ -35,8 +35,8 @@ def plot_solutions(
         time: label of the time axis.
     """
     first = next(iter(solutions.values()))
-    states = states or _names(first.problem, "state_names", "x", first.states)
-    controls = controls or _names(first.problem, "control_names", "u", first.controls)
+    states = states or _names(first, "state_names", "x", first.states)
+    controls = controls or _names(first, "control_names", "u", first.controls)
     feedback = [(name, s) for name, s in solutions.items() if s.gains is not None and len(controls) > 0][:1]
     costs = {name: s for name, s in solutions.items() if "cost" in s.history}
     of_states, of_controls = _parts(len(states)), _parts(len(controls))
@@ -49,9 +49,10 @@ def plot_solutions(
         _draw(axis, {name: (s.times, s.controls) for name, s in solutions.items()}, controls, part, time)
         if first.control_bounds is not None and len(part) == 1:
             for side in first.control_bounds:
-                own, begins = side[..., part[0]], first.times.reshape(-1, first.times.shape[-1])[0, :-1]
+                begins = first.times.reshape(-1, first.times.shape[-1])[0, :-1]
+                own = side[..., part[0]].expand(*side.shape[:-2], len(begins)).reshape(-1, len(begins))
                 if bool(own.isfinite().any()):
-                    axis.step(begins.cpu(), own.expand(len(begins)).cpu(), color=_GREY, lw=0.9, ls=":", where="post")
+                    axis.step(begins.cpu(), own.mT.cpu(), color=_GREY, lw=0.9, ls=":", where="post")
     for name, solution in feedback:
         for part in of_controls:
             _draw_gains(next(free), name if len(solutions) > 1 else "", solution, states, controls, part, time)

@@ -60,11 +60,11 @@ class PreparedAugmented:
         return built
 
     def solve(self, problem: StagedOCP, guess: Guess, *, progress: bool = False) -> Result:
-        """Solve the problem as it is now; raises as :meth:`ocnopt.solvers.ddp.PreparedDDP.solve`."""
-        return self.search(problem, guess, progress=progress)
+        """Solve with better and better multipliers, each problem of a batch with its own, until all have ended.
 
-    def search(self, problem: StagedOCP, guess: Guess, *, progress: bool = False) -> Result:
-        """Solve with better and better multipliers, each problem of a batch with its own, until all have ended."""
+        Raises:
+            ProblemError, NonFiniteError: as :meth:`ocnopt.solvers.ddp.PreparedDDP.solve`.
+        """
         began, solver = time.perf_counter(), self.inner.solver
         results: list[Result] = []
         with torch.no_grad(), Stopwatch(solver.time_limit) as stopwatch:
@@ -198,6 +198,7 @@ def _finished(problem: StagedOCP, rounds: Rounds, count: int, kept: Result, kern
         status=status if shape else status[0],
         constraint_violation=numbers.violation,
         multipliers=rounds.multipliers.named(),
+        saddle=outcome == Outcome.SADDLE,
     )
 
 

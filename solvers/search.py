@@ -20,7 +20,7 @@ from ocnopt.linearise import expand_path, expand_terminal
 from ocnopt.paths import FeedbackLaw, Path, Widened, evaluate, rows_stand_alone, walk
 from ocnopt.solvers.kernels import Kernel, Merit, Numbers
 
-_MU_MIN, _MU_MAX = 1e-6, 1e12
+_MU_FIRST, _MU_MIN, _MU_MAX = 1e-4, 1e-6, 1e12  # the first after zero, the smallest but zero, the largest
 # mu grows by _UP when nothing was accepted, falls by _DOWN after a step >= _LONG, rises by _DOWN after one < _SHORT:
 # a fifth to a quarter fewer sweeps than the schedule of Tassa et al. 2012 on pendulum and cartpole swing-ups.
 _UP, _DOWN, _LONG, _SHORT = 10.0, 3.0, 0.5, 0.1
@@ -29,8 +29,8 @@ _IDLE = 5
 _MILD = 1e-2  # damping up to this hides no gain that is worth a step
 # All step sizes are tried in one rollout where a batch is so small that only calls cost time.
 _SMALL = 64
-# Step sizes: from the full one down.
-_ALPHAS = tuple(0.5**i for i in range(14))
+_SHARE = 0.25  # of the first-order gain, which a step must reach; a full Newton step gains half
+_ALPHAS = tuple(0.5**i for i in range(14))  # step sizes, from the full one down
 _BOTTOM = -1e20  # a cost below has no lower bound
 
 Curvature = Literal["exact", "gauss_newton", "auto"]
@@ -64,7 +64,7 @@ class TorchKernel:
             models = [expand_path(wide, path, exact=exact), expand_terminal(wide, path.states[-1])]
             self._expanded = path.states, path.controls, exact, *models
         steps, terminal = models
-        return sweep_path(self.wide, path, steps if exact else steps._replace(curvature=None), terminal, mu)
+        return sweep_path(self._of(path.rows), path, steps if exact else steps._replace(curvature=None), terminal, mu)
 
     def roll_out(self, path: Path, direction: Direction, alphas: Tensor) -> Path:
         """See :class:`Kernel`."""
@@ -72,9 +72,10 @@ class TorchKernel:
         start = start.expand(len(alphas), *start.shape)
         if self.wide.q:
             start = torch.cat([start[..., : -self.wide.q], start[..., -self.wide.q :] + a * direction.dp], dim=-1)
-        law = FeedbackLaw(path.states, path.controls, direction.k, direction.K, a, self.wide.control_bounds)
+        wide = self._of(path.rows)
+        law = FeedbackLaw(path.states, path.controls, direction.k, direction.K, a, wide.control_bounds)
         gaps = None if path.gaps is None else (1 - a) * path.gaps[:, None]
-        return walk(self._of(path.rows), law, start, gaps)
+        return walk(wide, law, start, gaps)
 
     def search(
         self, path: Path, direction: Direction, merit: Merit, active: Numbers, alphas: Sequence[float]
@@ -88,11 +89,9 @@ class TorchKernel:
 
     def _of(self, rows: Tensor | None) -> Widened:
         """The problem as it is for some rows of its batch."""
-        table = self.wide.problem.step_data
-        if rows is None or table is None:
-            return self.wide
-        flat = table.flatten(1, -2)[:, rows.to(table.device)]
-        return Widened(self.wide.problem.altered(step_data=flat))
+        whole = self.wide.problem
+        some = whole if rows is None else whole.for_rows(rows.to(whole.device))
+        return self.wide if some is whole else Widened(some)
 
 
 class Iterate(NamedTuple):
@@ -322,14 +321,14 @@ def weigh(iterate: Iterate, aim: Aim) -> tuple[Numbers, Merit]:
     infeasible, weight, slack = iterate.gap_sum, iterate.weight, rounding(iterate.cost)
     if iterate.path.gaps is None:
         slope = -aim.linear
-        return weight, Merit(infeasible, slope, 1e-4 * slope, slack)
+        return weight, Merit(infeasible, slope, _SHARE * slope, slack)
     # twice the smallest weight for which the step descends on cost + weight * |gaps| (Nocedal and Wright, 18.36)
     with np.errstate(all="ignore"):
         needed = 2 * (aim.linear + np.maximum(aim.quadratic, 0)) / infeasible
     weight = where(infeasible > 0, np.maximum(weight, needed), weight)
     penalty = weight * infeasible
     slope = penalty - aim.linear
-    return weight, Merit(penalty, slope, 1e-4 * slope, slack)
+    return weight, Merit(penalty, slope, _SHARE * slope, slack)
 
 
 def search_some(
@@ -388,7 +387,7 @@ def record(progress: Progress, before: Numbers, iterate: Iterate, aim: Aim, step
     now, cost, moved, running = progress, iterate.cost, step > 0, progress.running
     mu, restart = now.mu, now.restart
     if anywhere((mu > 0) | (running & ~moved)):
-        up = np.maximum(_UP * mu, np.maximum(restart, _MU_MIN))
+        up = np.maximum(_UP * mu, np.maximum(restart, _MU_FIRST))
         down = where(step >= _LONG, mu / _DOWN, where(step >= _SHORT, mu, _DOWN * mu))
         down = where(down < _MU_MIN, np.zeros_like(mu), down)
         restart = where(moved & (mu > 0), mu / _DOWN, restart)

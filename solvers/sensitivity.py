@@ -27,20 +27,27 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from ocnopt.captured import substituted
+from ocnopt.checks import shape
 from ocnopt.differential.sweep import BellmanStep, CostToGo, bellman_step, minimise_box, sweep
 from ocnopt.errors import ProblemError
 from ocnopt.linearise import gradient
+from ocnopt.paths import Widened, step_number
+from ocnopt.problem_checks import nearby
 from ocnopt.solvers.solution import Result
 from ocnopt.solvers.stationary import Models, Point, Rows, expand, matvec
-from ocnopt.staged import StagedOCP
+from ocnopt.staged import Index, StagedOCP
 
 # The penalty on constraints that hold, relative to the largest second derivative; how often their multipliers are
 # mended at most, and what may be missed relative to the response.
 _PENALTY, _MENDINGS, _MENDED = 1e4, 30, 1e-11
+# In the place of infinite bounds.
+_FAR = 1e20
 
 
 def refuse_gradients(problem: StagedOCP, solver: Any) -> None:
@@ -59,10 +66,61 @@ def refuse_gradients(problem: StagedOCP, solver: Any) -> None:
             "differentiable=True came with method='collocation', whose answer solves another problem than the discrete "
             "one that is differentiated; expected 'multiple_shooting', or solver 'ddp'"
         )
-    if problem.state_bounds is not None:
+    if problem.state_bounds is not None and len(set(problem.state_sizes)) > 1:
         raise ProblemError(
-            "differentiable=True came with state_bounds, whose active ones the gradients do not hold; expected them "
-            "among path_constraint: torch.cat([lower - x, x - upper], dim=-1)"
+            "differentiable=True came with state_bounds and a state whose size varies by stage, so that their number "
+            "does; expected one size: write the bounds into the cost as a penalty"
+        )
+    _refuse_unnamed(problem)
+
+
+class _Handed(TorchFunctionMode):
+    """Notes the tensors with gradients that operations are handed and that none of them made."""
+
+    def __init__(self, known: Sequence[Tensor]) -> None:
+        super().__init__()
+        # kept alive, so that an id stays its own
+        self._made = {id(tensor): tensor for tensor in known}
+        self.found: dict[int, Tensor] = {}
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        self.found |= {id(v): v for v in given if id(v) not in self._made and v.requires_grad}
+        value = function(*args, **(kwargs or {}))
+        self._made |= {id(leaf): leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)}
+        return value
+
+
+def _refuse_unnamed(problem: StagedOCP) -> None:
+    """Refuse captured tensors that require gradients and are not among the data; warn of modules' parameters."""
+    wide = Widened(problem)
+    z = wide.join([problem.initial_state], problem.start_parameters())[0].detach()
+    z, u = nearby(z), nearby(z.new_zeros((*z.shape[:-1], wide.m)))
+    data = [tensor.detach().clone() for tensor in problem.data]
+    with torch.enable_grad(), substituted(problem.data, data), _Handed(problem.data) as handed:
+        outputs = [wide.terminal(z), wide.end_error(z)]
+        for group in problem.groups:
+            k = step_number(group, group.start, z)
+            outputs += [*wide.advance(group, k, z, u), wide.path_excess(group, k, z, u)]
+    traced, seen = [output for output in outputs if output.requires_grad], list(handed.found.values())
+    if not traced or not seen:
+        return
+    ones = [torch.ones_like(v) for v in traced]
+    slopes: Sequence[Tensor | None] = torch.autograd.grad(traced, seen, ones, allow_unused=True)
+    read = [tensor for tensor, slope in zip(seen, slopes, strict=True) if slope is not None]
+    plain = [tensor for tensor in read if not isinstance(tensor, nn.Parameter)]
+    if plain:
+        raise ProblemError(
+            f"differentiable=True came with functions that capture a tensor of shape {shape(plain[0])} which requires "
+            "grad but is not named in data, so that no gradient would reach it; expected it there: data=(tensor, ..), "
+            "or capture its detach()"
+        )
+    if read:
+        warnings.warn(
+            f"differentiable=True: the functions capture parameters of a module ({len(read)}) that require grad but "
+            "are not named in data, and no gradient of the solution reaches them. Name those that should get one, "
+            "data=tuple(module.parameters()); call module.requires_grad_(False) where none should",
+            stacklevel=4,
         )
 
 
@@ -79,7 +137,7 @@ def with_gradients(problem: StagedOCP, result: Result, *, shared: bool = False) 
     """
     if not torch.is_grad_enabled():
         return result
-    at = Point(problem, result, shared)
+    at = Point(_with_bounds_as_constraints(problem), result, shared)
     _warn_of_unfinished(result.converged)
     states, controls, p, cost = _Solved.apply(at, problem.traced_state, *problem.data)
     wide = at.wide
@@ -89,6 +147,29 @@ def with_gradients(problem: StagedOCP, result: Result, *, shared: bool = False) 
         parameters=p,
         cost=cost,
     )
+
+
+def _with_bounds_as_constraints(problem: StagedOCP) -> StagedOCP:
+    """Bounds on the states as further entries of the path constraint; those of the first state, which is given, too."""
+    if problem.state_bounds is None:
+        return problem
+    given = problem.path_constraint
+    # infinity times a multiplier of zero is NaN
+    lower, upper = (side.clamp(-_FAR, _FAR) for side in problem.state_bounds)
+    places = [
+        (sign, side, i)
+        for sign, side in ((-1.0, lower), (1.0, upper))
+        for i in range(side.shape[-1])
+        if bool((side[..., i].abs() < _FAR).any())
+    ]
+
+    def along(k: Index, x: Tensor, u: Tensor, *p: Tensor) -> Tensor:
+        step = k if isinstance(k, int) or k.ndim == 0 else k.reshape(-1)
+        rows = [sign * (x[..., i] - (side if side.ndim == 1 else side[step])[..., i]) for sign, side, i in places]
+        bounded = torch.stack(rows, dim=-1) if rows else x[..., :0]
+        return bounded if given is None else torch.cat([given(k, x, u, *p), bounded], dim=-1)
+
+    return problem.altered(path_constraint=along, state_bounds=None)
 
 
 def _warn_of_unfinished(converged: Tensor) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocnopt.checks import Bounds, no_constraints
+from ocnopt.checks import Bounds
 from ocnopt.differential.sweep import CostToGo, Direction, minimise_start, sweep_path
 from ocnopt.errors import ProblemError
 from ocnopt.integrate.tableaus import IMPLICIT
@@ -69,7 +69,12 @@ class Shared:
         """
         joint, start = join_experiments(problem), join_guess(problem, guess)
         if isinstance(self.solver, DDP):
-            no_constraints(problem, "ddp")
+            for name in ("terminal_constraint", "path_constraint", "state_bounds"):
+                if getattr(problem, name) is not None:
+                    raise ProblemError(
+                        f"the problem has {name}; solver 'ddp' has no multipliers for it under shared_parameters=True: "
+                        "use solver='casadi', or a penalty in the cost"
+                    )
             if self.solver.restarts:
                 raise ProblemError(
                     f"shared_parameters=True came with restarts={self.solver.restarts}, which choose among the answers "
@@ -81,7 +86,7 @@ class Shared:
                     "expected kernel='torch' or 'auto'"
                 )
             kernel = SharedKernel(Widened(problem))
-            return PreparedShared(PreparedDDP(self.solver, kernel, 0.0))
+            return PreparedShared(PreparedDDP(self.solver, kernel, 0.0, fixed=True))
         if problem.tableau is not None and problem.tableau.name in IMPLICIT:
             raise ProblemError(
                 f"shared_parameters=True came with the implicit integrator {problem.tableau.name!r}; expected an "
@@ -105,11 +110,9 @@ class PreparedShared:
         """
         joint, start = join_experiments(problem), join_guess(problem, guess)
         if isinstance(self.solver, PreparedDDP):
+            # of the experiments, which the one problem is made of
             self.solver.kernel.refresh(problem)
-            result = self.solver.search(joint, start, progress=progress)
-        else:
-            result = self.solver.solve(joint, start, progress=progress)
-        return _apart(problem, result)
+        return _apart(problem, self.solver.solve(joint, start, progress=progress))
 
 
 def _check(problem: StagedOCP) -> None:
@@ -124,10 +127,10 @@ def _check(problem: StagedOCP) -> None:
         raise ProblemError(
             "shared_parameters=True came with sizes that vary by stage; expected one state and one control size"
         )
-    if problem.state_bounds is not None:
+    if problem.parameter_bounds is not None and problem.parameter_bounds[0].ndim > 1:
         raise ProblemError(
-            "shared_parameters=True came with state_bounds, which would not reach each experiment; expected them among "
-            "path_constraint: torch.cat([lower - x, x - upper], dim=-1)"
+            "shared_parameters=True came with parameter_bounds for each problem, but p is one for all; expected one "
+            "pair for all: scalars or vectors (q,)"
         )
 
 
@@ -195,6 +198,7 @@ def join_experiments(problem: StagedOCP) -> StagedOCP:
         terminal_cost=terminal,
         initial_state=problem.initial_state.reshape(-1),
         control_bounds=tuple(_repeated(bounds, count) for bounds in problem.control_bounds),
+        state_bounds=_repeated(problem.state_bounds, count),
         path_constraint=problem.path_constraint and along,
         terminal_constraint=problem.terminal_constraint and end,
         step_data=None if problem.step_data is None else problem.step_data.flatten(1),
@@ -206,7 +210,8 @@ def join_experiments(problem: StagedOCP) -> StagedOCP:
 def _repeated(bounds: Bounds | None, count: int) -> Bounds | None:
     if bounds is None:
         return None
-    lower, upper = (side.repeat(*(1,) * (side.ndim - 1), count) for side in bounds)
+    one = lambda side: side.flatten(1) if side.ndim > 2 else side.repeat(*(1,) * (side.ndim - 1), count)  # noqa: E731
+    lower, upper = (one(side) for side in bounds)
     return lower, upper
 
 
@@ -228,7 +233,7 @@ def join_guess(problem: StagedOCP, guess: Guess) -> Guess:
 
 def _apart(problem: StagedOCP, result: Result) -> Result:
     """What was found, for each experiment; p and how the search went are the same for all."""
-    batch = problem.batch_shape
+    batch, beside = problem.batch_shape, _Beside(problem.batch_shape)
 
     def own(values: Series, size: int) -> Tensor:
         return torch.stack(list(values)).reshape(len(values), *batch, size)
@@ -238,6 +243,7 @@ def _apart(problem: StagedOCP, result: Result) -> Result:
     states, controls = own(result.states, n), own(result.controls, m)
     seen = audit(problem, states, controls, p)
     gains = result.gains and (own(result.gains[0], m), torch.as_tensor(result.gains[1])[..., :n])
+    multipliers = {name: beside.apart(torch.as_tensor(v)) for name, v in (result.multipliers or {}).items()}
     told = f"{result.status} for {math.prod(batch)} experiments with one p"
     return result._replace(
         states=states,
@@ -251,6 +257,8 @@ def _apart(problem: StagedOCP, result: Result) -> Result:
         history={name: v.reshape(-1, *(1,) * len(batch)).expand(-1, *batch) for name, v in result.history.items()},
         costates=None if result.costates is None else own(result.costates, n),
         gains=gains,
+        saddle=None if result.saddle is None else result.saddle.expand(batch),
+        multipliers=multipliers or None,
     )
 
 

@@ -4,64 +4,25 @@ Source: Nocedal and Wright, Numerical Optimization, 2006, chapters 4 (trust regi
 """
 
 import time
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from scipy.optimize import Bounds as Box
-from scipy.optimize import NonlinearConstraint, minimize
-from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
-from ocnopt.checks import can_differentiate, nearest, solver_options
+from ocnopt.checks import can_differentiate, check_choice, no_constraints, solver_options
 from ocnopt.errors import ProblemError
-from ocnopt.solvers.alone import Attempt, each_alone
-from ocnopt.solvers.endings import Stopwatch, stopped
-from ocnopt.solvers.shot import Shot, Vector, find_direction, first_point, kept
+from ocnopt.paths import Widened
+from ocnopt.solvers.alone import Attempt, each_alone, one_for_all
+from ocnopt.solvers.ddp import DDP
+from ocnopt.solvers.descent import METHODS, Search
+from ocnopt.solvers.endings import Stopwatch
+from ocnopt.solvers.kernels import Kernel
+from ocnopt.solvers.shot import Shot, first_point
 from ocnopt.solvers.solution import Guess, Result
 from ocnopt.staged import StagedOCP
 
-# The stubs of scipy know no options that are chosen at run time.
-_MINIMIZE: Any = minimize
 # What "auto" takes: the first that the problem allows.
 _PREFERRED = ("trust-exact", "L-BFGS-B", "SLSQP")
-# scipy's own tests differ; an end is one where the gradient is this many times the tolerance or smaller.
-_SLACK = 100.0
-# Up to this size all eigenvalues are found at once.
-_DENSE = 600
-# Steps between two feedback laws.
-_ROUND = 15
-# How often a search goes on from a saddle, and how far it first looks.
-_SADDLES, _AWAY = 3, (1.0, 0.3, 0.1, 0.03, 0.01)
-
-
-class _StoppedError(Exception):
-    """The time limit or Ctrl-C, raised out of scipy's loop."""
-
-
-class Skill(NamedTuple):
-    """What a method of scipy takes."""
-
-    bounds: bool
-    ends: bool
-    hessian: bool
-
-
-METHODS = {
-    "trust-exact": Skill(bounds=False, ends=False, hessian=True),
-    "trust-krylov": Skill(bounds=False, ends=False, hessian=True),
-    "trust-ncg": Skill(bounds=False, ends=False, hessian=True),
-    "Newton-CG": Skill(bounds=False, ends=False, hessian=True),
-    "trust-constr": Skill(bounds=False, ends=True, hessian=True),
-    "L-BFGS-B": Skill(bounds=True, ends=False, hessian=False),
-    "TNC": Skill(bounds=True, ends=False, hessian=False),
-    "SLSQP": Skill(bounds=True, ends=True, hessian=False),
-    "BFGS": Skill(bounds=False, ends=False, hessian=False),
-    "CG": Skill(bounds=False, ends=False, hessian=False),
-}
 
 
 @dataclass(frozen=True)
@@ -92,10 +53,7 @@ class Shooting:
     time_limit: float | None = None
 
     def __post_init__(self) -> None:
-        known = ("auto", *METHODS)
-        if self.method not in known:
-            hint = nearest(str(self.method), known)
-            raise ProblemError(f"method is {self.method!r}; expected one of {', '.join(known)}{hint}")
+        check_choice("method", self.method, ("auto", *METHODS))
         positive = ["tolerance", *([] if self.time_limit is None else ["time_limit"])]
         solver_options(self, at_least={"max_iterations": 1}, positive=positive)
 
@@ -108,26 +66,23 @@ class Shooting:
             ProblemError: path constraints, or bounds or terminal constraints that the method does not take.
             NonFiniteError: the first path of a single problem is not finite.
         """
+        prepared = self._build(problem, guess, "auto")
+        return prepared.run(problem, guess, progress=progress)._replace(build_time=prepared.build_time)
+
+    def prepare(self, problem: StagedOCP, guess: Guess) -> "PreparedShooting":
+        """Choose the method and build what rolls out; raises :class:`ProblemError` as :meth:`solve`."""
+        return self._build(problem, guess, True)
+
+    def _build(self, problem: StagedOCP, guess: Guess, compile: bool | Literal["auto"]) -> "PreparedShooting":  # noqa: A002
         can_differentiate()
-        method = self._method(problem)
-
-        def solve_one(single: StagedOCP, start: Guess) -> Attempt:
-            began = time.perf_counter()
-            search = Search(self, method, Shot(single, start), stopwatch, progress)
-            search.run(first_point(search.shot, start))
-            return search.attempt(time.perf_counter() - began)
-
-        with Stopwatch(self.time_limit) as stopwatch:
-            return each_alone(problem, guess, solve_one, stopwatch)
+        began, method, single = time.perf_counter(), self._method(problem), one_for_all(problem, guess)
+        with torch.no_grad():
+            kernel = single and DDP().make_kernel(Widened(single[0]), single[1], compile)
+        return PreparedShooting(self, method, kernel, time.perf_counter() - began)
 
     def _method(self, problem: StagedOCP) -> str:
         """The method for this problem, or a refusal."""
-        for name in ("path_constraint", "state_bounds"):
-            if getattr(problem, name) is not None:
-                raise ProblemError(
-                    f"the problem has {name}; solver 'shooting' has no unknown states to constrain: use solver='ddp' "
-                    "or 'casadi', or a penalty in the cost"
-                )
+        no_constraints(problem, "shooting", "has no unknown states to constrain")
         has = {
             "control_bounds or parameter_bounds": any(problem.control_bounds) or problem.parameter_bounds is not None,
             "a terminal_constraint": problem.terminal_constraint is not None,
@@ -147,233 +102,42 @@ class Shooting:
         return self.method
 
 
-class Search:
-    """One problem: the run of scipy's method and what is made of its end."""
+@dataclass(frozen=True)
+class PreparedShooting:
+    """A solver for one problem, whose initial state, data and ``step_data`` may change.
 
-    def __init__(self, options: Shooting, method: str, shot: Shot, stopwatch: Stopwatch, progress: bool) -> None:
-        self.options, self.method, self.shot, self.print = options, method, shot, progress
-        self.stopwatch = stopwatch
-        self.stopped: int | None = None
-        self.box = shot.box()
-        self.v = np.zeros(0)
-        self.costs: list[float] = []
-        self.steps: list[float] = []
-        self.saddles = 0
-        self.constrained = shot.problem.terminal_constraint is not None
-        self._products: dict[bytes, Any] = {}
+    ``kernel`` serves all problems of a batch; None where each needs its own.
+    """
 
-    def run(self, v: Vector) -> None:
-        """Minimise from v, and go on from a saddle."""
-        self.v = v if self.box is None else np.clip(v, *self.box)
-        self.costs, self.steps = [self.shot.cost(self.v)], [0.0]
-        while self._room() > 0:
-            before = len(self.costs)
-            self.note(self._minimise())
-            self._recentre()
-            if self._settled() or len(self.costs) == before:
-                away = self._escape() if self.saddles < _SADDLES and self._room() > 0 else None
-                if away is None:
-                    return
-                self.saddles += 1
-                self.note(away)
-                self._recentre()
+    solver: Shooting
+    method: str
+    kernel: Kernel | None
+    build_time: float
 
-    def _room(self) -> int:
-        """How many steps are left; none once it is time to stop."""
-        self.stopped = self.stopwatch.reason
-        if self.stopped is not None:
-            return 0
-        return int(self.options.max_iterations) - len(self.costs) + 1
+    def solve(self, problem: StagedOCP, guess: Guess, *, progress: bool = False) -> Result:
+        """Solve the problem as it is now.
 
-    def _recentre(self) -> None:
-        """Put the feedback law around the path that was reached; one from afar makes a poor unknown of v."""
-        path = self.shot.path(self.v)
-        direction = find_direction(self.shot.wide, path)
-        if direction is not None:
-            self.shot.stabilise(path, direction)
-            self.v = self.shot.join(path.controls, path.states[0, self.shot.n - self.shot.q :])
-            self._products.clear()
+        Raises:
+            ProblemError: something else of it has changed.
+            NonFiniteError: as for :meth:`Shooting.solve`.
+        """
+        return self.run(problem, guess, progress=progress, changed=True)
 
-    def note(self, v: Vector) -> None:
-        """Keep an accepted point."""
-        step = float(np.linalg.norm(v - self.v))
-        if step == 0.0:
-            return
-        self.v = np.array(v)
-        self.costs.append(self.shot.cost(self.v))
-        self.steps.append(step)
-        if self.print:
-            print(f"{len(self.costs) - 1:4d}  cost {self.costs[-1]:.10g}  step {step:.3g}")  # noqa: T201
+    def run(self, problem: StagedOCP, guess: Guess, *, progress: bool, changed: bool = False) -> Result:
+        """Solve the problem that the kernel was built for, unless it may have ``changed``."""
 
-    def _minimise(self) -> Vector:
-        """Where scipy's method ends."""
-        shot, skill = self.shot, METHODS[self.method]
-        unit = np.eye(1 + shot.end_error(self.v).size)
-        arguments: dict[str, Any] = {
-            "jac": lambda v: np.nan_to_num(shot.gradient(v), posinf=0.0, neginf=0.0),
-            "callback": lambda v, *rest: self.note(v),
-        }
-        if skill.hessian:
-            arguments["hessp"] = lambda v, dv: self._curvature(v, unit[0])(dv)
-        if self.method == "trust-exact":
-            arguments["hess"] = lambda v: self._curvature(v, unit[0])(np.eye(v.size))
-            del arguments["hessp"]
-        if self.box is not None:
-            arguments["bounds"] = Box(*self.box)
-        if len(unit) > 1:
-            bend: Any = lambda v, nu: self._operator(v, unit[1:].T @ nu)  # noqa: E731
-            arguments["constraints"] = NonlinearConstraint(shot.end_error, 0.0, 0.0, jac=shot.end_jacobian, hess=bend)
-        with warnings.catch_warnings(), np.errstate(all="ignore"):
-            # scipy warns of what the status says
-            warnings.simplefilter("ignore")
-            try:
-                ended = _MINIMIZE(self._cost, self.v, method=self.method, options=self._settings(), **arguments)
-            except (_StoppedError, np.linalg.LinAlgError):
-                return self.v
-            except ValueError as error:
-                # a derivative that is no number, in scipy's linear algebra: its own words, not an error of the user's
-                if "infs or NaNs" not in str(error):
-                    raise
-                return self.v
-        return np.asarray(ended.x if self.box is None else np.clip(ended.x, *self.box), dtype=np.float64)
+        def solve_one(single: StagedOCP, start: Guess) -> Attempt:
+            began = time.perf_counter()
+            search = Search(self.solver, self.method, Shot(single, kernel_of(single, start)), stopwatch, progress)
+            search.run(first_point(search.shot, start))
+            return search.attempt(time.perf_counter() - began)
 
-    def _cost(self, v: Vector) -> float:
-        """J, until it is time to stop."""
-        if self.stopwatch.reason is not None:
-            raise _StoppedError
-        return self.shot.cost(v)
+        def kernel_of(single: StagedOCP, start: Guess) -> Kernel:
+            if self.kernel is None:
+                return DDP().make_kernel(Widened(single), start)
+            if changed or problem.step_data is not None:
+                self.kernel.refresh(single)
+            return self.kernel
 
-    def _settings(self) -> dict[str, Any]:
-        tol, room = self.options.tolerance, min(self._room(), _ROUND)
-        own: dict[str, dict[str, Any]] = {
-            "Newton-CG": {"xtol": 1e-3 * tol},
-            "L-BFGS-B": {"gtol": tol, "ftol": 0.0, "maxcor": 50, "maxfun": 100 * room, "maxls": 50},
-            "TNC": {"gtol": tol, "ftol": 0.0, "xtol": 0.0, "maxfun": 100 * room},
-            "SLSQP": {"ftol": 1e-3 * tol},
-            "trust-constr": {"gtol": tol, "xtol": 1e-12, "barrier_tol": tol, "sparse_jacobian": False},
-        }
-        return {"maxiter": room, **own.get(self.method, {"gtol": tol})}
-
-    def _curvature(self, v: Vector, weights: Vector) -> Callable[[Vector], Vector]:
-        key = np.concatenate([v, weights])
-        return kept(self._products, key, lambda: self.shot.curvature(v, weights))
-
-    def _operator(self, v: Vector, weights: Vector) -> LinearOperator:
-        size = self.v.size
-        return LinearOperator((size, size), matvec=self._curvature(v, weights), dtype=np.float64)
-
-    def _free(self) -> NDArray[np.bool_]:
-        """Which unknowns are not at a bound."""
-        if self.box is None:
-            return np.ones(self.v.size, dtype=bool)
-        return (self.v - self.box[0] > 1e-6) & (self.box[1] - self.v > 1e-6)
-
-    def multipliers(self) -> Vector:
-        """nu of the terminal constraint, from the gradient of what is free."""
-        if not self.constrained:
-            return np.zeros(0)
-        free = self._free()
-        if not np.isfinite(self.shot.gradient(self.v)).all():
-            return np.zeros(self.shot.end_error(self.v).size)
-        jacobian, gradient = self.shot.end_jacobian(self.v)[:, free], self.shot.gradient(self.v)[free]
-        return np.asarray(np.linalg.lstsq(jacobian.T, -gradient, rcond=None)[0])
-
-    def remaining(self) -> float:
-        """The largest entry of the gradient projected on the bounds, of the Lagrangian where the end is constrained."""
-        gradient = self.shot.gradient(self.v, self.multipliers())
-        if not np.isfinite(gradient).all():
-            return np.inf
-        moved = self.v - gradient
-        moved = moved if self.box is None else np.clip(moved, *self.box)
-        return float(np.abs(self.v - moved).max(initial=0.0))
-
-    def _settled(self) -> bool:
-        scale = 1 + abs(self.costs[-1])
-        return self.remaining() <= _SLACK * self.options.tolerance * scale and self._violation() <= 1e-6
-
-    def _violation(self) -> float:
-        return float(np.abs(self.shot.end_error(self.v)).max(initial=0.0))
-
-    def _escape(self) -> Vector | None:
-        """A lower point beside a saddle; none where this is no saddle."""
-        free = self._free().nonzero()[0]
-        if self.constrained or not free.size or not self._settled():
-            return None
-        curve = self._curvature(self.v, np.ones(1))
-
-        def product(dv: Vector) -> Vector:
-            full = np.zeros((self.v.size, *np.shape(dv)[1:]))
-            full[free] = dv
-            return curve(full)[free]
-
-        value, direction = _lowest(product, free.size)
-        if value >= -1e-6 * max(1.0, abs(self.costs[-1])):
-            return None
-        points = []
-        for size in (sign * length for length in _AWAY for sign in (1.0, -1.0)):
-            away = self.v.copy()
-            away[free] += size * direction
-            points.append(away if self.box is None else np.clip(away, *self.box))
-        best = min(points, key=self.shot.cost)
-        return best if self.shot.cost(best) < self.costs[-1] else None
-
-    def attempt(self, wall_time: float) -> Attempt:
-        """The end as an answer."""
-        shot, p = self.shot, self.shot.split(self.v)[1]
-        path, like = shot.path(self.v), self.shot.problem.initial_state
-        costates = shot.pull(self.v, np.concatenate([[1.0], self.multipliers()])[:, None])[0][..., 0]
-        found = torch.as_tensor(costates[:, : shot.n - shot.q], dtype=like.dtype, device=like.device)
-        settled = bool(self._settled())
-        return Attempt(
-            states=shot.wide.split(path.states)[0],
-            controls=shot.wide.cut(path.controls, shot.wide.control_sizes),
-            costates=shot.wide.cut(found, shot.wide.state_sizes),
-            parameters=p,
-            cost=float(path.cost),
-            converged=settled,
-            iterations=len(self.costs) - 1,
-            status=self._status(settled),
-            violation=self._violation(),
-            wall_time=wall_time,
-            history={"cost": self.costs, "step": self.steps},
-        )
-
-    def _status(self, settled: bool) -> str:
-        count = len(self.costs) - 1
-        steps = f"{count} step{'' if count == 1 else 's'}"
-        saddles = "" if not self.saddles else f", {self.saddles} of them away from a saddle"
-        if settled:
-            return f"converged after {steps}{saddles} ({self.method})"
-        gradient = f"the gradient is still {self.remaining():.1e}"
-        if self._violation() > 1e-6:
-            gradient += f" and the terminal constraint violated by {self._violation():.1e}"
-        if self.stopped is not None:
-            reason, advice = stopped(self.stopped)
-        elif count >= self.options.max_iterations:
-            reason, advice = "the iteration limit was reached", "raise max_iterations, or start from this solution"
-        elif not np.isfinite(self.remaining()):
-            reason = "a derivative is NaN or infinite"
-            advice = "look for a square root, a norm or a division at zero, or start elsewhere"
-        elif self.costs[-1] < -1e20:
-            reason, advice = "the cost falls without bound", "bound the controls, or look for a cost without a minimum"
-        else:
-            reason = "scipy found no further descent"
-            advice = "look for a kink in the functions, take another method=, or use solver='ddp'"
-        return f"stopped after {steps}{saddles}: {reason}; {gradient}; {advice} ({self.method})"
-
-
-def _lowest(product: Callable[[Vector], Vector], size: int) -> tuple[float, Vector]:
-    """The smallest eigenvalue of a symmetric operator and its vector; zero where it cannot be found."""
-    if size <= _DENSE:
-        matrix = product(np.eye(size))
-        if not np.isfinite(matrix).all():
-            return 0.0, np.zeros(size)
-        values, vectors = np.linalg.eigh(0.5 * (matrix + matrix.T))
-        return float(values[0]), vectors[:, 0]
-    operator = LinearOperator((size, size), matvec=product, dtype=np.float64)
-    first = np.random.default_rng(0).standard_normal(size)
-    try:
-        values, vectors = eigsh(operator, k=1, which="SA", v0=first, tol=1e-3, maxiter=20 * size)
-    except ArpackError:
-        return 0.0, first
-    return float(values[0]), vectors[:, 0]
+        with Stopwatch(self.solver.time_limit) as stopwatch:
+            return each_alone(problem, guess, solve_one, stopwatch)

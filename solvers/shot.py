@@ -31,13 +31,15 @@ from ocnopt.checks import finite_path
 from ocnopt.differential.sweep import Direction
 from ocnopt.linearise import derivatives, expand_path
 from ocnopt.paths import Path, Widened, evaluate
-from ocnopt.solvers.ddp import DDP
+from ocnopt.solvers.kernels import Kernel
 from ocnopt.solvers.search import TorchKernel
 from ocnopt.solvers.solution import Guess
 from ocnopt.staged import StagedOCP
 
 Vector = NDArray[np.float64]
 
+# An unknown counts as being at a bound within this distance.
+NEAR = 1e-6
 # Curvature and regularisation of the sweep that finds the feedback law: the first that can be solved.
 _SWEEPS = ((True, 0.0), (False, 0.0), (False, 1e-3), (False, 1e-1), (False, 1e1))
 
@@ -58,9 +60,8 @@ class Models(NamedTuple):
 class Shot:
     """Cost, end error, gradient and products with second derivatives as functions of v; the last points are kept."""
 
-    def __init__(self, problem: StagedOCP, guess: Guess) -> None:
-        self.wide, self.problem = Widened(problem), problem
-        self.kernel = DDP().make_kernel(self.wide, guess)
+    def __init__(self, problem: StagedOCP, kernel: Kernel) -> None:
+        self.wide, self.problem, self.kernel = Widened(problem), problem, kernel
         self.N, self.m, self.q = self.wide.steps, self.wide.m, self.wide.q
         self.n = self.wide.n
         self.size = self.N * self.m + self.q
@@ -82,8 +83,16 @@ class Shot:
         return values[: self.N * self.m].reshape(self.N, self.m), values[self.N * self.m :]
 
     def stabilise(self, path: Path, direction: Direction) -> None:
-        """Let v_k stand for the controls of a feedback law around a path: u_k = v_k + K_k (z_k - zbar_k)."""
-        self.law = path.states, path.controls, direction.K
+        """Let v_k stand for the controls of a feedback law around a path: u_k = v_k + K_k (z_k - zbar_k).
+
+        With a terminal constraint, controls at a bound do not feed back: along the law they would leave it and count
+        in the derivatives from which its multipliers come.
+        """
+        K, bounds = direction.K, self.wide.control_bounds
+        if bounds is not None and self.problem.terminal_constraint is not None:
+            inside = (path.controls - bounds[0] > NEAR) & (bounds[1] - path.controls > NEAR)
+            K = K * inside[..., None]
+        self.law = path.states, path.controls, K
         self._paths.clear()
         self._models.clear()
 

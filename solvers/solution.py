@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ocnopt.checks import Bounds, callable_or_none, clipped, numbers, shape
-from ocnopt.errors import DataError, NonFiniteError, ProblemError
+from ocnopt.checks import callable_or_none, clipped, numbers, shape
+from ocnopt.errors import ProblemError
 from ocnopt.paths import behind, rollout
-from ocnopt.solvers.audit import Violation, audit, find_violations
-from ocnopt.solvers.files import check_fingerprint, fingerprint, write_file
+from ocnopt.solvers.audit import Violation, audit, find_violations, rollout_status
+from ocnopt.solvers.files import check_fingerprint, fingerprint, read_file, write_file
 from ocnopt.staged import Series, StagedOCP
 
 _FORMAT = 2
@@ -32,27 +32,14 @@ class Gains(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Guess:
-    """Where a solver starts: controls u_k ``(*batch, m)``, p ``(*batch, q)`` with T where it is free.
+    """Where a solver starts: controls ``(N, *batch, m)``, p ``(*batch, q)`` with T where it is free.
 
-    States x_0..x_N ``(*batch, n)``, where given, need not satisfy the dynamics.
+    States ``(N + 1, *batch, n)``, where given, need not satisfy the dynamics. Where sizes vary, both are lists.
     """
 
-    controls: list[Tensor]
+    controls: Series
     parameters: Tensor
-    states: list[Tensor] | None = None
-
-
-def perturbed(value: Tensor, amount: float | Tensor, bounds: Bounds | None, generator: torch.Generator) -> Tensor:
-    """Add noise within the bounds, the same to every problem of a batch.
-
-    Args:
-        value: ``(..., size)``.
-        amount: standard deviation, for all entries or for each.
-        bounds: two tensors ``(size,)``.
-        generator: seeded; a new one gives the same noise again.
-    """
-    noise = torch.randn(value.shape[-1:], generator=generator, dtype=torch.float64).to(value)
-    return clipped(value + amount * noise, bounds)
+    states: Series | None = None
 
 
 class Result(NamedTuple):
@@ -77,6 +64,7 @@ class Result(NamedTuple):
     gains: tuple[Series, Series] | None = None
     multipliers: Mapping[str, Tensor] | None = None
     minima: Mapping[str, Tensor] | None = None
+    saddle: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,13 +88,20 @@ class Solution:
         history: "cost", "step" and "regularisation" (what the solver has of them) per iteration, the start first:
             ``(iterations + 1, ...)``.
         gains: :class:`Gains`, or None where a solver has none.
-        control_bounds: two tensors ``(m,)``, or ``(N, m)``; None without any or where the number of controls varies.
+        control_bounds: two tensors ``(m,)``, ``(N, m)`` or ``(..., N, m)``; None without any or where the number of
+            controls varies.
         multipliers: of the constraints, by name: "terminal_constraint" ``(..., e)``, "path_constraint" ``(..., N + 1,
             c)`` and "state_bounds" ``(..., N + 1, n)`` of each node; None without constraints, and of "indirect" and
             "shooting". cost + multiplier * constraint is stationary: >= 0 for a path constraint, > 0 at an upper and
             < 0 at a lower bound. Where the number of constraints or states varies from node to node, zeros fill up.
         minima: of DDP's ``restarts=``, the lowest first: "cost" ``(..., K)``, "starts" that led there, "states",
             "controls" ``(..., K, N, m)``, "parameters" with a free T; NaN and no starts where there are fewer.
+        saddle: whether DDP ended in one, ``(...)`` bool; None of the other solvers.
+        state_names: of the problem, as ``control_names``; None without any.
+        problem: the discrete problem. None where the solution was pickled, or loaded from a file without it: functions
+            do not travel. ``violations`` and names are kept, ``rollout`` then says what is missing.
+
+    A copy shares the problem; a pickled solution has no gradients.
     """
 
     times: Tensor
@@ -126,14 +121,20 @@ class Solution:
     gains: Gains | None = None
     multipliers: Mapping[str, Tensor] | None = None
     minima: Mapping[str, Tensor] | None = None
+    saddle: Tensor | None = None
     control_bounds: tuple[Tensor, Tensor] | None = None
+    state_names: tuple[str, ...] | None = None
+    control_names: tuple[str, ...] | None = None
     problem: StagedOCP | None = field(default=None, repr=False)
+    _violations: tuple[Violation, ...] | None = field(default=None, repr=False)
 
     @property
     def violations(self) -> tuple[Violation, ...]:
         """Bounds, constraints and steps that are broken by more than 1e-6, the worst first, in the user's names."""
         if self.problem is None:
-            raise ProblemError("this solution has no problem; load it with oc.load_solution(path, problem=...)")
+            if self._violations is None:
+                raise ProblemError("this solution has no problem; load it with oc.load_solution(path, problem=...)")
+            return self._violations
         path = nodes_of(self.states), nodes_of(self.controls)
         return tuple(find_violations(self.problem, *path, full_parameters(self), 1e-6))
 
@@ -168,7 +169,9 @@ class Solution:
             feedback = _pick(self._tensor("K"), k, 2)
             u = u + (feedback @ (x - nominal)[..., None])[..., 0]
         bounds = self.control_bounds
-        return clipped(u, bounds if bounds is None or bounds[0].ndim == 1 else (bounds[0][k], bounds[1][k]))
+        if bounds is not None and bounds[0].ndim > 1:
+            bounds = tuple(side[k] if side.ndim == 2 else _pick(side, k, 1) for side in bounds)  # type: ignore[assignment]
+        return clipped(u, bounds)
 
     def rollout(
         self, initial_state: Tensor, disturbance: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -209,7 +212,7 @@ class Solution:
             cost=path.cost,
             converged=torch.zeros_like(self.converged),
             iterations=torch.zeros_like(self.iterations),
-            status=_rollout_status(path.states, path.cost, nodes),
+            status=rollout_status(path.states, path.cost, nodes),
             constraint_violation=violation,
             wall_time=0.0,
             build_time=0.0,
@@ -252,12 +255,31 @@ class Solution:
         Raises:
             DataError: the file cannot be written there.
         """
-        record = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("problem", "gains")}
-        record["history"] = dict(self.history)
-        record["gains"] = None if self.gains is None else tuple(self.gains)
-        record["fingerprint"] = None if self.problem is None else _fingerprint(self, self.problem)
-        record = tree_map_only(Tensor, Tensor.detach, {"format": _FORMAT, **record})
+        made = None if self.problem is None else _fingerprint(self, self.problem)
+        record = {"format": _FORMAT, **self._record(), "fingerprint": made}
         write_file(path, "a file in a folder that you may write to", lambda: torch.save(record, path))
+
+    def _record(self) -> dict[str, Any]:
+        """Everything but functions and gradients, in types that any file takes."""
+        known = self._violations if self.problem is None else self.violations
+        plain = {
+            "gains": None if self.gains is None else tuple(self.gains),
+            "_violations": None if known is None else [tuple(violation) for violation in known],
+        }
+        return dict(tree_map_only(Tensor, Tensor.detach, self._fields() | plain))
+
+    def _fields(self) -> dict[str, Any]:
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "problem"}
+        return own | {"history": dict(self.history)}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (self._record(),)
+
+    def __copy__(self) -> "Solution":
+        return replace(self)
+
+    def __deepcopy__(self, memo: Any) -> "Solution":
+        return replace(self, **tree_map_only(Tensor, Tensor.clone, self._fields()))
 
     def _per_problem(self, t: Any) -> Tensor:
         batch = tuple(self.cost.shape)
@@ -317,33 +339,6 @@ def full_parameters(solution: Solution) -> Tensor:
     return torch.cat([solution.parameters, solution.horizon[..., None]], dim=-1)
 
 
-def _rollout_status(states: Series, cost: Tensor, times: Tensor) -> str | list[str]:
-    """What became of each closed loop.
-
-    Raises:
-        NonFiniteError: a single one left the numbers.
-    """
-    sentence = "closed-loop rollout of a policy; nothing was optimised"
-    lost = torch.stack([~torch.isfinite(x).all(-1) for x in states])
-    broken = lost.any(0) | ~torch.isfinite(cost)
-    if not bool(broken.any()):
-        return sentence
-
-    def told(step: Tensor, off_path: Tensor, time: Tensor) -> str:
-        place = f"at t = {float(time):.6g} (node {int(step)} of {len(times) - 1})" if bool(off_path) else "in its cost"
-        return f"closed-loop rollout of a policy that left the finite numbers {place}"
-
-    steps = lost.to(torch.int8).argmax(0)
-    when = torch.gather(times, 0, steps[None])[0]
-    if cost.ndim == 0:
-        raise NonFiniteError(
-            f"{told(steps, lost.any(), when)}; expected finite states: take more steps (a stiff plan from collocation "
-            "needs them), or start nearer to the plan"
-        )
-    rows = zip(broken.reshape(-1), steps.reshape(-1), lost.any(0).reshape(-1), when.reshape(-1), strict=True)
-    return [told(*row) if bool(bad) else sentence for bad, *row in rows]
-
-
 def nodes_of(values: Series, tail: int = 1) -> tuple[Tensor, ...]:
     """One tensor a node or step, of ``tail`` axes behind the batch."""
     return values.unbind(-1 - tail) if isinstance(values, Tensor) else tuple(values)
@@ -354,13 +349,22 @@ def _fingerprint(solution: Solution, problem: StagedOCP) -> dict[str, Tensor]:
     return fingerprint(problem, *path, full_parameters(solution))
 
 
+def _restored(record: dict[str, Any], problem: StagedOCP | None = None) -> Solution:
+    """The solution of a record."""
+    known = {f.name: record[f.name] for f in fields(Solution) if f.name in record}
+    if known["gains"] is not None:
+        known["gains"] = Gains(*known["gains"])
+    if known.get("_violations") is not None:
+        known["_violations"] = tuple(Violation(*row) for row in known["_violations"])
+    return Solution(**known, problem=problem)
+
+
 def load_solution(path: str | Path, problem: StagedOCP | None = None) -> Solution:
     """Read a solution written by :meth:`Solution.save`.
 
     Args:
         path: the file.
-        problem: the discrete problem (``oc.transcribe(...)``), needed only for ``rollout``; it must be the one that
-            was solved.
+        problem: the discrete problem that was solved (``oc.transcribe(...)``), needed only for ``rollout``.
 
     Raises:
         ProblemError: the problem is not a discrete one.
@@ -370,23 +374,7 @@ def load_solution(path: str | Path, problem: StagedOCP | None = None) -> Solutio
         raise ProblemError(
             f"problem is {type(problem).__name__}; expected the discrete one: oc.transcribe(problem, steps, integrator)"
         )
-    try:
-        record = torch.load(path, weights_only=True)
-        if record.pop("format") != _FORMAT:
-            raise DataError(
-                f"{path} has another format than {_FORMAT}; expected a file written by this version's Solution.save: "
-                "solve the problem again and save it"
-            )
-        gains, saved = record.pop("gains"), record.pop("fingerprint")
-        solution = Solution(**record, gains=None if gains is None else Gains(*gains), problem=problem)
-    except DataError:
-        raise
-    except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist; expected a file written by Solution.save") from error
-    except Exception as error:
-        raise DataError(
-            f"{path} is no saved solution ({type(error).__name__}); expected a file written by Solution.save"
-        ) from error
+    solution, saved = read_file(path, _FORMAT, lambda record: (_restored(record, problem), record["fingerprint"]))
     if problem is not None:
         check_fingerprint(path, saved, lambda: _fingerprint(solution, problem))
     return solution

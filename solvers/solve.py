@@ -4,13 +4,14 @@ import threading
 import time
 from dataclasses import dataclass, field, fields
 from importlib import import_module
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 from ocnopt.checks import Bounds, can_differentiate, float_tensor, is_whole, listed, nearest, shape, traced
 from ocnopt.errors import ConvergenceError, ProblemError
 from ocnopt.grids import transcribe
 from ocnopt.ocp import OCP
 from ocnopt.paths import Widened, behind
+from ocnopt.solvers.files import stays_here
 from ocnopt.solvers.guess import own_guess, read_guess
 from ocnopt.solvers.sensitivity import refuse_gradients, with_gradients
 from ocnopt.solvers.shared import Shared
@@ -110,6 +111,9 @@ class Prepared:
     shared_parameters: bool = False
     _alone: Any = field(default_factory=threading.RLock, init=False, repr=False, compare=False)
 
+    def __reduce__(self) -> NoReturn:
+        raise stays_here("a Prepared", "in another process or for another user call oc.prepare(..) again")
+
     def solve(
         self,
         initial_state: Any = None,
@@ -137,6 +141,7 @@ class Prepared:
                 changed without being named in ``data``.
             ConvergenceError: ``strict`` and not converged.
         """
+        can_differentiate()
         problem = self.problem
         if initial_state is not None:
             wanted = (*problem.batch_shape, problem.state_dim)
@@ -149,7 +154,6 @@ class Prepared:
             graph = traced(initial_state, problem.dtype)
             graph = None if graph is None else graph.expand(wanted)
             problem = problem.altered(initial_state=x0.expand(wanted), traced_state=graph)
-        can_differentiate()
         if differentiable:
             refuse_gradients(problem, self.solver)
         guess = read_guess(problem, initial_guess)
@@ -174,7 +178,8 @@ def prepare(
 ) -> Prepared:
     """Check, lower and compile a problem once, to solve it many times from other states and with other data.
 
-    "indirect" and "shooting" have nothing that could be built once: they lower anew at each solve.
+    "indirect" and "shooting" work off the problems of a batch one by one: what is built once serves them all, unless
+    the functions hold data of each, and then it is built at each solve.
 
     Args:
         problem: as for ``solve``.
@@ -278,14 +283,19 @@ def make_solution(problem: StagedOCP, result: Result) -> Solution:
         times=problem.times(p).expand(*cost.shape, -1),
         horizon=end.expand(cost.shape),
         control_bounds=_bounds(problem) if same else None,
+        state_names=problem.state_names,
+        control_names=problem.control_names,
         problem=problem,
     )
 
 
 def _bounds(problem: StagedOCP) -> Bounds | None:
-    """The control bounds, with a row for each step where they vary."""
+    """The control bounds, with a row for each step where they vary, and for each problem where they differ."""
     first = problem.control_bounds[0]
-    return first if all(bounds is first for bounds in problem.control_bounds) else Widened(problem).control_bounds
+    if first is None or (first[0].ndim == 1 and all(pair is first for pair in problem.control_bounds)):
+        return first
+    whole = Widened(problem).control_bounds
+    return whole and (whole[0].movedim(0, -2), whole[1].movedim(0, -2))
 
 
 def make_solver(solver: str | Solver, options: dict[str, Any]) -> Solver:

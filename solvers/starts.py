@@ -50,23 +50,16 @@ class PreparedStarts:
 
     def solve(self, problem: StagedOCP, guess: Guess, *, progress: bool = False) -> Result:
         """Solve the problem as it is now; raises as the solver inside does."""
-        return self._run(problem, guess, self.inner.solve, progress)
-
-    def search(self, problem: StagedOCP, guess: Guess, *, progress: bool = False) -> Result:
-        """Solve the problem that this was built for."""
-        return self._run(problem, guess, self.inner.search, progress)
-
-    def _run(self, problem: StagedOCP, guess: Guess, solve: Callable[..., Result], progress: bool) -> Result:
         began, guesses = time.perf_counter(), starts(problem, guess, self.restarts, self.seed)
         if self.together:
-            found = solve(repeated(problem, len(guesses)), stacked(guesses), progress=progress)
+            found = self.inner.solve(repeated(problem, len(guesses)), stacked(guesses), progress=progress)
         else:
             results: list[Result] = []
             with Stopwatch(self.time_limit) as stopwatch:
                 for one in guesses:
                     if results and stopwatch.reason is not None:
                         break
-                    results.append(solve(problem, one, progress=progress))
+                    results.append(self.inner.solve(problem, one, progress=progress))
             found = _stacked(results)
         return _best(problem, found)._replace(wall_time=time.perf_counter() - began)
 
@@ -135,7 +128,7 @@ def _each(function: Callable[..., Any], *results: Result) -> dict[str, Any]:
         return [function(0, *row) for row in zip(*values, strict=True)]
 
     first = results[0]
-    names = ("parameters", "cost", "converged", "iterations", "constraint_violation")
+    names = ("parameters", "cost", "converged", "saddle", "iterations", "constraint_violation")
     made: dict[str, Any] = {name: function(0, *(getattr(one, name) for one in results)) for name in names}
     for name in ("states", "controls", "costates"):
         made[name] = series(*(getattr(one, name) for one in results))
@@ -167,8 +160,7 @@ def _best(problem: StagedOCP, found: Result) -> Result:
     cost, batch = found.cost.nan_to_num(torch.inf), problem.batch_shape
     count = math.prod(batch)
     status = [list(found.status[i * count : (i + 1) * count]) for i in range(len(cost))]
-    saddle = torch.tensor([["saddle" in sentence for sentence in row] for row in status]).to(cost.device)
-    minimum = found.converged & ~saddle.reshape(cost.shape)
+    minimum = found.converged if found.saddle is None else found.converged & ~found.saddle
     violation = torch.where(found.converged, 0.0, found.constraint_violation.nan_to_num(torch.inf))
     # by each in turn: a stable sort by the last one first
     order = torch.arange(len(cost), device=cost.device).reshape(-1, *(1,) * len(batch)).expand(cost.shape)

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import ocnopt as oc
 from ocnopt import checks
 from ocnopt.errors import ProblemError
 from ocnopt.ocp import OCP, FreeHorizon, Horizon, read_horizon
@@ -57,6 +58,28 @@ def test_a_problem_without_static_controls_has_none_of_them():
 def test_a_problem_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         make().control_dim = 2
+
+
+def test_a_function_may_need_a_parameter_for_each_problem():
+    """What returns p alone in one entry has the batch's axes in a solve, but not where p is one vector."""
+    start = torch.tensor([[1.0], [1.2], [0.9]]).double()
+
+    def costing(cost, **options):
+        return make(dynamics=lambda t, x, u, p: u + p[..., :1] * x, running_cost=cost, parameters=[0.1, 0.2], **options)
+
+    wide = costing(
+        lambda t, x, u, p: torch.stack([x[..., 0] ** 2, p[..., 0] ** 2, u[..., 0] ** 2], dim=-1).sum(-1),
+        initial_state=start,
+        path_constraint=lambda t, x, u, p: torch.stack([x[..., 0] - 5, -p[..., 1] - 1], dim=-1),
+    )
+    plain = costing(lambda t, x, u, p: x[..., 0] ** 2 + p[..., 0] ** 2 + u[..., 0] ** 2, initial_state=start)
+    assert (wide.parameters_of_each, plain.parameters_of_each) == (True, False)
+    torch.testing.assert_close(oc.solve(wide, steps=3).cost, oc.solve(plain, steps=3).cost)
+    pair = [oc.differentiate(problem, controls=torch.zeros(3, 1)) for problem in (wide, plain)]
+    assert_close(pair[0].p, pair[1].p)
+    assert_close(pair[0].pp, pair[1].pp)
+    with pytest.raises(ProblemError, match="running_cost.*stack expects each tensor to be equal size"):
+        costing(lambda t, x, u, p: torch.stack([x, p]).sum(), initial_state=start)
 
 
 def test_one_argument_replaced():

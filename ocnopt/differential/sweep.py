@@ -12,14 +12,16 @@ In homogeneous coordinates (1, dx) the cost-to-go is one symmetric matrix V: twi
 its corner, V_x beside it, V_xx below. A step is F and L (see :mod:`ocnopt.linearise`). Splitting (1, dx, du)
 into s = (1, dx) and u, the sweep over a step reads
 
-    Q   = L + F^T V' F          (+ V'_x . f_ww on the block of w, exact curvature)
-    K   = argmin over du = K s in the box of  du^T Q_us s + 1/2 du^T (Q_uu + mu I) du,   K = [k  K]
+    Q   = L + mu I + F^T V' F   (mu on x and u; + V'_x . f_ww on the block of w, exact curvature)
+    K   = argmin over du = K s in the box of  du^T Q_us s + 1/2 du^T Q_uu du,   K = [k  K]
     V   = Q_ss + K^T Q_uu K + K^T Q_us + Q_us^T K
 
-with the last line in its general form because K may be regularised or clamped. Under a step of size alpha (alpha g,
-alpha k, K) the cost changes by alpha * linear + alpha^2 * quadratic to second order. V_x holds second-order terms of g
-and k, so the linear part needs the plain gradient under the feedback beside it: the row J = (linear, J_x) with J = j_s
-+ K^T j_u, j = (0, l_w) + F^T J'.
+with the last line in its general form because K may be clamped. The regularisation mu is a cost of what moves, of every
+x_k and u_k alike, and V holds it: the whole sweep minimises the model plus mu/2 (|dx|^2 + |du|^2), as Levenberg and
+Marquardt do. A V of the gains alone turns indefinite sooner and asks for a larger mu. Under a step of size alpha (alpha
+g, alpha k, K) cost and regularisation change by alpha * linear + alpha^2 * quadratic to second order. V_x holds
+second-order terms of g and k, so the linear part needs the plain gradient under the feedback beside it: the row J =
+(linear, J_x) with J = j_s + K^T j_u, j = (0, l_w) + F^T J'.
 
 Static controls are part of the state here and need no line of their own until the first step, where
 :func:`minimise_start` chooses them. Nothing here asks the values which way to go, so that a GPU never waits for its
@@ -38,7 +40,7 @@ from torch import Tensor
 
 from ocnopt.checks import Bounds
 from ocnopt.linearise import StepCurvature, StepModels
-from ocnopt.paths import Path, Widened
+from ocnopt.paths import Path, Widened, fitted
 
 # Projected Newton on the box: iterations allowed, and the step sizes tried at once.
 _MAX_ITERATIONS = 50
@@ -74,13 +76,14 @@ def sweep(
 
 
 class BellmanStep(NamedTuple):
-    """What the sweep needs at step k: its model, c . f_ww, how far u may still move, and mu I."""
+    """What the sweep needs at step k: its model, c . f_ww, how far u may still move, and mu I on u and on s."""
 
     F: Tensor
     L: Tensor
     curvature: StepCurvature | None
     room: Bounds | None
     damping: Tensor
+    state_damping: Tensor | None = None
 
 
 class CostToGo(NamedTuple):
@@ -115,8 +118,10 @@ def bellman_step(step: BellmanStep, value: CostToGo) -> tuple[CostToGo, StepGain
     Q = L + F.mT @ VF
     if step.curvature is not None:
         Q[..., 1:, 1:] += step.curvature.times(VF[..., 1:, 0])
-    Qus, Quu = Q[..., s:, :s], Q[..., s:, s:]
-    K, fine = minimise_box(Quu + step.damping, Qus, step.room)
+    if step.state_damping is not None:
+        Q[..., :s, :s] += step.state_damping
+    Qus, Quu = Q[..., s:, :s], Q[..., s:, s:] + step.damping
+    K, fine = minimise_box(Quu, Qus, step.room)
     cross = K.mT @ (Qus + 0.5 * (Quu @ K))
     j = L[..., 0, :] + (F.mT @ value.J[..., None])[..., 0]
     J = j[..., :s] + (K.mT @ j[..., s:, None])[..., 0]
@@ -162,10 +167,13 @@ def sweep_path(
 ) -> Direction:
     """Sweep backwards over the models of a path, then let ``start`` minimise over the static controls."""
     damping = mu[..., None, None] * torch.eye(wide.m, dtype=mu.dtype, device=mu.device)
+    moving = torch.zeros(1 + wide.n, dtype=mu.dtype, device=mu.device)
+    moving[1 : 1 + wide.n - wide.q] = 1
+    state_damping = mu[..., None, None] * torch.diag(moving)
     rooms = _rooms(wide, path)
     curvature: Sequence[StepCurvature | None] = models.curvature or [None] * wide.steps
     steps = [
-        BellmanStep(F, L, curved, room, damping)
+        BellmanStep(F, L, curved, room, damping, state_damping)
         for F, L, curved, room in zip(models.F.unbind(0), models.L.unbind(0), curvature, rooms, strict=True)
     ]
     end = CostToGo(terminal, terminal[..., 0, :], torch.ones_like(path.cost, dtype=torch.bool))
@@ -194,7 +202,7 @@ def _rooms(wide: Widened, path: Path) -> list[Bounds] | list[None]:
     """How far the controls of each step may move."""
     if wide.control_bounds is None:
         return [None] * wide.steps
-    lower, upper = (side.reshape(wide.steps, *(1,) * path.cost.ndim, wide.m) for side in wide.control_bounds)
+    lower, upper = fitted(wide.control_bounds, path.controls)
     return list(zip((lower - path.controls).unbind(0), (upper - path.controls).unbind(0), strict=True))
 
 

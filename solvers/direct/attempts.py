@@ -21,7 +21,8 @@ from ocnopt.solvers.direct.nlp import Answer, Vector, Watch, evaluate, make_solv
 from ocnopt.solvers.direct.path_program import PathProgram, assemble, make_walks, roll_out
 from ocnopt.solvers.direct.transcription import Lowered
 from ocnopt.solvers.endings import Stopwatch, stopped
-from ocnopt.solvers.solution import Guess, perturbed
+from ocnopt.solvers.guess import perturbed
+from ocnopt.solvers.solution import Guess
 from ocnopt.staged import StagedOCP
 
 _ADVICE = {
@@ -62,7 +63,7 @@ class Instance:
         began = time.perf_counter()
         self.problem = problem
         self.runs, end = lowered.rows(row)
-        self.path = assemble(self.runs, end, problem.step_bounds, problem.state_bounds, problem.parameter_bounds)
+        self.path = assemble(self.runs, end, problem if row is None else problem.for_rows(row))
         self.watch = Watch(self.path.program)
         self.solver = make_solver(self.path.program, ipopt, self.watch, progress=progress)
         self.build_time = time.perf_counter() - began
@@ -98,6 +99,8 @@ class Instance:
         self.watch.stopwatch = stopwatch
         data = given[:, (row or 0) if given.shape[1] > 1 else 0].double().cpu().numpy().T
         path = self.path.started_at(row_of(problem.initial_state, row))
+        if row is not None and problem.bounds_differ:
+            path = path.within(problem.for_rows(row))
         start = self._start(path, guess, states, row, data)
         answers = [self._run(path, start, data)]
         for i in range(restarts):

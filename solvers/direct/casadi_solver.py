@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from ocnopt.captured import given_rows
-from ocnopt.checks import nearest, solver_options
+from ocnopt.checks import check_choice, solver_options
 from ocnopt.errors import ProblemError
 from ocnopt.integrate.tableaus import IMPLICIT
-from ocnopt.paths import Widened, rollout, rows_stand_alone
+from ocnopt.paths import Widened, data_of_each, rollout, rows_stand_alone
 from ocnopt.solvers.alone import Attempt, gathered, in_turn
 from ocnopt.solvers.endings import Stopwatch
 from ocnopt.solvers.solution import Guess, Result
@@ -64,10 +64,7 @@ class CasADi:
 
     def __post_init__(self) -> None:
         for name, known in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in known:
-                hint = nearest(str(value), known)
-                raise ProblemError(f"{name} is {value!r}; expected one of {', '.join(known)}{hint}")
+            check_choice(name, getattr(self, name), known)
         positive = ["tolerance", *([] if self.time_limit is None else ["time_limit"])]
         solver_options(self, at_least={"max_iterations": 1, "restarts": 0, "degree": 1}, positive=positive)
         if self.degree > 9:
@@ -99,6 +96,7 @@ class CasADi:
         from ocnopt.solvers.direct.transcription import lower_collocation, lower_shooting
 
         began = time.perf_counter()
+        problem = problem.altered(data_of_each=data_of_each(problem))
         states = self.start_states(problem, guess)
         if self.method == "collocation" or _is_implicit(problem):
             degree = self.degree if self.method == "collocation" else None
@@ -151,7 +149,7 @@ class PreparedCasADi:
             ProblemError: something else of it has changed.
             NonFiniteError: as for :meth:`CasADi.solve`.
         """
-        self.lowered.require_same(problem)
+        self.lowered.require_same(problem.altered(data_of_each=self.problem.data_of_each))
         return self.run(problem, guess)._replace(build_time=0.0)
 
     def run(self, problem: StagedOCP, guess: Guess) -> Result:
@@ -161,7 +159,7 @@ class PreparedCasADi:
             NonFiniteError: as for :meth:`CasADi.solve`.
         """
         states = self.solver.start_states(problem, guess)
-        given = given_rows(problem)
+        given = given_rows(problem.altered(data_of_each=self.problem.data_of_each))
         times: list[float] = []
 
         def built(row: int | None) -> Any:

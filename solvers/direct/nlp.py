@@ -77,9 +77,14 @@ class Answer(NamedTuple):
         return bool(self.statistics["success"])
 
 
+def kind_of(function: casadi.Function) -> Any:
+    """The expressions that a function is made of, scalar ones or matrices."""
+    return casadi.SX if function.is_a("SXFunction") else casadi.MX
+
+
 def _symbols(piece: Piece) -> tuple[list[Any], Any, Any]:
     """Symbols k, y, d and the small function's f, g; scalar expressions where it is made of them."""
-    kind: Any = casadi.SX if piece.function.is_a("SXFunction") else casadi.MX
+    kind = kind_of(piece.function)
     inputs = [kind.sym(name, piece.function.numel_in(i)) for i, name in enumerate("kyd")]
     return inputs, *piece.function(*inputs)
 

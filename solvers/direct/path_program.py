@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import casadi
 import numpy as np
 
-from ocnopt.checks import Bounds
+from ocnopt.bounds import each
 from ocnopt.solvers.audit import placed
-from ocnopt.solvers.direct.nlp import Answer, Piece, Positions, Program, Vector
+from ocnopt.solvers.direct.nlp import Answer, Piece, Positions, Program, Vector, kind_of
 from ocnopt.staged import StagedOCP
 
 
@@ -54,6 +54,11 @@ class PathProgram:
         """The same program for another x_0."""
         lower, upper = (np.concatenate([initial_state, side[initial_state.size :]]) for side in self.program.limits)
         return replace(self, program=replace(self.program, limits=(lower, upper)))
+
+    def within(self, problem: StagedOCP) -> "PathProgram":
+        """The same program with the bounds of another problem."""
+        box = _box(self.program.shape[1], self.states, self.controls, self.parameters, problem)
+        return replace(self, program=replace(self.program, box=box))
 
     def costates(self, multipliers: Vector) -> list[Vector]:
         """dJ/dx_k for k = 0..N."""
@@ -105,18 +110,14 @@ class PathProgram:
 def assemble(
     runs: Sequence[Run],
     end: casadi.Function,
-    control_bounds: Sequence[Bounds | None],
-    state_bounds: Bounds | None,
-    parameter_bounds: Bounds | None,
+    problem: StagedOCP,
 ) -> PathProgram:
     """Write the program down, for x_0 = 0.
 
     Args:
         runs: cover the steps 0..N-1 in order.
         end: (x, u, p, d) -> (Phi, e, c).
-        control_bounds: of each step.
-        state_bounds: of every state but the first.
-        parameter_bounds: of p.
+        problem: whose bounds these are, without a batch.
     """
     sizes = [tuple(int(r.function.numel_in(i)) for i in (1, 2, 3)) for r in runs for _ in range(r.start, r.stop)]
     states, inner, controls, p = _positions(sizes, int(end.numel_in(0)), int(end.numel_in(2)))
@@ -136,8 +137,7 @@ def assemble(
     pieces.append(piece)
     rows += kinds
     size = int(states[-1][-1]) + 1 + p.size
-    bounded = [(place, state_bounds) for place in states[1:]]
-    box = _box(size, [*zip(controls, control_bounds, strict=True), *bounded, (p, parameter_bounds)])
+    box = _box(size, states, controls, p, problem)
     matrix = tuple(np.concatenate(part) for part in zip(*linear, strict=True))
     program = Program(pieces, matrix, box, _limits(rows), (int(end.numel_in(3)), len(states)))  # type: ignore[arg-type]
     return PathProgram(program, states, inner, controls, p, [kind for kind in rows if kind.place.size])
@@ -202,7 +202,7 @@ def _end_piece(end: casadi.Function, columns: Positions, height: int, node: int)
 
 
 def _symbols(function: casadi.Function, size: int, given: int) -> tuple[Any, Any, Any]:
-    kind = casadi.SX if function.is_a("SXFunction") else casadi.MX
+    kind = kind_of(function)
     return kind.sym("k"), kind.sym("y", size), kind.sym("d", given)
 
 
@@ -214,9 +214,13 @@ def _rows(names: Sequence[tuple[str, Any, bool]], length: int, height: int, firs
     return rows, [Rows(name, part, first, equality) for (name, _, equality), part in zip(names, splits, strict=True)]
 
 
-def _box(size: int, pairs: Sequence[tuple[Positions, Bounds | None]]) -> tuple[Vector, Vector]:
-    """Bounds of the unknowns."""
+def _box(
+    size: int, states: Sequence[Positions], controls: Sequence[Positions], p: Positions, problem: StagedOCP
+) -> tuple[Vector, Vector]:
+    """Bounds of the unknowns; the first state is given."""
     box = (np.full(size, -np.inf), np.full(size, np.inf))
+    along = each(problem.state_bounds, problem.steps + 1)
+    pairs = zip([*controls, *states[1:], p], [*problem.step_bounds, *along[1:], problem.parameter_bounds], strict=True)
     for place, bounds in pairs:
         if bounds is not None:
             for side, limit in zip(box, bounds, strict=True):

@@ -13,11 +13,12 @@ import casadi
 import torch
 from torch import Tensor
 
-from ocnopt.captured import substituted
+from ocnopt.captured import substituted, which_of_each
 from ocnopt.checks import clipped
 from ocnopt.errors import ProblemError
 from ocnopt.integrate.tableaus import Tableau
 from ocnopt.ocp import Function, Lifted
+from ocnopt.solvers.direct.nlp import kind_of
 from ocnopt.solvers.direct.path_program import Run
 from ocnopt.solvers.lowering.lowering import Lowering, lower, scattered
 from ocnopt.solvers.solution import Guess
@@ -130,12 +131,19 @@ def _tuple_of(problem: StagedOCP, functions: Mapping[str, Function]) -> Function
 
 def _seen(problem: StagedOCP, arguments: Sequence[Tensor]) -> Any:
     """Within it, the functions see the last arguments as the problem's data."""
-    return substituted(problem.data, arguments[len(arguments) - len(problem.data) :])
+    given = arguments[len(arguments) - len(problem.data) :]
+    pairs = zip(problem.data, given, strict=True)
+    return substituted(problem.data, [v if v.ndim == tensor.ndim else v.reshape(tensor.shape) for tensor, v in pairs])
 
 
 def _given(problem: StagedOCP) -> list[Tensor]:
-    """What a step is given besides: a row of ``step_data``, the data."""
-    return [*([] if problem.step_data is None else [problem.step_data[0]]), *problem.data]
+    """What a step is given besides: a row of ``step_data``, the data.
+
+    What belongs to all problems has axes more, as its own may look like the batch's.
+    """
+    more = (None,) * len(problem.batch_shape)
+    data = [tensor if own else tensor[more] for tensor, own in zip(problem.data, which_of_each(problem), strict=True)]
+    return [*([] if problem.step_data is None else [problem.step_data[0]]), *data]
 
 
 def _lower_stretch(
@@ -227,7 +235,7 @@ def _points(problem: StagedOCP, arguments: tuple[Tensor, ...], steps: Sequence[f
     given_now = [v.detach().clone() for v in _given(problem)]
     for i, point in enumerate(scattered([*arguments, *given_now], count=max(3, len(steps) - 1))):
         (*front, u, p), given = point[: len(arguments)], point[len(arguments) :]
-        bounds = next((b for b in problem.step_bounds if b is not None and b[0].shape == u.shape[-1:]), None)
+        bounds = next((b for b in problem.step_bounds if b is not None and b[0].shape[-1:] == u.shape[-1:]), None)
         if steps:
             front[0] = torch.full_like(arguments[0], steps[i % len(steps)])
         points.append([*front, clipped(u, bounds), clipped(p, problem.parameter_bounds), *given])
@@ -236,7 +244,7 @@ def _points(problem: StagedOCP, arguments: tuple[Tensor, ...], steps: Sequence[f
 
 def _without_inner(function: casadi.Function) -> casadi.Function:
     """(k, x, u, p, d) -> (f, l, c) as a step without inner points."""
-    kind = _kind(function)
+    kind = kind_of(function)
     k, x, u, p, d = (kind.sym(name, function.numel_in(i)) for i, name in enumerate("kxupd"))
     f, cost, c = function(k, x, u, p, d)
     return casadi.Function("step", [k, x, kind.sym("s", 0), u, p, d], [f, kind(0, 1), cost, c])
@@ -244,16 +252,12 @@ def _without_inner(function: casadi.Function) -> casadi.Function:
 
 def _one_given(function: casadi.Function, own: int) -> casadi.Function:
     """The function with all arguments behind its ``own`` ones as one column."""
-    kind = _kind(function)
+    kind = kind_of(function)
     symbols = [kind.sym(f"a{i}", function.numel_in(i)) for i in range(own)]
     sizes = [int(function.numel_in(i)) for i in range(own, function.n_in())]
     d = kind.sym("d", sum(sizes))
     parts = casadi.vertsplit(d, [0, *itertools.accumulate(sizes)]) if sizes else []
     return casadi.Function("given", [*symbols, d], function.call([*symbols, *parts]))
-
-
-def _kind(function: casadi.Function) -> Any:
-    return casadi.SX if function.is_a("SXFunction") else casadi.MX
 
 
 def _collocation_step(function: casadi.Function, lifted: Lifted, steps: int, degree: int) -> casadi.Function:
@@ -277,7 +281,7 @@ def _collocation_step(function: casadi.Function, lifted: Lifted, steps: int, deg
 
 def _step_symbols(function: casadi.Function, points: int) -> list[Any]:
     """k, x, s, u, p, d of a step with that many inner points, for rates (k, t, x, u, p, d) -> .."""
-    kind, n = _kind(function), int(function.numel_in(2))
+    kind, n = kind_of(function), int(function.numel_in(2))
     sizes = (1, n, n * points, *(int(function.numel_in(i)) for i in (3, 4, 5)))
     return [kind.sym(name, size) for name, size in zip("kxsupd", sizes, strict=True)]
 

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ocnopt.bounds import picked
 from ocnopt.differential.sweep import CostToGo, Direction, minimise_start
 from ocnopt.paths import Path
 from ocnopt.solvers.kernels import Merit, Numbers
@@ -322,11 +323,13 @@ class LoweredKernel:
         fine = torch.from_numpy(((solvable[:, 0] > 0) & np.isfinite(J[:, 0])).reshape(lead))
         if q == 0:
             linear = J[:, 0].copy()
-            return path.states[0][..., :0], _tensor(linear, lead), _tensor(0.5 * V[:, 0] - linear, lead), fine
+            quadratic = 0.5 * V[:, 0] - linear
+            dp = path.states.new_empty((*lead, 0))
+            return dp, torch.from_numpy(linear.reshape(lead)), torch.from_numpy(quadratic.reshape(lead)), fine
         p, i = path.states[0][..., self.n - q :], np.arange(self.n + 1)
         low, high = np.minimum(i, i[:, None]), np.maximum(i, i[:, None])
         whole = _tensor(V[:, high * (high + 1) // 2 + low], (*lead, self.n + 1, self.n + 1))
-        bounds = self.parameter_bounds
+        bounds = self.parameter_bounds if path.rows is None else picked(self.parameter_bounds, path.rows, 0)
         room = None if bounds is None else (bounds[0] - p, bounds[1] - p)
         damping = torch.from_numpy(mu)[..., None, None] * torch.eye(q, dtype=p.dtype)
         dp, value = minimise_start(CostToGo(whole, _tensor(J, (*lead, self.n + 1)), fine), q, damping, room)

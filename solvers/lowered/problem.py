@@ -27,19 +27,19 @@ Function = Callable[..., Any]
 
 
 class LoweredStep(NamedTuple):
-    """The step (k, x, u, p, d) -> (x_next, cost) and the end (x, p, d) -> Phi, with what they came from."""
+    """The step (k, x, u, p, d) -> (x_next, cost) and the end (x, p, d) -> Phi; ``seen`` calls all that they call."""
 
     step: casadi.Function
     end: casadi.Function
-    lowerings: tuple[Lowering, Lowering]
+    seen: tuple[Lowering, ...]
 
     def require_same(self, problem: StagedOCP) -> None:
-        """Compare both with what they were.
+        """Compare what they call with what it was.
 
         Raises:
             ProblemError: something that the functions capture has changed, and is not among the data.
         """
-        for lowering in self.lowerings:
+        for lowering in self.seen:
             lowering.require_same(_first_given(problem))
 
 
@@ -87,9 +87,15 @@ def lower_step(problem: StagedOCP, u: Tensor, p: Tensor) -> LoweredStep:
         with substituted(data, own):
             return problem.terminal(x, p, row)
 
-    numbers, bounds = torch.linspace(0, problem.steps - 1, 4).round().tolist(), problem.step_bounds
+    def parts(k: Tensor, x: Tensor, u: Tensor, p: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+        with substituted(data, given[tabled:]):
+            once = stage.parts(k, x, u, p, *given[:tabled])  # type: ignore[misc]
+        return *once, end(x, p, *given)
+
+    first = problem.for_rows(0) if problem.batch_shape else problem
+    numbers, bounds = torch.linspace(0, problem.steps - 1, 4).round().tolist(), first.step_bounds
     points = [
-        [torch.full_like(k, number), x, clipped(u, bounds[int(number)]), clipped(p, problem.parameter_bounds), *d]
+        [torch.full_like(k, number), x, clipped(u, bounds[int(number)]), clipped(p, first.parameter_bounds), *d]
         for number, (x, u, p, *d) in zip(numbers, scattered([one(start), one(u), one(p), *given]), strict=True)
     ]
     ends = [[x, p, *d] for _, x, _, p, *d in points]
@@ -100,19 +106,27 @@ def lower_step(problem: StagedOCP, u: Tensor, p: Tensor) -> LoweredStep:
     functions = (_small(lowerings[0], "step"), _small(lowerings[1], "terminal cost"))
     _check_slopes(functions[0], step, points[1:], "step")
     _check_slopes(functions[1], lambda *xp: (end(*xp),), ends[1:], "terminal cost")
-    return LoweredStep(_joined(functions[0], 4), _joined(functions[1], 2), lowerings)
+    # a Runge-Kutta step calls everything at each of its stages; what has changed shows at one
+    seen: tuple[Lowering, ...] = lowerings
+    if stage.parts is not None:
+        seen = (lower(parts, points, "a function of the problem", elsewhere=_ELSEWHERE),)
+        seen[0].function()
+    return LoweredStep(_joined(functions[0], 4), _joined(functions[1], 2), seen)
 
 
 def control_limits(problem: StagedOCP) -> tuple[Limits | None, Tensor]:
-    """The control bounds, None where they vary from step to step, and a column ``(N + 1, 1)`` for each that does."""
+    """The control bounds, None where they vary, and a column ``(N + 1, lanes, 1)`` for each that does."""
     limits: list[list[float | None]] = []
-    columns = [problem.initial_state.new_zeros(problem.steps, 0)]
+    columns = [problem.initial_state.new_zeros(problem.steps, 1, 0)]
     for side in problem.control_bounds[0] or ():
-        table = side.expand(problem.steps, -1)
-        same = (table == table[0]).all(0)
-        pairs = zip(table[0].tolist(), same.tolist(), strict=True)
+        # (steps or 1, lanes or 1, m)
+        table = side.reshape(side.shape[:-1][:1].numel(), side.shape[1:-1].numel(), side.shape[-1])
+        same = (table == table[0, 0]).all(0).all(0)
+        pairs = zip(table[0, 0].tolist(), same.tolist(), strict=True)
         limits.append([value if alike else None for value, alike in pairs])
-        columns.append(table[:, ~same])
+        columns.append(table[..., ~same].expand(problem.steps, -1, -1))
+    lanes = max(column.shape[1] for column in columns)
+    columns = [column.expand(-1, lanes, -1) for column in columns]
     varying = torch.cat(columns, dim=-1)
     # the end has no control, and its row is not looked at
     return (limits[0], limits[1]) if limits else None, torch.cat([varying, varying[-1:]])
@@ -123,7 +137,8 @@ def given_rows(problem: StagedOCP, bounds: Tensor) -> Tensor:
     rows = rows_of_functions(problem)
     if not bounds.shape[-1]:
         return rows
-    return torch.cat([rows, bounds[:, None].expand(-1, rows.shape[1], -1)], dim=-1)
+    lanes = max(rows.shape[1], bounds.shape[1])
+    return torch.cat([part.expand(-1, lanes, -1) for part in (rows, bounds)], dim=-1)
 
 
 def _joined(function: casadi.Function, own: int) -> casadi.Function:

@@ -78,8 +78,8 @@ def make_steps(step: casadi.Function, end: casadi.Function, n: int, m: int, q: i
     return Steps(
         _walk(step, d, n, m, q, box),
         _gaps(k, z, u, d, f, cost),
-        _bellman(k, z, u, d, f, cost, box, exact=True),
-        _bellman(k, z, u, d, f, cost, box, exact=False),
+        _bellman(k, z, u, d, f, cost, q, box, exact=True),
+        _bellman(k, z, u, d, f, cost, q, box, exact=False),
         _fold("end", [z, d], [value], 0, (0,)),
         _fold("end_value", [z, d], [_packed(L), L[0, :].T], 0, (0, 1)),
     )
@@ -118,7 +118,7 @@ def _gaps(k: SX, z: SX, u: SX, d: SX, f: SX, running: SX) -> Fold:
     return _fold("gaps", [cost, k, z, u, after, d], [cost + running, f - after], 1, (1,))
 
 
-def _bellman(k: SX, z: SX, u: SX, d: SX, f: SX, running: SX, box: Box | None, *, exact: bool) -> Fold:
+def _bellman(k: SX, z: SX, u: SX, d: SX, f: SX, running: SX, q: int, box: Box | None, *, exact: bool) -> Fold:
     """Carry V and J over one step."""
     n, m = int(z.shape[0]), int(u.shape[0])
     s, w = n + 1, casadi.vertcat(z, u)
@@ -131,11 +131,12 @@ def _bellman(k: SX, z: SX, u: SX, d: SX, f: SX, running: SX, box: Box | None, *,
     c = sym("c", n)
     (hessian,) = casadi.substitute([casadi.hessian(running + c.T @ f if exact else running, w)[0]], [c], [VF[1:, 0]])
     L = _quadratic(casadi.gradient(running, w), hessian)
+    damping = casadi.diag(casadi.vertcat(0, mu * casadi.SX.ones(n - q), casadi.SX(q, 1), mu * casadi.SX.ones(m)))
     # Only the upper triangle is read, so only that is ever computed.
-    Q = L + F.T @ VF
+    Q = L + damping + F.T @ VF
     Quu, Qus = casadi.triu2symm(casadi.triu(Q[s:, s:])), Q[:s, s:].T
     room = None if box is None else (_left(box[0], u), _left(box[1], u))
-    K, fine = minimise_box(Quu + mu * casadi.SX.eye(m), Qus, room)
+    K, fine = minimise_box(Quu, Qus, room)
     cross = K.T @ (Qus + 0.5 * (Quu @ K))
     j = L[0, :].T + F.T @ J
     J_after = j[:s] + K.T @ j[s:]

@@ -63,6 +63,11 @@ class Lowering:
     """What was made of it, by row."""
     runs: dict[int | None, Run] = field(default_factory=dict)
     """The same, on arrays."""
+    captured: dict[str, Tensor] = field(init=False)
+    """Copies of what the function captures, whose values are part of what was made of it."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "captured", {name: value.clone() for name, value in self.program.captured.items()})
 
     @functools.cached_property
     def whole(self) -> tuple[list[Expression], list[Expression]]:
@@ -88,6 +93,9 @@ class Lowering:
         Raises:
             ProblemError: they differ: the function is no longer the one that was lowered.
         """
+        for key, value in self.program.captured.items():
+            if not _unchanged(value, self.captured[key]):
+                raise self._changed(f"a tensor {tuple(value.shape)} that its functions capture has changed")
         point = [*self.points[1][: len(self.points[1]) - len(given)], *given]
         # the given ones go in as they are, so that nothing needs to stand in for them
         values = _outputs(self.reference, point, self.program.name)
@@ -97,11 +105,13 @@ class Lowering:
             for old, value in zip(results, values, strict=True):
                 new = self._own(value, row).numpy()
                 if not same(new, old):
-                    raise ProblemError(
-                        f"{self.program.name} is no longer what it was when the problem was prepared: a tensor or "
-                        "number that its functions capture has changed; expected changes in data alone: name that "
-                        "tensor in data=(..) of the problem and write into it in place, or prepare again"
-                    )
+                    raise self._changed("a tensor or number that its functions capture has changed")
+
+    def _changed(self, what: str) -> ProblemError:
+        return ProblemError(
+            f"{self.program.name} is no longer what it was when the problem was prepared: {what}; expected changes in "
+            "data alone: name that tensor in data=(..) of the problem and write into it in place, or prepare again"
+        )
 
     def _own(self, value: Tensor, row: int | None) -> Tensor:
         """The entries of one problem as a column of float64."""
@@ -326,6 +336,13 @@ def _pick(value: Tensor, picked: Tensor) -> Tensor:
 def _evaluate(function: Function, point: Point, name: str) -> list[Tensor]:
     """The outputs at a copy of the point."""
     return _outputs(function, [argument.clone() for argument in point], name)
+
+
+def _unchanged(now: Tensor, before: Tensor) -> bool:
+    """Whether a tensor holds what it held, up to rounding."""
+    if torch.equal(now, before):
+        return True
+    return now.shape == before.shape and same(now.double().numpy(), before.double().numpy())
 
 
 def _outputs(function: Function, point: Point, name: str) -> list[Tensor]:

@@ -1,17 +1,18 @@
 """A plain torch function as a graph of core ATen operators.
 
-Non-strict tracing simply runs the function, on tensors that have shapes but no values. What it cannot follow, a branch
-on a value or a detour through numpy or Python numbers, becomes a ProblemError that names it.
+Non-strict tracing simply runs the function, on tensors that show their shapes but no values. What it cannot follow, a
+branch on a value or a detour through numpy or Python numbers, becomes a ProblemError that names it.
 
-There are two ways to the same graph. One writes down the operators as they meet fake tensors: quick, and it sees
-through torch.func. ``torch.export`` with ``strict=False`` takes far longer and turns writes in place into plain
-operators: it is used where the first fails, and its errors are the ones reported.
+There are two ways to the same graph. One writes down the operators as they meet such tensors: quick, and it sees
+through torch.func. ``torch.export`` with ``strict=False`` takes far longer, seconds for its import alone, and turns
+writes in place into plain operators: it is used where the first fails, and its errors are the ones reported.
 """
 
 import contextlib
 import functools
 import logging
 import operator
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,9 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
-from torch.export import _trace as export_trace
-from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ocnopt.errors import ProblemError
@@ -48,8 +47,11 @@ _HINTS = (
 _RESHAPING = ("aten.squeeze_.dim", "aten.squeeze_.default", "aten.unsqueeze_.default", "aten.t_.default")
 
 
-class _NotFunctionalError(Exception):
-    """The quick trace met a write in place."""
+_NEED_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded}
+
+
+class _NotQuickError(Exception):
+    """The quick trace met a write in place, or an operator whose result is not one of shapes alone."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +81,8 @@ class _Call(torch.nn.Module):
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep torch's own notes about a failing trace from the user, who gets a ProblemError instead."""
+    from torch.export import _trace as export_trace
+
     logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -86,9 +90,7 @@ def _quiet() -> Iterator[None]:
     module: Any = export_trace
     module.print = lambda *_, **__: None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
         del module.print
         logger.setLevel(level)
@@ -107,13 +109,15 @@ def trace(function: Function, arguments: Sequence[Tensor], name: str, elsewhere:
         ProblemError: the function cannot be traced; the message says what it does and what to write instead.
     """
     dtype = next((a.dtype for a in arguments if a.is_floating_point()), torch.float64)
-    with LOCK, _quiet(), torch.no_grad():
+    with LOCK, torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         try:
             return replace(_quick(function, arguments, name, dtype), elsewhere=elsewhere)
         except Exception:
             pass
         try:
-            return replace(_export(function, arguments, name, dtype), elsewhere=elsewhere)
+            with _quiet():
+                return replace(_export(function, arguments, name, dtype), elsewhere=elsewhere)
         except ProblemError:
             raise
         except Exception as error:
@@ -133,15 +137,19 @@ def _message(name: str, error: Exception, elsewhere: str) -> str:
 
 @functools.cache
 def _core_aten() -> dict[Any, Any]:
-    return dict(torch.export.default_decompositions().items())
+    known = dict(torch.export.default_decompositions().items())
+    # torch's own form of it imports torch's compiler
+    known[torch.ops.aten.dot.default] = lambda a, b: (a * b).sum()
+    return known
 
 
 def _quick(function: Function, arguments: Sequence[Tensor], name: str, dtype: torch.dtype) -> Program:
     recorder = _Recorder()
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        inputs = [recorder.placeholder(fake.from_tensor(a.clone())) for a in arguments]
-        with recorder:
-            result = torch.compiler.disable(function)(*inputs)
+    inputs = [recorder.placeholder(argument) for argument in arguments]
+    # nothing can be compiled, and would have to be run as it was written, before this is imported
+    compiling = "torch._dynamo" in sys.modules
+    with recorder:
+        result = (torch.compiler.disable(function) if compiling else function)(*inputs)
     output = recorder.named(result)
     nodes = list(recorder.graph.nodes)
     _check_functional(nodes)
@@ -150,8 +158,32 @@ def _quick(function: Function, arguments: Sequence[Tensor], name: str, dtype: to
     return Program(name, nodes, captured, placeholders, output, dtype)
 
 
+class _Shown(Tensor):
+    """A tensor that shows its shape alone: nobody but the recorder reads the ``value`` that torch computes with."""
+
+    value: Tensor
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls: Any, value: Tensor) -> "_Shown":
+        make: Any = Tensor._make_wrapper_subclass
+        made: _Shown = make(cls, value.shape, strides=value.stride(), dtype=value.dtype, device=value.device)
+        made.value = value
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        """Only a recorder knows what to do with it."""
+        raise _NotQuickError(str(func))
+
+
 class _Recorder(TorchDispatchMode):
-    """Writes every operator down as a node, and lets what lies below it compute shapes."""
+    """Writes every operator down as a node, and has torch compute it at the example."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Whether to wrap the class for torch.compile, which would import all of it."""
+        return False
 
     def __init__(self) -> None:
         super().__init__()
@@ -159,11 +191,14 @@ class _Recorder(TorchDispatchMode):
         self.captured: dict[str, Tensor] = {}
         self._nodes: dict[int, torch.fx.Node] = {}
         self._kept: list[Tensor] = []  # what is gone would leave its id to another
+        self._copies: dict[int, Tensor] = {}
+        self._shown: dict[int, _Shown] = {}
 
     def placeholder(self, tensor: Tensor) -> Tensor:
-        """Make a tensor an argument."""
-        self._note(tensor, self.graph.placeholder("argument"))
-        return tensor
+        """Make a tensor of this shape an argument."""
+        argument: Tensor = self._outside(tensor.detach().clone())
+        self._note(argument, self.graph.placeholder("argument"))
+        return argument
 
     def named(self, value: Any) -> Any:
         """The value with nodes in the place of tensors."""
@@ -180,8 +215,6 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Take an operator apart into core ones, or write it down."""
         options = kwargs or {}
-        if func is torch.ops.prim.device.default:
-            return func(*args)
         if apart := _core_aten().get(func):
             with self:
                 return apart(*args, **options)
@@ -190,18 +223,49 @@ class _Recorder(TorchDispatchMode):
                 return out
         if func is torch.ops.aten.lift_fresh.default:  # what it is given is new in each call
             func = torch.ops.aten.lift_fresh_copy.default
+        if _needs_values(func, args):
+            raise _NotQuickError(str(func))
         keywords = {key: self.named(value) for key, value in options.items()}
         node = self.graph.call_function(self._plain(func, args), tuple(self.named(args)), keywords)
-        out = func(*args, **options)
+        inside = {key: self._inside(value) for key, value in options.items()}
+        out = self._outside(func(*self._inside(args), **inside))
+        if torch.Tag.inplace_view in func.tags:
+            with no_dispatch():  # the shape itself changes
+                func(*args, **options)
         self._note(out, node)
         return out
+
+    def _inside(self, value: Any) -> Any:
+        """The value with what torch computes with in the place of tensors; a copy of what is captured."""
+        if isinstance(value, _Shown):
+            return value.value
+        if isinstance(value, Tensor):
+            if id(value) not in self._copies:
+                self._copies[id(value)] = value.detach().clone()
+                self._kept.append(value)
+            return self._copies[id(value)]
+        if isinstance(value, list | tuple):
+            return type(value)(self._inside(part) for part in value)
+        return value
+
+    def _outside(self, value: Any) -> Any:
+        """The value with what shows shapes in the place of tensors, one for each."""
+        if isinstance(value, Tensor):
+            # zeros without memory are for derivatives, which keep them apart from all others
+            value = torch.zeros_like(value) if value._is_zerotensor() else value
+            if id(value) not in self._shown:
+                self._shown[id(value)] = _Shown(value)
+            return self._shown[id(value)]
+        if isinstance(value, list | tuple):
+            return type(value)(self._outside(part) for part in value)
+        return value
 
     def _plain(self, func: Any, args: Any) -> Any:
         """A reshaping in place of an intermediate tensor, as in vector @ matrix, is one that makes another tensor."""
         kind = str(func)
         if kind not in _RESHAPING or (before := self.named(args[0])).op != "call_function":
             return func
-        before.meta["val"] = args[0].detach()  # its shape until now
+        before.meta["val"] = self._inside(args[0]).detach()  # its shape until now
         _, name, overload = kind.split(".")
         return getattr(getattr(torch.ops.aten, name[:-1]), overload)
 
@@ -215,6 +279,13 @@ class _Recorder(TorchDispatchMode):
                 self._note(part, self.graph.call_function(operator.getitem, (node, i)))
 
 
+def _needs_values(func: Any, args: Any) -> bool:
+    """Whether the shape of the result, or the result itself, follows from more than the shapes of the arguments."""
+    if func is torch.ops.aten.index.Tensor:
+        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    return not _NEED_VALUES.isdisjoint(func.tags)
+
+
 def _check_functional(nodes: Sequence[torch.fx.Node]) -> None:
     """Writes in place are harmless only on tensors made from numbers inside the trace, as torch.func.jacrev does."""
     outside: set[torch.fx.Node] = set()
@@ -223,10 +294,12 @@ def _check_functional(nodes: Sequence[torch.fx.Node]) -> None:
         if node.op in ("placeholder", "get_attr") or reads:
             outside.add(node)
         if node in outside and is_mutable(node.target):
-            raise _NotFunctionalError(str(node.target))
+            raise _NotQuickError(str(node.target))
 
 
 def _export(function: Function, arguments: Sequence[Tensor], name: str, dtype: torch.dtype) -> Program:
+    from torch.export.graph_signature import InputKind, OutputKind
+
     exported = torch.export.export(_Call(function), tuple(arguments), strict=False).run_decompositions()
     signature = exported.graph_signature
     kinds = [spec.kind for spec in signature.output_specs]

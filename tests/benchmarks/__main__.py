@@ -79,6 +79,20 @@ def show_iterations(options: Options) -> None:
         ],
         "mu: the first regularisation; auto: Gauss-Newton where the exact model is not convex",
     )
+    starts_each = 3 if options.quick else 10
+    means = [(case, iterations.average(*case, starts_each)) for case in iterations.SPREAD]
+    show(
+        f"the same on average over {starts_each} starts",
+        ["problem", "N", "start", "exact", "auto", "IPOPT", "exact / IPOPT", "same cost"],
+        [
+            [
+                *(name, str(steps), f"{'own' if around else 'zero'} + {noise:g} noise", f"{mean.exact:.1f}"),
+                *(f"{mean.auto:.1f}", f"{mean.ipopt:.1f}", f"{mean.exact / mean.ipopt:.2f}"),
+                f"{mean.same} of {starts_each}",
+            ]
+            for (name, steps, noise, around), mean in means
+        ],
+    )
     found = iterations.measure(20 if options.quick else 60)
     show(
         "img: time of an iteration, SNOpt / Adam, equal evaluations",

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 import ocnopt as oc
+from tests.benchmarks import starts as random_starts
 from tests.benchmarks.workload import Run, adam, batches, digits, snopt
 
 REFRESH_EVERY = 5
@@ -70,17 +71,57 @@ class Counts(NamedTuple):
         return self.sweeps / self.ipopt
 
 
+def sweeps(problem: oc.OCP | oc.StagedOCP, steps: int, **options: Any) -> tuple[int, oc.Solution]:
+    """How many sweeps DDP takes, whether their step was accepted or not."""
+    solution = oc.solve(problem, steps=steps, **options)
+    return len(solution.history["cost"]) - 1, solution
+
+
 def count(name: str, steps: int) -> Counts:
     """Solve one problem every way."""
     sized = {"steps": steps} if name == "car_parking_tassa" else {}
     problem = oc.problems.control(name).build(**sized)
     theirs = oc.solve(problem, "casadi", steps=steps)
-
-    def sweeps(**options: Any) -> tuple[int, oc.Solution]:
-        solution = oc.solve(problem, steps=steps, **({"curvature": "exact"} | options))
-        return len(solution.history["cost"]) - 1, solution
-
-    own, solution = sweeps()
+    own, solution = sweeps(problem, steps, curvature="exact")
     same = bool(torch.isclose(solution.cost, theirs.cost, rtol=1e-6))
-    others = {remedy: sweeps(**options)[0] for remedy, options in REMEDIES.items()}
+    others = {remedy: sweeps(problem, steps, **({"curvature": "exact"} | way))[0] for remedy, way in REMEDIES.items()}
     return Counts(name, steps, own, int(theirs.iterations), same, others)
+
+
+# problem, N, white noise on the controls, around the library's start or around zero
+SPREAD = [
+    ("pendulum_swing_up", 100, 3.0, False),
+    ("pendulum_swing_up_u5", 100, 3.0, False),
+    ("cartpole_swing_up_soft", 100, 3.0, False),
+    ("cartpole_swing_up_soft", 500, 3.0, False),
+    ("car_parking_tassa", 100, 1.0, False),
+    ("car_parking_tassa", 500, 0.1, True),
+]
+
+
+class Means(NamedTuple):
+    """Sweeps with exact and with the default curvature, and IPOPT's iterations, on average over some starts."""
+
+    exact: float
+    auto: float
+    ipopt: float
+    same: int
+
+
+def average(name: str, steps: int, noise: float, around: bool, starts: int = 10) -> Means:
+    """Solve from each start alone; ``same`` counts those that led exact DDP and IPOPT to the same cost."""
+    batch, controls = random_starts.random_batch(name, steps, noise, starts)
+    record = oc.problems.control(name)
+    problem = record.build(
+        initial_state=batch.initial_state[0], **({"steps": steps} if name == "car_parking_tassa" else {})
+    )
+    if around:
+        controls = controls + record.initial_guess(steps)["controls"]
+    counts, same = [], 0
+    for guess in controls:
+        exact, solution = sweeps(problem, steps, curvature="exact", initial_guess=guess)
+        auto, _ = sweeps(problem, steps, initial_guess=guess)
+        theirs = oc.solve(problem, "casadi", steps=steps, initial_guess=guess)
+        counts.append([exact, auto, int(theirs.iterations)])
+        same += bool(torch.isclose(solution.cost, theirs.cost, rtol=1e-6))
+    return Means(*torch.tensor(counts, dtype=torch.float64).mean(0).tolist(), same)

@@ -70,6 +70,12 @@ def test_counts():
     assert min(found.sweeps, found.ipopt, *found.remedies.values()) > 0
 
 
+def test_average():
+    found = iterations.average("pendulum_swing_up_u5", 20, 1.0, around=False, starts=1)
+    assert found.same == 1
+    assert min(found) > 0
+
+
 def test_batch():
     for found in batch.measure("pendulum_swing_up", batch=3, steps=20, rows=2):
         assert (found.converged, found.same) == (3, 2)

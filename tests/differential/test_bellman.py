@@ -99,12 +99,14 @@ def test_value_and_gains_minimise_the_model(batch, n, m, after, curved):
 
 
 @given(batch=st.sampled_from([(), (3,)]), m=st.integers(1, 3), bounded=st.booleans())
-def test_the_value_of_damped_or_clamped_gains_is_the_cost_they_cause(batch, m, bounded):
+def test_the_value_of_damped_or_clamped_gains_is_the_cost_they_cause_and_the_damping(batch, m, bounded):
     model, value = random_stage(batch, 2, m, 2)
     room = (torch.full((m,), -0.1).double(), torch.full((m,), 0.2).double()) if bounded else None
-    before, gains = bellman_step(model.step(3.0 * torch.eye(m).double(), room), value)
+    step = model.step(3.0 * torch.eye(m).double(), room)
+    before, gains = bellman_step(step._replace(state_damping=torch.diag(torch.tensor([0.0, 2.0, 2.0]).double())), value)
     s = homogeneous(draw(*batch, 2))
-    caused = stage_cost(model, value, s, (gains.K @ s[..., None])[..., 0])
+    du = (gains.K @ s[..., None])[..., 0]
+    caused = stage_cost(model, value, s, du) + 1.5 * du.square().sum(-1) + s[..., 1:].square().sum(-1)
     assert_close(0.5 * (s * (before.V @ s[..., None])[..., 0]).sum(-1), caused, rtol=1e-9, atol=1e-10)
 
 

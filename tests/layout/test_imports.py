@@ -32,6 +32,10 @@ except ImportError:
     print("whole")
 import ocnopt.problems, ocnopt.solvers
 print(heavy, [name for name in sys.modules if name.split('.')[0] in ('problems', 'solvers')])
+import torch
+from ocnopt.solvers.lowering.lowering import lower
+lower(lambda x: x[:2] @ x[1:] * torch.sin(x[0]), [[torch.ones(3)]], "cost").function()
+print("torch._dynamo" in sys.modules)
 """
 
 
@@ -52,9 +56,9 @@ def test_submodules_of_the_bare_name_are_refused_too():
 
 
 def test_the_names_are_read_at_their_first_use_and_bring_nothing_heavy_and_no_second_name():
-    """One interpreter for all three: importing torch is what takes long."""
+    """One interpreter for all, a trace included: importing torch is what takes long, its compiler as long again."""
     result = python(INTERFACE)
-    assert result.stdout.split("\n") == ["whole", "[] []", ""], result.stderr
+    assert result.stdout.split("\n") == ["whole", "[] []", "False", ""], result.stderr
 
 
 def test_help_imports_neither_torch_nor_plots():

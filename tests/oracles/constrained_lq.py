@@ -64,7 +64,7 @@ class ConstrainedLQ:
         split = (N + 1) * len(self.g)
         A, b, along = matrix[:split, :-1], right[:split], matrix[split:, :-1]
         if self.bounds is not None:
-            lower, upper = (np.tile(side.numpy(), N) for side in self.bounds)
+            lower, upper = (side.expand(N, m).reshape(-1).numpy() for side in self.bounds)
             A, b = np.vstack([A, np.eye(size), -np.eye(size)]), np.concatenate([b, upper, -lower])
         U, end, path = dense_qp(hessian, gradient, A, b, along, right[split:])
         cost = float(0.5 * U @ hessian @ U + gradient @ U + total[-1, -1])

@@ -77,7 +77,7 @@ BAD_INPUT = {
     "an integrator": (lambda: solve(made(), integrator="rk5"), r"integrator 'rk5' is unknown; .*did you mean 'rk4'"),
     "a solver": (lambda: solve(made(), "dpp"), "solver 'dpp' is unknown; .*did you mean 'ddp'"),
     "an option": (lambda: solve(made(), kernle="torch"), "has no option 'kernle'; .*did you mean 'kernel'"),
-    "a choice": (lambda: solve(made(), "casadi", method="shoot"), "method is 'shoot'; expected one of multiple_sh"),
+    "a choice": (lambda: solve(made(), "casadi", method="shoot"), "method is 'shoot'; expected 'multiple_sh"),
     "a tolerance": (lambda: solve(made(), tolerance=NAN), "tolerance of DDP is nan; expected tolerance > 0"),
     "an iteration limit": (lambda: solve(made(), max_iterations=0), "max_iterations of DDP is 0; expected"),
     "a time limit": (lambda: solve(made(), time_limit=-1.0), "time_limit of DDP is -1.0; expected"),
@@ -94,7 +94,7 @@ BAD_INPUT = {
     "an end time that is fixed": (lambda: solve(made(), initial_guess={"horizon": 2.0}), "the problem's end time is"),
     "what a solver cannot": (
         lambda: solve(made(path_constraint=lambda t, x, u: x - 9), "indirect"),
-        "has path_constraint, .* use solver='ddp' or 'casadi'",
+        "has path_constraint; .* use solver='ddp' or 'casadi'",
     ),
     "what cannot be lowered": (
         lambda: solve(made(lambda t, x, u: torch.special.i1(x) + u), kernel="lowered", steps=3),

@@ -159,6 +159,19 @@ def test_a_terminal_constraint_and_its_multipliers():
     assert_close(solution.states[-1], [1.0, 0.0], atol=1e-12)
     middle = 0.5 * (t[1:] + t[:-1])
     assert_close(solution.controls[:, 0], 6 - 12 * middle, rtol=1e-9, atol=1e-9)
+    assert_close(solution.multipliers["terminal_constraint"], [-12.0, 6.0], rtol=1e-9)
+
+
+def test_multipliers_are_those_of_the_other_solvers():
+    problem = free_end(
+        control_bounds=(-1.6, 2.0), parameter_bounds=(-1.0, 1.0), terminal_constraint=lambda t, x, p: x - 0.5 - 0.1 * p
+    )
+    ours = oc.solve(problem, "indirect", steps=6, start="casadi")
+    check(ours)
+    other = oc.solve(problem, "casadi", steps=20)
+    assert set(ours.multipliers) == set(other.multipliers) == {"terminal_constraint"}
+    assert_close(*(s.multipliers["terminal_constraint"] for s in (ours, other)), rtol=1e-4)
+    assert oc.solve(scalar_lqr(), "indirect", steps=3).multipliers is None
 
 
 def test_bounds_on_the_control():
@@ -294,7 +307,7 @@ def test_a_control_in_which_h_is_linear_is_refused():
 
 def test_refusals_name_what_can():
     along = scalar_lqr(path_constraint=lambda t, x, u: x - 2)
-    with pytest.raises(oc.ProblemError, match=r"has path_constraint, .* use solver='ddp' or 'casadi', or a penalty"):
+    with pytest.raises(oc.ProblemError, match=r"has path_constraint; .* use solver='ddp' or 'casadi', or a penalty"):
         oc.solve(along, "indirect")
     with pytest.raises(oc.ProblemError, match=r"in torch.float32; solver 'indirect' needs the digits of torch.float64"):
         oc.solve(scalar_lqr(dtype=torch.float32), "indirect")

@@ -161,7 +161,7 @@ class TestWhichKernel:
             object.__setattr__(made, field.name, field.default)
         object.__setattr__(made, "kernel", "lowerd")
         with pytest.raises(
-            ProblemError, match="kernel is 'lowerd'; expected one of auto, torch, lowered; did you mean"
+            ProblemError, match="kernel is 'lowerd'; expected 'auto' or 'torch' or 'lowered'; did you mean"
         ):
             made.__post_init__()
 
@@ -283,3 +283,42 @@ class TestGradientModes:
                 self.problem()
             with pytest.raises(ProblemError, match="inference_mode.* is on, where nothing has a derivative"):
                 DDP().solve(transcribe(problem, 5), guess)
+
+
+@pytest.mark.parametrize("kernel", ["torch", "lowered"])
+def test_the_regularised_sweep_minimises_the_cost_of_moving_too(kernel):
+    """Levenberg and Marquardt: the model plus mu/2 |x_k - xbar_k|^2 and mu/2 |u_k - ubar_k|^2 on every step."""
+    generator, steps, mu = torch.Generator().manual_seed(3), 4, 0.7
+    A, B, W = (torch.randn(*size, generator=generator, dtype=torch.float64) for size in ((3, 3), (3, 2), (5, 5)))
+    weight = W @ W.mT
+
+    def cost(k, x, u):
+        w = torch.cat([x - 1, u], dim=-1)
+        return ((w @ weight) * w).sum(-1)
+
+    stage = Stage(lambda k, x, u: x @ A.mT + u @ B.mT, cost, control_dim=2)
+    start = [1.0, -2.0, 0.5]
+    problem = StagedOCP(stage, lambda x: x.square().sum(-1), initial_state=start, steps=steps)
+    ubar = torch.randn(steps, 2, generator=generator, dtype=torch.float64)
+
+    def total(u, around=None):
+        x, value = [problem.initial_state], u.new_zeros(())
+        for k in range(steps):
+            if around is not None:
+                value = value + 0.5 * mu * ((x[k] - around[k]).square().sum() + (u[k] - ubar[k]).square().sum())
+            value = value + cost(k, x[k], u[k])
+            x.append(x[k] @ A.mT + u[k] @ B.mT)
+        return value + x[-1].square().sum(), torch.stack(x)
+
+    around = total(ubar)[1]
+    gradient, hessian = (
+        derivative(lambda u: total(u.reshape(steps, 2), around)[0], ubar.reshape(-1))
+        for derivative in (torch.autograd.functional.jacobian, torch.autograd.functional.hessian)
+    )
+    wanted = ubar - torch.linalg.solve(hessian, gradient).reshape(steps, 2)
+    guess = read_guess(problem, {"controls": ubar})
+    runs = TorchKernel(Widened(problem)) if kernel == "torch" else LoweredKernel(problem, guess, compile=False)
+    path = runs.evaluate(around, ubar)
+    direction = runs.direction(path, np.float64(mu), exact=True)
+    moved = runs.roll_out(path, direction, torch.ones(1, dtype=torch.float64)).controls[:, 0]
+    torch.testing.assert_close(moved, wanted, rtol=1e-10, atol=1e-10)

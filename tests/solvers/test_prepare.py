@@ -1,6 +1,7 @@
 """A prepared problem solves from any state and with any data what a fresh solve would."""
 
 import dataclasses
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -9,8 +10,12 @@ import torch
 from ocnopt.errors import ConvergenceError, ProblemError
 from ocnopt.ocp import OCP, FreeHorizon
 from ocnopt.solvers.ddp import DDP
+from ocnopt.solvers.endings import History, Tables
+from ocnopt.solvers.lowered import problem as problem_module
+from ocnopt.solvers.lowering.lowering import lower
 from ocnopt.solvers.solve import prepare, solve
 from ocnopt.staged import Stage, StagedOCP
+from tests.oracles.compare import assert_close
 from tests.solvers.cases import swing
 
 F64 = torch.float64
@@ -21,6 +26,7 @@ SOLVERS = [
     ("casadi", {"method": "collocation"}),
 ]
 STEPS = 12
+FUNCTIONS = ("dynamics", "running_cost", "terminal_cost", "path_constraint", "terminal_constraint")
 
 
 def pendulum(target, mass, batch=(), **changes):
@@ -35,6 +41,12 @@ def pendulum(target, mass, batch=(), **changes):
     start = torch.tensor([0.5, -0.2], dtype=F64).expand(*batch, 2)
     given = {"initial_state": start, "control_dim": 1, "horizon": 1.0, "data": (target, mass)}
     return OCP(dynamics, cost, lambda t, x: 3 * ((x - target) ** 2).sum(-1), **{**given, **changes})
+
+
+def tracking(target, **changes):
+    """min of the integral of (x - target)^2 + u^2 from x = target + 1, T = 1: tanh(1)."""
+    given = {"initial_state": [1.0], "control_dim": 1, "horizon": 1.0, "data": (target,), **changes}
+    return OCP(lambda t, x, u: u, lambda t, x, u: ((x - target) ** 2 + u**2).sum(-1), **given)
 
 
 def fresh(target, mass, start, solver, options, **changes):
@@ -145,6 +157,64 @@ def test_a_capture_that_changes_and_is_not_named_is_noticed(solver, options):
         prepared.solve()
 
 
+def test_a_change_is_noticed_wherever_in_a_captured_tensor_it_is():
+    table = torch.linspace(1.0, 2.0, STEPS, dtype=F64)
+    stage = Stage(lambda k, x, u: x + u, lambda k, x, u: table[k] * (u**2).sum(-1), control_dim=1)
+    problem = StagedOCP(stage, lambda x: (x**2).sum(-1), initial_state=[1.0], steps=STEPS)
+    prepared = prepare(problem, kernel="lowered")
+    prepared.solve()
+    table[-1] = 7.0
+    with pytest.raises(ProblemError, match=r"a tensor \(12,\) that its functions capture has changed"):
+        prepared.solve()
+    table[-1] = 2.0 + 1e-15
+    prepared.solve()
+
+
+@pytest.mark.parametrize(
+    "name", ["dynamics", "running_cost", "terminal_cost", "path_constraint", "terminal_constraint"]
+)
+def test_a_number_that_changes_is_noticed_and_each_function_asked_once(name):
+    numbers, calls = dict.fromkeys(FUNCTIONS, 1.0), dict.fromkeys(FUNCTIONS, 0)
+
+    def counted(name, value):
+        calls[name] += 1
+        return numbers[name] * value
+
+    problem = OCP(
+        lambda t, x, u: counted("dynamics", u - 0.1 * x),
+        lambda t, x, u: counted("running_cost", (u**2).sum(-1)),
+        lambda t, x: counted("terminal_cost", (x**2).sum(-1)),
+        path_constraint=lambda t, x, u: counted("path_constraint", u - 3),
+        terminal_constraint=lambda t, x: counted("terminal_constraint", x),
+        initial_state=[1.0],
+        control_dim=1,
+        horizon=1.0,
+    )
+    if "constraint" not in name:
+        problem = dataclasses.replace(problem, path_constraint=None, terminal_constraint=None)
+    prepared = prepare(problem, steps=STEPS, kernel="lowered")
+    state = prepared.problem.initial_state + 0.1
+    guess = prepared.solve(state)
+    calls.update(dict.fromkeys(FUNCTIONS, 0))
+    prepared.solve(state, initial_guess=guess)
+    if "constraint" not in name:
+        assert calls["dynamics"] == calls["running_cost"] == calls["terminal_cost"] == 1
+    numbers[name] = 1.5
+    with pytest.raises(ProblemError, match="tensor or number that its functions capture has changed"):
+        prepared.solve(state)
+
+
+def test_a_history_is_made_when_it_is_looked_at(monkeypatch):
+    made = []
+    monkeypatch.setattr(History, "tables", lambda _, like: made.append(like) or {"cost": like})
+    history = Tables(History(progress=False), torch.ones(2))
+    assert not made
+    assert list(history) == ["cost"]
+    assert len(history) == 1
+    assert history["cost"] is made[0]
+    assert len(made) == 1
+
+
 def test_the_torch_kernel_sees_every_change():
     target, mass = torch.tensor([0.3, 0.0], dtype=F64), torch.tensor(1.0, dtype=F64)
     prepared = prepare(pendulum(target, mass, data=()), steps=STEPS, kernel="torch")
@@ -215,19 +285,59 @@ def test_programs_made_later_are_compared_at_the_old_points():
         torch.testing.assert_close(answer.cost, wanted.cost, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("solver", ["indirect", "shooting"])
-def test_solvers_with_nothing_to_build_see_every_change(solver):
-    """min of the integral of (x - target)^2 + u^2 from x = target + 1, T = 1: tanh(1)."""
-    target = torch.tensor([0.0], dtype=F64)
-    problem = OCP(
-        lambda t, x, u: u,
-        lambda t, x, u: ((x - target) ** 2 + u**2).sum(-1),
-        initial_state=[1.0],
-        control_dim=1,
-        horizon=1.0,
-        data=(target,),
-    )
+@pytest.mark.parametrize("batch", [(), (2,)])
+@pytest.mark.parametrize(("solver", "options"), [("indirect", {}), ("shooting", {})])
+def test_solvers_one_by_one_build_once(solver, options, batch, monkeypatch):
+    calls = []
+    monkeypatch.setattr(problem_module, "lower", lambda *given, **named: calls.append(0) or lower(*given, **named))
+    target = torch.tensor([0.3], dtype=F64)
+    prepared = prepare(tracking(target, initial_state=torch.ones(*batch, 1)), solver, steps=4, **options)
+    assert len(calls) == 2  # the step and the end
+    target.fill_(2.0)
+    solution = prepared.solve(torch.full((1,), 3.0))
+    prepared.solve()
+    assert len(calls) == 2
+    assert_close(solution.cost, torch.full(batch, math.tanh(1.0)), rtol=1e-2)
+
+
+@pytest.mark.parametrize("solver", ["ddp", "casadi", "indirect", "shooting"])
+def test_data_of_each_problem_with_every_solver(solver):
+    target = torch.tensor([[0.0], [5.0]], dtype=F64)
+    problem = tracking(target, initial_state=target + 1)
     prepared = prepare(problem, solver, steps=4)
+    first = prepared.solve()
+    target.add_(1.0)
+    second = prepared.solve(problem.initial_state + 1)
+    for solution in (first, second):
+        assert_close(solution.cost, torch.full((2,), math.tanh(1.0)), rtol=2e-2)
+
+
+@pytest.mark.parametrize("solver", ["ddp", "casadi", "indirect", "shooting"])
+def test_data_of_all_with_as_many_entries_as_there_are_problems(solver):
+    target = torch.tensor([0.0, 3.0], dtype=F64)
+    start = torch.tensor([[1.0, 3.0], [0.0, 5.0]], dtype=F64)
+    problem = tracking(target, initial_state=start, control_dim=2)
+    prepared = prepare(problem, solver, steps=4)
+    first = prepared.solve()
+    target.add_(1.0)
+    second = prepared.solve(start + 1)
+    for solution in (first, second):
+        # the cost is quadratic in the distance
+        assert_close(solution.cost, math.tanh(1.0) * torch.tensor([1.0, 4.0]), rtol=2e-2)
+    assert_close(second.cost, first.cost, rtol=1e-9)
+
+
+@pytest.mark.parametrize("solver", ["indirect", "shooting"])
+def test_what_is_refused_is_refused_when_prepared(solver):
+    problem = pendulum(torch.zeros(2, dtype=F64), torch.ones((), dtype=F64), path_constraint=lambda t, x, u: x - 9)
+    with pytest.raises(ProblemError, match=f"has path_constraint; solver '{solver}' .*: use solver='ddp' or 'casadi'"):
+        prepare(problem, solver)
+
+
+@pytest.mark.parametrize("solver", ["indirect", "shooting"])
+def test_solvers_one_by_one_see_every_change(solver):
+    target = torch.tensor([0.0], dtype=F64)
+    prepared = prepare(tracking(target), solver, steps=4)
     first = prepared.solve()
     target.fill_(2.0)
     second = prepared.solve([3.0])

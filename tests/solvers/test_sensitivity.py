@@ -261,12 +261,6 @@ def test_gradients_that_nobody_asks_for_are_refused():
         solve(pendulum(numbers([1.3, 0.8, 1.1]), [1.0, 0.0]), steps=5, differentiable=True)
 
 
-def test_bounds_on_states_are_sent_to_the_path_constraint():
-    data = numbers([1.3, 0.8, 1.1]).requires_grad_()
-    with pytest.raises(ProblemError, match="state_bounds, whose active ones the gradients do not hold"):
-        solve(pendulum(data, [1.0, 0.0], state_bounds=(-9.0, 9.0)), steps=5, differentiable=True)
-
-
 def test_the_gradient_of_an_augmented_lagrangian_is_that_of_ipopts_answer():
     gradients, target = [], numbers([0.3, 0.0])
     for solver, options in (("ddp", {"kernel": "torch"}), ("casadi", {})):

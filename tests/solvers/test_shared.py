@@ -182,7 +182,7 @@ def test_prepared_and_from_states_that_miss_the_dynamics():
     ("changes", "options", "message"),
     [
         ({"initial_state": [0.0, 0.0]}, {}, "a problem that has no batch"),
-        ({"state_bounds": (-9.0, 9.0)}, {}, "state_bounds, which would not reach each experiment"),
+        ({"state_bounds": (-9.0, 9.0)}, {}, "state_bounds; solver 'ddp' has no multipliers for it under shared"),
         ({"parameters": None, "horizon": 1.0, "parameter_bounds": None}, {}, "a problem that has no static controls"),
         ({}, {"kernel": "lowered"}, "kernel='lowered'"),
         ({}, {"solver": "indirect"}, "solver='indirect', which solves the continuous problem of one experiment"),

@@ -7,9 +7,12 @@ import pytest
 import torch
 
 import ocnopt as oc
+from ocnopt.paths import Widened
+from ocnopt.solvers.ddp import DDP
+from ocnopt.solvers.descent import METHODS, Search
 from ocnopt.solvers.endings import Stopwatch
 from ocnopt.solvers.guess import read_guess
-from ocnopt.solvers.shooting import METHODS, Search, Shooting
+from ocnopt.solvers.shooting import Shooting
 from ocnopt.solvers.shot import Shot, find_direction, first_point
 from ocnopt.staged import Stage, StagedOCP
 from tests.oracles.compare import assert_close
@@ -20,7 +23,7 @@ from tests.solvers.cases import assert_converged, free_end, pendulum, pushed, re
 def shot_of(problem, steps=6):
     staged = oc.transcribe(problem, steps) if isinstance(problem, oc.OCP) else problem
     guess = read_guess(staged, None)
-    shot = Shot(staged, guess)
+    shot = Shot(staged, DDP().make_kernel(Widened(staged), guess))
     return shot, first_point(shot, guess)
 
 
@@ -44,7 +47,7 @@ def test_gradient_and_hessian_against_finite_differences(make):
 
 def test_the_feedback_law_changes_the_unknowns_not_the_problem():
     shot, v = shot_of(swing(), steps=20)
-    plain = Shot(shot.problem, read_guess(shot.problem, None))
+    plain = Shot(shot.problem, shot.kernel)
     path = shot.path(v + 0.3)
     assert_close(plain.cost(plain.join(path.controls, path.states[0, 2:])), shot.cost(v + 0.3), rtol=1e-13)
 
@@ -154,6 +157,24 @@ def test_a_terminal_constraint(method):
     assert bool(ours.converged)
     assert float(ours.constraint_violation) < 1e-9
     assert_close(ours.costates, casadi.costates, rtol=1e-5, atol=1e-5)
+    assert set(ours.multipliers) == {"terminal_constraint"}
+    assert_close(ours.multipliers["terminal_constraint"], casadi.multipliers["terminal_constraint"], rtol=1e-5)
+
+
+def test_multipliers_where_all_controls_are_at_a_bound():
+    problem = pushed(
+        lambda t, x, u: 1 + (u**2).sum(-1),
+        initial_state=[[1.0], [0.4]],
+        control_bounds=(-0.5, 2.0),
+        horizon=oc.FreeHorizon(1.0, 0.2, 5.0),
+        terminal_constraint=lambda t, x: torch.sin(x),
+    )
+    ours = oc.solve(problem, "shooting", steps=5)
+    assert bool(ours.converged.all())
+    assert_close(ours.horizon, [2.0, 0.8], rtol=1e-9)
+    # 1 + u^2 + nu x' = 0, as T is free
+    assert_close(ours.multipliers["terminal_constraint"], [[2.5], [2.5]], rtol=1e-9)
+    assert oc.solve(scalar_lqr(), "shooting", steps=3).multipliers is None
 
 
 @pytest.mark.parametrize("name", ["pendulum_swing_up", "pendulum_swing_up_u5", "scalar_lqr", "mimo_lqr_two_masses"])
@@ -287,7 +308,7 @@ def test_a_derivative_that_is_no_number():
     [
         (
             {"method": "newton"},
-            r"method is 'newton'; expected one of auto, trust-exact, .*; did you mean 'Newton-CG'\?",
+            r"method is 'newton'; expected 'auto' or 'trust-exact' or .*; did you mean 'Newton-CG'\?",
         ),
         ({"max_iterations": 0}, "max_iterations of Shooting is 0; expected max_iterations >= 1, a whole number"),
         ({"tolerance": 0.0}, "tolerance of Shooting is 0.0; expected tolerance > 0 and finite"),

@@ -24,8 +24,8 @@ class TestStationaryStart:
             guess = read_guess(staged, None)
         with pytest.warns(UserWarning, match="stationary point"):
             again = read_guess(staged, None)
-        controls = torch.stack(guess.controls)
-        assert_close(controls, torch.stack(again.controls), rtol=0.0)
+        controls = guess.controls
+        assert_close(controls, again.controls, rtol=0.0)
         assert 0.01 < float(controls.abs().max()) < 1.0
 
     def test_the_solver_then_moves(self):
@@ -37,14 +37,14 @@ class TestStationaryStart:
     def test_in_a_batch_only_the_problems_that_stand_still_are_moved(self):
         staged = transcribe(pendulum([[0.0, 0.0], [0.5, 0.0]]), 10)
         with pytest.warns(UserWarning, match="stationary point in 1 of 2 problems"):
-            controls = torch.stack(read_guess(staged, None).controls)
+            controls = read_guess(staged, None).controls
         assert float(controls[:, 0].abs().min()) > 0
         assert float(controls[:, 1].abs().max()) == 0
 
     def test_bounds_hold(self):
         staged = transcribe(pendulum(control_bounds=(-0.01, 0.02)), 10)
         with pytest.warns(UserWarning, match="stationary point"):
-            controls = torch.stack(read_guess(staged, None).controls)
+            controls = read_guess(staged, None).controls
         assert bool(((controls >= -0.01) & (controls <= 0.02)).all())
 
     @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ class TestStationaryStart:
     def test_no_warning_elsewhere(self, problem):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            controls = torch.stack(read_guess(transcribe(problem, 5), None).controls)
+            controls = read_guess(transcribe(problem, 5), None).controls
         expected = 0.0 if problem.control_bounds is None else 0.5
         assert_close(controls, torch.full_like(controls, expected))
 
@@ -75,12 +75,12 @@ class TestStationaryStart:
         )
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            controls = torch.stack(read_guess(transcribe(problem, 20), None).controls)
+            controls = read_guess(transcribe(problem, 20), None).controls
         assert_close(controls, torch.zeros(20, 2, 1))
 
     def test_a_given_start_is_kept(self):
         guess = read_guess(transcribe(pendulum(), 5), torch.zeros(5, 1))
-        assert_close(torch.stack(guess.controls), torch.zeros(5, 1))
+        assert_close(guess.controls, torch.zeros(5, 1))
 
     @pytest.mark.parametrize("given", [{"horizon": 1.5}, {"parameters": [0.5]}, {"horizon": 1.5, "parameters": [0.5]}])
     def test_a_partial_guess_leaves_it_too(self, given):
@@ -110,7 +110,7 @@ class TestStationaryStart:
             warnings.simplefilter("error")
             guess = read_guess(transcribe(problem, 10), solution if kind == "solution" else {kind: still[kind]})
         expected = solution.controls if kind == "solution" else torch.zeros(10, 1)
-        assert_close(torch.stack([*guess.controls]), expected)
+        assert_close(guess.controls, expected)
 
 
 class TestGuessOfNothing:

@@ -5,6 +5,7 @@ import torch
 
 from ocnopt.errors import ProblemError
 from ocnopt.ocp import OCP, FreeHorizon
+from ocnopt.solvers import ddp
 from ocnopt.solvers.solution import Guess, load_solution
 from ocnopt.solvers.solve import prepare, solve
 from ocnopt.solvers.starts import _SIZES, starts
@@ -137,6 +138,7 @@ class TestSaddles:
         problem = wells(0.0, initial_state=[[0.0], [0.0], [2.0]])
         solution = solve(problem, initial_guess=torch.tensor([[[0.0]], [[0.5]], [[-1.0]]], dtype=F64), compile=False)
         assert ["saddle" in sentence for sentence in solution.status] == [True, False, False]
+        assert solution.saddle.tolist() == [True, False, False]
 
     def test_with_a_constraint(self):
         """Without control cost at x = 0 along the line, the other entry held by the constraint."""
@@ -151,6 +153,7 @@ class TestSaddles:
         saddle = solve(problem, initial_guess=torch.zeros(1, 2))
         assert bool(saddle.converged)
         assert "to a saddle" in saddle.status
+        assert bool(saddle.saddle)
         assert "saddle" not in solve(problem, initial_guess=torch.full((1, 2), 0.5)).status
 
     def test_a_flat_minimum_is_none(self):
@@ -166,7 +169,11 @@ class TestSaddles:
         assert bool(solution.converged)
         assert "saddle" not in solution.status
 
-    def test_restarts_leave_it(self):
-        solution = solve(wells(0.0), initial_guess=torch.zeros(1, 1), restarts=3)
-        assert "saddle" not in solution.status
-        assert float(solution.cost) == pytest.approx(float(exact_wells(0.0)[0, 0]), rel=1e-9)
+    @pytest.mark.parametrize("shape", [(1,), (2, 1)])
+    def test_restarts_leave_it(self, shape, monkeypatch):
+        """By the flag, whatever the status says."""
+        monkeypatch.setattr(ddp, "sentence", lambda *told, **more: "converged")
+        problem = wells(0.0, initial_state=torch.zeros(shape))
+        solution = solve(problem, initial_guess=torch.zeros(*shape[:-1], 1, 1), restarts=3)
+        assert not bool(solution.saddle.any())
+        assert float(solution.cost.max()) == pytest.approx(float(exact_wells(0.0)[0, 0]), rel=1e-9)

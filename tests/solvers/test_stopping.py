@@ -77,7 +77,7 @@ def interrupted(solver, share, **options):
 
 
 @pytest.mark.parametrize(
-    ("method", "share"), [("trust-exact", 0.6), ("trust-constr", 0.6), ("L-BFGS-B", 0.9), ("TNC", 0.6), ("SLSQP", 0.9)]
+    ("method", "share"), [("trust-exact", 0.6), ("trust-constr", 0.75), ("L-BFGS-B", 0.9), ("TNC", 0.6), ("SLSQP", 0.9)]
 )
 def test_ctrl_c_in_shooting(method, share):
     """The costs of what is returned are those of the first steps of the whole search."""

@@ -137,14 +137,6 @@ def test_plots_of_a_closed_loop_use_the_names_too():
     assert labels == ["place [m]", "speed [m/s]", "thrust [N]", "solve [ms]"]
 
 
-def test_a_loaded_solution_needs_its_problem(tmp_path):
-    solution = oc.solve(problem(), "casadi", steps=6)
-    solution.save(tmp_path / "s.pt")
-    loaded = oc.load_solution(tmp_path / "s.pt")
-    with pytest.raises(ProblemError, match="has no problem"):
-        _ = loaded.violations
-
-
 def test_what_only_fills_a_smaller_state_up_breaks_no_bound():
     grow = oc.Stage(lambda k, x, u: torch.cat([x + u, x - 0.2 * u], dim=-1), lambda k, x, u: (u**2).sum(-1), 1)
     shrink = oc.Stage(lambda k, x, u: x.sum(-1, keepdim=True) / 2 + u, lambda k, x, u: (u**2).sum(-1), 1)

@@ -101,10 +101,10 @@ def test_ipopt_prints_only_on_demand(capfd):
 
 def test_options_are_checked():
     with pytest.raises(
-        ProblemError, match="method is 'shooting'; expected one of multiple_shooting, collocation; did you mean"
+        ProblemError, match="method is 'shooting'; expected 'multiple_shooting' or 'collocation'; did you mean"
     ):
         CasADi(method="shooting")
-    with pytest.raises(ProblemError, match="hessian is 'bfgs'; expected one of exact, limited-memory"):
+    with pytest.raises(ProblemError, match="hessian is 'bfgs'; expected 'exact' or 'limited-memory'"):
         CasADi(hessian="bfgs")
     with pytest.raises(ProblemError, match="restarts of CasADi is -1; expected restarts >= 0, a whole number"):
         CasADi(restarts=-1)
