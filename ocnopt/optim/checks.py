@@ -51,7 +51,8 @@ class Block(NamedTuple):
         if self.bias is None:
             return {self.weight: matrix.reshape(self.weight.shape)}
         weight, bias = matrix[..., :-1].reshape(self.weight.shape), matrix[..., -1].reshape(self.bias.shape)
-        return {self.weight: weight, self.bias: bias.contiguous()}
+        # sums over a loaded copy, which is contiguous, round alike
+        return {self.weight: weight.contiguous(), self.bias: bias.contiguous()}
 
 
 def _sizes(weight: Tensor, groups: int) -> tuple[int, int, int]:

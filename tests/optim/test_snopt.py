@@ -200,15 +200,16 @@ def test_the_loss_falls():
     assert losses[-1] < 0.3 * losses[0]
 
 
+@pytest.mark.parametrize("curvature", ["gradient", "costate"])
 @pytest.mark.parametrize("stop", [1, 4, 5, 6])
-def test_resuming_gives_an_unbroken_run_bit_for_bit(stop):
+def test_resuming_gives_an_unbroken_run_bit_for_bit(stop, curvature):
     def make():
         torch.manual_seed(3)
-        model = Net()
-        optimizer = gathering(model, refresh_every=6, weight_decay=1e-3)
+        model = Net().float()
+        optimizer = SNOpt(model, refresh_every=6, weight_decay=1e-3, curvature=curvature)
         return model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.7)
 
-    batches = list(zip(*data(8), strict=True))
+    batches = [(x.float(), y) for x, y in zip(*data(8), strict=True)]
     model, optimizer, scheduler = make()
     train(model, optimizer, batches, scheduler)
     first, first_optimizer, first_scheduler = make()
@@ -221,6 +222,7 @@ def test_resuming_gives_an_unbroken_run_bit_for_bit(stop):
     for part, state in zip(resumed, states, strict=True):
         part.load_state_dict(state)
     train(resumed[0], resumed[1], batches[stop:], resumed[2])
+    assert optimizer.factor == resumed[1].factor
     for a, b in zip(model.parameters(), resumed[0].parameters(), strict=True):
         assert torch.equal(a, b)
 
