@@ -24,7 +24,7 @@ def main() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), oc.NeuralODE(Field(32), horizon=1.0), nn.Linear(32, 10))
 
     # optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    optimizer = oc.SNOpt(model, lr=0.03)
+    optimizer = oc.SNOpt(model)
 
     for epoch in range(5):
         total = 0.0

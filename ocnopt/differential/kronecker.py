@@ -345,6 +345,17 @@ def eigenbasis(samples: Samples, rank: int, old: Basis | None = None, keep: floa
     )
 
 
+def eigenbasis_of(inputs: Tensor, outputs: Tensor) -> Basis:
+    """Eigenbasis of factors A ``(groups, a, a)`` and B ``(groups, b, b)``, complete."""
+    return Basis(_complete(inputs), _complete(outputs))
+
+
+def _complete(factor: Tensor) -> Eigen:
+    trace = factor.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=torch.finfo(factor.dtype).tiny)
+    values, vectors = _eigh(factor / trace[:, None, None])
+    return Eigen(vectors.flip(-1).contiguous(), values.flip(-1).clamp(min=0.0))
+
+
 def _leading(rows: Tensor, rank: int, old: Eigen | None, keep: float) -> Eigen:
     """Leading eigenvectors of rows^T rows, for rows ``(groups, k, d)``."""
     rows = rows / torch.linalg.matrix_norm(rows, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ocnopt.checks import check_choice, check_count, check_number, check_options, listed, nearest
-from ocnopt.differential.kronecker import LAYERS, Layer, as_matrix, is_layer
+from ocnopt.differential.kronecker import is_layer
 from ocnopt.errors import NonFiniteError, ProblemError
 from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.ocp import FreeHorizon
 
 WIDEST = 2048  # outputs of a layer (in a group) up to which B and its eigenbasis are affordable
+CURVATURES = ("gradient", "costate")
 # what a group may hold beside options: what torch and its schedulers write, and what it is called
 _SCHEDULED = ("initial_lr", "swa_lr", "max_lr", "min_lr", "max_momentum", "base_momentum")
 _BESIDE_OPTIONS = frozenset(("params", "param_names", "name", "layer", *_SCHEDULED))
@@ -27,12 +28,13 @@ _ONE_PROCESS = (
 
 
 class Block(NamedTuple):
-    """A layer whose live parameters move as one matrix."""
+    """Live parameters that move as one matrix ``(groups, b, a)``: a weight, with its layer's bias as last column."""
 
     name: str
-    layer: Layer
+    layer: nn.Module
     weight: nn.Parameter
     bias: nn.Parameter | None
+    groups: int
 
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
@@ -41,7 +43,21 @@ class Block(NamedTuple):
 
     def matrix(self, of: Mapping[Tensor, Tensor]) -> Tensor:
         """What belongs to the parameters, as one matrix."""
-        return as_matrix(self.layer, of[self.weight], None if self.bias is None else of[self.bias])
+        matrix = of[self.weight].reshape(*_sizes(self.weight, self.groups))
+        return matrix if self.bias is None else torch.cat([matrix, of[self.bias].reshape(self.groups, -1, 1)], dim=2)
+
+    def parts(self, matrix: Tensor) -> dict[Tensor, Tensor]:
+        """What a matrix holds for each parameter."""
+        if self.bias is None:
+            return {self.weight: matrix.reshape(self.weight.shape)}
+        weight, bias = matrix[..., :-1].reshape(self.weight.shape), matrix[..., -1].reshape(self.bias.shape)
+        # sums over a loaded copy, which is contiguous, round alike
+        return {self.weight: weight.contiguous(), self.bias: bias.contiguous()}
+
+
+def _sizes(weight: Tensor, groups: int) -> tuple[int, int, int]:
+    rows = weight.shape[0] // groups
+    return groups, rows, weight.numel() // max(1, groups * rows)
 
 
 def is_live(parameter: Tensor) -> bool:
@@ -50,18 +66,40 @@ def is_live(parameter: Tensor) -> bool:
 
 
 def find_blocks(model: nn.Module, trained: Collection[Tensor]) -> list[Block]:
-    """The layers whose weight is trained, theirs alone and not too wide, with their bias if it is trained too."""
-    layers = {name: module for name, module in model.named_modules() if is_layer(module)}
+    """The matrices among the parameters: trained, of one module alone and not too wide.
+
+    The bias of a linear layer or a convolution joins its weight. Rows of an embedding are no directions of a matrix.
+    """
     owners: Counter[Tensor] = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
 
     def is_own(parameter: Tensor | None) -> TypeGuard[nn.Parameter]:
         return parameter is not None and parameter.requires_grad and parameter in trained and owners[parameter] == 1
 
-    return [
-        Block(name, layer, layer.weight, layer.bias if is_own(layer.bias) else None)
-        for name, layer in layers.items()
-        if is_own(layer.weight) and as_matrix(layer, layer.weight, None).shape[1] <= WIDEST
-    ]
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            continue
+        for key, parameter in module.named_parameters(recurse=False):
+            is_weight = key == "weight" and is_layer(module)
+            if is_own(parameter) and (is_weight or _is_matrix(parameter)):
+                bias = module.bias if is_weight and is_own(module.bias) else None
+                called = name if is_weight else f"{name}.{key}".lstrip(".")
+                found.append(Block(called, module, parameter, bias, _groups(module, parameter, key)))
+    return [block for block in found if _sizes(block.weight, block.groups)[1] <= WIDEST]
+
+
+def _is_matrix(parameter: Tensor) -> bool:
+    return parameter.ndim > 1 and min(_sizes(parameter, 1)[1:]) > 1
+
+
+def _groups(module: nn.Module, parameter: Tensor, key: str) -> int:
+    """How many matrices a parameter holds: groups of a convolution, gates of a cell, projections of an attention."""
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase) and not key.startswith("weight_hr"):
+        return parameter.shape[0] // module.hidden_size
+    if isinstance(module, nn.MultiheadAttention) and key == "in_proj_weight":
+        return 3
+    groups = getattr(module, "groups", 1)
+    return groups if key == "weight" and isinstance(groups, int) and groups > 0 and len(parameter) % groups == 0 else 1
 
 
 def check_not_parallel(model: object) -> None:
@@ -196,10 +234,13 @@ def check_fields(odes: Sequence[NeuralODE]) -> None:
         )
 
 
-def check_refreshes(refresh_every: Any, reduction: Any) -> None:
-    """Refuse options of SNOpt that are out of range, given or loaded."""
-    check_count("refresh_every", refresh_every, default=100)
-    check_choice("reduction", reduction, ("mean", "sum"))
+def check_recipe(options: Mapping[str, Any]) -> None:
+    """Refuse options of SNOpt as a whole that are out of range, given or loaded."""
+    check_choice("curvature", options["curvature"], CURVATURES)
+    check_number("power", options["power"], "a number >= 0, 0.75 by default")
+    check_number("adaptation", options["adaptation"], "a number >= 0, 0.3 by default")
+    check_count("refresh_every", options["refresh_every"], default=10)
+    check_choice("reduction", options["reduction"], ("mean", "sum"))
 
 
 def check_state(state: Mapping[str, Any]) -> None:
@@ -276,17 +317,14 @@ def check_unscaled(parameter: Tensor, norm: Tensor) -> None:
 
 
 def warn_first_order(places: Iterable[nn.Module], blocks: Iterable[Block], trained: Mapping[Tensor, str]) -> None:
-    """Name the parameters of some modules that are trained but not preconditioned."""
-    modules = {module for place in places for module in place.modules()}
+    """Name the matrices of some modules that are trained but not preconditioned."""
+    meant = {p for place in places for module in place.modules() for p in module.parameters(recurse=False)}
     inside = {parameter for block in blocks for parameter in block.parameters}
-    alone = {module.bias for module in modules if is_layer(module) and not is_live(module.weight)}  # of frozen weights
-    meant = {p for module in modules for p in module.parameters(recurse=False)} - inside - alone
-    names = [name for parameter, name in trained.items() if parameter in meant and is_live(parameter)]
+    names = [name for p, name in trained.items() if p in meant - inside and is_live(p) and _is_matrix(p)]
     if names:
         warnings.warn(
-            f"SNOpt preconditions the weights of {', '.join(kind.__name__ for kind in LAYERS)}; these parameters "
-            f"are of other kinds, shared by several modules or of more than {WIDEST} outputs, and get the "
-            f"first-order update: {listed(names)}",
+            "SNOpt preconditions matrices that belong to one module; these are embeddings, shared by several modules "
+            f"or of more than {WIDEST} outputs, and get the first-order update: {listed(names)}",
             stacklevel=3,
         )
 

@@ -132,7 +132,7 @@ _KNOWN = (
     OptimizerRecord(
         "snopt",
         "SNOpt",
-        "Kronecker-factored second order; in Neural ODEs from the adjoint pass itself",
+        "second order in the eigenbases of Kronecker factors, lr that adapts",
         0.01,
         "ocnopt.optim.snopt",
         "SNOpt",

@@ -1,19 +1,29 @@
 """SNOpt: second-order training of models that contain Neural ODEs, as a drop-in torch optimiser.
 
-On a refresh iteration the backward passes of the Neural ODEs, and of the layers around them, hand over what the
-Kronecker factors A, B of each layer are made of (:mod:`ocnopt.differential.kronecker`); no path is stored. With their
-eigenbases every iteration moves a layer's matrix W, of gradient G, by
+Each matrix W of the model, of gradient G, has Kronecker factors A, B with eigenbases U_A, U_B, made anew now and then,
+and moves in every iteration by
 
     M <- mu M + (1 - mu) G,    s <- beta s + (1 - beta) (U_B^T G U_A)^2,
-    W <- W - lr U_B [ U_B^T M U_A / sqrt(s + damping mean(s)) ] U_A^T
+    D = U_B [ U_B^T M U_A / (s + damping mean(s))^power ] U_A^T,
+    W <- W - lr l D / |D|,     l = |M| / sqrt(mean(s))
 
-where s starts as E_B E_A^T in the units of the first gradient. The square root is deliberate: the empirical Fisher
-falls with the square of the gradient, so a division by s itself grows without bound as the loss falls, while with the
-root no entry in the eigenbasis moves by more than about lr / sqrt(1 - beta) whatever the scale of the loss. All other
-parameters move by the same rule without a basis.
+with means that weigh all iterations alike at first. The division turns the step, l alone sets its length: that of M
+over the root mean square of the layer's own gradients, so that lr is the root mean square change of an entry where
+gradients agree, and noise shortens the step. All other parameters move by Adam's rule.
+
+Where A and B come from:
+
+    gradient   A = mean G^T G, B = mean G G^T over the iterations at which the bases are made
+    costate    from single samples, gathered by the backward passes of the Neural ODEs and of the layers around them
+               (:mod:`ocnopt.differential.kronecker`); no path is stored. Matrices of other modules keep to "gradient".
+
+With power 1/2 and l = |D| the first is SOAP (Vyas et al., arXiv 2409.11321), the second the rule of George et al.
+(arXiv 1806.03884). The power is no higher than 1: the empirical Fisher falls with the square of the gradient.
 """
 
 import math
+import statistics
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -22,19 +32,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ocnopt.checks import check_choice, check_model
-from ocnopt.differential.kronecker import (
-    Basis,
-    Collector,
-    Eigen,
-    Samples,
-    carried_moments,
-    eigenbasis,
-    first_moments,
-    release,
-    working_dtype,
-)
+from ocnopt.checks import check_model
+from ocnopt.differential.kronecker import Collector, Samples, is_layer, release, working_dtype
 from ocnopt.neural.neural_ode import NeuralODE
+from ocnopt.optim import matrices
 from ocnopt.optim.checks import (
     Block,
     add_group,
@@ -43,7 +44,7 @@ from ocnopt.optim.checks import (
     check_groups,
     check_not_parallel,
     check_one_process,
-    check_refreshes,
+    check_recipe,
     check_same_shape,
     check_state,
     find_blocks,
@@ -55,24 +56,25 @@ from ocnopt.optim.checks import (
     warn_unseen,
 )
 
-RANK = 128  # eigenvectors of A that are kept, at most
-MOMENTS_DECAY = 0.95  # beta
-FACTORS_KEEP = 0.5  # share of the old factors in a refresh
-FIRST_GAP = 5  # the first refreshes come at steps 0, 5, 10, 20, 40, ...: the curvature changes fastest at the start
+FIRST_GAPS = (1, 3, 5)  # further refreshes at the start, where the curvature changes fastest
 EPSILON = 1e-8  # keeps the first-order update of a parameter without gradients at zero
+FACTORS = (0.01, 10.0)  # between which the factor of lr stays
 
-# What a state brings back besides the options of the groups; "curvature" has one value so far.
-_OPTIONS = ("refresh_every", "reduction", "everywhere")
+EXPLOSION = 3  # times the usual evaluations of the field, after which a step is taken back
+USUAL = 50  # iterations that say what is usual
+
+# What a state brings back besides the options of the groups.
+_OPTIONS = ("refresh_every", "curvature", "power", "adaptation", "reduction", "everywhere")
 
 Groups = Mapping[Tensor, dict[str, Any]]
 
 
 class SNOpt(torch.optim.Optimizer):
-    """Preconditions layers with Kronecker factors gathered in the Neural ODEs' own backward passes.
+    """Preconditions every matrix of a model in the eigenbasis of its Kronecker factors.
 
     Args:
-        model: the module that is trained; its Linear and Conv1d/2d/3d layers are preconditioned. NeuralODEs need
-            ``adjoint="discrete"`` or ``"continuous"``.
+        model: the module that is trained. With ``curvature="costate"`` its NeuralODEs need ``adjoint="discrete"`` or
+            ``"continuous"``.
         lr: learning rate; 0.01 is a good start.
         param_groups: parameters to train with options of their own, as in every torch optimiser; all of the model's
             parameters if left out, frozen ones as soon as they are set free. A layer takes its damping from the group
@@ -80,12 +82,19 @@ class SNOpt(torch.optim.Optimizer):
         momentum: mu, of the running mean of gradients.
         weight_decay: gamma of the term (gamma/2) |p|^2 added to the loss.
         damping: relative to the mean of the second moments, which is the trace of the curvature over its size.
-        refresh_every: iterations from one refresh of the factors to the next; the first ones come sooner.
-        curvature: "empirical": from the gradients of the loss itself.
+        refresh_every: iterations from one refresh of the eigenbases to the next; the first ones come sooner.
+        curvature: "gradient" or "costate": where the Kronecker factors come from.
+        power: of the division by the second moments.
+        adaptation: kappa of the factor f of lr, f <- f exp(kappa c), with c in [-1, 1] the cosine of the gradient and
+            the last step: lr grows while steps lead on in the direction of the last one, and shrinks where they turn
+            back. 0 keeps lr as it is given.
         reduction: "mean" or "sum": how the loss of a backward pass combines its samples, so that batches of different
             size weigh alike. Chunks of unequal size whose losses are sums over the size of the whole batch are "sum":
             "mean" takes the size of each chunk for what its loss was divided by.
         everywhere: whether layers outside of NeuralODEs are preconditioned too.
+
+    Attributes:
+        factor: of lr, as it stands.
 
     A ``torch.amp.GradScaler`` is used as with every torch optimiser: only directions and proportions of the samples
     enter, so that the scale of a loss does not matter, and a step that the scaler skips leaves no trace. What enters
@@ -115,23 +124,26 @@ class SNOpt(torch.optim.Optimizer):
     def __init__(
         self,
         model: nn.Module | Any,
-        lr: float | Any,
+        lr: float | Any = 0.01,
         *,
         param_groups: Iterable[dict[str, Any]] | Any | None = None,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
-        damping: float = 1e-3,
-        refresh_every: int | Any = 100,
-        curvature: str = "empirical",
+        damping: float = 1e-2,
+        refresh_every: int | Any = 10,
+        curvature: str | Any = "gradient",
+        power: float | Any = 0.75,
+        adaptation: float | Any = 0.3,
         reduction: str = "mean",
         everywhere: bool = True,
     ) -> None:
         check_model(model)
         check_not_parallel(model)
-        check_choice("curvature", curvature, ("empirical",))
-        check_refreshes(refresh_every, reduction)
-        self._model, self._step_count = model, 0
-        self.refresh_every, self.reduction, self.everywhere = refresh_every, reduction, everywhere
+        self._model, self._step_count, self.factor = model, 0, 1.0
+        self.refresh_every, self.curvature, self.power, self.adaptation = refresh_every, curvature, power, adaptation
+        self.reduction, self.everywhere = reduction, everywhere
+        check_recipe({name: getattr(self, name) for name in _OPTIONS})
+        self._spent: list[int] = []  # evaluations of the last iterations
         self._unseen: set[str] = set()
         self._is_whole = param_groups is None
         self._handles: list[RemovableHandle] = []
@@ -145,7 +157,7 @@ class SNOpt(torch.optim.Optimizer):
         warn_first_order([model] if everywhere else self._odes, self._blocks, self._trained)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_model", "_step_count", "_unseen", "_is_whole", *_OPTIONS)
+        kept = ("_model", "_step_count", "factor", "_spent", "_unseen", "_is_whole", *_OPTIONS)
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -180,6 +192,9 @@ class SNOpt(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         check_gradients(((name, p) for p, name in self._trained.items() if is_live(p)), self._step_count)
+        if self._takes_back():
+            self._step_count += 1
+            return loss
         device = next((parameter.device.type for parameter in self._trained), "cpu")
         with torch.autocast(device, enabled=False):
             self._update()
@@ -198,7 +213,8 @@ class SNOpt(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on besides the parameters: tensors and plain numbers."""
         options = {name: getattr(self, name) for name in _OPTIONS}
-        return {**super().state_dict(), "step_count": self._step_count, **options}
+        course = {"step_count": self._step_count, "factor": self.factor, "spent": [*self._spent]}
+        return {**super().state_dict(), **course, **options}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a state that :meth:`state_dict` returned; its options replace those of the constructor.
@@ -208,15 +224,17 @@ class SNOpt(torch.optim.Optimizer):
         """
         check_state(state_dict)
         options = {name: state_dict.get(name, getattr(self, name)) for name in _OPTIONS}
-        check_refreshes(options["refresh_every"], options["reduction"])
+        check_recipe(options)
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
         for index, parameter in zip(indices, parameters, strict=True):
             # torch has cast everything to the parameter's precision; moments of half-precision parameters are finer.
             for key, value in state_dict["state"].get(index, {}).items():
-                self.state[parameter][key] = value.to(parameter.device, copy=True)
-        self.__dict__.update(options, _step_count=state_dict["step_count"])
+                place = value.device if key == "step" else parameter.device
+                self.state[parameter][key] = value.to(place, copy=True)
+        course = {"factor": state_dict.get("factor", 1.0), "_spent": [*state_dict.get("spent", ())]}
+        self.__dict__.update(options, _step_count=state_dict["step_count"], **course)
         self._find_blocks()
 
     def _start(self) -> None:
@@ -237,17 +255,16 @@ class SNOpt(torch.optim.Optimizer):
         if not self.everywhere:
             check_fields(self._odes)
         self._blocks = [b for b in find_blocks(self._model, self._trained) if self.everywhere or b.layer in timed]
-        layers: dict[nn.Module, bool] = {block.layer: block.bias is not None for block in self._blocks}
+        watched = [b for b in self._blocks if is_layer(b.layer)] if self.curvature == "costate" else []
+        layers: dict[nn.Module, bool] = {block.layer: block.bias is not None for block in watched}
         self._collector = Collector(layers, timed & layers.keys(), mean=self.reduction == "mean")
         self._odes = [ode for ode in self._odes if not layers.keys().isdisjoint(ode.field.modules())]
         self._watch(self._is_refresh())
 
     def _is_refresh(self) -> bool:
-        """Whether the next iteration refreshes the factors."""
+        """Whether this iteration refreshes the eigenbases."""
         count = self._step_count
-        return count % self.refresh_every == 0 or (
-            count < self.refresh_every and count % FIRST_GAP == 0 and math.log2(count // FIRST_GAP).is_integer()
-        )
+        return count % self.refresh_every == 0 or count in FIRST_GAPS
 
     def _watch(self, refreshes: bool) -> None:
         """Watch the next iteration if it refreshes the factors, and let go of it otherwise."""
@@ -256,21 +273,62 @@ class SNOpt(torch.optim.Optimizer):
             self._handles += [*self._collector.attach(), *(ode.observe(self._collector) for ode in self._odes)]
 
     def _update(self) -> None:
-        """Refresh the factors if it is time, and move all parameters that have gradients."""
+        """Refresh the eigenbases if it is time, and move all parameters that have gradients."""
         samples = self._collector.take()
         groups = {parameter: group for group in self.param_groups for parameter in group["params"]}
         gradients, momenta = self._gradients()
-        left = dict(gradients)
+        self._adapt(gradients)
+        steps: dict[Tensor, Tensor] = {}
         for block in self._blocks:
             if all(parameter in gradients for parameter in block.parameters):
-                gradient = block.matrix(gradients)
-                if self._handles:
-                    self._refresh(block, samples.get(block.layer), gradient)
-                if self._fits(block, gradient):
-                    self._move(block, gradient, block.matrix(momenta), groups)
-                    for parameter in block.parameters:
-                        del left[parameter]
-        self._move_others(left, momenta)
+                pair = block.matrix(gradients), block.matrix(momenta)
+                step = self._move(block, *pair, samples.get(block.layer), groups[block.weight]["damping"])
+                if step is not None:
+                    steps.update(block.parts(step))
+        self._follow({p: g for p, g in gradients.items() if p not in steps}, momenta, steps)
+        for group in self.param_groups:
+            moved = [parameter for parameter in group["params"] if parameter in steps]
+            if moved:
+                changes = [steps[parameter] for parameter in moved]
+                torch._foreach_mul_(changes, -group["lr"] * self.factor)
+                for parameter, change in zip(moved, changes, strict=True):
+                    self.state[parameter]["change"] = change
+                    parameter.add_(change)
+
+    def _takes_back(self) -> bool:
+        """Undo the last step, and shorten those that follow, if it made the fields explode."""
+        spent = sum(module.statistics.forward for module in self._model.modules() if isinstance(module, NeuralODE))
+        usual = statistics.median(self._spent) if self._spent else 0
+        changed = [(p, self.state[p]["change"]) for p in self._trained if "change" in self.state.get(p, ())]
+        if not changed or len(self._spent) < FIRST_GAPS[-1] or spent <= EXPLOSION * usual:
+            self._spent = [*self._spent[1 - USUAL :], spent]
+            return False
+        for parameter, change in changed:
+            parameter.sub_(change)
+            del self.state[parameter]["change"]
+        self.factor = max(FACTORS[0], self.factor / 4.0)
+        if "explosion" not in self._unseen:
+            self._unseen.add("explosion")
+            warnings.warn(
+                f"the step before step {self._step_count} raised the evaluations of the field from {usual:g} to "
+                f"{spent} and was taken back, as each will be that does so; lr is a quarter from here on. Expected a "
+                "field that stays smooth: lower lr, or raise weight_decay",
+                stacklevel=4,
+            )
+        return True
+
+    def _adapt(self, gradients: Mapping[Tensor, Tensor]) -> None:
+        """The factor of lr: up where the last changes went against the present gradients, down where along them."""
+        if not self.adaptation:
+            return
+        last = [(g, self.state[p]["change"]) for p, g in gradients.items() if "change" in self.state[p]]
+        if last:
+            found, changes = zip(*last, strict=True)
+            along = sum(float((g * change).sum()) for g, change in last)
+            sizes = [float(torch.stack(torch._foreach_norm([*part])).norm()) for part in (found, changes)]
+            cosine = along / (sizes[0] * sizes[1]) if min(sizes) > 0.0 else 0.0
+            least, most = FACTORS
+            self.factor = min(most, max(least, self.factor * math.exp(-self.adaptation * cosine)))
 
     def _gradients(self) -> tuple[dict[Tensor, Tensor], dict[Tensor, Tensor]]:
         """Gradients with weight decay, and their running means, in working precision."""
@@ -278,13 +336,15 @@ class SNOpt(torch.optim.Optimizer):
         momenta: dict[Tensor, Tensor] = {}
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None and is_live(p)]
+            if not parameters:
+                continue
             found = [parameter.grad.to(working_dtype(parameter)) for parameter in parameters]
-            if group["weight_decay"] and parameters:
+            if group["weight_decay"]:
                 weights = [parameter.to(gradient) for parameter, gradient in zip(parameters, found, strict=True)]
                 found = [*torch._foreach_add(found, weights, alpha=group["weight_decay"])]
             means = [self._momentum(parameter, gradient) for parameter, gradient in zip(parameters, found, strict=True)]
-            if parameters:
-                torch._foreach_lerp_(means, found, 1.0 - group["momentum"])
+            for parameter, mean, gradient in zip(parameters, means, found, strict=True):
+                mean.lerp_(gradient, matrices.newest(self.state[parameter]["step"], group["momentum"]))
             gradients.update(zip(parameters, found, strict=True))
             momenta.update(zip(parameters, means, strict=True))
         return gradients, momenta
@@ -294,70 +354,45 @@ class SNOpt(torch.optim.Optimizer):
         state = self.state[parameter]
         momentum = state.get("momentum")
         if momentum is None:
-            momentum = state["momentum"] = gradient.clone()
+            momentum, state["step"] = gradient.clone(), torch.zeros((), dtype=torch.float32)
+            state["momentum"] = momentum
         elif momentum.dtype != gradient.dtype or momentum.device != gradient.device:
             for key, value in state.items():
-                state[key] = value.to(gradient)
+                state[key] = value if key == "step" else value.to(gradient)
             momentum = state["momentum"]
         check_same_shape(self._trained[parameter], "momentum", momentum.shape, gradient.shape)
+        state["step"] += 1
         return momentum
 
-    def _refresh(self, block: Block, samples: Samples | None, gradient: Tensor) -> None:
-        """A new eigenbasis for a layer, if samples came."""
-        state = self.state[block.weight]
-        if samples is None:
-            received = block.weight.grad is not None and bool(block.weight.grad.any())  # not so for an empty batch
-            if "moments" not in state and received and block.name not in self._unseen:
-                self._unseen.add(block.name)
-                warn_unseen(block.name)
-            return
-        if self._fits(block, gradient):
-            old = _basis(state)
-            new = eigenbasis(samples, RANK, old, FACTORS_KEEP)
-            state["moments"] = carried_moments(state["moments"], old, new)
-        else:
-            new = eigenbasis(samples, RANK)
-            state["moments"] = first_moments(new, gradient)
-        (state["input_vectors"], state["input_values"]), (state["output_vectors"], state["output_values"]) = new
+    def _has_samples(self, block: Block) -> bool:
+        return self.curvature == "costate" and is_layer(block.layer)
 
-    def _fits(self, block: Block, gradient: Tensor) -> bool:
-        """Whether a layer has an eigenbasis for its matrix, which changes as a bias is frozen or set free."""
-        vectors = self.state[block.weight].get("input_vectors")
-        return vectors is not None and vectors.shape[-2] == gradient.shape[-1]
+    def _move(
+        self, block: Block, gradient: Tensor, momentum: Tensor, samples: Samples | None, damping: float
+    ) -> Tensor | None:
+        """The step of a matrix without lr, once it has an eigenbasis."""
+        state, is_gathered = self.state[block.weight], self._has_samples(block)
+        if not is_gathered:
+            matrices.observe(state, gradient)
+        if self._is_refresh() or not (is_gathered or matrices.fits(state, gradient)):
+            # an empty batch has a gradient of zeros, which says nothing
+            received = block.weight.grad is not None and bool(block.weight.grad.any())
+            if is_gathered and samples is None and received and "moments" not in state:
+                self._warn_unseen(block.name)
+            if samples is not None if is_gathered else received:
+                matrices.refresh(state, gradient, momentum, samples)
+        return matrices.turn(state, gradient, momentum, damping, self.power) if matrices.fits(state, gradient) else None
 
-    def _move(self, block: Block, gradient: Tensor, momentum: Tensor, groups: Groups) -> None:
-        """The preconditioned step of a layer."""
-        state, group = self.state[block.weight], groups[block.weight]
-        basis, moments = _basis(state), state["moments"]
-        turned, leading = basis.turn(torch.stack((gradient, momentum)))
-        moments.lerp_(basis.squares(turned[0], leading[0]), 1.0 - MOMENTS_DECAY)
-        step = basis.precondition(turned[1], leading[1], moments, group["damping"], power=0.5)
-        if block.bias is not None:
-            block.bias.sub_(step[..., -1].reshape(block.bias.shape), alpha=groups[block.bias]["lr"])
-            step = step[..., :-1]
-        block.weight.sub_(step.reshape(block.weight.shape), alpha=group["lr"])
+    def _warn_unseen(self, name: str) -> None:
+        if name not in self._unseen:
+            self._unseen.add(name)
+            warn_unseen(name)
 
-    def _move_others(self, gradients: Mapping[Tensor, Tensor], momenta: Mapping[Tensor, Tensor]) -> None:
-        """The first-order step: the same rule without a basis."""
-        for group in self.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter in gradients]
-            if not parameters:
-                continue
-            found = [gradients[parameter] for parameter in parameters]
-            for parameter, gradient in zip(parameters, found, strict=True):
-                if "squares" not in self.state[parameter]:
-                    self.state[parameter]["squares"] = gradient.square()
-            squares = [self.state[parameter]["squares"] for parameter in parameters]
-            torch._foreach_mul_(squares, MOMENTS_DECAY)
-            torch._foreach_addcmul_(squares, found, found, value=1.0 - MOMENTS_DECAY)
-            roots = torch._foreach_sqrt(squares)
-            torch._foreach_add_(roots, EPSILON)
-            steps = torch._foreach_div([momenta[parameter] for parameter in parameters], roots)
-            for parameter, step in zip(parameters, steps, strict=True):
-                parameter.sub_(step, alpha=group["lr"])
-
-
-def _basis(state: Mapping[str, Tensor]) -> Basis:
-    return Basis(
-        Eigen(state["input_vectors"], state["input_values"]), Eigen(state["output_vectors"], state["output_values"])
-    )
+    def _follow(
+        self, gradients: Mapping[Tensor, Tensor], momenta: Mapping[Tensor, Tensor], steps: dict[Tensor, Tensor]
+    ) -> None:
+        """The first-order step, without lr: Adam's rule."""
+        for parameter, gradient in gradients.items():
+            squares = self.state[parameter].setdefault("squares", torch.zeros_like(gradient))
+            squares.lerp_(gradient.square(), matrices.newest(self.state[parameter]["step"], matrices.DECAY))
+            steps[parameter] = momenta[parameter] / (squares.sqrt() + EPSILON)

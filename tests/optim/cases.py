@@ -1,6 +1,5 @@
 """Models and helpers shared by the tests of the optimisers."""
 
-import pytest
 import torch
 from torch import nn
 
@@ -102,7 +101,6 @@ def backward(model, x):
     model(x).square().sum(1).mean().backward()
 
 
-def quiet(model, lr=0.01, **options):
-    """An SNOpt that does not warn of the norm."""
-    with pytest.warns(UserWarning, match="first-order update"):
-        return SNOpt(model, lr, **options)
+def gathering(model, lr=0.01, **options):
+    """An SNOpt whose factors come from samples."""
+    return SNOpt(model, lr, curvature="costate", **options)

@@ -71,9 +71,14 @@ def test_a_step_without_gradients_does_nothing():
         ({"momentum": 1.0}, r"momentum is 1.0; expected a number in \[0, 1\)"),
         ({"weight_decay": math.inf}, r"weight_decay is inf; expected a number >= 0"),
         ({"damping": -0.1}, r"damping is -0.1; expected a number >= 0"),
-        ({"refresh_every": 0}, r"refresh_every is 0; expected a whole number of at least 1, 100 by default"),
+        ({"refresh_every": 0}, r"refresh_every is 0; expected a whole number of at least 1, 10 by default"),
         ({"refresh_every": 2.5}, r"refresh_every is 2.5; expected a whole number"),
-        ({"curvature": "emprical"}, r"curvature is 'emprical'; expected 'empirical'; did you mean 'empirical'"),
+        (
+            {"curvature": "costates"},
+            r"curvature is 'costates'; expected 'gradient' or 'costate'; did you mean 'costate'",
+        ),
+        ({"power": -1.0}, r"power is -1.0; expected a number >= 0"),
+        ({"adaptation": "no"}, r"adaptation is 'no'; expected a number >= 0"),
         ({"reduction": "none"}, r"reduction is 'none'; expected 'mean' or 'sum'"),
         (
             {"param_groups": [{"params": [nn.Parameter(torch.ones(2))]}]},
@@ -101,10 +106,10 @@ def test_wrong_models():
     with pytest.raises(ProblemError, match="no trainable parameter"):
         SNOpt(nn.Linear(3, 2).requires_grad_(False), 0.01)
     with pytest.raises(ProblemError, match="cannot be observed"):
-        SNOpt(Net(adjoint="backprop"), 0.01)
+        SNOpt(Net(adjoint="backprop"), 0.01, curvature="costate")
 
 
 def test_long_lists_of_names_are_cut():
-    model = nn.Sequential(*[nn.LayerNorm(2) for _ in range(6)])
-    with pytest.warns(UserWarning, match=r"'3.bias' and 4 more$"):
+    model = nn.Sequential(*[nn.Embedding(2, 2) for _ in range(9)])
+    with pytest.warns(UserWarning, match=r"and 1 more$"):
         SNOpt(model, 0.01)

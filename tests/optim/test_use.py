@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from ocnopt.errors import ProblemError
 from ocnopt.optim.horizon_policy import HorizonPolicy
 from ocnopt.optim.snopt import SNOpt
-from tests.optim.cases import Model, loss
+from tests.optim.cases import Model, gathering, loss
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -45,7 +45,7 @@ class Run(NamedTuple):
     def start(cls, scaler=None):
         torch.manual_seed(2)
         model = Model()
-        return cls(model, SNOpt(model, 0.01), HorizonPolicy(model.ode, lr=0.05, penalty=0.2, scaler=scaler))
+        return cls(model, gathering(model), HorizonPolicy(model.ode, lr=0.05, penalty=0.2, scaler=scaler))
 
     def train(self, x, count=1):
         for _ in range(count):
@@ -66,14 +66,14 @@ def steps_agree(one, two):
 
 
 def test_an_optimiser_that_is_dropped_lets_go_of_the_model(model, x):
-    optimizer, policy = SNOpt(model, 0.01), HorizonPolicy(model.ode, lr=0.1)
+    optimizer, policy = gathering(model), HorizonPolicy(model.ode, lr=0.1)
     assert is_watched(model)
     dropped = weakref.ref(optimizer), weakref.ref(policy)
     del optimizer, policy
     gc.collect()
     assert [ref() for ref in dropped] == [None, None]
     assert not is_watched(model)
-    optimizer, policy = SNOpt(model, 0.01), HorizonPolicy(model.ode, lr=0.1)
+    optimizer, policy = gathering(model), HorizonPolicy(model.ode, lr=0.1)
     loss(model, x).backward()
     optimizer.step()
     policy.step()
@@ -231,24 +231,24 @@ def process_group(tmp_path):
 def test_distributed_models_are_refused(model, x):
     parallel = DistributedDataParallel(model)
     with pytest.raises(ProblemError, match="the model is a DistributedDataParallel; expected one that a single"):
-        SNOpt(parallel, 0.01)
+        gathering(parallel, 0.01)
     with pytest.raises(ProblemError, match="the model holds a DistributedDataParallel at '0'"):
-        SNOpt(nn.Sequential(parallel), 0.01)
+        gathering(nn.Sequential(parallel), 0.01)
     with pytest.raises(ProblemError, match="the model is a DistributedDataParallel"):
         HorizonPolicy(DistributedDataParallel(model.ode), lr=0.1)
-    optimizer = SNOpt(model, 0.01)  # one process cannot drift apart
+    optimizer = gathering(model)  # one process cannot drift apart
     loss(parallel, x).backward()
     optimizer.step()
 
 
 def test_several_processes_are_refused(model, x, monkeypatch):
-    optimizer, policy = SNOpt(model, 0.01), HorizonPolicy(model.ode, lr=0.1)
+    optimizer, policy = gathering(model), HorizonPolicy(model.ode, lr=0.1)
     before = copy.deepcopy(model.state_dict())
     loss(model, x).backward()
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
     for call in (
-        lambda: SNOpt(model, 0.01),
+        lambda: gathering(model),
         lambda: HorizonPolicy(model.ode, lr=0.1),
         optimizer.step,
         policy.step,
@@ -281,7 +281,7 @@ def test_a_copy_of_model_and_optimisers_goes_on_bit_for_bit(duplicate, steps, x)
 
 @DUPLICATES
 def test_an_optimiser_copied_alone_trains_its_own_model(duplicate, model, x):
-    optimizer = SNOpt(model, 0.01)
+    optimizer = gathering(model)
     before = copy.deepcopy(model.state_dict())
     copied = duplicate(optimizer)
     loss(copied._model, x).backward()
@@ -292,7 +292,7 @@ def test_an_optimiser_copied_alone_trains_its_own_model(duplicate, model, x):
 
 @DUPLICATES
 def test_a_model_copied_alone_is_no_longer_watched(duplicate, model, x):
-    optimizer, policy = SNOpt(model, 0.01), HorizonPolicy(model.ode, lr=0.1)
+    optimizer, policy = gathering(model), HorizonPolicy(model.ode, lr=0.1)
     copied = duplicate(model)
     loss(copied, x).backward()
     assert not optimizer._collector.take()

@@ -1,0 +1,85 @@
+"""The step of one matrix in the eigenbasis of its Kronecker factors, on the state that an optimiser keeps for it.
+
+Shapes: gradient and momentum ``(groups, b, a)``, factors A ``(groups, a, a)`` and B ``(groups, b, b)``; what the state
+holds beside them is explained in :mod:`ocnopt.differential.kronecker`, the rule in :mod:`ocnopt.optim.snopt`.
+"""
+
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ocnopt.differential.kronecker import (
+    Basis,
+    Eigen,
+    Samples,
+    carried_moments,
+    eigenbasis,
+    eigenbasis_of,
+    first_moments,
+)
+
+DECAY = 0.95  # beta, of second moments and of factors made of gradients
+KEEP = 0.5  # share of the old factors in a refresh from samples
+RANK = 128  # eigenvectors of A that are kept where it comes from samples, or is wider than WIDEST
+WIDEST = 2048  # inputs up to which A is kept whole
+
+State = MutableMapping[str, Any]
+
+
+def newest(count: Any, decay: float) -> float:
+    """The weight of the newest of ``count`` values in a running mean that weighs all of them alike at first.
+
+    >>> [round(newest(count, decay=0.9), 3) for count in (1, 2, 1000)]
+    [1.0, 0.526, 0.1]
+    """
+    return (1.0 - decay) / (1.0 - decay ** int(count))
+
+
+def fits(state: Mapping[str, Any], gradient: Tensor) -> bool:
+    """Whether there is an eigenbasis for a matrix, which changes as a bias is frozen or set free."""
+    vectors = state.get("input_vectors")
+    return vectors is not None and vectors.shape[-2] == gradient.shape[-1]
+
+
+def observe(state: State, gradient: Tensor) -> None:
+    """Take a gradient into the running means of G^T G and G G^T."""
+    groups, rows, columns = gradient.shape
+    if columns > WIDEST:
+        return
+    if "input_factor" not in state or state["input_factor"].shape[-1] != columns:
+        state["input_factor"] = gradient.new_zeros(groups, columns, columns)
+        state["output_factor"] = gradient.new_zeros(groups, rows, rows)
+    weight = newest(state["step"], DECAY)
+    state["input_factor"].baddbmm_(gradient.mT, gradient, beta=1.0 - weight, alpha=weight)
+    state["output_factor"].baddbmm_(gradient, gradient.mT, beta=1.0 - weight, alpha=weight)
+
+
+def refresh(state: State, gradient: Tensor, momentum: Tensor, samples: Samples | None) -> None:
+    """A new eigenbasis, of samples or, if there are none, of the gradients; the second moments move into it."""
+    old = _basis(state) if fits(state, gradient) else None
+    if samples is None and gradient.shape[-1] <= WIDEST:
+        new = eigenbasis_of(state["input_factor"], state["output_factor"])
+    else:
+        new = eigenbasis(samples or Samples(momentum, momentum.mT), RANK, old, KEEP)
+    state["moments"] = first_moments(new, gradient) if old is None else carried_moments(state["moments"], old, new)
+    (state["input_vectors"], state["input_values"]), (state["output_vectors"], state["output_values"]) = new
+
+
+def turn(state: State, gradient: Tensor, momentum: Tensor, damping: float, power: float) -> Tensor:
+    """The step, without lr."""
+    basis, moments = _basis(state), state["moments"]
+    turned, leading = basis.turn(torch.stack((gradient, momentum)))
+    # what the moments began with counts as one observation
+    moments.lerp_(basis.squares(turned[0], leading[0]), newest(state["step"] + 1, DECAY))
+    step = basis.precondition(turned[1], leading[1], moments, damping, power)
+    tiny = torch.finfo(step.dtype).tiny
+    length = momentum.norm() / basis.mean(moments).clamp(min=tiny).sqrt()
+    return step.mul_(length / step.norm().clamp(min=tiny))
+
+
+def _basis(state: Mapping[str, Any]) -> Basis:
+    return Basis(
+        Eigen(state["input_vectors"], state["input_values"]), Eigen(state["output_vectors"], state["output_values"])
+    )
