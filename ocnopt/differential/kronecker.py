@@ -345,17 +345,6 @@ def eigenbasis(samples: Samples, rank: int, old: Basis | None = None, keep: floa
     )
 
 
-def eigenbasis_of(inputs: Tensor, outputs: Tensor) -> Basis:
-    """Eigenbasis of factors A ``(groups, a, a)`` and B ``(groups, b, b)``, complete."""
-    return Basis(_complete(inputs), _complete(outputs))
-
-
-def _complete(factor: Tensor) -> Eigen:
-    trace = factor.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=torch.finfo(factor.dtype).tiny)
-    values, vectors = _eigh(factor / trace[:, None, None])
-    return Eigen(vectors.flip(-1).contiguous(), values.flip(-1).clamp(min=0.0))
-
-
 def _leading(rows: Tensor, rank: int, old: Eigen | None, keep: float) -> Eigen:
     """Leading eigenvectors of rows^T rows, for rows ``(groups, k, d)``."""
     rows = rows / torch.linalg.matrix_norm(rows, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
@@ -365,14 +354,15 @@ def _leading(rows: Tensor, rank: int, old: Eigen | None, keep: float) -> Eigen:
     if rows.shape[-2] < rows.shape[-1] and rank < rows.shape[-1]:
         # Fewer rows than directions: a small eigenproblem in the span of the rows, by a stable route.
         span, triangle = torch.linalg.qr(rows.mT)
-        values, small = _eigh(triangle @ triangle.mT)
+        values, small = eigh(triangle @ triangle.mT)
         vectors = span @ small
     else:
-        values, vectors = _eigh(rows.mT @ rows)
+        values, vectors = eigh(rows.mT @ rows)
     return Eigen(vectors.flip(-1)[..., :rank].contiguous(), values.flip(-1)[..., :rank].clamp(min=0.0))
 
 
-def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, rising, and eigenvectors of symmetric matrices ``(..., d, d)``."""
     try:
         return torch.linalg.eigh(matrix)
     except torch.linalg.LinAlgError:

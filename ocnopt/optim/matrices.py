@@ -16,7 +16,7 @@ from ocnopt.differential.kronecker import (
     Samples,
     carried_moments,
     eigenbasis,
-    eigenbasis_of,
+    eigh,
     first_moments,
 )
 
@@ -60,7 +60,7 @@ def refresh(state: State, gradient: Tensor, momentum: Tensor, samples: Samples |
     """A new eigenbasis, of samples or, if there are none, of the gradients; the second moments move into it."""
     old = _basis(state) if fits(state, gradient) else None
     if samples is None and gradient.shape[-1] <= WIDEST:
-        new = eigenbasis_of(state["input_factor"], state["output_factor"])
+        new = Basis(_complete(state["input_factor"]), _complete(state["output_factor"]))
     else:
         new = eigenbasis(samples or Samples(momentum, momentum.mT), RANK, old, KEEP)
     state["moments"] = first_moments(new, gradient) if old is None else carried_moments(state["moments"], old, new)
@@ -83,3 +83,9 @@ def _basis(state: Mapping[str, Any]) -> Basis:
     return Basis(
         Eigen(state["input_vectors"], state["input_values"]), Eigen(state["output_vectors"], state["output_values"])
     )
+
+
+def _complete(factor: Tensor) -> Eigen:
+    trace = factor.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=torch.finfo(factor.dtype).tiny)
+    values, vectors = eigh(factor / trace[:, None, None])
+    return Eigen(vectors.flip(-1).contiguous(), values.flip(-1).clamp(min=0.0))

@@ -1,0 +1,189 @@
+"""SNOpt's rule: its steps in closed form, lr, which matrices it turns, steps that it takes back."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ocnopt.neural.neural_ode import NeuralODE
+from ocnopt.optim.snopt import FACTORS, SNOpt
+from tests.optim.cases import backward
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def spectral(G, UA, UB, M, s, damping, power):
+    """The step of the rule, dense."""
+    turned = UB.T @ M @ UA / (s + damping * s.mean()) ** power
+    step = UB @ turned @ UA.T
+    return step * M.norm() / s.mean().sqrt() / step.norm()
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0])
+@pytest.mark.parametrize("curvature", ["gradient", "costate"])
+def test_first_steps_of_a_linear_layer(curvature, power):
+    layer, x, lr, damping, momentum = nn.Linear(3, 2), torch.randn(7, 3), 0.02, 0.1, 0.8
+    options = {"damping": damping, "momentum": momentum, "curvature": curvature, "power": power, "refresh_every": 10}
+    optimizer = SNOpt(layer, lr, adaptation=0.0, **options)
+    z = torch.cat([x, torch.ones(7, 1)], 1)
+    W = torch.cat([layer.weight, layer.bias[:, None]], 1).detach().clone()
+    M = s = UA = UB = None
+    gradients, kept, weight = [], [], lambda count, decay: (1 - decay) / (1 - decay**count)
+    for k in range(5):
+        g = 2 * (z @ W.T)  # gradients of each sample's own loss
+        G = g.T @ z / 7
+        gradients.append(G)
+        M = G if M is None else M + weight(k + 1, momentum) * (G - M)
+        if k in (0, 1, 3):
+            decays = [0.95 ** (k - i) for i in range(k + 1)]
+            pairs = list(zip(decays, gradients, strict=True))
+            A, B = sum(d * H.T @ H for d, H in pairs), sum(d * H @ H.T for d, H in pairs)
+            if curvature == "costate":
+                A, B = z.T @ z, g.T @ g
+                A, B = A / A.trace(), B / B.trace()
+                kept = [(A, B)] if k == 0 else [*kept, ((A + kept[-1][0]) / 2, (B + kept[-1][1]) / 2)]
+                A, B = kept[-1]
+            (EA, VA), (EB, VB) = torch.linalg.eigh(A), torch.linalg.eigh(B)
+            if k == 0:
+                s = torch.outer(EB.clamp(min=0), EA.clamp(min=0))
+                s = s * G.square().sum() / s.sum()
+            else:
+                s = (VB.T @ UB) ** 2 @ s @ ((VA.T @ UA) ** 2).T
+            UA, UB = VA, VB
+        s = s + weight(k + 2, 0.95) * ((UB.T @ G @ UA) ** 2 - s)
+        W = W - lr * spectral(G, UA, UB, M, s, damping, power)
+        backward(layer, x)
+        optimizer.step()
+        found = torch.cat([layer.weight, layer.bias[:, None]], 1).detach()
+        torch.testing.assert_close(found, W, rtol=1e-6, atol=1e-8)
+
+
+def test_lr_follows_the_angle_between_the_gradient_and_the_last_step():
+    layer, x = nn.Linear(3, 2), torch.randn(7, 3)
+    optimizer, expected, last = SNOpt(layer, 0.05, adaptation=0.4), 1.0, None
+    for _ in range(6):
+        backward(layer, x)
+        gradient = torch.cat([p.grad.flatten() for p in layer.parameters()])
+        if last is not None:
+            expected *= math.exp(-0.4 * float(gradient @ last / (gradient.norm() * last.norm())))
+        before = torch.cat([p.detach().flatten() for p in layer.parameters()])
+        optimizer.step()
+        last = torch.cat([p.detach().flatten() for p in layer.parameters()]) - before
+        assert optimizer.factor == pytest.approx(expected, rel=1e-9)
+    for _ in range(300):  # opposite gradients: never below the least factor
+        for p in layer.parameters():
+            p.grad = optimizer.state[p]["change"].clone()
+        optimizer.step()
+    assert optimizer.factor == FACTORS[0]
+
+
+def test_a_step_is_as_long_as_lr_says_where_gradients_agree():
+    layer = nn.Linear(30, 20, bias=False)
+    before, gradient = layer.weight.detach().clone(), torch.randn(20, 30)
+    for lr in (0.1, 0.01):
+        optimizer = SNOpt(layer, lr, adaptation=0.0)
+        for _ in range(3):
+            before = layer.weight.detach().clone()
+            layer.weight.grad = gradient.clone()
+            optimizer.step()
+            change = (layer.weight.detach() - before).square().mean().sqrt()
+            assert float(change) == pytest.approx(lr, rel=1e-6)
+
+
+class Mixed(nn.Module):
+    """Modules whose matrices are found without hooks."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(5, 4)
+        self.up = nn.ConvTranspose1d(4, 4, 2, groups=2)
+        self.gru, self.lstm = nn.GRUCell(4, 3), nn.LSTM(3, 3, batch_first=True)
+        self.attention = nn.MultiheadAttention(3, 1, batch_first=True)
+        self.free = nn.Parameter(torch.randn(3, 2))
+
+    def forward(self, tokens):
+        x = self.up(self.embedding(tokens).mT).mT
+        states = [self.gru(x[:, 0])]
+        for part in x[:, 1:].unbind(1):
+            states.append(self.gru(part, states[-1]))
+        states = self.lstm(torch.stack(states, 1))[0]
+        return self.attention(states, states, states)[0] @ self.free
+
+
+def test_every_matrix_is_preconditioned():
+    model, tokens = Mixed(), torch.randint(5, (6, 3))
+    with pytest.warns(UserWarning, match=r"embeddings, shared .* first-order update: 'embedding.weight'$"):
+        optimizer = SNOpt(model, 0.01)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        losses.append(model(tokens).square().sum(-1).mean())
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.5 * losses[0]
+    groups = {
+        name: state["moments"].shape
+        for name, p in model.named_parameters()
+        if "moments" in (state := optimizer.state[p])
+    }
+    assert {name: shape[0] for name, shape in groups.items()} == {
+        "up.weight": 2,
+        "gru.weight_ih": 3,
+        "gru.weight_hh": 3,
+        "lstm.weight_ih_l0": 4,
+        "lstm.weight_hh_l0": 4,
+        "attention.in_proj_weight": 3,
+        "attention.out_proj.weight": 1,
+        "free": 1,
+    }
+
+
+def test_inputs_wider_than_the_limit_keep_their_leading_directions(monkeypatch):
+    monkeypatch.setattr("ocnopt.optim.matrices.WIDEST", 5)
+    monkeypatch.setattr("ocnopt.optim.matrices.RANK", 2)
+    model, x = nn.Sequential(nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 3)), torch.randn(6, 8)
+    optimizer, losses = SNOpt(model, 0.02), []
+    for _ in range(40):
+        backward(model, x)
+        losses.append(model(x).square().sum().item())
+        optimizer.step()
+    assert losses[-1] < 0.1 * losses[0]
+    assert optimizer.state[model[0].weight]["input_vectors"].shape == (1, 9, 2)
+    assert "input_factor" not in optimizer.state[model[0].weight]
+
+
+class Stiffening(nn.Module):
+    """A field whose evaluations rise steeply with its weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.rate = nn.Linear(1, 1, bias=False)
+
+    def forward(self, t, x):
+        return x * 0.0 + torch.sin(200.0 * self.rate.weight * t) * self.rate.weight * 20.0
+
+
+def test_a_step_that_makes_the_field_explode_is_taken_back():
+    ode = NeuralODE(Stiffening(), rtol=1e-6, atol=1e-6)
+    weight = ode.field.rate.weight
+    nn.init.constant_(weight, 1e-3)
+    optimizer, x = SNOpt(ode, 1e-6, adaptation=0.0), torch.ones(2, 1)
+    for _ in range(6):
+        backward(ode, x)
+        optimizer.step()
+    kept, usual = weight.detach().clone(), ode.statistics.forward
+    optimizer.param_groups[0]["lr"] = 1.0
+    backward(ode, x)
+    optimizer.step()
+    assert abs(float(weight.detach() - kept)) > 0.5
+    backward(ode, x)
+    assert ode.statistics.forward > 3 * usual
+    with pytest.warns(UserWarning, match="raised the evaluations of the field from .* and was taken back"):
+        optimizer.step()
+    torch.testing.assert_close(weight.detach(), kept)
+    assert optimizer.factor == 0.25
+    for _ in range(4):  # taken back again and again, without a word, each time shorter
+        backward(ode, x)
+        optimizer.step()
+    assert optimizer.factor < 0.25
