@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ocnopt.paths import Widened, fitted, step_number
+from ocnopt.paths import Widened, fitted, looked_up, step_number
 from ocnopt.problem_checks import nearby
 from ocnopt.staged import Advance, Group, Index, Stage, StagedOCP
 
@@ -191,10 +191,9 @@ def _joint(problem: StagedOCP, group: Group, row: _Row) -> Advance:
 
     def joint(k: Index, x: Tensor, u: Tensor, p: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
         if counted and isinstance(k, Tensor) and k.is_floating_point():
-            # being lowered: a leading axis turns a table lookup table[k] into an indexing that can be traced
-            k = k.to(torch.int64).reshape((1,) * x.ndim)
-            x_next, cost = joint(k, x[None], u[None], p[None], own[None])
-            return x_next[0], cost[0]
+            # being lowered
+            x_next, cost = looked_up(joint, k.to(torch.int64), x, u, p, own)
+            return x_next, cost
         number = torch.tensor(k, device=x.device) if counted and isinstance(k, int) else k
         x_next, cost = problem.advance(stage, number, x, u, p, row.part(own, "given"))
         rho = row.part(own, "rho")
@@ -211,11 +210,13 @@ def _joint(problem: StagedOCP, group: Group, row: _Row) -> Advance:
 
 def _parts(problem: StagedOCP, group: Group, row: _Row) -> Callable[..., tuple[Tensor, ...]] | None:
     """What a stage is made of, with the constraint along the path."""
-    own = group.stage.parts
+    own, counted = group.stage.parts, group.stage.joint is None
     if own is None:
         return None
 
     def parts(k: Index, x: Tensor, u: Tensor, p: Tensor, given: Tensor) -> tuple[Tensor, ...]:
+        if counted and isinstance(k, Tensor) and k.is_floating_point():
+            return looked_up(parts, k.to(torch.int64), x, u, p, given)
         before = () if problem.step_data is None else (row.part(given, "given"),)
         return (*own(k, x, u, p, *before), problem.path_excess(k, x, u, p))
 

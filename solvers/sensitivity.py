@@ -37,7 +37,7 @@ from ocnopt.checks import shape
 from ocnopt.differential.sweep import BellmanStep, CostToGo, bellman_step, minimise_box, sweep
 from ocnopt.errors import ProblemError
 from ocnopt.linearise import gradient
-from ocnopt.paths import Widened, step_number
+from ocnopt.paths import Widened
 from ocnopt.problem_checks import nearby
 from ocnopt.solvers.solution import Result
 from ocnopt.solvers.stationary import Models, Point, Rows, expand, matvec
@@ -98,10 +98,7 @@ def _refuse_unnamed(problem: StagedOCP) -> None:
     z, u = nearby(z), nearby(z.new_zeros((*z.shape[:-1], wide.m)))
     data = [tensor.detach().clone() for tensor in problem.data]
     with torch.enable_grad(), substituted(problem.data, data), _Handed(problem.data) as handed:
-        outputs = [wide.terminal(z), wide.end_error(z)]
-        for group in problem.groups:
-            k = step_number(group, group.start, z)
-            outputs += [*wide.advance(group, k, z, u), wide.path_excess(group, k, z, u)]
+        outputs = wide.everything(z, u)
     traced, seen = [output for output in outputs if output.requires_grad], list(handed.found.values())
     if not traced or not seen:
         return
