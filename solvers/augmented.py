@@ -24,12 +24,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ocnopt.bounds import finite
 from ocnopt.paths import Widened, fitted, looked_up, step_number
 from ocnopt.problem_checks import nearby
 from ocnopt.staged import Advance, Group, Index, Stage, StagedOCP
-
-# What stands in a row for an infinite bound: numbers in it are moved about when functions are compared.
-_FAR = 1e20
 
 # rho of the first inner solve. With ten times more, planar_quadrotor_min_time takes more than twice the sweeps: where
 # controls cost nothing, the constraints alone make the problem stiff.
@@ -125,7 +123,8 @@ class _Row:
         parts += [end.expand(nodes, *end.shape), path, state]
         parts += [path[-1:].expand(nodes, *path[-1].shape)] if self.late else []
         if None in self.limits.values() and problem.state_bounds is not None:
-            parts += [side.clamp(-_FAR, _FAR).expand_as(state) for side in fitted(problem.state_bounds, state)]
+            # the numbers of a row are moved about when functions are compared
+            parts += [side.expand_as(state) for side in fitted(finite(problem.state_bounds), state)]
         return torch.cat([*parts, rho, after_first, last], dim=-1)
 
 

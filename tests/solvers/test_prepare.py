@@ -213,6 +213,7 @@ def test_a_history_is_made_when_it_is_looked_at(monkeypatch):
     assert list(history) == ["cost"]
     assert len(history) == 1
     assert history["cost"] is made[0]
+    assert repr(history) == repr(dict(history))
     assert len(made) == 1
 
 
