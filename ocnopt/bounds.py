@@ -20,6 +20,8 @@ from torch import Tensor
 from ocnopt.checks import Bounds, numbers, shape
 from ocnopt.errors import ProblemError
 
+FAR = 1e20
+
 
 def read(name: str, value: Any, size: int, like: Tensor, *, batch: Sequence[int] = (), rows: str = "") -> Bounds | None:
     """Read ``(lower, upper)``; None stays None.
@@ -133,6 +135,11 @@ def by_step(name: str, bounds: Bounds | None, count: int, what: str, batch: Sequ
     else:
         lower, upper = (side.movedim(-2, 0).expand(count, *batch, size) for side in bounds)
     return lower, upper
+
+
+def finite(bounds: Bounds) -> Bounds:
+    """Both with :data:`FAR` for infinity, which makes NaN of a product with zero or of a difference."""
+    return bounds[0].clamp(-FAR, FAR), bounds[1].clamp(-FAR, FAR)
 
 
 def of_controls(value: Any, groups: Sequence[Any], initial_state: Tensor) -> tuple[Bounds | None, ...]:

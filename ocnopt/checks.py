@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from ocnopt.errors import NonFiniteError, ProblemError
-from ocnopt.transforms import can_differentiate as can_differentiate
 
 Bounds = tuple[Tensor, Tensor]
 
@@ -150,6 +149,31 @@ def times_in_order(times: Sequence[float]) -> None:
         )
 
 
+def can_differentiate() -> None:
+    """Refuse to work where torch gives no derivatives.
+
+    Raises:
+        ProblemError: torch.inference_mode(), a transform of torch.func or torch.compile is at work.
+    """
+    if torch.is_inference_mode_enabled():
+        raise ProblemError(
+            "torch.inference_mode() is on, where nothing has a derivative; expected none: leave it, or use "
+            "torch.no_grad(), under which problems are made and solved as everywhere"
+        )
+    # torch tells in no other way that one of its transforms is at work
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise ProblemError(
+            "a transform of torch.func (grad, jvp, vmap, ..) is at work, whose tensors hold no numbers to solve with; "
+            "expected plain tensors: for gradients give initial_state or data that require them, pass "
+            "differentiable=True and call .backward(); for many problems give initial_state a leading batch axis"
+        )
+    if torch.compiler.is_compiling() or callable(torch._C._dynamo.eval_frame.get_eval_frame_callback()):
+        raise ProblemError(
+            "torch.compile was to trace through a solver, whose loops depend on numbers; expected a call outside of "
+            "it: use torch.compiler.disable(oc.solve) inside, or compile your own functions alone"
+        )
+
+
 def dense_memory(p: Tensor, samples: int, n: int, m: int) -> None:
     """Refuse dense second derivatives in p ``(q,)`` and (x, u) of so many samples where they cannot fit in memory.
 
@@ -263,9 +287,9 @@ def finite_path(steps: Sequence[Tensor], cost: Tensor, times: Tensor) -> None:
         )
 
 
-def no_constraints(problem: Any, solver: str, why: str, *more: str) -> None:
-    """Refuse path constraints and bounds on the states, and ``more``, for a solver that cannot meet them."""
-    for name in (*more, "path_constraint", "state_bounds"):
+def no_constraints(problem: Any, solver: str, why: str) -> None:
+    """Refuse path constraints and bounds on the states for a solver that cannot meet them."""
+    for name in ("path_constraint", "state_bounds"):
         if getattr(problem, name) is not None:
             raise ProblemError(
                 f"the problem has {name}; solver {solver!r} {why}: use solver='ddp' or 'casadi', or a penalty in the "

@@ -56,7 +56,7 @@ def transcribe(problem: OCP, steps: Any, integrator: str = "rk4") -> StagedOCP:
     lifted = lift(problem)
     grid = _Grid(lifted, get_tableau(integrator), nodes)
     along = problem.path_constraint and (lambda k, x, u, p: lifted.path_constraint(grid.nodes[k], x, u, p))
-    stage = Stage(grid.dynamics, problem.running_cost and grid.cost, problem.control_dim)
+    stage = Stage(grid.dynamics, problem.running_cost and grid.cost, problem.control_dim, parts=grid.parts)
     return cut(problem, lifted, stage, nodes, along)
 
 
@@ -88,6 +88,10 @@ class _Grid:
         used = [i for i, b in enumerate(self.tableau.b) if b != 0.0]
         costs = [h * self.lifted.running_cost(times[i], seen.points[i], u, own) for i in used]
         return combine(x.new_zeros(x.shape[:-1]), 1.0, [self.tableau.b[i] for i in used], costs)
+
+    def parts(self, k: Index, x: Tensor, u: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        """What a step calls at each of its stages, called once."""
+        return self.lifted.dynamics(self.nodes[k], x, u, p), self.lifted.running_cost(self.nodes[k], x, u, p)
 
 
 def _read_times(problem: OCP, value: Any) -> Tensor:

@@ -140,6 +140,14 @@ class Widened:
         """e(x_N, p) == 0."""
         return self.problem.end_error(z[..., : self.state_sizes[-1]], z[..., self.n - self.q :])
 
+    def everything(self, z: Tensor, u: Tensor) -> list[Tensor]:
+        """What all functions give at one z and u, those of a group at its first step."""
+        found = [self.terminal(z), self.end_error(z)]
+        for group in self.groups:
+            k = step_number(group, group.start, z)
+            found += [*self.advance(group, k, z, u), self.path_excess(group, k, z, u)]
+        return found
+
     def times(self, z: Tensor) -> Tensor:
         """Times of the nodes for a z of any of them."""
         return self.problem.times(z[..., self.n - self.q :])
@@ -195,6 +203,11 @@ def step_numbers(group: Group, start: int, stop: int, states: Tensor) -> Index:
     if group.single:
         return start
     return torch.arange(start, stop, device=states.device).reshape(-1, *(1,) * (states.ndim - 2))
+
+
+def looked_up(function: Callable[..., Sequence[Tensor]], k: Tensor, x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+    """``function(k, x, ..)`` where k is traced: behind one more axis, table[k] is an indexing that needs no number."""
+    return tuple(v[0] for v in function(k.reshape((1,) * x.ndim), x[None], *(v[None] for v in rest)))
 
 
 def walk(
@@ -304,11 +317,7 @@ def rows_stand_alone(wide: Widened) -> bool:
         table = None if problem.step_data is None else problem.step_data.flatten(1, axes)[:, rows]
         own = Widened(problem.altered(step_data=table))
         with substituted(problem.data, data):
-            found = [own.terminal(z[rows]), own.end_error(z[rows])]
-            for group in own.groups:
-                k = step_number(group, group.start, z)
-                found += [*own.advance(group, k, z[rows], u[rows]), own.path_excess(group, k, z[rows], u[rows])]
-            return found
+            return own.everything(z[rows], u[rows])
 
     try:
         pairs = zip(values(alone), values(moved), strict=True)
@@ -329,11 +338,7 @@ def data_of_each(problem: StagedOCP) -> tuple[bool, ...]:
 
     def others(i: int, tensor: Tensor) -> list[Tensor]:
         with torch.no_grad(), substituted((problem.data[i],), (tensor,)):
-            found = [wide.terminal(z), wide.end_error(z)]
-            for group in wide.groups:
-                k = step_number(group, group.start, z)
-                found += [*wide.advance(group, k, z, u), wide.path_excess(group, k, z, u)]
-        return [value.flatten(0, len(batch) - 1)[1:] for value in found]
+            return [value.flatten(0, len(batch) - 1)[1:] for value in wide.everything(z, u)]
 
     def own(i: int, tensor: Tensor) -> bool:
         if not belongs_to_each(tensor, batch):

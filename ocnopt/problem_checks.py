@@ -324,7 +324,7 @@ def _rows(problem: Any, end: float) -> tuple[dict[str, Tensor], dict[str, Tensor
 
 def check_functions(problem: Any, end: float) -> dict[str, bool]:
     """Call every function and check what it returns; return whether p may carry leading axes, and whether it must."""
-    p, broadcast, wide, entries = problem.parameters, True, False, 0
+    p, broadcast, of_each, entries = problem.parameters, True, False, 0
     batch, n = tuple(problem.initial_state.shape[:-1]), problem.initial_state.shape[-1]
     for name in FUNCTIONS:
         function = getattr(problem, name)
@@ -344,7 +344,7 @@ def check_functions(problem: Any, end: float) -> dict[str, bool]:
             if p is None or not batch:
                 raise
             # one that is written for a solve alone, where each problem of a batch has its own p
-            wide, static, moved = True, {"p": p.expand(*batch, -1)}, {"p": nearby(p.expand(*batch, -1))}
+            of_each, static, moved = True, {"p": p.expand(*batch, -1)}, {"p": nearby(p.expand(*batch, -1))}
             try:
                 value = check([{**near, **static}, {**far, **moved}])
             except ProblemError:
@@ -354,7 +354,7 @@ def check_functions(problem: Any, end: float) -> dict[str, bool]:
         if p is not None and static["p"] is p:
             broadcast = broadcast and accepts_leading_axes(function, near, p)
     read_names("constraint_names", problem.constraint_names, entries)
-    return {"parameters_broadcast": broadcast, "parameters_of_each": wide}
+    return {"parameters_broadcast": broadcast, "parameters_of_each": of_each}
 
 
 def check_ends(problem: Any, x: Tensor) -> None:

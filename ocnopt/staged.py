@@ -35,7 +35,7 @@ class Stage:
     """One stage: ``dynamics(k, x, u[, p]) -> x_next`` and ``cost(k, x, u[, p])``, none means zero; m = ``control_dim``.
 
     ``joint(k, x, u, p) -> (x_next, cost)`` replaces both where they share work; with ``step_data`` it takes the step's
-    row of it as one argument more. ``parts`` calls once each, with the same arguments, what ``joint`` calls many times.
+    row of it as one argument more. ``parts`` takes the same and calls once each what a step calls many times.
     """
 
     dynamics: Function | None

@@ -100,12 +100,12 @@ def find_violations(
         for i, *place, entry in (~(excess <= tolerance)).nonzero().tolist():
             step = None if first is None else first + i
             time = math.nan if step is None else float(times[(*place, step)])
-            component = _called(problem, name, entry, ahead)
+            component = called(problem, name, entry, ahead)
             found.append(Violation(name, component, step, time, float(excess[(i, *place, entry)]), tuple(place)))
     return sorted(found, key=lambda violation: (not math.isnan(violation.value), -violation.value))
 
 
-def _called(problem: StagedOCP, kind: str, entry: int, ahead: int) -> str:
+def called(problem: StagedOCP, kind: str, entry: int, ahead: int) -> str:
     """The user's name of an entry, else its number; names of the terminal constraint follow the path constraint's."""
     names = {
         "control_bounds": problem.control_names,
@@ -117,9 +117,8 @@ def _called(problem: StagedOCP, kind: str, entry: int, ahead: int) -> str:
     return names[place] if names is not None and place < len(names) else f"[{entry}]"
 
 
-def placed(problem: StagedOCP, kind: str, entry: int, ahead: int, step: int | None) -> str:
+def placed(kind: str, name: str, step: int | None) -> str:
     """An entry of a kind and where it stands, in the user's words; the end where ``step`` is None."""
-    name = _called(problem, kind, entry, ahead)
     return f"{kind}{'' if name.startswith('[') else ' '}{name} {'at the end' if step is None else f'at step {step}'}"
 
 

@@ -24,12 +24,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ocnopt.paths import Widened, fitted, step_number
+from ocnopt.bounds import finite
+from ocnopt.paths import Widened, fitted, looked_up, step_number
 from ocnopt.problem_checks import nearby
 from ocnopt.staged import Advance, Group, Index, Stage, StagedOCP
-
-# What stands in a row for an infinite bound: numbers in it are moved about when functions are compared.
-_FAR = 1e20
 
 # rho of the first inner solve. With ten times more, planar_quadrotor_min_time takes more than twice the sweeps: where
 # controls cost nothing, the constraints alone make the problem stiff.
@@ -125,7 +123,8 @@ class _Row:
         parts += [end.expand(nodes, *end.shape), path, state]
         parts += [path[-1:].expand(nodes, *path[-1].shape)] if self.late else []
         if None in self.limits.values() and problem.state_bounds is not None:
-            parts += [side.clamp(-_FAR, _FAR).expand_as(state) for side in fitted(problem.state_bounds, state)]
+            # the numbers of a row are moved about when functions are compared
+            parts += [side.expand_as(state) for side in fitted(finite(problem.state_bounds), state)]
         return torch.cat([*parts, rho, after_first, last], dim=-1)
 
 
@@ -191,10 +190,9 @@ def _joint(problem: StagedOCP, group: Group, row: _Row) -> Advance:
 
     def joint(k: Index, x: Tensor, u: Tensor, p: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
         if counted and isinstance(k, Tensor) and k.is_floating_point():
-            # being lowered: a leading axis turns a table lookup table[k] into an indexing that can be traced
-            k = k.to(torch.int64).reshape((1,) * x.ndim)
-            x_next, cost = joint(k, x[None], u[None], p[None], own[None])
-            return x_next[0], cost[0]
+            # being lowered
+            x_next, cost = looked_up(joint, k.to(torch.int64), x, u, p, own)
+            return x_next, cost
         number = torch.tensor(k, device=x.device) if counted and isinstance(k, int) else k
         x_next, cost = problem.advance(stage, number, x, u, p, row.part(own, "given"))
         rho = row.part(own, "rho")
@@ -211,11 +209,13 @@ def _joint(problem: StagedOCP, group: Group, row: _Row) -> Advance:
 
 def _parts(problem: StagedOCP, group: Group, row: _Row) -> Callable[..., tuple[Tensor, ...]] | None:
     """What a stage is made of, with the constraint along the path."""
-    own = group.stage.parts
+    own, counted = group.stage.parts, group.stage.joint is None
     if own is None:
         return None
 
     def parts(k: Index, x: Tensor, u: Tensor, p: Tensor, given: Tensor) -> tuple[Tensor, ...]:
+        if counted and isinstance(k, Tensor) and k.is_floating_point():
+            return looked_up(parts, k.to(torch.int64), x, u, p, given)
         before = () if problem.step_data is None else (row.part(given, "given"),)
         return (*own(k, x, u, p, *before), problem.path_excess(k, x, u, p))
 

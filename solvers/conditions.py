@@ -23,7 +23,7 @@ Vector = NDArray[np.float64]
 _GAUSS = 5
 
 
-class Path(NamedTuple):
+class Collocated(NamedTuple):
     """Where a round of collocation ended: mesh s ``(K)``, y ``(2n + q, K)``, the numbers (p, nu), its spline."""
 
     s: Vector
@@ -156,7 +156,7 @@ class Conditions:
         c[row, q:] = free * slope[1:, n:].T
         return a, b, c
 
-    def cost(self, path: Path) -> float:
+    def cost(self, path: Collocated) -> float:
         """The Lagrangian along the spline."""
         points, weights = np.polynomial.legendre.leggauss(_GAUSS)
         h = np.diff(path.s)[:, None]

@@ -10,8 +10,7 @@ B, n)``; without a batch the axis B is missing.
 
 The three things that cost time are the kernel's: evaluate a path, find a direction, roll the feedback law out.
 
-Source: Mayne 1966; Tassa, Mansard and Todorov, ICRA 2014 (bounds, regularisation schedule); Mastalli et al., ICRA 2020
-(gaps).
+Source: Mayne 1966; Tassa, Mansard and Todorov, ICRA 2014 (bounds); Mastalli et al., ICRA 2020 (gaps).
 """
 
 import time
@@ -155,7 +154,8 @@ class DDP:
         tolerance: stop when the predicted decrease falls below ``tolerance**2 * (1 + |cost|)`` and every gap below
             ``tolerance``.
         time_limit: seconds after which a solve stops with what it has; None for no limit.
-        regularisation: first value of mu; it rises when a sweep or a line search fails.
+        regularisation: first value of mu, what moving costs (:mod:`ocnopt.differential.sweep`); it rises when a sweep
+            or a line search fails.
         kernel: "torch" runs any function on any device; "lowered" runs expressions that CasADi makes of the functions,
             much faster for small problems; "auto" takes the lowered kernel where the problem is small and allows it.
             The status says which was used.

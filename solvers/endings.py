@@ -63,6 +63,9 @@ class Tables(Mapping[str, Tensor]):
     def _tables(self) -> dict[str, Tensor]:
         return self._history.tables(self._like)
 
+    def __repr__(self) -> str:
+        return repr(self._tables)
+
     def __getitem__(self, name: str) -> Tensor:
         return self._tables[name]
 

@@ -163,7 +163,7 @@ def perturbed(value: Tensor, amount: float | Tensor, bounds: Bounds | None, gene
     Args:
         value: ``(..., size)``.
         amount: standard deviation, for all entries or for each.
-        bounds: two tensors ``(size,)``.
+        bounds: two tensors ``(size,)`` or ``(*batch, size)``.
         generator: seeded; a new one gives the same noise again.
     """
     noise = torch.randn(value.shape[-1:], generator=generator, dtype=torch.float64).to(value)

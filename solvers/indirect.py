@@ -30,7 +30,7 @@ from ocnopt.checks import can_differentiate, check_choice, no_constraints, solve
 from ocnopt.errors import ProblemError
 from ocnopt.paths import behind
 from ocnopt.solvers.alone import Attempt, each_alone, one_for_all
-from ocnopt.solvers.conditions import Conditions, NoMoreStepsError, Path, Steps, Vector, array
+from ocnopt.solvers.conditions import Collocated, Conditions, NoMoreStepsError, Steps, Vector, array
 from ocnopt.solvers.ddp import DDP
 from ocnopt.solvers.direct.casadi_solver import CasADi
 from ocnopt.solvers.endings import Stopwatch, stopped
@@ -101,11 +101,11 @@ class Indirect:
             ProblemError: as for :meth:`solve`, but for what shows along a path alone.
         """
         _check(problem)
-        single, kept = one_for_all(problem, guess), {}
-        if single is not None:
-            name = "casadi" if self.start == "casadi" else "ddp"
-            kept[name] = _STARTS[name]().prepare(*single)
-        return PreparedIndirect(self, kept if single else None)
+        single = one_for_all(problem, guess)
+        if single is None:
+            return PreparedIndirect(self, None)
+        name = "casadi" if self.start == "casadi" else "ddp"
+        return PreparedIndirect(self, {name: _STARTS[name]().prepare(*single)})
 
 
 @dataclass(frozen=True)
@@ -169,15 +169,14 @@ class PreparedIndirect:
 
     def _found_by(self, name: str, problem: StagedOCP, guess: Guess, stopwatch: Stopwatch) -> Result:
         """Another solver's answer; that solver is built once, where it serves all problems."""
-        solver = _STARTS[name](time_limit=stopwatch.left)
-        if self.kept is not None:
-            if name not in self.kept:
-                self.kept[name] = solver.prepare(problem, guess)
-            solver = _timed(self.kept[name], solver.time_limit)
+        left, made = stopwatch.left, _STARTS[name]
+        if self.kept is not None and name not in self.kept:
+            self.kept[name] = made().prepare(problem, guess)
+        solver = made(time_limit=left) if self.kept is None else _timed(self.kept[name], left)
         found: Result = solver.solve(problem, guess)
         return found
 
-    def _collocate(self, conditions: Conditions, path: Path, tol: float) -> Path:
+    def _collocate(self, conditions: Conditions, path: Collocated, tol: float) -> Collocated:
         """One round of scipy's solver."""
         c, none = conditions, np.zeros(0)
         functions: dict[str, Any] = {
@@ -201,7 +200,7 @@ class PreparedIndirect:
             warnings.simplefilter("ignore")
             found = _SOLVE_BVP(x=path.s, y=path.y, tol=tol, max_nodes=room, **functions, **given)
         numbers = none if found.p is None else found.p
-        return Path(found.x, found.y, numbers, found.sol, float(found.rms_residuals.max()), int(found.status))
+        return Collocated(found.x, found.y, numbers, found.sol, float(found.rms_residuals.max()), int(found.status))
 
 
 def _timed(prepared: Any, limit: float | None) -> Any:
@@ -243,7 +242,7 @@ def _check(problem: StagedOCP) -> None:
         )
 
 
-def _first_path(problem: StagedOCP, first: Result, steps: Steps) -> tuple[Conditions, Path]:
+def _first_path(problem: StagedOCP, first: Result, steps: Steps) -> tuple[Conditions, Collocated]:
     """The conditions, and another solver's answer as a path: mesh at the nodes, costates, multipliers by least squares.
 
     Raises:
@@ -270,7 +269,7 @@ def _first_path(problem: StagedOCP, first: Result, steps: Steps) -> tuple[Condit
     _refuse_linear(array(here.curvature[:, c.h.u, c.h.u]), array(here.curvature))
     rate = c.slopes(s, y, numbers)[2 * n :]
     y[2 * n :, 1:] = np.cumsum(0.5 * np.diff(s) * (rate[:, 1:] + rate[:, :-1]), axis=1)
-    return c, Path(s, y, numbers, CubicSpline(s, y, axis=1), np.inf, 0)
+    return c, Collocated(s, y, numbers, CubicSpline(s, y, axis=1), np.inf, 0)
 
 
 def _refuse_linear(Huu: Vector, H: Vector) -> None:
@@ -285,7 +284,7 @@ def _refuse_linear(Huu: Vector, H: Vector) -> None:
         )
 
 
-def _status(options: Indirect, steps: Steps, path: Path, name: str, first: Result) -> tuple[bool, str]:
+def _status(options: Indirect, steps: Steps, path: Collocated, name: str, first: Result) -> tuple[bool, str]:
     """Whether it converged, and one sentence."""
     done = f"{steps.taken} Newton step{'' if steps.taken == 1 else 's'}"
     where = f"{path.s.size} mesh points, relative residual {path.residual:.1e}"
@@ -317,7 +316,12 @@ def _status(options: Indirect, steps: Steps, path: Path, name: str, first: Resul
 
 
 def _attempt(
-    problem: StagedOCP, c: Conditions, path: Path, history: dict[str, Any], status: tuple[bool, str], wall_time: float
+    problem: StagedOCP,
+    c: Conditions,
+    path: Collocated,
+    history: dict[str, Any],
+    status: tuple[bool, str],
+    wall_time: float,
 ) -> Attempt:
     """The answer at the nodes of the N steps."""
     n, s = c.n, np.linspace(path.s[0], path.s[-1], problem.steps + 1)

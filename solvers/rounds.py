@@ -5,6 +5,7 @@ taken over from every inner solve; where |d - s| (see :mod:`ocnopt.solvers.augme
 rises too.
 """
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ocnopt.paths import Widened
-from ocnopt.solvers.audit import audit, placed
+from ocnopt.solvers.audit import audit, find_violations, placed
 from ocnopt.solvers.augmented import FIRST_PENALTY, Multipliers, augment, distances, measure, no_multipliers
 from ocnopt.solvers.endings import Stopwatch, sentence
 from ocnopt.solvers.search import Outcome, choose
@@ -86,7 +87,7 @@ class PreparedAugmented:
                 if bool(lost.any()):
                     regularisation = max(_UP * regularisation, _CAREFUL)
                 guess = _warm(lost, result, guess)
-        result = _finished(problem, rounds, len(results), results[-1], self.inner.kernel.name)
+        result = _finished(problem, rounds, len(results), results[-1], self.inner)
         history = {name: torch.cat([one.history[name] for one in results]) for name in result.history}
         return result._replace(history=history, wall_time=time.perf_counter() - began)
 
@@ -176,24 +177,22 @@ def _merged(taken: Tensor, new: Result, old: Result) -> Result:
     return new._replace(**made)
 
 
-def _finished(problem: StagedOCP, rounds: Rounds, count: int, kept: Result, kernel: str) -> Result:
+def _finished(problem: StagedOCP, rounds: Rounds, count: int, kept: Result, inner: Any) -> Result:
     """The result in terms of the problem itself."""
     outcome = torch.where(rounds.running, Outcome.ROUNDS, rounds.outcome)
-    wide = Widened(problem)
+    converged, shape = Outcome.solved(outcome), problem.batch_shape
     # data may carry gradients
     with torch.no_grad():
-        numbers = audit(problem, list(kept.states), list(kept.controls), kept.parameters)
-        Z, U = wide.join(kept.states, kept.parameters), wide.join_controls(kept.controls)
-        off = distances(problem, measure(wide, Z, U))
-    shape = problem.batch_shape
-    flat = zip(*(v.reshape(-1).tolist() for v in (outcome, rounds.iterations, kept.constraint_violation)), strict=True)
+        numbers = audit(problem, kept.states, kept.controls, kept.parameters)
+        worst = {} if bool(converged.all()) else _worst(problem, kept, inner.solver.constraint_tolerance)
+    columns = (v.reshape(-1).tolist() for v in (outcome, rounds.iterations, kept.constraint_violation))
+    rows = zip(*columns, itertools.product(*map(range, shape)), strict=True)
     status = [
-        sentence(kernel, end, steps, gap, count, _worst(problem, off, row))
-        for row, (end, steps, gap) in enumerate(flat)
+        sentence(inner.kernel.name, end, steps, gap, count, worst.get(place, "")) for end, steps, gap, place in rows
     ]
     return kept._replace(
         cost=numbers.cost,
-        converged=Outcome.solved(outcome),
+        converged=converged,
         iterations=rounds.iterations,
         status=status if shape else status[0],
         constraint_violation=numbers.violation,
@@ -202,17 +201,9 @@ def _finished(problem: StagedOCP, rounds: Rounds, count: int, kept: Result, kern
     )
 
 
-def _worst(problem: StagedOCP, off: Multipliers, row: int) -> str:
-    """The constraint of one problem that is off by most, in the user's words."""
-    found, axes, ahead = [], len(problem.batch_shape), off.path.shape[-1]
-    for name, value in off.named().items():
-        timed = name != "terminal_constraint"
-        rows = (
-            (value if timed else value[None]).flatten(1, axes) if axes else (value if timed else value[None])[:, None]
-        )
-        own = rows[:, row].abs()
-        k, i = divmod(int(own.argmax()), own.shape[-1])
-        step = None if not timed or k == len(own) - 1 else k
-        found.append((float(own[k, i]), placed(problem, name, i, ahead, step)))
-    size, place = max(found)
-    return f"{place} is off by {size:.2g}"
+def _worst(problem: StagedOCP, kept: Result, tolerance: float) -> dict[tuple[int, ...], str]:
+    """The constraint of each problem that is off by most, by its place in the batch, in the user's words."""
+    found = find_violations(problem, kept.states, kept.controls, kept.parameters, tolerance)
+    own = (one for one in reversed(found) if one.name in ("terminal_constraint", "path_constraint", "state_bounds"))
+    step = lambda one: None if one.step == problem.steps else one.step  # noqa: E731
+    return {one.problem: f"{placed(one.name, one.component, step(one))} is off by {one.value:.2g}" for one in own}

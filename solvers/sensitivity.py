@@ -32,12 +32,13 @@ from torch.nn.functional import pad
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from ocnopt.bounds import FAR, finite
 from ocnopt.captured import substituted
 from ocnopt.checks import shape
 from ocnopt.differential.sweep import BellmanStep, CostToGo, bellman_step, minimise_box, sweep
 from ocnopt.errors import ProblemError
 from ocnopt.linearise import gradient
-from ocnopt.paths import Widened, step_number
+from ocnopt.paths import Widened
 from ocnopt.problem_checks import nearby
 from ocnopt.solvers.solution import Result
 from ocnopt.solvers.stationary import Models, Point, Rows, expand, matvec
@@ -46,8 +47,6 @@ from ocnopt.staged import Index, StagedOCP
 # The penalty on constraints that hold, relative to the largest second derivative; how often their multipliers are
 # mended at most, and what may be missed relative to the response.
 _PENALTY, _MENDINGS, _MENDED = 1e4, 30, 1e-11
-# In the place of infinite bounds.
-_FAR = 1e20
 
 
 def refuse_gradients(problem: StagedOCP, solver: Any) -> None:
@@ -98,10 +97,7 @@ def _refuse_unnamed(problem: StagedOCP) -> None:
     z, u = nearby(z), nearby(z.new_zeros((*z.shape[:-1], wide.m)))
     data = [tensor.detach().clone() for tensor in problem.data]
     with torch.enable_grad(), substituted(problem.data, data), _Handed(problem.data) as handed:
-        outputs = [wide.terminal(z), wide.end_error(z)]
-        for group in problem.groups:
-            k = step_number(group, group.start, z)
-            outputs += [*wide.advance(group, k, z, u), wide.path_excess(group, k, z, u)]
+        outputs = wide.everything(z, u)
     traced, seen = [output for output in outputs if output.requires_grad], list(handed.found.values())
     if not traced or not seen:
         return
@@ -154,13 +150,12 @@ def _with_bounds_as_constraints(problem: StagedOCP) -> StagedOCP:
     if problem.state_bounds is None:
         return problem
     given = problem.path_constraint
-    # infinity times a multiplier of zero is NaN
-    lower, upper = (side.clamp(-_FAR, _FAR) for side in problem.state_bounds)
+    lower, upper = finite(problem.state_bounds)
     places = [
         (sign, side, i)
         for sign, side in ((-1.0, lower), (1.0, upper))
         for i in range(side.shape[-1])
-        if bool((side[..., i].abs() < _FAR).any())
+        if bool((side[..., i].abs() < FAR).any())
     ]
 
     def along(k: Index, x: Tensor, u: Tensor, *p: Tensor) -> Tensor:

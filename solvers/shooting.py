@@ -5,7 +5,6 @@ Source: Nocedal and Wright, Numerical Optimization, 2006, chapters 4 (trust regi
 
 import time
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
@@ -66,19 +65,19 @@ class Shooting:
             ProblemError: path constraints, or bounds or terminal constraints that the method does not take.
             NonFiniteError: the first path of a single problem is not finite.
         """
-        prepared = self._build(problem, guess, "auto")
-        return prepared.run(problem, guess, progress=progress)._replace(build_time=prepared.build_time)
+        prepared = self._build(problem, guess, fixed=True)
+        return prepared.solve(problem, guess, progress=progress)._replace(build_time=prepared.build_time)
 
     def prepare(self, problem: StagedOCP, guess: Guess) -> "PreparedShooting":
         """Choose the method and build what rolls out; raises :class:`ProblemError` as :meth:`solve`."""
-        return self._build(problem, guess, True)
+        return self._build(problem, guess, fixed=False)
 
-    def _build(self, problem: StagedOCP, guess: Guess, compile: bool | Literal["auto"]) -> "PreparedShooting":  # noqa: A002
+    def _build(self, problem: StagedOCP, guess: Guess, *, fixed: bool) -> "PreparedShooting":
         can_differentiate()
         began, method, single = time.perf_counter(), self._method(problem), one_for_all(problem, guess)
         with torch.no_grad():
-            kernel = single and DDP().make_kernel(Widened(single[0]), single[1], compile)
-        return PreparedShooting(self, method, kernel, time.perf_counter() - began)
+            kernel = single and DDP().make_kernel(Widened(single[0]), single[1], "auto" if fixed else True)
+        return PreparedShooting(self, method, kernel, time.perf_counter() - began, fixed)
 
     def _method(self, problem: StagedOCP) -> str:
         """The method for this problem, or a refusal."""
@@ -106,13 +105,15 @@ class Shooting:
 class PreparedShooting:
     """A solver for one problem, whose initial state, data and ``step_data`` may change.
 
-    ``kernel`` serves all problems of a batch; None where each needs its own.
+    ``kernel`` serves all problems of a batch; None where each needs its own. Where they are ``fixed``, it is not asked
+    to take them up.
     """
 
     solver: Shooting
     method: str
     kernel: Kernel | None
     build_time: float
+    fixed: bool = False
 
     def solve(self, problem: StagedOCP, guess: Guess, *, progress: bool = False) -> Result:
         """Solve the problem as it is now.
@@ -121,10 +122,6 @@ class PreparedShooting:
             ProblemError: something else of it has changed.
             NonFiniteError: as for :meth:`Shooting.solve`.
         """
-        return self.run(problem, guess, progress=progress, changed=True)
-
-    def run(self, problem: StagedOCP, guess: Guess, *, progress: bool, changed: bool = False) -> Result:
-        """Solve the problem that the kernel was built for, unless it may have ``changed``."""
 
         def solve_one(single: StagedOCP, start: Guess) -> Attempt:
             began = time.perf_counter()
@@ -135,7 +132,7 @@ class PreparedShooting:
         def kernel_of(single: StagedOCP, start: Guess) -> Kernel:
             if self.kernel is None:
                 return DDP().make_kernel(Widened(single), start)
-            if changed or problem.step_data is not None:
+            if not self.fixed or problem.step_data is not None:
                 self.kernel.refresh(single)
             return self.kernel
 

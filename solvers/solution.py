@@ -91,9 +91,9 @@ class Solution:
         control_bounds: two tensors ``(m,)``, ``(N, m)`` or ``(..., N, m)``; None without any or where the number of
             controls varies.
         multipliers: of the constraints, by name: "terminal_constraint" ``(..., e)``, "path_constraint" ``(..., N + 1,
-            c)`` and "state_bounds" ``(..., N + 1, n)`` of each node; None without constraints, and of "indirect" and
-            "shooting". cost + multiplier * constraint is stationary: >= 0 for a path constraint, > 0 at an upper and
-            < 0 at a lower bound. Where the number of constraints or states varies from node to node, zeros fill up.
+            c)`` and "state_bounds" ``(..., N + 1, n)`` of each node; None without constraints. cost + multiplier *
+            constraint is stationary: >= 0 for a path constraint, > 0 at an upper and < 0 at a lower bound. Where the
+            number of constraints or states varies from node to node, zeros fill up.
         minima: of DDP's ``restarts=``, the lowest first: "cost" ``(..., K)``, "starts" that led there, "states",
             "controls" ``(..., K, N, m)``, "parameters" with a free T; NaN and no starts where there are fewer.
         saddle: whether DDP ended in one, ``(...)`` bool; None of the other solvers.

@@ -179,7 +179,7 @@ def prepare(
     """Check, lower and compile a problem once, to solve it many times from other states and with other data.
 
     "indirect" and "shooting" work off the problems of a batch one by one: what is built once serves them all, unless
-    the functions hold data of each, and then it is built at each solve.
+    the functions hold data of each or their bounds differ, and then it is built at each solve.
 
     Args:
         problem: as for ``solve``.

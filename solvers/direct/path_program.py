@@ -17,7 +17,7 @@ import casadi
 import numpy as np
 
 from ocnopt.bounds import each
-from ocnopt.solvers.audit import placed
+from ocnopt.solvers.audit import called, placed
 from ocnopt.solvers.direct.nlp import Answer, Piece, Positions, Program, Vector, kind_of
 from ocnopt.staged import StagedOCP
 
@@ -104,14 +104,10 @@ class PathProgram:
         # the inner points of a step are states one after another
         entry = entry % self.states[0].size if rows.name == "collocation" else entry
         where = {"initial_state": 0}.get(rows.name, None if rows.first < 0 else rows.first + step)
-        return placed(problem, rows.name, entry, ahead, where)
+        return placed(rows.name, called(problem, rows.name, entry, ahead), where)
 
 
-def assemble(
-    runs: Sequence[Run],
-    end: casadi.Function,
-    problem: StagedOCP,
-) -> PathProgram:
+def assemble(runs: Sequence[Run], end: casadi.Function, problem: StagedOCP) -> PathProgram:
     """Write the program down, for x_0 = 0.
 
     Args:

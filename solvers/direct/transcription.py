@@ -18,6 +18,7 @@ from ocnopt.checks import clipped
 from ocnopt.errors import ProblemError
 from ocnopt.integrate.tableaus import Tableau
 from ocnopt.ocp import Function, Lifted
+from ocnopt.paths import looked_up
 from ocnopt.solvers.direct.nlp import kind_of
 from ocnopt.solvers.direct.path_program import Run
 from ocnopt.solvers.lowering.lowering import Lowering, lower, scattered
@@ -159,8 +160,7 @@ def _lower_stretch(
             return x_next, cost, problem.path_excess(k, x, u, p)
 
     def ahead(k: Tensor, x: Tensor, u: Tensor, p: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
-        # A leading axis turns a table lookup table[k] into an indexing that can be traced.
-        return tuple(v[0] for v in at(k.reshape((1,) * (1 + len(batch))), x[None], u[None], p[None], *given))
+        return looked_up(lambda *first: at(*first, *given), k, x, u, p)
 
     def counted(k: Tensor, x: Tensor, u: Tensor, p: Tensor, *given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return at(int(k), x, u, p, *given)

@@ -4,6 +4,7 @@ d is what a step is given besides: its row of ``step_data`` and the problem's da
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import casadi
@@ -13,7 +14,7 @@ from torch import Tensor
 from ocnopt.captured import given_rows as rows_of_functions
 from ocnopt.captured import of_problems, substituted
 from ocnopt.checks import clipped
-from ocnopt.paths import Widened, rows_stand_alone
+from ocnopt.paths import Widened, looked_up, rows_stand_alone
 from ocnopt.solvers.lowered.limits import refused
 from ocnopt.solvers.lowered.steps import Limits
 from ocnopt.solvers.lowering.lowering import Lowering, lower, scattered
@@ -73,23 +74,23 @@ def lower_step(problem: StagedOCP, u: Tensor, p: Tensor) -> LoweredStep:
     k = torch.tensor(0) if counted else start.new_tensor(0.0)
     given = [v.detach().clone() for v in _first_given(problem)]
 
-    def step(k: Tensor, x: Tensor, u: Tensor, p: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
+    def step(k: Tensor, x: Tensor, u: Tensor, p: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
         row, own = (given[0], given[1:]) if tabled else (None, given)
         with substituted(data, own):
             if not counted:
                 return problem.advance(stage, k, x, u, p, row)
-            # A leading axis turns a table lookup table[k] into an indexing that can be traced.
-            x_next, cost = problem.advance(stage, k.reshape((1,) * x.ndim), x[None], u[None], p[None])
-        return x_next[0], cost[0]
+            return looked_up(partial(problem.advance, stage), k, x, u, p)
 
     def end(x: Tensor, p: Tensor, *given: Tensor) -> Tensor:
         row, own = (given[0], given[1:]) if tabled else (None, given)
         with substituted(data, own):
             return problem.terminal(x, p, row)
 
+    called: Any = stage.parts
+
     def parts(k: Tensor, x: Tensor, u: Tensor, p: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
         with substituted(data, given[tabled:]):
-            once = stage.parts(k, x, u, p, *given[:tabled])  # type: ignore[misc]
+            once = looked_up(called, k, x, u, p) if counted else called(k, x, u, p, *given[:tabled])
         return *once, end(x, p, *given)
 
     first = problem.for_rows(0) if problem.batch_shape else problem
@@ -108,7 +109,7 @@ def lower_step(problem: StagedOCP, u: Tensor, p: Tensor) -> LoweredStep:
     _check_slopes(functions[1], lambda *xp: (end(*xp),), ends[1:], "terminal cost")
     # a Runge-Kutta step calls everything at each of its stages; what has changed shows at one
     seen: tuple[Lowering, ...] = lowerings
-    if stage.parts is not None:
+    if called is not None:
         seen = (lower(parts, points, "a function of the problem", elsewhere=_ELSEWHERE),)
         seen[0].function()
     return LoweredStep(_joined(functions[0], 4), _joined(functions[1], 2), seen)

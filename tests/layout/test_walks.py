@@ -17,7 +17,6 @@ from tests.layout.walk import Walk, walk
 
 ASIDE = (
     "ocnopt/checks.py",
-    "ocnopt/transforms.py",
     "ocnopt/problem_checks.py",
     "ocnopt/bounds.py",
     "ocnopt/names.py",

@@ -171,9 +171,10 @@ def test_a_change_is_noticed_wherever_in_a_captured_tensor_it_is():
 
 
 @pytest.mark.parametrize(
-    "name", ["dynamics", "running_cost", "terminal_cost", "path_constraint", "terminal_constraint"]
+    ("name", "steps"),
+    [*((name, STEPS) for name in FUNCTIONS), ("dynamics", [0.0, 0.3, 1.0]), ("path_constraint", [0.0, 0.3, 1.0])],
 )
-def test_a_number_that_changes_is_noticed_and_each_function_asked_once(name):
+def test_a_number_that_changes_is_noticed_and_each_function_asked_once(name, steps):
     numbers, calls = dict.fromkeys(FUNCTIONS, 1.0), dict.fromkeys(FUNCTIONS, 0)
 
     def counted(name, value):
@@ -192,7 +193,7 @@ def test_a_number_that_changes_is_noticed_and_each_function_asked_once(name):
     )
     if "constraint" not in name:
         problem = dataclasses.replace(problem, path_constraint=None, terminal_constraint=None)
-    prepared = prepare(problem, steps=STEPS, kernel="lowered")
+    prepared = prepare(problem, steps=steps, kernel="lowered")
     state = prepared.problem.initial_state + 0.1
     guess = prepared.solve(state)
     calls.update(dict.fromkeys(FUNCTIONS, 0))
@@ -212,6 +213,7 @@ def test_a_history_is_made_when_it_is_looked_at(monkeypatch):
     assert list(history) == ["cost"]
     assert len(history) == 1
     assert history["cost"] is made[0]
+    assert repr(history) == repr(dict(history))
     assert len(made) == 1
 
 
@@ -292,11 +294,11 @@ def test_solvers_one_by_one_build_once(solver, options, batch, monkeypatch):
     monkeypatch.setattr(problem_module, "lower", lambda *given, **named: calls.append(0) or lower(*given, **named))
     target = torch.tensor([0.3], dtype=F64)
     prepared = prepare(tracking(target, initial_state=torch.ones(*batch, 1)), solver, steps=4, **options)
-    assert len(calls) == 2  # the step and the end
+    assert len(calls) == 3  # the step, the end, and what they call
     target.fill_(2.0)
     solution = prepared.solve(torch.full((1,), 3.0))
     prepared.solve()
-    assert len(calls) == 2
+    assert len(calls) == 3
     assert_close(solution.cost, torch.full(batch, math.tanh(1.0)), rtol=1e-2)
 
 

@@ -52,7 +52,8 @@ def limited(**changes):
 
 def assert_same(ours, theirs):
     """All of a Solution but its problem."""
-    parts = [{f.name: getattr(s, f.name) for f in dataclasses.fields(Solution)[:-2]} for s in (ours, theirs)]
+    names = [f.name for f in dataclasses.fields(Solution)[:-2]]
+    parts = [{name: getattr(s, name) for name in names} | {"history": dict(s.history)} for s in (ours, theirs)]
     leaves, shapes = zip(*(torch.utils._pytree.tree_flatten(part) for part in parts), strict=True)
     assert shapes[0] == shapes[1]
     for a, b in zip(*leaves, strict=True):
