@@ -25,8 +25,10 @@ def limit_rates(problem: Any, rate_bounds: Any, *, initial_control: Any) -> OCP:
 
     Args:
         problem: an :class:`ocnopt.OCP`, with control bounds that are the same at all times, or none.
-        rate_bounds: ``(lower, upper)`` of du/dt, scalars, vectors ``(m,)``, or as ``control_bounds`` of an OCP.
-        initial_control: u(t0) ``(m,)`` or ``(*batch, m)``: what was applied last.
+        rate_bounds: ``(lower, upper)`` of du/dt, as ``control_bounds`` of an OCP: scalars, vectors ``(m,)``, a row for
+            each step or problem, or a function of time.
+        initial_control: u(t0) ``(m,)`` or ``(*batch, m)``: what was applied last; a tensor keeps its graph, as the
+            initial state does.
 
     Returns:
         A problem with state ``(*batch, n + m)`` and control du/dt. Its own ``initial_guess`` is none: controls of the
@@ -55,7 +57,9 @@ def limit_rates(problem: Any, rate_bounds: Any, *, initial_control: Any) -> OCP:
     n, m = problem.state_dim, problem.control_dim
     u0 = _initial(problem, initial_control)
     x0 = problem.initial_state if problem.traced_state is None else problem.traced_state
-    rates = bounds.read("rate_bounds", rate_bounds, m, problem.initial_state, batch=problem.batch_shape, rows="N")
+    rates = rate_bounds
+    if not callable(rate_bounds):
+        rates = bounds.read("rate_bounds", rate_bounds, m, problem.initial_state, batch=problem.batch_shape, rows="N")
     if rates is None:
         raise ProblemError("limit_rates got rate_bounds=None; expected a pair (lower, upper): leave the problem as is")
 
@@ -102,7 +106,8 @@ def _initial(problem: OCP, value: Any) -> Tensor:
         raise ProblemError(
             f"initial_control {u0.tolist()} is outside control_bounds; expected it within: clip it, or widen the bounds"
         )
-    return u0
+    graph = checks.traced(value, problem.dtype)
+    return u0 if graph is None else graph
 
 
 def _state_bounds(problem: OCP) -> tuple[Tensor, Tensor] | None:

@@ -145,13 +145,20 @@ def _row(name: str, solutions: dict[str, Solution]) -> Row:
         state_difference=float(torch.stack(gaps).max()),
         converged=bool(solution.converged.all()),
         status=solution.status if isinstance(solution.status, str) else "; ".join(dict.fromkeys(solution.status)),
-        note=_other_minimum(solution, solutions[first], first),
+        note=_saddle(solution) or _other_minimum(solution, solutions[first], first),
     )
 
 
 def _absent(name: str, why: str) -> Row:
     nan = float("nan")
     return Row(name, nan, nan, 0, 0.0, 0.0, nan, converged=False, status=why, note=why)
+
+
+def _saddle(solution: Solution) -> str:
+    """A sentence where an end is known to be no minimum."""
+    if solution.saddle is None or not bool(solution.saddle.any()):
+        return ""
+    return f"a saddle, no minimum{_among(solution.saddle)}; start elsewhere, or with restarts="
 
 
 def _other_minimum(solution: Solution, first: Solution, name: str) -> str:

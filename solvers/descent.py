@@ -72,7 +72,7 @@ class Search:
         """Minimise from v, and go on from a saddle."""
         self.v = v if self.box is None else np.clip(v, *self.box)
         self.costs, self.steps = [self.shot.cost(self.v)], [0.0]
-        while self._room() > 0:
+        while self._room() > 0 and v.size:
             before = len(self.costs)
             self.note(self._minimise())
             self._recentre()

@@ -57,6 +57,22 @@ def test_bounds_of_the_controls_hold_too_and_both_solvers_agree():
         assert float(solution.controls.abs().max()) <= R + 1e-9
 
 
+def test_the_gradient_reaches_the_control_applied_last():
+    u0 = torch.tensor([0.4], dtype=F64, requires_grad=True)
+    solve = lambda u: oc.solve(oc.limit_rates(regulator(), (-R, R), initial_control=u), steps=N, differentiable=True)  # noqa: E731
+    solution = solve(u0)
+    solution.cost.backward()
+    sides = [float(solve(torch.tensor([0.4 + h], dtype=F64)).cost) for h in (1e-4, -1e-4)]
+    assert float(u0.grad) == pytest.approx((sides[0] - sides[1]) / 2e-4, rel=1e-6)
+    assert float(u0.grad) == pytest.approx(float(solution.costates[0][2]), rel=1e-6)
+
+
+def test_bounds_on_rates_may_be_a_function_of_time():
+    limits = [oc.limit_rates(regulator(), given, initial_control=[0.0]) for given in ((-R, R), lambda t: (-R, R))]
+    pair = [oc.solve(problem, steps=N) for problem in limits]
+    assert float(pair[0].cost) == float(pair[1].cost)
+
+
 def test_batches_names_parameters_and_a_free_end():
     problem = oc.OCP(
         lambda t, x, u, p: p * x + u,

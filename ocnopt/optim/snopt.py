@@ -58,7 +58,7 @@ from ocnopt.optim.checks import (
 
 FIRST_GAPS = (1, 3, 5)  # further refreshes at the start, where the curvature changes fastest
 EPSILON = 1e-8  # keeps the first-order update of a parameter without gradients at zero
-FACTORS = (0.01, 10.0)  # between which the factor of lr stays
+FACTORS = (0.01, 2.0)  # between which the factor of lr stays: losses near zero blow up above
 
 EXPLOSION = 3  # times the usual evaluations of the field, after which a step is taken back
 USUAL = 50  # iterations that say what is usual
