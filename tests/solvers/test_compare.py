@@ -240,3 +240,20 @@ def test_a_nan_is_not_dropped():
 def test_what_is_no_sequence_of_solvers(solvers, message):
     with pytest.raises(oc.ProblemError, match=message):
         inspect.unwrap(compare)(problem(), solvers)
+
+
+def test_a_saddle_is_no_minimum_and_an_empty_search_is_one():
+    hill = OCP(
+        lambda t, x, u: u,
+        lambda t, x, u: 0.02 * (u**2).sum(-1),
+        lambda t, x: ((x**2 - 1) ** 2).sum(-1),
+        initial_state=[0.0],
+        control_dim=1,
+        horizon=1.0,
+    )
+    both = compare(hill, ("ddp", "shooting"), steps=10, initial_guess=torch.zeros(10, 1))
+    assert both.notes[0] == "ddp: a saddle, no minimum; start elsewhere, or with restarts="
+    settled = OCP(lambda t, x, u: -x, None, lambda t, x: (x**2).sum(-1), initial_state=[1.0], horizon=1.0)
+    rows = compare(settled, ("ddp", "shooting"), steps=5).rows
+    assert rows[0].cost == pytest.approx(rows[1].cost, rel=1e-12)
+    assert rows[1].converged

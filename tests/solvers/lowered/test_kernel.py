@@ -205,7 +205,7 @@ class TestBoxes:
     def test_bounds_that_vary_in_a_batch(self):
         problem = many_controls(torch.randn(3, 2).double(), m=2, control_bounds=(-0.3, 0.2))
         guess, (lower, upper) = some_guess(problem), varying(2)
-        problem = many_controls(problem.initial_state, m=2, control_bounds=(lower, upper))
+        problem = many_controls(problem.initial_state, m=2, control_bounds=(lower[None], upper[None]))
         found, right = (
             each.direction(some_path(problem, guess, infeasible=True), torch.zeros(3).double(), exact=False)
             for each in (LoweredKernel(problem, guess), TorchKernel(Widened(problem)))
