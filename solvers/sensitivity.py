@@ -134,7 +134,7 @@ def with_gradients(problem: StagedOCP, result: Result, *, shared: bool = False) 
     if not torch.is_grad_enabled():
         return result
     at = Point(_with_bounds_as_constraints(problem), result, shared)
-    _warn_of_unfinished(result.converged)
+    _warn_of_unfinished(result.converged, at.fine)
     states, controls, p, cost = _Solved.apply(at, problem.traced_state, *problem.data)
     wide = at.wide
     return result._replace(
@@ -167,13 +167,13 @@ def _with_bounds_as_constraints(problem: StagedOCP) -> StagedOCP:
     return problem.altered(path_constraint=along, state_bounds=None)
 
 
-def _warn_of_unfinished(converged: Tensor) -> None:
-    missing = converged.numel() - int(converged.sum())
+def _warn_of_unfinished(converged: Tensor, fine: Tensor) -> None:
+    missing, lost = converged.numel() - int(converged.sum()), fine.numel() - int(fine.sum())
     if missing:
         which = f" of {missing} of {converged.numel()} problems" if converged.ndim else ""
         warnings.warn(
             f"differentiable=True, but the solve{which} did not converge: the gradients are those of a point that is "
-            "no optimum; read the status",
+            f"no optimum{f', NaN for {lost} without a path' if lost else ''}; read the status",
             stacklevel=4,
         )
 

@@ -45,15 +45,7 @@ class Point:
         self.states, self.controls = _at_fine_places(states, self.fine), _at_fine_places(controls, self.fine)
         # an optimiser may move them before the backward pass
         self.data = [tensor.detach().clone() for tensor in problem.data]
-        with torch.no_grad():
-            gaps = evaluate(self.wide, self.states, self.controls).gaps
-        size = 0.0 if gaps is None else float((gaps.abs().amax((0, -1)) / (1 + self.states.abs().amax((0, -1)))).max())
-        if size > _GAP:
-            raise ProblemError(
-                f"differentiable=True came with a solution that misses the discrete dynamics by {size:.1e} of its "
-                "states; expected a solver of the discrete problem, 'ddp' or 'casadi', and one that converged"
-            )
-
+        self._leave_out_gaps(states, controls, result.converged)
         self.rows = self.wide.path_excess(self.wide.groups[0], 0, self.states[0], self.controls[0]).shape[-1]
         self.end_rows = self.rows + self.wide.end_error(self.states[-1]).shape[-1]
         if self.end_rows and result.costates is None:
@@ -63,6 +55,24 @@ class Point:
             )
         costates = torch.zeros_like(states) if result.costates is None else self.wide.join(result.costates, self.p)
         self.costates = _at_fine_places(costates, self.fine)[..., : self.wide.n - self.wide.q]
+
+    def _leave_out_gaps(self, states: Tensor, controls: Tensor, converged: Tensor) -> None:
+        """Take the problems of a batch that did not converge and miss the dynamics for given up."""
+        with torch.no_grad():
+            gaps = evaluate(self.wide, self.states, self.controls).gaps
+        if gaps is None:
+            return
+        size = gaps.abs().amax((0, -1)) / (1 + self.states.abs().amax((0, -1))) * self.fine
+        missed = size > _GAP
+        alone = bool(size.ndim) and not self.shared and not bool((missed & converged).any())
+        if not alone and bool(missed.any()):
+            raise ProblemError(
+                "differentiable=True came with a solution that misses the discrete dynamics by "
+                f"{float(size.max()):.1e} of its states; expected a solve of the discrete problem, by 'ddp' or 'casadi', that converged: read "
+                "its status"
+            )
+        self.fine = self.fine & ~missed
+        self.states, self.controls = _at_fine_places(states, self.fine), _at_fine_places(controls, self.fine)
 
     @property
     def bounds(self) -> Bounds | None:

@@ -125,3 +125,23 @@ class TestCapturedTensors:
         solution = solve(problem, steps=3, differentiable=True, shared_parameters=True)
         found = torch.autograd.grad(solution.cost.sum(), start)[0]
         torch.testing.assert_close(found, solution.costates[:, 0].detach(), rtol=1e-6, atol=1e-8)
+
+
+def test_a_problem_given_up_without_a_path_takes_no_gradients_from_the_others():
+    start = numbers([0.2, 0.0], [3.0, 0.0]).requires_grad_()
+    problem = OCP(
+        lambda t, x, u: torch.stack([x[..., 1], u[..., 0]], dim=-1),
+        lambda t, x, u: (u**2).sum(-1),
+        initial_state=start,
+        control_dim=1,
+        horizon=1.0,
+        control_bounds=(-2.0, 2.0),
+        terminal_constraint=lambda t, x: x[..., :1],
+    )
+    with pytest.warns(UserWarning, match="1 of 2 problems did not converge.* NaN for 1 without a path"):
+        solution = solve(problem, "casadi", steps=8, differentiable=True, restarts=0)
+    (slope,) = torch.autograd.grad(solution.cost.sum(), start)
+    # without active bounds J = h r^2 / (w.w) with r = x_0 + v_0 and w the effects of the controls on the end
+    w = 0.125 * (1 - 0.125 * (torch.arange(8, dtype=torch.float64) + 0.5))
+    assert_close([slope[0]], [torch.full((2,), 2 * 0.2 * 0.125 / float(w @ w), dtype=torch.float64)])
+    assert bool(slope[1].isnan().all())
