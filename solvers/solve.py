@@ -6,7 +6,9 @@ from dataclasses import dataclass, field, fields
 from importlib import import_module
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
-from ocnopt.checks import Bounds, can_differentiate, float_tensor, is_whole, listed, nearest, shape, traced
+from torch import Tensor
+
+from ocnopt.checks import Bounds, can_differentiate, float_tensor, is_whole, listed, nearest, numbers, shape, traced
 from ocnopt.errors import ConvergenceError, ProblemError
 from ocnopt.grids import transcribe
 from ocnopt.ocp import OCP
@@ -109,6 +111,7 @@ class Prepared:
     solver: Solver
     build_time: float
     shared_parameters: bool = False
+    _timed: tuple[Any, Tensor, Bounds] | None = field(default=None, repr=False)
     _alone: Any = field(default_factory=threading.RLock, init=False, repr=False, compare=False)
 
     def __reduce__(self) -> NoReturn:
@@ -143,6 +146,8 @@ class Prepared:
         """
         can_differentiate()
         problem = self.problem
+        if self._timed is not None:
+            _refuse_new_bounds(*self._timed)
         if initial_state is not None:
             wanted = (*problem.batch_shape, problem.state_dim)
             x0 = float_tensor("initial_state", initial_state, problem.dtype, problem.device)
@@ -213,7 +218,30 @@ def prepare(
     began = time.perf_counter()
     prepare_it = getattr(chosen, "prepare", None)
     built = chosen if prepare_it is None else prepare_it(staged, own_guess(staged))
-    return Prepared(staged, built, time.perf_counter() - began, shared_parameters)
+    build_time = time.perf_counter() - began
+    return Prepared(staged, built, build_time, shared_parameters, _timed_bounds(problem, staged))
+
+
+def _timed_bounds(problem: OCP | StagedOCP, staged: StagedOCP) -> tuple[Any, Tensor, Bounds] | None:
+    """Control bounds that are a function of time: it, the time of the step in the middle, and what was read there."""
+    lifted = staged.origin
+    origin = problem if isinstance(problem, OCP) else None if lifted is None else lifted.problem
+    read, k = staged.control_bounds[0], staged.steps // 2
+    if origin is None or read is None or not callable(origin.control_bounds):
+        return None
+    row = read if read[0].ndim == 1 else (read[0][k], read[1][k])
+    return origin.control_bounds, staged.times(staged.start_parameters())[k], row
+
+
+def _refuse_new_bounds(function: Any, t: Tensor, read: Bounds) -> None:
+    """Refuse control bounds that are a function of time and no longer what was read."""
+    for side, given in zip(read, function(t), strict=True):
+        if not bool((side == numbers("control_bounds", given, side.dtype, side.device)).all()):
+            raise ProblemError(
+                "control_bounds is no longer what it was when the problem was prepared: a tensor or number that the "
+                "function captures has changed, but bounds are read once; expected constant ones: prepare again, or "
+                "write bounds that change as a path_constraint with that tensor in data=(..)"
+            )
 
 
 def _given(options: dict[str, Any], **common: Any) -> dict[str, Any]:

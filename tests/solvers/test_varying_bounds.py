@@ -7,7 +7,8 @@ import torch
 
 from ocnopt.errors import ProblemError
 from ocnopt.ocp import OCP, FreeHorizon
-from ocnopt.solvers.solve import solve
+from ocnopt.solvers.ddp import DDP
+from ocnopt.solvers.solve import prepare, solve
 from ocnopt.staged import Stage, StagedOCP, transcribe
 from tests.solvers.cases import swing
 
@@ -119,3 +120,20 @@ def test_a_function_of_time_needs_a_fixed_end():
     )
     with pytest.raises(ProblemError, match="a function of time, but the end time is free"):
         solve(problem, steps=3)
+
+
+@pytest.mark.parametrize("steps", [5, [0.0, 0.5, 1.0]])
+def test_a_prepared_problem_refuses_new_bounds_from_a_function_of_time(steps):
+    most = torch.tensor(1.0)
+
+    def cost(t, x, u):
+        return (x**2 + u**2).sum(-1)
+
+    problem = OCP(
+        lambda t, x, u: u, cost, initial_state=[1.0], control_dim=1, horizon=1.0, control_bounds=lambda t: (-most, most)
+    )
+    prepared = prepare(problem, DDP(kernel="torch", compile=False), steps=steps)
+    assert bool(prepared.solve().converged)
+    most.fill_(0.1)
+    with pytest.raises(ProblemError, match="control_bounds is no longer what it was .* prepare again"):
+        prepared.solve()
