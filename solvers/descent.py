@@ -21,6 +21,8 @@ _MINIMIZE: Any = minimize
 _SLACK = 100.0
 # Up to this size all eigenvalues are found at once.
 _DENSE = 600
+# In a dtype coarser than float64, so many rounds of steps that each change the cost by few roundings end a search.
+_ROUNDINGS, _FLAT_ROUNDS = 4, 2
 # Steps between two feedback laws.
 _ROUND = 15
 # How often a search goes on from a saddle, and how far it first looks.
@@ -66,17 +68,23 @@ class Search:
         self.steps: list[float] = []
         self.saddles = 0
         self.constrained = shot.problem.terminal_constraint is not None
+        self.coarse = shot.problem.dtype if shot.problem.dtype != torch.float64 else None
+        self.exhausted = False
         self._products: dict[bytes, Any] = {}
 
     def run(self, v: Vector) -> None:
         """Minimise from v, and go on from a saddle."""
         self.v = v if self.box is None else np.clip(v, *self.box)
         self.costs, self.steps = [self.shot.cost(self.v)], [0.0]
+        flat = 0
         while self._room() > 0 and v.size:
-            before = len(self.costs)
+            before, cost = len(self.costs), self.costs[-1]
             self.note(self._minimise())
             self._recentre()
-            if self._settled() or len(self.costs) == before:
+            still = len(self.costs) == before
+            flat = flat + 1 if abs(cost - self.costs[-1]) <= self._flat() * (1 + abs(cost)) else 0
+            self.exhausted = self.coarse is not None and (still or flat >= _FLAT_ROUNDS)
+            if self._settled() or self.exhausted or still:
                 away = self._escape() if self.saddles < _SADDLES and self._room() > 0 else None
                 if away is None:
                     return
@@ -151,11 +159,12 @@ class Search:
 
     def _settings(self) -> dict[str, Any]:
         tol, room = self.options.tolerance, min(self._room(), _ROUND)
+        flat = self._flat()
         own: dict[str, dict[str, Any]] = {
             "Newton-CG": {"xtol": 1e-3 * tol},
-            "L-BFGS-B": {"gtol": tol, "ftol": 0.0, "maxcor": 50, "maxfun": 100 * room, "maxls": 50},
-            "TNC": {"gtol": tol, "ftol": 0.0, "xtol": 0.0, "maxfun": 100 * room},
-            "SLSQP": {"ftol": 1e-3 * tol},
+            "L-BFGS-B": {"gtol": tol, "ftol": flat, "maxcor": 50, "maxfun": 100 * room, "maxls": 50},
+            "TNC": {"gtol": tol, "ftol": flat, "xtol": 0.0, "maxfun": 100 * room},
+            "SLSQP": {"ftol": max(1e-3 * tol, flat)},
             "trust-constr": {"gtol": tol, "xtol": 1e-12, "barrier_tol": tol, "sparse_jacobian": False},
         }
         return {"maxiter": room, **own.get(self.method, {"gtol": tol})}
@@ -193,9 +202,17 @@ class Search:
         moved = moved if self.box is None else np.clip(moved, *self.box)
         return float(np.abs(self.v - moved).max(initial=0.0))
 
+    def _flat(self) -> float:
+        """The share of the cost that its rounding hides, where that is coarser than in float64."""
+        return 0.0 if self.coarse is None else _ROUNDINGS * float(torch.finfo(self.coarse).eps)
+
     def _settled(self) -> bool:
         scale = 1 + abs(self.costs[-1])
-        return self.remaining() <= _SLACK * self.options.tolerance * scale and self._violation() <= 1e-6
+        tolerance = _SLACK * self.options.tolerance
+        if self.exhausted:
+            # about a minimum the cost is flat to rounding where the gradient is below the root of it
+            tolerance = max(tolerance, self._flat() ** 0.5)
+        return self.remaining() <= tolerance * scale and self._violation() <= 1e-6
 
     def _violation(self) -> float:
         return float(np.abs(self.shot.end_error(self.v)).max(initial=0.0))
@@ -250,7 +267,8 @@ class Search:
         steps = f"{count} step{'' if count == 1 else 's'}"
         saddles = "" if not self.saddles else f", {self.saddles} of them away from a saddle"
         if settled:
-            return f"converged after {steps}{saddles} ({self.method})"
+            limit = f" to what {self.coarse} resolves, a gradient of {self.remaining():.1e}" if self.exhausted else ""
+            return f"converged after {steps}{saddles}{limit} ({self.method})"
         gradient = f"the gradient is still {self.remaining():.1e}"
         if self._violation() > 1e-6:
             gradient += f" and the terminal constraint violated by {self._violation():.1e}"
@@ -263,6 +281,8 @@ class Search:
             advice = "look for a square root, a norm or a division at zero, or start elsewhere"
         elif self.costs[-1] < -1e20:
             reason, advice = "the cost falls without bound", "bound the controls, or look for a cost without a minimum"
+        elif self.exhausted:
+            reason, advice = f"{self.coarse} resolves the cost no further", "pass dtype=torch.float64 to the problem"
         else:
             reason = "scipy found no further descent"
             advice = "look for a kink in the functions, take another method=, or use solver='ddp'"

@@ -342,3 +342,19 @@ def test_refusals_name_what_can():
         oc.ProblemError, match=r"has path_constraint; solver 'shooting' .* use solver='ddp' or 'casadi'"
     ):
         oc.solve(along, "shooting")
+
+
+def test_bounds_in_float32_end_at_what_it_resolves():
+    problem = oc.OCP(
+        lambda t, x, u: torch.sin(x) + u,
+        lambda t, x, u: (x**2 + 0.1 * u**2).sum(-1),
+        initial_state=[1.5],
+        control_dim=1,
+        horizon=5.0,
+        control_bounds=(-1.2, 1.0),
+        dtype=torch.float32,
+    )
+    solution = oc.solve(problem, "shooting", steps=12, integrator="euler", time_limit=2.0)
+    assert bool(solution.converged)
+    assert "to what torch.float32 resolves, a gradient of" in solution.status
+    assert float(solution.cost) == pytest.approx(5.1867838, rel=1e-6)
