@@ -68,8 +68,8 @@ class Point:
         if not alone and bool(missed.any()):
             raise ProblemError(
                 "differentiable=True came with a solution that misses the discrete dynamics by "
-                f"{float(size.max()):.1e} of its states; expected a solve of the discrete problem, by 'ddp' or 'casadi', that converged: read "
-                "its status"
+                f"{float(size.max()):.1e} of its states; expected a solve of the discrete problem, by 'ddp' or "
+                "'casadi', that converged: read its status"
             )
         self.fine = self.fine & ~missed
         self.states, self.controls = _at_fine_places(states, self.fine), _at_fine_places(controls, self.fine)
