@@ -293,7 +293,7 @@ def _status(options: Indirect, steps: Steps, path: Collocated, name: str, first:
     reason, advice = {
         _MESH: (
             f"the mesh limit of {options.max_nodes} points was reached",
-            "raise max_nodes or loosen tolerance=, or look for a control that jumps",
+            "raise max_nodes or loosen tolerance=, or look for a control that jumps or a kink in the functions",
         ),
         _SINGULAR: (
             "the equations are singular",
@@ -308,7 +308,8 @@ def _status(options: Indirect, steps: Steps, path: Collocated, name: str, first:
     }.get(
         path.status, ("the conditions at the ends are not met", "loosen tolerance=, or take more steps for the start")
     )
-    finite = bool(np.isfinite(path.y).all()) and np.isfinite(path.residual)
+    # at a mesh that may not grow scipy's residual may be no number where the path is fine
+    finite = bool(np.isfinite(path.y).all()) and (path.status == _MESH or np.isfinite(path.residual))
     if not finite and path.status != _OUT_OF_STEPS:
         reason, advice = "a function or its derivative is NaN or infinite on the way", "start inside their domain"
     start = "" if bool(first.converged) else f"; the first path by {name} had not converged ({first.status})"

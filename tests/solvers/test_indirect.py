@@ -8,10 +8,12 @@ import torch
 from scipy.linalg import expm
 
 import ocnopt as oc
-from ocnopt.solvers.conditions import Conditions, Steps
+from ocnopt.solvers.conditions import Collocated, Conditions, Steps
+from ocnopt.solvers.ddp import DDP
 from ocnopt.solvers.endings import Stopwatch
+from ocnopt.solvers.guess import read_guess
 from ocnopt.solvers.hamiltonian import Hamiltonian
-from ocnopt.solvers.indirect import Indirect
+from ocnopt.solvers.indirect import Indirect, _status
 from tests.oracles.compare import assert_close
 from tests.solvers.cases import free_end, pushed, regulator, scalar_lqr, swing
 
@@ -330,3 +332,14 @@ def test_refusals_name_what_can():
 def test_options_out_of_range(options, message):
     with pytest.raises(oc.ProblemError, match=message):
         Indirect(**options)
+
+
+def test_a_mesh_at_its_limit_is_the_cause_even_without_a_residual():
+    # as scipy leaves the path of a cost with a kink: finite, but its residual is no number
+    problem = oc.transcribe(scalar_lqr(), 4)
+    first = DDP(kernel="torch").solve(problem, read_guess(problem, None))
+    path = Collocated(np.zeros(331), np.zeros((2, 331)), np.zeros(0), None, math.nan, 1)
+    converged, status = _status(Indirect(max_nodes=500), Steps(10, Stopwatch(None)), path, "ddp", first)
+    assert not converged
+    assert "the mesh limit of 500 points was reached" in status
+    assert "a kink in the functions" in status
