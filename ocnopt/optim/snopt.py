@@ -13,7 +13,7 @@ gradients agree, and noise shortens the step. All other parameters move by Adam'
 
 Where A and B come from:
 
-    gradient   A = mean G^T G, B = mean G G^T over the iterations at which the bases are made
+    gradient   A = mean G^T G, B = mean G G^T, running means with the decay beta
     costate    from single samples, gathered by the backward passes of the Neural ODEs and of the layers around them
                (:mod:`ocnopt.differential.kronecker`); no path is stored. Matrices of other modules keep to "gradient".
 
@@ -22,7 +22,6 @@ With power 1/2 and l = |D| the first is SOAP (Vyas et al., arXiv 2409.11321), th
 """
 
 import math
-import statistics
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -50,6 +49,7 @@ from ocnopt.optim.checks import (
     find_blocks,
     is_live,
     read_groups,
+    sizes,
     strangers,
     warn_first_order,
     warn_strangers,
@@ -59,9 +59,8 @@ from ocnopt.optim.checks import (
 FIRST_GAPS = (1, 3, 5)  # further refreshes at the start, where the curvature changes fastest
 EPSILON = 1e-8  # keeps the first-order update of a parameter without gradients at zero
 FACTORS = (0.01, 2.0)  # between which the factor of lr stays: losses near zero blow up above
-
-EXPLOSION = 3  # times the usual evaluations of the field, after which a step is taken back
-USUAL = 50  # iterations that say what is usual
+EXPLOSION = 3  # times the most evaluations of the field so far, above which a step is taken back
+RECENT = 50  # iterations that count as so far
 
 # What a state brings back besides the options of the groups.
 _OPTIONS = ("refresh_every", "curvature", "power", "adaptation", "reduction", "everywhere")
@@ -87,7 +86,7 @@ class SNOpt(torch.optim.Optimizer):
         power: of the division by the second moments.
         adaptation: kappa of the factor f of lr, f <- f exp(kappa c), with c in [-1, 1] the cosine of the gradient and
             the last step: lr grows while steps lead on in the direction of the last one, and shrinks where they turn
-            back. 0 keeps lr as it is given.
+            back. f stays within 0.01 and 2; adaptation=0 keeps lr as it is given.
         reduction: "mean" or "sum": how the loss of a backward pass combines its samples, so that batches of different
             size weigh alike. Chunks of unequal size whose losses are sums over the size of the whole batch are "sum":
             "mean" takes the size of each chunk for what its loss was divided by.
@@ -95,6 +94,9 @@ class SNOpt(torch.optim.Optimizer):
 
     Attributes:
         factor: of lr, as it stands.
+
+    A step after which the NeuralODEs spend three times as many evaluations as in any of the last 50 iterations is taken
+    back, with a warning for the first, and lr counts a quarter from then on.
 
     A ``torch.amp.GradScaler`` is used as with every torch optimiser: only directions and proportions of the samples
     enter, so that the scale of a loss does not matter, and a step that the scaler skips leaves no trace. What enters
@@ -298,10 +300,10 @@ class SNOpt(torch.optim.Optimizer):
     def _takes_back(self) -> bool:
         """Undo the last step, and shorten those that follow, if it made the fields explode."""
         spent = sum(module.statistics.forward for module in self._model.modules() if isinstance(module, NeuralODE))
-        usual = statistics.median(self._spent) if self._spent else 0
+        usual = max(self._spent, default=0)
         changed = [(p, self.state[p]["change"]) for p in self._trained if "change" in self.state.get(p, ())]
         if not changed or len(self._spent) < FIRST_GAPS[-1] or spent <= EXPLOSION * usual:
-            self._spent = [*self._spent[1 - USUAL :], spent]
+            self._spent = [*self._spent[1 - RECENT :], spent]
             return False
         for parameter, change in changed:
             parameter.sub_(change)
@@ -310,9 +312,9 @@ class SNOpt(torch.optim.Optimizer):
         if "explosion" not in self._unseen:
             self._unseen.add("explosion")
             warnings.warn(
-                f"the step before step {self._step_count} raised the evaluations of the field from {usual:g} to "
-                f"{spent} and was taken back, as each will be that does so; lr is a quarter from here on. Expected a "
-                "field that stays smooth: lower lr, or raise weight_decay",
+                f"the step before step {self._step_count} raised the evaluations of the field from at most "
+                f"{usual} to {spent} and was taken back, as each will be that does so; lr is a quarter from here on. "
+                "Expected a field that stays smooth: lower lr, or raise weight_decay",
                 stacklevel=4,
             )
         return True
@@ -324,9 +326,10 @@ class SNOpt(torch.optim.Optimizer):
         last = [(g, self.state[p]["change"]) for p, g in gradients.items() if "change" in self.state[p]]
         if last:
             found, changes = zip(*last, strict=True)
-            along = sum(float((g * change).sum()) for g, change in last)
-            sizes = [float(torch.stack(torch._foreach_norm([*part])).norm()) for part in (found, changes)]
-            cosine = along / (sizes[0] * sizes[1]) if min(sizes) > 0.0 else 0.0
+            sums = [product.sum() for product in torch._foreach_mul([*found], [*changes])]
+            along = float(torch.stack([part.to(sums[0]) for part in sums]).sum())
+            size = float(sizes(found).norm() * sizes(changes).norm())
+            cosine = along / size if size > 0.0 else 0.0
             least, most = FACTORS
             self.factor = min(most, max(least, self.factor * math.exp(-self.adaptation * cosine)))
 
