@@ -380,16 +380,13 @@ class SNOpt(torch.optim.Optimizer):
         if self._is_refresh() or not (is_gathered or matrices.fits(state, gradient)):
             # an empty batch has a gradient of zeros, which says nothing
             received = block.weight.grad is not None and bool(block.weight.grad.any())
-            if is_gathered and samples is None and received and "moments" not in state:
-                self._warn_unseen(block.name)
+            is_unseen = is_gathered and samples is None and received and "moments" not in state
+            if is_unseen and block.name not in self._unseen:
+                self._unseen.add(block.name)
+                warn_unseen(block.name)
             if samples is not None if is_gathered else received:
                 matrices.refresh(state, gradient, momentum, samples)
         return matrices.turn(state, gradient, momentum, damping, self.power) if matrices.fits(state, gradient) else None
-
-    def _warn_unseen(self, name: str) -> None:
-        if name not in self._unseen:
-            self._unseen.add(name)
-            warn_unseen(name)
 
     def _follow(
         self, gradients: Mapping[Tensor, Tensor], momenta: Mapping[Tensor, Tensor], steps: dict[Tensor, Tensor]
