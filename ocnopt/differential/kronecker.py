@@ -42,9 +42,8 @@ def working_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def as_matrix(layer: Layer, weight: Tensor, bias: Tensor | None) -> Tensor:
+def as_matrix(weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
     """Weight and bias, or their gradients, as ``(groups, b, a)``."""
-    groups = _groups(layer)
     matrix = weight.reshape(groups, weight.shape[0] // groups, -1)
     if bias is not None:
         matrix = torch.cat([matrix, bias.reshape(groups, -1, 1)], dim=2)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ocnopt.checks import check_choice, check_count, check_number, check_options, listed, nearest
-from ocnopt.differential.kronecker import is_layer
+from ocnopt.differential.kronecker import as_matrix, is_layer
 from ocnopt.errors import NonFiniteError, ProblemError
 from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.ocp import FreeHorizon
@@ -43,8 +43,7 @@ class Block(NamedTuple):
 
     def matrix(self, of: Mapping[Tensor, Tensor]) -> Tensor:
         """What belongs to the parameters, as one matrix."""
-        matrix = of[self.weight].reshape(*_sizes(self.weight, self.groups))
-        return matrix if self.bias is None else torch.cat([matrix, of[self.bias].reshape(self.groups, -1, 1)], dim=2)
+        return as_matrix(of[self.weight], None if self.bias is None else of[self.bias], self.groups)
 
     def parts(self, matrix: Tensor) -> dict[Tensor, Tensor]:
         """What a matrix holds for each parameter."""
@@ -53,11 +52,6 @@ class Block(NamedTuple):
         weight, bias = matrix[..., :-1].reshape(self.weight.shape), matrix[..., -1].reshape(self.bias.shape)
         # sums over a loaded copy, which is contiguous, round alike
         return {self.weight: weight.contiguous(), self.bias: bias.contiguous()}
-
-
-def _sizes(weight: Tensor, groups: int) -> tuple[int, int, int]:
-    rows = weight.shape[0] // groups
-    return groups, rows, weight.numel() // max(1, groups * rows)
 
 
 def is_live(parameter: Tensor) -> bool:
@@ -85,11 +79,11 @@ def find_blocks(model: nn.Module, trained: Collection[Tensor]) -> list[Block]:
                 bias = module.bias if is_weight and is_own(module.bias) else None
                 called = name if is_weight else f"{name}.{key}".lstrip(".")
                 found.append(Block(called, module, parameter, bias, _groups(module, parameter, key)))
-    return [block for block in found if _sizes(block.weight, block.groups)[1] <= WIDEST]
+    return [block for block in found if len(block.weight) // block.groups <= WIDEST]
 
 
 def _is_matrix(parameter: Tensor) -> bool:
-    return parameter.ndim > 1 and min(_sizes(parameter, 1)[1:]) > 1
+    return parameter.ndim > 1 and len(parameter) > 1 and parameter.numel() > len(parameter)
 
 
 def _groups(module: nn.Module, parameter: Tensor, key: str) -> int:

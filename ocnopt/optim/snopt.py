@@ -260,7 +260,7 @@ class SNOpt(torch.optim.Optimizer):
         watched = [b for b in self._blocks if is_layer(b.layer)] if self.curvature == "costate" else []
         layers: dict[nn.Module, bool] = {block.layer: block.bias is not None for block in watched}
         self._collector = Collector(layers, timed & layers.keys(), mean=self.reduction == "mean")
-        self._odes = [ode for ode in self._odes if not layers.keys().isdisjoint(ode.field.modules())]
+        self._watched = [ode for ode in self._odes if not layers.keys().isdisjoint(ode.field.modules())]
         self._watch(self._is_refresh())
 
     def _is_refresh(self) -> bool:
@@ -272,7 +272,7 @@ class SNOpt(torch.optim.Optimizer):
         """Watch the next iteration if it refreshes the factors, and let go of it otherwise."""
         release(self._handles)
         if refreshes:
-            self._handles += [*self._collector.attach(), *(ode.observe(self._collector) for ode in self._odes)]
+            self._handles += [*self._collector.attach(), *(ode.observe(self._collector) for ode in self._watched)]
 
     def _update(self) -> None:
         """Refresh the eigenbases if it is time, and move all parameters that have gradients."""
@@ -299,7 +299,7 @@ class SNOpt(torch.optim.Optimizer):
 
     def _takes_back(self) -> bool:
         """Undo the last step, and shorten those that follow, if it made the fields explode."""
-        spent = sum(module.statistics.forward for module in self._model.modules() if isinstance(module, NeuralODE))
+        spent = sum(ode.statistics.forward for ode in self._odes)
         usual = max(self._spent, default=0)
         changed = [(p, self.state[p]["change"]) for p in self._trained if "change" in self.state.get(p, ())]
         if not changed or len(self._spent) < FIRST_GAPS[-1] or spent <= EXPLOSION * usual:

@@ -1,7 +1,9 @@
 """Fields, and what the tests of Neural ODEs compare: value and gradients of one loss."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -69,3 +71,15 @@ def gradients(ode: NeuralODE, x: Any, times: Any = None, extra: Any = ()) -> tup
 def distance(actual: Tensor, expected: Tensor) -> float:
     """Relative difference in the norm."""
     return float(torch.linalg.vector_norm(actual - expected) / torch.linalg.vector_norm(expected))
+
+
+def assert_gradients_of_times(ode: NeuralODE, x: Tensor, times: Sequence[float]) -> None:
+    """The gradients of output times against differences; a first output that is the start moves it, and is left out."""
+    moving = torch.tensor(times, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(loss(ode(x, moving)), moving)
+    eps = 1e-5
+    for i in range(times[0] in (0.0, 1.0), len(times)):
+        shift = torch.zeros(len(times), dtype=torch.float64)
+        shift[i] = eps
+        plus, minus = (loss(ode(x, (moving + sign * shift).detach())).detach() for sign in (1, -1))
+        assert float((plus - minus) / (2 * eps)) == pytest.approx(float(gradient[i]), rel=1e-6, abs=1e-8)

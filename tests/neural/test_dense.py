@@ -12,7 +12,7 @@ from ocnopt.integrate.runge_kutta import closed
 from ocnopt.integrate.tableaus import DOPRI5, RK4, TABLEAUS, TSIT5
 from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.ocp import Horizon
-from tests.neural.cases import Coupled, Tanh, distance, gradients, loss, start
+from tests.neural.cases import Coupled, Tanh, assert_gradients_of_times, distance, gradients, loss, start
 from tests.neural.test_gradients import Watcher
 
 METHODS = [("dopri5", None), ("tsit5", None), ("dopri8", None), ("bosh3", None), ("rk4", 5)]
@@ -94,14 +94,7 @@ def test_gradients_of_times(times):
     """Of a rough method on few steps: the exact gradient of the discrete solve alone meets the differences."""
     field, x = Tanh(), start(4, 3)
     ode = NeuralODE(field, method="heun", steps=7, dense=True)
-    moving = torch.tensor(times, dtype=torch.float64, requires_grad=True)
-    (gradient,) = torch.autograd.grad(loss(ode(x, moving)), moving)
-    eps = 1e-5
-    for i in range(times[0] in (0.0, 1.0), len(times)):
-        shift = torch.zeros(len(times), dtype=torch.float64)
-        shift[i] = eps
-        plus, minus = (loss(ode(x, (moving + sign * shift).detach())).detach() for sign in (1, -1))
-        assert float((plus - minus) / (2 * eps)) == pytest.approx(float(gradient[i]), rel=1e-6, abs=1e-8)
+    assert_gradients_of_times(ode, x, times)
 
 
 def test_a_tuple_state_and_an_output_that_counts_alone():

@@ -9,7 +9,7 @@ from torch import nn
 from ocnopt.integrate.tableaus import TABLEAUS
 from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.ocp import FreeHorizon, Horizon
-from tests.neural.cases import Coupled, Plain, Tanh, distance, gradients, loss, start
+from tests.neural.cases import Coupled, Plain, Tanh, assert_gradients_of_times, distance, gradients, loss, start
 
 METHODS = [(name, 4) for name in sorted(TABLEAUS.keys() - {"adaptive_heun", "tsit5", "dopri8"})] + [
     (name, None) for name in ("adaptive_heun", "bosh3", "dopri5", "tsit5", "dopri8")
@@ -225,15 +225,7 @@ def test_gradients_of_times(adjoint, times):
     # Few steps of a rough method: only the exact gradient of the discrete solve meets the differences then.
     control = {"method": "heun", "steps": 7} if adjoint == "discrete" else {"rtol": 1e-10, "atol": 1e-10}
     ode = NeuralODE(field, adjoint=adjoint, **control)
-    moving = torch.tensor(times, dtype=torch.float64, requires_grad=True)
-    (gradient,) = torch.autograd.grad(loss(ode(x, moving)), moving)
-    eps = 1e-5
-    # A first output that is the start moves the start with it: see the next test.
-    for i in range(times[0] in (0.0, 1.0), len(times)):
-        shift = torch.zeros(len(times), dtype=torch.float64)
-        shift[i] = eps
-        plus, minus = (loss(ode(x, (moving + sign * shift).detach())).detach() for sign in (1, -1))
-        assert float((plus - minus) / (2 * eps)) == pytest.approx(float(gradient[i]), rel=1e-6, abs=1e-8)
+    assert_gradients_of_times(ode, x, times)
 
 
 @pytest.mark.parametrize("adjoint", ["discrete", "continuous"])

@@ -74,7 +74,7 @@ def test_inputs_of_a_convolution_are_the_mean_of_its_patches(case):
     samples = input_samples(layer, x, bias=layer.bias is not None)
     for i in range(len(x)):
         outputs = layer(x[i : i + 1]).flatten(2).mean(2)[0]
-        rows = as_matrix(layer, *_sum_of_gradients(outputs, layer)).sum(1) / (layer.out_channels // layer.groups)
+        rows = as_matrix(*_sum_of_gradients(outputs, layer), layer.groups).sum(1) / (layer.out_channels // layer.groups)
         torch.testing.assert_close(samples[:, i], rows)
 
 
@@ -100,7 +100,7 @@ def test_factors_of_every_convolution_are_positive_semi_definite(case):
     for factor in factors(samples):
         values = torch.linalg.eigvalsh(factor)
         assert values.min() >= -1e-12 * values.max().clamp(min=1.0)
-    assert samples.inputs.shape == (layer.groups, len(x), as_matrix(layer, layer.weight, layer.bias).shape[2])
+    assert samples.inputs.shape == (layer.groups, len(x), as_matrix(layer.weight, layer.bias, layer.groups).shape[2])
 
 
 @given(convolutions())
@@ -186,7 +186,7 @@ def test_products_are_per_sample_gradients_where_the_input_is_constant_in_time(s
         field.zero_grad()
         losses()[i].backward()
         product = samples.gradients[0, i, :, None] * samples.inputs[0, i]
-        expected = as_matrix(field.layer, field.layer.weight.grad, field.layer.bias.grad)[0]
+        expected = as_matrix(field.layer.weight.grad, field.layer.bias.grad, 1)[0]
         torch.testing.assert_close(product, expected, rtol=rtol, atol=rtol)
 
 

@@ -47,9 +47,9 @@ def test_least_squares_in_one_step():
     (samples,) = gather(layer, lambda: ((layer(z) - y).square().sum(1) / 2).mean().backward()).values()
     A, _ = factors(samples)  # the exact Hessian is A (X) I
     basis = eigenbasis(Samples(samples.inputs, torch.eye(2)[None]), rank=4)
-    G = as_matrix(layer, layer.weight.grad, layer.bias.grad)
+    G = as_matrix(layer.weight.grad, layer.bias.grad, 1)
     moments = basis.spectrum() * _trace(A) * 2
-    W = as_matrix(layer, layer.weight, layer.bias).detach() - basis.precondition(*basis.turn(G), moments, 0.0, 1.0)
+    W = as_matrix(layer.weight, layer.bias, 1).detach() - basis.precondition(*basis.turn(G), moments, 0.0, 1.0)
     solution = torch.linalg.lstsq(functional.pad(z, (0, 1), value=1.0), y).solution
     torch.testing.assert_close(W[0], solution.mT)
 
