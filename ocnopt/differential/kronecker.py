@@ -283,7 +283,9 @@ class Eigen(NamedTuple):
 class Basis(NamedTuple):
     """Eigenbases of A, perhaps its leading part alone, and of B, complete.
 
-    A matrix M ``(groups, b, a)`` is *turned* into U_B^T M and its leading part U_B^T M U_A.
+    A matrix M ``(groups, b, a)`` is *turned* into U_B^T M and its leading part U_B^T M U_A. Second moments belong to the
+    directions: ``(groups, b, a)`` if the basis is complete, else ``(groups, b, r + 1)``, whose last column is the mean
+    over the rest.
     """
 
     input: Eigen
@@ -295,29 +297,39 @@ class Basis(NamedTuple):
         return turned, turned @ self.input.vectors
 
     def spectrum(self) -> Tensor:
-        """Eigenvalues E_B E_A^T of the curvature, the mean over the rest as last column: ``(groups, b, r + 1)``."""
+        """Eigenvalues E_B E_A^T of the curvature, laid out as second moments."""
         values = self.input.values
-        outside = (1.0 - values.sum(-1, keepdim=True)).clamp(min=0.0) / max(1, self.input.rest)
-        return self.output.values[..., :, None] * torch.cat([values, outside], -1)[..., None, :]
+        if self.input.rest:
+            outside = (1.0 - values.sum(-1, keepdim=True)).clamp(min=0.0) / self.input.rest
+            values = torch.cat([values, outside], -1)
+        return self.output.values[..., :, None] * values[..., None, :]
 
     def squares(self, turned: Tensor, leading: Tensor) -> Tensor:
-        """Squared entries of a turned matrix, their mean over the rest as last column: ``(groups, b, r + 1)``."""
+        """Squared entries of a turned matrix, laid out as second moments."""
         squares = leading.square()
+        if not self.input.rest:
+            return squares
         outside = turned.square().sum(-1, keepdim=True) - squares.sum(-1, keepdim=True)
-        return torch.cat([squares, outside.clamp_(min=0.0).div_(max(1, self.input.rest))], -1)
+        return torch.cat([squares, outside.clamp_(min=0.0).div_(self.input.rest)], -1)
+
+    def split(self, moments: Tensor) -> tuple[Tensor, Tensor]:
+        """Second moments of the leading part and, ``(groups, b, 1)``, of each direction of the rest."""
+        rank = self.input.vectors.shape[-1]
+        return moments[..., :rank], moments[..., rank:] if self.input.rest else moments.new_zeros(())
 
     def mean(self, moments: Tensor) -> Tensor:
         """Mean of second moments over all directions: the trace of the curvature over its size."""
-        inside, outside = moments[..., :-1].sum(), moments[..., -1].sum()
-        return (inside + outside * self.input.rest) / (moments[..., -1].numel() * self.input.vectors.shape[-2])
-
-    def precondition(self, turned: Tensor, leading: Tensor, moments: Tensor, damping: float, power: float) -> Tensor:
-        """U_B (M / (s + damping * mean(s))^power) U_A^T of a turned matrix."""
-        floor = self.mean(moments) * damping + torch.finfo(moments.dtype).tiny
-        scales = (moments + floor).rsqrt_() if power == 0.5 else (moments + floor).pow_(-power)
-        inside, outside = scales[..., :-1], scales[..., -1:]
         if not self.input.rest:
-            return self.output.vectors @ ((inside * leading) @ self.input.vectors.mT)
+            return moments.mean()
+        inside, outside = self.split(moments)
+        return (inside.sum() + outside.sum() * self.input.rest) / (outside.numel() * self.input.vectors.shape[-2])
+
+    def precondition(self, turned: Tensor, leading: Tensor, moments: Tensor, floor: Tensor, power: float) -> Tensor:
+        """U_B (M / (s + floor)^power) U_A^T of a turned matrix."""
+        scales = (moments + floor).pow_(-power)
+        if not self.input.rest:
+            return self.output.vectors @ (scales.mul_(leading) @ self.input.vectors.mT)
+        inside, outside = self.split(scales)
         step = outside * turned + ((inside - outside) * leading) @ self.input.vectors.mT
         return self.output.vectors @ step
 
@@ -373,11 +385,12 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def first_moments(basis: Basis, gradient: Tensor) -> Tensor:
     """Second moments to start from: the spectrum of the curvature, in the units of the squared gradient."""
     squares, spectrum = basis.squares(*basis.turn(gradient)), basis.spectrum()
-    inside, shape = squares[..., :-1], spectrum[..., :-1]
-    unit = inside.sum((-2, -1), keepdim=True) / shape.sum((-2, -1), keepdim=True).clamp(
-        min=torch.finfo(shape.dtype).tiny
-    )
-    return torch.cat([shape * unit, squares[..., -1:]], -1)
+    inside, shape = basis.split(squares)[0], basis.split(spectrum)[0]
+    tiny = torch.finfo(shape.dtype).tiny
+    moments = spectrum * (inside.sum((-2, -1), keepdim=True) / shape.sum((-2, -1), keepdim=True).clamp(min=tiny))
+    if basis.input.rest:
+        moments[..., -1] = squares[..., -1]
+    return moments
 
 
 def carried_moments(moments: Tensor, old: Basis, new: Basis) -> Tensor:
@@ -386,10 +399,13 @@ def carried_moments(moments: Tensor, old: Basis, new: Basis) -> Tensor:
     Entries that are uncorrelated in the old basis, with second moments s, have in the new one the second moments
     (R_B o R_B) s (R_A o R_A)^T with R_A = U_A'^T U_A, R_B = U_B'^T U_B; what leaves the leading part joins the rest.
     """
-    inside, outside = moments[..., :-1], moments[..., -1:]
+    inside, outside = old.split(moments)
     mixing = (new.input.vectors.mT @ old.input.vectors).square()
-    from_rest = (1.0 - mixing.sum(-1)).clamp(min=0.0)[..., None, :] if old.input.rest else mixing.new_zeros(())
-    moved = inside @ mixing.mT + outside * from_rest
-    total = inside.sum(-1, keepdim=True) + outside * old.input.rest
-    left = (total - moved.sum(-1, keepdim=True)).clamp(min=0.0) / max(1, new.input.rest)
-    return (new.output.vectors.mT @ old.output.vectors).square() @ torch.cat([moved, left], -1)
+    moved = inside @ mixing.mT
+    if old.input.rest:
+        moved += outside * (1.0 - mixing.sum(-1)).clamp(min=0.0)[..., None, :]
+    if new.input.rest:
+        total = inside.sum(-1, keepdim=True) + outside * old.input.rest
+        left = (total - moved.sum(-1, keepdim=True)).clamp(min=0.0) / new.input.rest
+        moved = torch.cat([moved, left], -1)
+    return (new.output.vectors.mT @ old.output.vectors).square() @ moved

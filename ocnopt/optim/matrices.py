@@ -4,8 +4,8 @@ Shapes: gradient and momentum ``(groups, b, a)``, factors A ``(groups, a, a)`` a
 holds beside them is explained in :mod:`ocnopt.differential.kronecker`, the rule in :mod:`ocnopt.optim.snopt`.
 """
 
-from collections.abc import Mapping, MutableMapping
-from typing import Any
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,16 +67,50 @@ def refresh(state: State, gradient: Tensor, momentum: Tensor, samples: Samples |
     (state["input_vectors"], state["input_values"]), (state["output_vectors"], state["output_values"]) = new
 
 
-def turn(state: State, gradient: Tensor, momentum: Tensor, damping: float, power: float) -> Tensor:
-    """The step, without lr."""
-    basis, moments = _basis(state), state["moments"]
-    turned, leading = basis.turn(torch.stack((gradient, momentum)))
+class Pair(NamedTuple):
+    """A matrix that is to move: its state with an eigenbasis, its gradient and momentum, and its damping."""
+
+    state: State
+    gradient: Tensor
+    momentum: Tensor
+    damping: float
+
+
+def turn(pairs: Sequence[Pair], power: float) -> list[Tensor]:
+    """The steps of some matrices, without lr."""
+    if not pairs:
+        return []
+    bases = [_basis(pair.state) for pair in pairs]
+    turned = [basis.turn(torch.stack(pair[1:3])) for basis, pair in zip(bases, pairs, strict=True)]
+    moments = [pair.state["moments"] for pair in pairs]
+    squares = [basis.squares(whole[0], part[0]) for basis, (whole, part) in zip(bases, turned, strict=True)]
     # what the moments began with counts as one observation
-    moments.lerp_(basis.squares(turned[0], leading[0]), newest(state["step"] + 1, DECAY))
-    step = basis.precondition(turned[1], leading[1], moments, damping, power)
-    tiny = torch.finfo(step.dtype).tiny
-    length = momentum.norm() / basis.mean(moments).clamp(min=tiny).sqrt()
-    return step.mul_(length / step.norm().clamp(min=tiny))
+    average(moments, squares, [newest(pair.state["step"] + 1, DECAY) for pair in pairs])
+    means = [basis.mean(moment) for basis, moment in zip(bases, moments, strict=True)]
+    floors = torch._foreach_mul(means, [pair.damping for pair in pairs])
+    tiny = torch.finfo(means[0].dtype).tiny
+    torch._foreach_add_(floors, tiny)
+    torch._foreach_add_(means, tiny)
+    steps = [
+        basis.precondition(whole[1], part[1], moment, floor, power)
+        for basis, (whole, part), moment, floor in zip(bases, turned, moments, floors, strict=True)
+    ]
+    norms = torch._foreach_norm(steps)
+    torch._foreach_add_(norms, tiny)
+    torch._foreach_sqrt_(means)
+    torch._foreach_mul_(norms, means)
+    lengths = torch._foreach_norm([pair.momentum for pair in pairs])
+    torch._foreach_mul_(steps, [*torch._foreach_div(lengths, norms)])
+    return steps
+
+
+def average(means: list[Tensor], values: list[Tensor], weights: Sequence[float]) -> None:
+    """Take new values, each of its weight, into running means."""
+    if len({*weights}) == 1:
+        torch._foreach_lerp_(means, values, weights[0])
+    else:
+        for mean, value, weight in zip(means, values, weights, strict=True):
+            mean.lerp_(value, weight)
 
 
 def _basis(state: Mapping[str, Any]) -> Basis:

@@ -280,22 +280,25 @@ class SNOpt(torch.optim.Optimizer):
         groups = {parameter: group for group in self.param_groups for parameter in group["params"]}
         gradients, momenta = self._gradients()
         self._adapt(gradients)
-        steps: dict[Tensor, Tensor] = {}
+        ready: list[tuple[Block, matrices.Pair]] = []
         for block in self._blocks:
             if all(parameter in gradients for parameter in block.parameters):
-                pair = block.matrix(gradients), block.matrix(momenta)
-                step = self._move(block, *pair, samples.get(block.layer), groups[block.weight]["damping"])
-                if step is not None:
-                    steps.update(block.parts(step))
+                state, damping = self.state[block.weight], groups[block.weight]["damping"]
+                pair = matrices.Pair(state, block.matrix(gradients), block.matrix(momenta), damping)
+                if self._learn(block, pair, samples.get(block.layer)):
+                    ready.append((block, pair))
+        steps: dict[Tensor, Tensor] = {}
+        for (block, _), move in zip(ready, matrices.turn([pair for _, pair in ready], self.power), strict=True):
+            steps.update(block.parts(move))
         self._follow({p: g for p, g in gradients.items() if p not in steps}, momenta, steps)
         for group in self.param_groups:
             moved = [parameter for parameter in group["params"] if parameter in steps]
             if moved:
                 changes = [steps[parameter] for parameter in moved]
                 torch._foreach_mul_(changes, -group["lr"] * self.factor)
+                torch._foreach_add_(moved, changes)
                 for parameter, change in zip(moved, changes, strict=True):
                     self.state[parameter]["change"] = change
-                    parameter.add_(change)
 
     def _takes_back(self) -> bool:
         """Undo the last step, and shorten those that follow, if it made the fields explode."""
@@ -346,8 +349,8 @@ class SNOpt(torch.optim.Optimizer):
                 weights = [parameter.to(gradient) for parameter, gradient in zip(parameters, found, strict=True)]
                 found = [*torch._foreach_add(found, weights, alpha=group["weight_decay"])]
             means = [self._momentum(parameter, gradient) for parameter, gradient in zip(parameters, found, strict=True)]
-            for parameter, mean, gradient in zip(parameters, means, found, strict=True):
-                mean.lerp_(gradient, matrices.newest(self.state[parameter]["step"], group["momentum"]))
+            weights = [matrices.newest(self.state[parameter]["step"], group["momentum"]) for parameter in parameters]
+            matrices.average(means, found, weights)
             gradients.update(zip(parameters, found, strict=True))
             momenta.update(zip(parameters, means, strict=True))
         return gradients, momenta
@@ -370,11 +373,9 @@ class SNOpt(torch.optim.Optimizer):
     def _has_samples(self, block: Block) -> bool:
         return self.curvature == "costate" and is_layer(block.layer)
 
-    def _move(
-        self, block: Block, gradient: Tensor, momentum: Tensor, samples: Samples | None, damping: float
-    ) -> Tensor | None:
-        """The step of a matrix without lr, once it has an eigenbasis."""
-        state, is_gathered = self.state[block.weight], self._has_samples(block)
+    def _learn(self, block: Block, pair: matrices.Pair, samples: Samples | None) -> bool:
+        """Take what an iteration says into the factors of a matrix; whether it has an eigenbasis."""
+        (state, gradient, momentum, _), is_gathered = pair, self._has_samples(block)
         if not is_gathered:
             matrices.observe(state, gradient)
         if self._is_refresh() or not (is_gathered or matrices.fits(state, gradient)):
@@ -386,7 +387,7 @@ class SNOpt(torch.optim.Optimizer):
                 warn_unseen(block.name)
             if samples is not None if is_gathered else received:
                 matrices.refresh(state, gradient, momentum, samples)
-        return matrices.turn(state, gradient, momentum, damping, self.power) if matrices.fits(state, gradient) else None
+        return matrices.fits(state, gradient)
 
     def _follow(
         self, gradients: Mapping[Tensor, Tensor], momenta: Mapping[Tensor, Tensor], steps: dict[Tensor, Tensor]

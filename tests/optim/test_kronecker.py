@@ -30,7 +30,7 @@ def test_power_one_in_the_exact_basis_is_kfac():
     A, B = factors(samples)
     G = torch.randn(2, 3, 4)
     spectrum = basis.spectrum() * _trace(A) * _trace(B)
-    step = basis.precondition(*basis.turn(G), spectrum, damping=0.0, power=1.0)
+    step = basis.precondition(*basis.turn(G), spectrum, torch.tensor(0.0), power=1.0)
     torch.testing.assert_close(step, torch.linalg.solve(B, G) @ torch.linalg.inv(A))
     for group in range(2):
         vec = G[group].mT.reshape(-1)  # columns stacked
@@ -49,7 +49,9 @@ def test_least_squares_in_one_step():
     basis = eigenbasis(Samples(samples.inputs, torch.eye(2)[None]), rank=4)
     G = as_matrix(layer.weight.grad, layer.bias.grad, 1)
     moments = basis.spectrum() * _trace(A) * 2
-    W = as_matrix(layer.weight, layer.bias, 1).detach() - basis.precondition(*basis.turn(G), moments, 0.0, 1.0)
+    W = as_matrix(layer.weight, layer.bias, 1).detach() - basis.precondition(
+        *basis.turn(G), moments, torch.tensor(0.0), 1.0
+    )
     solution = torch.linalg.lstsq(functional.pad(z, (0, 1), value=1.0), y).solution
     torch.testing.assert_close(W[0], solution.mT)
 
@@ -58,12 +60,17 @@ def test_least_squares_in_one_step():
 @pytest.mark.parametrize("power", [0.5, 1.0])
 def test_precondition_against_dense_matrices(rank, power):
     _, basis = random_basis(rank=rank)
-    M, moments = torch.randn(2, 3, 4), torch.rand(2, 3, rank + 1)
-    step = basis.precondition(*basis.turn(M), moments, damping=0.1, power=power)
-    full = torch.cat([moments[..., :rank], *[moments[..., rank:]] * (4 - rank)], -1)
+    M, moments = torch.randn(2, 3, 4), torch.rand(2, 3, min(rank + 1, 4))
+    step = basis.precondition(*basis.turn(M), moments, 0.1 * basis.mean(moments), power)
+    full = _spread(moments, rank)
     UA = _completed(basis.input.vectors)
     scaled = (basis.output.vectors.mT @ M @ UA) / (full + 0.1 * full.mean()) ** power
     torch.testing.assert_close(step, basis.output.vectors @ scaled @ UA.mT)
+
+
+def _spread(moments, rank):
+    """Second moments of each of the four directions."""
+    return torch.cat([moments[..., :rank], *[moments[..., rank:]] * (4 - rank)], -1)
 
 
 def _completed(vectors):
@@ -118,7 +125,8 @@ def test_many_samples_are_thinned_for_a_leading_basis():
 def test_a_dead_layer_has_a_basis():
     basis = eigenbasis(Samples(torch.zeros(1, 4, 3), torch.zeros(1, 4, 2)), rank=8)
     moments = first_moments(basis, torch.zeros(1, 2, 3))
-    step = basis.precondition(*basis.turn(torch.zeros(1, 2, 3)), moments, 0.0, 0.5)
+    tiny = torch.tensor(torch.finfo(moments.dtype).tiny)
+    step = basis.precondition(*basis.turn(torch.zeros(1, 2, 3)), moments, tiny, 0.5)
     torch.testing.assert_close(step, torch.zeros(1, 2, 3))
 
 
@@ -126,11 +134,9 @@ def test_a_dead_layer_has_a_basis():
 def test_moments_move_with_the_basis(before, after):
     _, old = random_basis(rank=before)
     _, new = random_basis(rank=after)
-    moments = torch.rand(2, 3, before + 1)
-    if before == 4:
-        moments[..., -1] = 0.0
+    moments = torch.rand(2, 3, min(before + 1, 4))
     moved = carried_moments(moments, old, new)
-    full = torch.cat([moments[..., :before], *[moments[..., before:]] * (4 - before)], -1)
+    full = _spread(moments, before)
     RA = new.input.vectors.mT @ _completed(old.input.vectors)
     RB = new.output.vectors.mT @ old.output.vectors
     expected = RB.square() @ full @ RA.square().mT
