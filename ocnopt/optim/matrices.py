@@ -1,7 +1,13 @@
-"""The step of one matrix in the eigenbasis of its Kronecker factors, on the state that an optimiser keeps for it.
+"""The steps of matrices in the eigenbases of their Kronecker factors, on the state that an optimiser keeps for each.
 
-Shapes: gradient and momentum ``(groups, b, a)``, factors A ``(groups, a, a)`` and B ``(groups, b, b)``; what the state
-holds beside them is explained in :mod:`ocnopt.differential.kronecker`, the rule in :mod:`ocnopt.optim.snopt`.
+Shapes: gradient, momentum and step of a matrix ``(groups, b, a)``, factors A ``(groups, a, a)`` and B
+``(groups, b, b)``. In A = U_A E_A U_A^T and B = U_B E_B U_B^T a gradient reads U_B^T G U_A, its second moments s (first
+E_B E_A^T) are kept entry by entry, and the preconditioned gradient is U_B (U_B^T G U_A / (s + damping)^power) U_A^T.
+Power 1 with s = E_B E_A^T is KFAC: vec(B^-1 G A^-1) = (A (X) B)^-1 vec(G). A has at most as many eigenvalues above zero
+as there are samples, so U_A may hold its leading eigenvectors alone; the directions outside of it, *the rest*, share
+one second moment per row. The rule as a whole is in :mod:`ocnopt.optim.snopt`.
+
+Source: George et al., arXiv 1806.03884.
 """
 
 from collections.abc import Mapping, MutableMapping, Sequence
@@ -10,15 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ocnopt.differential.kronecker import (
-    Basis,
-    Eigen,
-    Samples,
-    carried_moments,
-    eigenbasis,
-    eigh,
-    first_moments,
-)
+from ocnopt.differential.kronecker import Samples
 
 DECAY = 0.95  # beta, of second moments and of factors made of gradients
 KEEP = 0.5  # share of the old factors in a refresh from samples
@@ -26,6 +24,149 @@ RANK = 128  # eigenvectors of A that are kept where it comes from samples, or is
 WIDEST = 2048  # inputs up to which A is kept whole
 
 State = MutableMapping[str, Any]
+
+
+class Eigen(NamedTuple):
+    """Leading eigenvectors ``(groups, d, r)`` and eigenvalues ``(groups, r)`` of a factor scaled to trace one."""
+
+    vectors: Tensor
+    values: Tensor
+
+    @property
+    def rest(self) -> int:
+        """The number of directions in the rest."""
+        return self.vectors.shape[-2] - self.vectors.shape[-1]
+
+
+class Basis(NamedTuple):
+    """Eigenbases of A, perhaps its leading part alone, and of B, complete.
+
+    A matrix M ``(groups, b, a)`` is *turned* into U_B^T M and its leading part U_B^T M U_A. Second moments belong to
+    directions: ``(groups, b, a)`` if the basis is complete, else ``(groups, b, r + 1)``, whose last column is the mean
+    over the rest.
+    """
+
+    input: Eigen
+    output: Eigen
+
+    def turn(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """U_B^T M ``(..., b, a)`` and U_B^T M U_A ``(..., b, r)``."""
+        turned = self.output.vectors.mT @ matrix
+        return turned, turned @ self.input.vectors
+
+    def spectrum(self) -> Tensor:
+        """Eigenvalues E_B E_A^T of the curvature, laid out as second moments."""
+        values = self.input.values
+        if self.input.rest:
+            outside = (1.0 - values.sum(-1, keepdim=True)).clamp(min=0.0) / self.input.rest
+            values = torch.cat([values, outside], -1)
+        return self.output.values[..., :, None] * values[..., None, :]
+
+    def squares(self, turned: Tensor, leading: Tensor) -> Tensor:
+        """Squared entries of a turned matrix, laid out as second moments."""
+        squares = leading.square()
+        if not self.input.rest:
+            return squares
+        outside = turned.square().sum(-1, keepdim=True) - squares.sum(-1, keepdim=True)
+        return torch.cat([squares, outside.clamp_(min=0.0).div_(self.input.rest)], -1)
+
+    def split(self, moments: Tensor) -> tuple[Tensor, Tensor]:
+        """Second moments of the leading part and, ``(groups, b, 1)``, of each direction of the rest."""
+        rank = self.input.vectors.shape[-1]
+        return moments[..., :rank], moments[..., rank:] if self.input.rest else moments.new_zeros(())
+
+    def mean(self, moments: Tensor) -> Tensor:
+        """Mean of second moments over all directions: the trace of the curvature over its size."""
+        if not self.input.rest:
+            return moments.mean()
+        inside, outside = self.split(moments)
+        return (inside.sum() + outside.sum() * self.input.rest) / (outside.numel() * self.input.vectors.shape[-2])
+
+    def precondition(self, turned: Tensor, leading: Tensor, moments: Tensor, floor: Tensor, power: float) -> Tensor:
+        """U_B (M / (s + floor)^power) U_A^T of a turned matrix."""
+        scales = (moments + floor).pow_(-power)
+        if not self.input.rest:
+            return self.output.vectors @ (scales.mul_(leading) @ self.input.vectors.mT)
+        inside, outside = self.split(scales)
+        step = outside * turned + ((inside - outside) * leading) @ self.input.vectors.mT
+        return self.output.vectors @ step
+
+
+def eigenbasis(samples: Samples, rank: int, old: Basis | None = None, keep: float = 0.0) -> Basis:
+    """Eigenbasis of the factors of some samples, averaged with the factors behind an old basis.
+
+    Args:
+        samples: of one layer.
+        rank: how many eigenvectors of A to keep at most; if A is larger, 4 rank to 8 rank samples are enough.
+        old: weighs ``keep`` in the average, the samples 1 - keep.
+        keep: see ``old``.
+
+    >>> eye = torch.eye(2)[None]
+    >>> eigenbasis(Samples(eye * torch.tensor([1.0, 3.0]), eye), rank=2).input.values
+    tensor([[0.9000, 0.1000]])
+    """
+    inputs = samples.inputs
+    if inputs.shape[2] > rank:
+        inputs = inputs[:, :: max(1, inputs.shape[1] // (4 * rank))]
+    return Basis(
+        _leading(inputs, rank, old and old.input, keep),
+        _leading(samples.gradients, samples.gradients.shape[-1], old and old.output, keep),
+    )
+
+
+def _leading(rows: Tensor, rank: int, old: Eigen | None, keep: float) -> Eigen:
+    """Leading eigenvectors of rows^T rows, for rows ``(groups, k, d)``."""
+    rows = rows / torch.linalg.matrix_norm(rows, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
+    if old is not None:
+        kept = (keep * old.values).sqrt()[..., None] * old.vectors.mT
+        rows = torch.cat([kept, (1.0 - keep) ** 0.5 * rows], -2)
+    if rows.shape[-2] < rows.shape[-1] and rank < rows.shape[-1]:
+        # Fewer rows than directions: a small eigenproblem in the span of the rows, by a stable route.
+        span, triangle = torch.linalg.qr(rows.mT)
+        values, small = eigh(triangle @ triangle.mT)
+        vectors = span @ small
+    else:
+        values, vectors = eigh(rows.mT @ rows)
+    return Eigen(vectors.flip(-1)[..., :rank].contiguous(), values.flip(-1)[..., :rank].clamp(min=0.0))
+
+
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, rising, and eigenvectors of symmetric matrices ``(..., d, d)``."""
+    try:
+        return torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:
+        # Single precision can fail to converge on nearly equal eigenvalues.
+        values, vectors = torch.linalg.eigh(matrix.double())
+        return values.to(matrix), vectors.to(matrix)
+
+
+def first_moments(basis: Basis, gradient: Tensor) -> Tensor:
+    """Second moments to start from: the spectrum of the curvature, in the units of the squared gradient."""
+    squares, spectrum = basis.squares(*basis.turn(gradient)), basis.spectrum()
+    inside, shape = basis.split(squares)[0], basis.split(spectrum)[0]
+    tiny = torch.finfo(shape.dtype).tiny
+    moments = spectrum * (inside.sum((-2, -1), keepdim=True) / shape.sum((-2, -1), keepdim=True).clamp(min=tiny))
+    if basis.input.rest:
+        moments[..., -1] = squares[..., -1]
+    return moments
+
+
+def carried_moments(moments: Tensor, old: Basis, new: Basis) -> Tensor:
+    """Second moments in a new eigenbasis.
+
+    Entries that are uncorrelated in the old basis, with second moments s, have in the new one the second moments
+    (R_B o R_B) s (R_A o R_A)^T with R_A = U_A'^T U_A, R_B = U_B'^T U_B; what leaves the leading part joins the rest.
+    """
+    inside, outside = old.split(moments)
+    mixing = (new.input.vectors.mT @ old.input.vectors).square()
+    moved = inside @ mixing.mT
+    if old.input.rest:
+        moved += outside * (1.0 - mixing.sum(-1)).clamp(min=0.0)[..., None, :]
+    if new.input.rest:
+        total = inside.sum(-1, keepdim=True) + outside * old.input.rest
+        left = (total - moved.sum(-1, keepdim=True)).clamp(min=0.0) / new.input.rest
+        moved = torch.cat([moved, left], -1)
+    return (new.output.vectors.mT @ old.output.vectors).square() @ moved
 
 
 def newest(count: Any, decay: float) -> float:

@@ -5,15 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ocnopt.differential.kronecker import (
-    Basis,
-    Eigen,
-    Samples,
-    as_matrix,
-    carried_moments,
-    eigenbasis,
-    first_moments,
-)
+from ocnopt.differential.kronecker import Samples, as_matrix
+from ocnopt.optim.matrices import Basis, Eigen, carried_moments, eigenbasis, first_moments
 from tests.optim.cases import factors, gather
 
 pytestmark = pytest.mark.usefixtures("float64")
