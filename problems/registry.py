@@ -29,7 +29,7 @@ def names(kind: str | None = None) -> tuple[str, ...]:
 
     Example:
         >>> names("learning")[:2]
-        ('digits', 'digits_mlp')
+        ('digits', 'digits_ode')
     """
     if kind not in (None, "control", "learning"):
         raise ProblemError(f"kind is {kind!r}; expected 'control' or 'learning': leave it out for all problems")

@@ -217,7 +217,8 @@ def _solver_metrics(model: nn.Module) -> dict[str, int | float]:
         return {}
     forward = sum(ode.statistics.forward for ode in odes)
     backward = sum(ode.statistics.backward for ode in odes)
-    end = odes[0].T if isinstance(odes[0].horizon, FreeHorizon) else odes[0].horizon.t1
+    horizon = odes[0].horizon
+    end = odes[0].T if isinstance(horizon, FreeHorizon) else abs(horizon.t1 - horizon.t0)
     return {"T": float(end), "forward": forward, "backward": backward}
 
 

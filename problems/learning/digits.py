@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ocnopt.errors import DataError, ProblemError
+from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.ocp import FreeHorizon
+from ocnopt.problems.learning.fields import TimeLinear, TimeNet
 from ocnopt.problems.learning.images import ImageClassifier
 from ocnopt.problems.learning.networks import inception_net, mlp, residual_net
 from ocnopt.problems.record import LearningRecord, Task
@@ -90,6 +92,17 @@ def build(*, seed: int = SPLIT_SEED, test_size: int = TEST_SIZE) -> Task:
     return _task("digits", make_model, seed=seed, test_size=test_size)
 
 
+def vector_model(horizon: float | FreeHorizon = 1.0, **options: Any) -> nn.Module:
+    """Pixels as a vector, 32 features, a Neural ODE of two layers that see the time, one linear layer.
+
+    Args:
+        horizon: of the Neural ODE.
+        options: of :class:`ocnopt.neural.neural_ode.NeuralODE`.
+    """
+    ode = NeuralODE(TimeNet(TimeLinear, (32, 64, 32)), horizon, **options)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Tanh(), ode, nn.Linear(32, 10))
+
+
 def _task(name: str, make_model: Callable[..., nn.Module], **options: Any) -> Task:
     data = load(**options)
     counts = f"{len(data.train_labels)} train, {len(data.test_labels)} test"
@@ -130,6 +143,7 @@ RECORDS = (
         epochs=13,
         learning_rates={"adam": 0.01, "sgd": 0.05, "snopt": 0.01},
     ),
+    _record("digits_ode", "a Neural ODE of two layers", vector_model, 128, 20, adam=0.01),
     _record("digits_mlp", "five linear layers and tanh", partial(mlp, 64, 10), 32, 15),
     _record(
         "digits_sigmoid",

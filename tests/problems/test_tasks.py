@@ -15,7 +15,12 @@ from ocnopt.problems.learning.networks import Inception, Residual, mlp
 @pytest.mark.parametrize("name", names("learning"))
 def test_a_learning_problem_is_complete(name):
     record = learning_task(name)
-    task = record.build()
+    try:
+        task = record.build()
+    except DataError as error:
+        if "is missing; expected it in" in str(error):
+            pytest.skip(str(error))
+        raise
     assert task.name == record.name == name
     assert record.summary
     assert record.source

@@ -1,0 +1,76 @@
+"""Fields of Neural ODEs that see the time: layers of vectors joined with t, or scaled and shifted by functions of t.
+
+Shapes: t ``()``, x ``(B, d)``.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+Activation = Callable[[Tensor], Tensor]
+
+
+class TimeLinear(nn.Module):
+    """A linear layer that sees the time as one more entry.
+
+    Args:
+        inputs: entries of a vector.
+        outputs: likewise.
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(inputs + 1, outputs)
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        """``(B, inputs) -> (B, outputs)``."""
+        return self.linear(torch.cat([x, t.to(x).expand(*x.shape[:-1], 1)], dim=-1))
+
+
+class Squash(nn.Module):
+    """FFJORD's concat-squash layer, (W x + b) sigmoid(g t + c) + h t.
+
+    Args:
+        inputs: entries of a vector.
+        outputs: likewise.
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(inputs, outputs)
+        self.gate = nn.Linear(1, outputs)
+        self.shift = nn.Linear(1, outputs, bias=False)
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        """``(B, inputs) -> (B, outputs)``."""
+        time = t.to(x).reshape(1, 1)
+        return self.layer(x) * torch.sigmoid(self.gate(time)) + self.shift(time)
+
+
+class TimeNet(nn.Module):
+    """Layers that see the time, with an activation between them.
+
+    Args:
+        layer: :class:`TimeLinear` or :class:`Squash`.
+        sizes: entries before the first layer, between layers, after the last.
+        activation: between them.
+
+    Example:
+        >>> TimeNet(Squash, [2, 8, 2])(torch.tensor(0.5), torch.zeros(3, 2)).shape
+        torch.Size([3, 2])
+    """
+
+    def __init__(
+        self, layer: type[TimeLinear] | type[Squash], sizes: Sequence[int], activation: Activation = torch.tanh
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layer(*pair) for pair in pairwise(sizes))
+        self.activation = activation
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        """``(B, sizes[0]) -> (B, sizes[-1])``."""
+        for i, layer in enumerate(self.layers):
+            x = layer(t, self.activation(x) if i else x)
+        return x
