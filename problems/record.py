@@ -103,7 +103,8 @@ class Task:
         test_inputs: likewise, never used in training.
         make_model: ``make_model(**options) -> Module``, freshly initialised from torch's global random state. A model
             around a Neural ODE takes its horizon as the first option.
-        loss: ``loss(outputs, targets) -> ()``, a mean over samples.
+        loss: ``loss(outputs, targets) -> ()``, a mean over samples; outputs are whatever the model returns. A density
+            returns log-probabilities, and its targets are its inputs.
         split: how training and test part were chosen, in words.
         metrics: name -> ``metric(outputs, targets) -> (B,)``; a name that ends with "accuracy" is a share of one.
         pictures: of a trained model.
@@ -115,9 +116,9 @@ class Task:
     test_inputs: Tensor
     test_targets: Tensor
     make_model: Callable[..., nn.Module]
-    loss: Callable[[Tensor, Tensor], Tensor]
+    loss: Callable[[Any, Tensor], Tensor]
     split: str
-    metrics: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = field(default_factory=lambda: {"accuracy": accuracy})
+    metrics: Mapping[str, Callable[[Any, Tensor], Tensor]] = field(default_factory=lambda: {"accuracy": accuracy})
     pictures: tuple[Picture, ...] = ()
 
     def batches(self, size: int) -> int:

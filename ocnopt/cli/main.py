@@ -4,17 +4,18 @@ Torch and the solvers are imported inside the commands, so that ``--help`` answe
 """
 
 import functools
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from ocnopt.cli.tables import as_options, show, to_json
+from ocnopt.cli.messages import MISTAKE as MISTAKE
+from ocnopt.cli.messages import STOPPED, console, errors, explain_errors, tell
+from ocnopt.cli.tables import show, to_json
 from ocnopt.errors import OcnoptError, ProblemError
 
 if TYPE_CHECKING:
@@ -29,11 +30,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-console = Console()
-errors = Console(stderr=True)
-
-NOT_CONVERGED, MISTAKE, STOPPED = 1, 2, 130
-Arguments = ParamSpec("Arguments")
+NOT_CONVERGED = 1
 Name = Annotated[
     str | None, typer.Argument(help="Name of a problem, see [bold]ocnopt problems[/bold].", show_default=False)
 ]
@@ -56,43 +53,6 @@ Integrator = Annotated[
 def _examples(*lines: str) -> str:
     """The end of a help page."""
     return "\n\n".join(("Examples:", *lines))
-
-
-def explain_errors(command: Callable[Arguments, None]) -> Callable[Arguments, None]:
-    """Turn errors into one message and an exit code, and warnings into notes, in the words of the command line.
-
-    Args:
-        command: a command of the app.
-    """
-
-    @functools.wraps(command)
-    def wrapped(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
-        try:
-            with warnings.catch_warnings():
-                warnings.showwarning = lambda message, *_: _tell("[yellow]note:[/yellow]", as_options(str(message)))
-                command(*args, **kwargs)
-        except OcnoptError as error:
-            _tell("[bold red]error:[/bold red]", f"{type(error).__name__}: {as_options(str(error))}")
-            raise typer.Exit(MISTAKE) from error
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            _tell(
-                "[bold red]error:[/bold red]",
-                f"{error}; expected files that can be read and written: mend that, then continue with --resume",
-            )
-            raise typer.Exit(MISTAKE) from error
-        except KeyboardInterrupt as interrupt:
-            _tell("[bold red]stopped[/bold red]", "before anything was saved")
-            raise typer.Exit(STOPPED) from interrupt
-
-    return wrapped
-
-
-def _tell(kind: str, message: str) -> None:
-    """One message on standard error."""
-    errors.print(kind, end=" ")
-    errors.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
 def _version(wanted: bool) -> bool:
@@ -288,6 +248,23 @@ def study(
         _print_json(record)
 
 
+@app.command(epilog=_examples("ocnopt data", "ocnopt data fetch mnist"))
+@explain_errors
+def data(
+    action: Annotated[
+        str | None, typer.Argument(metavar="[fetch]", help="fetch, or nothing to list the data sets.")
+    ] = None,
+    name: Annotated[str | None, typer.Argument(help="Name of a data set.", show_default=False)] = None,
+) -> None:
+    """List the data sets that are downloaded on request, or fetch one."""
+    from ocnopt.cli.data import data_table, run_fetch
+
+    if action is None:
+        show(console, data_table())
+    else:
+        run_fetch(action, name, console)
+
+
 @app.command(epilog=_examples("ocnopt demo", "ocnopt demo --seeds 1 --out runs/demo"))
 @explain_errors
 def demo(
@@ -362,7 +339,7 @@ def _run(
                 folder.discard()
             raise
         except KeyboardInterrupt as interrupt:
-            _tell("[bold red]stopped;[/bold red]", f"continue with: ocnopt {command} --resume {folder.path}")
+            tell("[bold red]stopped;[/bold red]", f"continue with: ocnopt {command} --resume {folder.path}")
             raise typer.Exit(STOPPED) from interrupt
     if not quiet:
         page = (folder.path / "report.html").resolve()

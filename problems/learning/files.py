@@ -37,21 +37,21 @@ def find(name: str, *, dataset: str, source: str, others: Sequence[Path] = ()) -
     """The path of a file of a data set.
 
     Args:
-        name: of the file, below the data folder.
+        name: of the file, below the data folder: its data set's own folder comes first.
         dataset: the name that ``ocnopt data fetch`` takes; empty where it must be brought by hand.
         source: where the file officially comes from.
-        others: folders that are looked into besides.
+        others: folders where the file may lie by itself.
 
     Raises:
         DataError: it is in none of the folders.
     """
-    folders = [data_folder(), *others]
-    for folder in folders:
-        if (folder / name).is_file():
-            return folder / name
+    places = [data_folder() / name, *(folder / Path(name).name for folder in others)]
+    for place in places:
+        if place.is_file():
+            return place
     cure = f"fetch it with 'ocnopt data fetch {dataset}'" if dataset else "bring it there"
     raise DataError(
-        f"{name} is missing; expected it in {' or '.join(map(str, folders))}, from {source}: {cure}, or set "
+        f"{Path(name).name} is missing; expected it as {' or '.join(map(str, places))}, from {source}: {cure}, or set "
         "OCNOPT_DATA to the folder that holds it"
     )
 
@@ -69,10 +69,7 @@ def read_bytes(path: Path) -> bytes:
         with _opened(path) as file:
             return file.read()
     except (OSError, *BROKEN) as error:
-        size = path.stat().st_size if path.exists() else 0
-        raise DataError(
-            f"{path} could not be read ({error}); its {size} bytes were expected to hold a whole file: fetch it again"
-        ) from error
+        raise _unreadable(path, error, "a whole file") from error
 
 
 def _opened(path: Path) -> IO[bytes] | Any:
@@ -179,7 +176,7 @@ def read_table(path: Path, shape: tuple[int, int]) -> Tensor:
     try:
         table = np.loadtxt(content.decode("ascii").splitlines(), delimiter=",", ndmin=2)
     except ValueError as error:
-        raise DataError(f"{path} cannot be read ({error}); expected {shape} numbers: fetch it again") from error
+        raise _unreadable(path, error, f"{shape} numbers") from error
     if table.shape != shape:
         raise DataError(
             f"{path} holds {table.shape} numbers in {len(content)} bytes; expected {shape}: it is cut off or another "
@@ -199,13 +196,34 @@ def read_arrays(path: Path, names: Sequence[str]) -> list[Tensor]:
         DataError: it is cut off, lacks an array, or holds Python objects.
     """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return [torch.from_numpy(arrays[name]) for name in names]
     except (KeyError, ValueError, OSError, *BROKEN) as error:
-        raise DataError(
-            f"{path} ({path.stat().st_size} bytes) cannot be read ({error}); expected a whole .npz with "
-            f"{', '.join(names)}: fetch it again"
-        ) from error
+        raise _unreadable(path, error, f"a whole .npz of numbers with {', '.join(names)}") from error
+
+
+def read_matlab(path: Path, names: Sequence[str]) -> list[Tensor]:
+    """Arrays of numbers of a MATLAB file up to version 7.
+
+    Args:
+        path: of the file.
+        names: of the arrays.
+
+    Raises:
+        DataError: it is cut off, lacks an array, or is of another version.
+    """
+    from scipy.io import loadmat
+
+    try:
+        arrays = loadmat(path, variable_names=[*names])
+        return [torch.from_numpy(arrays[name]) for name in names]
+    except (KeyError, TypeError, ValueError, NotImplementedError, OSError, *BROKEN) as error:
+        raise _unreadable(path, error, f"a whole MATLAB file with {', '.join(names)}") from error
+
+
+def _unreadable(path: Path, error: Exception, expected: str) -> DataError:
+    size = path.stat().st_size
+    return DataError(f"{path} ({size} bytes) cannot be read ({error}); expected {expected}: fetch it again")
 
 
 def _broken(path: Path, found: int, expected: str) -> DataError:

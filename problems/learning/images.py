@@ -1,6 +1,6 @@
 """A small image classifier around one Neural ODE, after the image models of the SNOpt paper (arXiv 2109.14158).
 
-Shapes: images ``(N, 1, H, W)``, features ``(N, 32, H/2, W/2)``, logits ``(N, 10)``.
+Shapes: images ``(N, C, H, W)``, features ``(N, 32, H/2, W/2)``, logits ``(N, 10)``.
 """
 
 from typing import Any
@@ -45,13 +45,14 @@ class ImageClassifier(nn.Module):
 
     Args:
         horizon: of the Neural ODE; an ``oc.FreeHorizon`` lets a policy move it.
+        channels: C of the images.
         options: of :class:`ocnopt.neural.neural_ode.NeuralODE`, dopri5 with tolerances 1e-3 unless said otherwise.
     """
 
-    def __init__(self, horizon: float | FreeHorizon = 1.0, **options: Any) -> None:
+    def __init__(self, horizon: float | FreeHorizon = 1.0, *, channels: int = 1, **options: Any) -> None:
         super().__init__()
         self.stem = nn.Sequential(
-            nn.Conv2d(1, CHANNELS, kernel_size=3, padding=1, bias=False),
+            nn.Conv2d(channels, CHANNELS, kernel_size=3, padding=1, bias=False),
             nn.ReLU(),
             nn.Conv2d(CHANNELS, CHANNELS, kernel_size=4, stride=2, padding=1, bias=False),
         )
@@ -59,6 +60,6 @@ class ImageClassifier(nn.Module):
         self.head = nn.Linear(CHANNELS, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        """``(N, 1, H, W) -> (N, 10)``."""
+        """``(N, C, H, W) -> (N, 10)``."""
         features = torch.relu(self.ode(self.stem(images)))
         return self.head(features.mean(dim=(2, 3)))
