@@ -85,12 +85,15 @@ class Picture:
     Args:
         name: of the file.
         caption: what to see in it.
-        draw: ``draw(model, task)`` makes a matplotlib figure, or returns None where there is nothing to see.
+        draw: ``draw(model, task)`` makes a matplotlib figure, or returns None where there is nothing to see; the model
+            is in evaluation mode.
+        as_it_trains: whether it is worth seeing on the way too.
     """
 
     name: str
     caption: str
     draw: Callable[[nn.Module, "Task"], Any]
+    as_it_trains: bool = False
 
 
 @dataclass(frozen=True, eq=False)

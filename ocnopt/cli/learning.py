@@ -5,6 +5,7 @@ from dataclasses import asdict
 from statistics import mean
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -13,7 +14,7 @@ from ocnopt.cli.tables import Table, show
 from ocnopt.errors import ProblemError
 from ocnopt.optim.registry import optimizer as optimizer_record
 from ocnopt.problems import learning_task
-from ocnopt.runs import RunFolder
+from ocnopt.runs import PLOTS, RunFolder
 from ocnopt.training import Method, TrainConfig, Trainer, curves, open_trainer, train
 from ocnopt.training.curves import Runs
 from ocnopt.training.metrics import Metrics, last_loss, metric_scale, metric_title, tested
@@ -115,13 +116,15 @@ def run_train(folder: RunFolder, console: Console) -> None:
         def on_step(run: int, record: dict[str, Any]) -> None:
             metrics.append(record)
             bar.update(task, completed=record["iteration"], text=_text(record))
+            if record["iteration"] in _moments(config.iterations):
+                draw_model(trainer, folder, f"{record['iteration']}-", on_the_way=True)
 
         train([(trainer, folder)], on_step)
     window = trainer.batches_per_epoch
     table = _train_table(config, label, metrics, window)
     show(console, table)
     images = draw_training({label: [metrics]}, folder, window)
-    images += draw_model(trainer, folder)
+    images += _drawn_on_the_way(trainer, folder) + draw_model(trainer, folder)
     about = Section("The data", f"{record.source}. {trainer.task.split}.")
     title = f"{config.problem} with {label}"
     write_report(folder.path, title, record.summary, [Section("Result", tables=[table], images=images), about])
@@ -144,20 +147,44 @@ def _train_table(config: TrainConfig, label: str, metrics: Metrics, window: int)
     return Table(config.problem, ("", ""), rows, text=True)
 
 
-def draw_model(trainer: Trainer, folder: RunFolder, prefix: str = "", label: str = "") -> list[Image]:
-    """The pictures that a task makes of its trained model.
+def draw_model(
+    trainer: Trainer, folder: RunFolder, prefix: str = "", label: str = "", *, on_the_way: bool = False
+) -> list[Image]:
+    """The pictures that a task makes of its model.
 
     Args:
-        trainer: of the model.
+        trainer: of the model, whose random numbers stay as they are.
         folder: takes the PNGs.
         prefix: of the names of the files.
         label: in front of the captions.
+        on_the_way: only those worth seeing before the end.
     """
-    drawn = [(picture, picture.draw(trainer.model, trainer.task)) for picture in trainer.task.pictures]
+    pictures = [picture for picture in trainer.task.pictures if picture.as_it_trains or not on_the_way]
+    trainer.model.eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(trainer.config.seed)
+        drawn = [(picture, picture.draw(trainer.model, trainer.task)) for picture in pictures]
+    trainer.model.train()
     return [
         Image(folder.draw(prefix + picture.name, figure), label + picture.caption)
         for picture, figure in drawn
         if figure is not None
+    ]
+
+
+def _moments(iterations: int) -> list[int]:
+    """When a model is drawn before the end: after about 1/16 and 1/4 of all iterations."""
+    return [iterations // 16, iterations // 4]
+
+
+def _drawn_on_the_way(trainer: Trainer, folder: RunFolder) -> list[Image]:
+    """What an earlier part of a resumed run drew is in the folder too."""
+    names = [picture.name for picture in trainer.task.pictures if picture.as_it_trains]
+    return [
+        Image(f"{PLOTS}/{moment}-{name}.png", f"After iteration {moment}.")
+        for moment in _moments(trainer.config.iterations)
+        for name in names
+        if (folder.plots / f"{moment}-{name}.png").exists()
     ]
 
 

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ocnopt.checks import nearest
 from ocnopt.errors import DataError, NonFiniteError, ProblemError
+from ocnopt.neural.evaluation import Statistics
 from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.ocp import FreeHorizon
 from ocnopt.optim.horizon_policy import HorizonPolicy
@@ -108,6 +109,7 @@ class Trainer:
             torch.manual_seed(config.seed)
             self.model = _make_model(task, {**config.model, **moves})
             self._random_state = torch.get_rng_state()
+        self._solves = _Solves(self.model)
         self.optimizer = optimizer(config.optimizer).build(self.model, config.lr)
         self.policy = _policy(self.model, task, config)
 
@@ -127,6 +129,7 @@ class Trainer:
             NonFiniteError: the loss is NaN or infinite; the weights are those before this step.
         """
         with self._own_random_state():
+            self._solves.clear()
             began = perf_counter()
             inputs, targets = self.task.batch(self.iteration, size=self.config.batch_size, seed=self.config.seed)
 
@@ -147,7 +150,7 @@ class Trainer:
                 "iteration": self.iteration,
                 "epoch": (self.iteration - 1) // self.batches_per_epoch,
                 "loss": loss.item(),
-                **_solver_metrics(self.model),
+                **self._solves.metrics(),
                 "seconds": self.seconds,
             }
             whole_epochs = self.batches_per_epoch * math.ceil(_EVALUATE_EVERY / self.batches_per_epoch)
@@ -210,16 +213,30 @@ def _neural_odes(model: nn.Module) -> list[NeuralODE]:
     return [module for module in model.modules() if isinstance(module, NeuralODE)]
 
 
-def _solver_metrics(model: nn.Module) -> dict[str, int | float]:
-    """T and the field evaluations of a step, over every Neural ODE of the model; nothing where it has none."""
-    odes = _neural_odes(model)
-    if not odes:
-        return {}
-    forward = sum(ode.statistics.forward for ode in odes)
-    backward = sum(ode.statistics.backward for ode in odes)
-    horizon = odes[0].horizon
-    end = odes[0].T if isinstance(horizon, FreeHorizon) else abs(horizon.t1 - horizon.t0)
-    return {"T": float(end), "forward": forward, "backward": backward}
+class _Solves:
+    """The solves of a step, by every Neural ODE of a model, each as often as it is called."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.odes = _neural_odes(model)
+        self._seen: list[Statistics] = []
+        for ode in self.odes:
+            ode.register_forward_hook(self._note)
+
+    def _note(self, ode: nn.Module, arguments: object, output: object) -> None:
+        self._seen.append(cast(NeuralODE, ode).statistics)
+
+    def clear(self) -> None:
+        """Forget the last step."""
+        self._seen.clear()
+
+    def metrics(self) -> dict[str, int | float]:
+        """T, and the field evaluations of the step; nothing where there is no Neural ODE."""
+        if not self.odes:
+            return {}
+        horizon = self.odes[0].horizon
+        end = self.odes[0].T if isinstance(horizon, FreeHorizon) else abs(horizon.t1 - horizon.t0)
+        forward, backward = (sum(getattr(s, way) for s in self._seen) for way in ("forward", "backward"))
+        return {"T": float(end), "forward": forward, "backward": backward}
 
 
 def _make_model(task: Task, options: dict[str, Any]) -> nn.Module:

@@ -19,9 +19,9 @@ from ocnopt.errors import DataError, ProblemError
 from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.ocp import FreeHorizon
 from ocnopt.problems.learning.fields import TimeLinear, TimeNet
-from ocnopt.problems.learning.images import ImageClassifier
+from ocnopt.problems.learning.images import FEATURES, ImageClassifier
 from ocnopt.problems.learning.networks import inception_net, mlp, residual_net
-from ocnopt.problems.record import LearningRecord, Task
+from ocnopt.problems.record import LearningRecord, Picture, Task
 
 SPLIT_SEED = 0
 TEST_SIZE = 360
@@ -89,7 +89,7 @@ def build(*, seed: int = SPLIT_SEED, test_size: int = TEST_SIZE) -> Task:
     def make_model(horizon: float | FreeHorizon = 1.0, **options: Any) -> nn.Module:
         return ImageClassifier(horizon, **options)
 
-    return _task("digits", make_model, seed=seed, test_size=test_size)
+    return _task("digits", make_model, (FEATURES,), seed=seed, test_size=test_size)
 
 
 def vector_model(horizon: float | FreeHorizon = 1.0, **options: Any) -> nn.Module:
@@ -103,7 +103,7 @@ def vector_model(horizon: float | FreeHorizon = 1.0, **options: Any) -> nn.Modul
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Tanh(), ode, nn.Linear(32, 10))
 
 
-def _task(name: str, make_model: Callable[..., nn.Module], **options: Any) -> Task:
+def _task(name: str, make_model: Callable[..., nn.Module], pictures: tuple[Picture, ...] = (), **options: Any) -> Task:
     data = load(**options)
     counts = f"{len(data.train_labels)} train, {len(data.test_labels)} test"
     return Task(
@@ -115,6 +115,7 @@ def _task(name: str, make_model: Callable[..., nn.Module], **options: Any) -> Ta
         make_model=make_model,
         loss=nn.functional.cross_entropy,
         split=f"{counts}, stratified, seed {options.get('seed', SPLIT_SEED)}",
+        pictures=pictures,
     )
 
 

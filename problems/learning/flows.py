@@ -22,7 +22,7 @@ from ocnopt.neural.cnf import CNF, FROM_DATA_TO_BASE
 from ocnopt.ocp import FreeHorizon, Horizon
 from ocnopt.problems.learning import protein, tables
 from ocnopt.problems.learning.fields import Activation, Squash, TimeNet
-from ocnopt.problems.record import LearningRecord, Task
+from ocnopt.problems.record import LearningRecord, Picture, Task
 
 HIDDEN = (64, 64)
 CIRCLES, CIRCLES_TEST = 20_000, 2_000
@@ -85,7 +85,23 @@ def density_task(name: str, train: Tensor, test: Tensor, activation: Activation,
         loss=mean_nll,
         split=split,
         metrics={"nll": nll},
+        pictures=(
+            Picture("samples", "Test data, samples and, in the plane, the density.", _draw_samples, as_it_trains=True),
+            Picture("transport", "How the flow carries points of the base to its samples.", _draw_transport),
+        ),
     )
+
+
+def _draw_samples(model: Any, task: Task) -> Any:
+    from ocnopt.problems.learning.views import draw_samples
+
+    return draw_samples(model, task.test_inputs)
+
+
+def _draw_transport(model: Any, task: Task) -> Any:
+    from ocnopt.problems.learning.views import draw_transport
+
+    return draw_transport(model) if task.test_inputs.shape[1] == 2 else None
 
 
 def breast_cancer(*, seed: int = 0) -> Task:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.ocp import FreeHorizon
+from ocnopt.problems.record import Picture, Task
 
 CHANNELS = 32
 
@@ -63,3 +64,18 @@ class ImageClassifier(nn.Module):
         """``(N, C, H, W) -> (N, 10)``."""
         features = torch.relu(self.ode(self.stem(images)))
         return self.head(features.mean(dim=(2, 3)))
+
+
+@torch.no_grad()
+def _draw_features(model: Any, task: Task) -> Any:
+    """The mean features of test images while they flow."""
+    from ocnopt.problems.learning.views import draw_paths
+
+    horizon = model.ode.horizon
+    end = float(model.ode.T) if isinstance(horizon, FreeHorizon) else horizon.t1
+    times = torch.linspace(horizon.t0, end, 9, dtype=torch.float64)
+    path = model.ode(model.stem(task.test_inputs[:256]), times)
+    return draw_paths(path.mean(dim=(3, 4)), task.test_targets[:256])
+
+
+FEATURES = Picture("features", "Mean features of test images on their way through the Neural ODE.", _draw_features)

@@ -23,7 +23,7 @@ from torch import Generator, Tensor, nn
 
 from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.ocp import FreeHorizon
-from ocnopt.problems.record import LearningRecord, Task
+from ocnopt.problems.record import LearningRecord, Picture, Task
 
 TIMES, NOISE, SPAN = 40, 0.1, 4.0
 TRAIN, TEST = 1_000, 200
@@ -186,7 +186,14 @@ def build(*, samples: int = TRAIN, seed: int = 0) -> Task:
         loss=negative_elbo,
         split=f"{samples} train, {TEST} test at the {TIMES // 2} times not observed, generated with seed {seed}",
         metrics={"mse": squared_error},
+        pictures=(Picture("paths", "Six test spirals and what is decoded.", _draw_filled, as_it_trains=True),),
     )
+
+
+def _draw_filled(model: Any, task: Task) -> Any:
+    from ocnopt.problems.learning.views import draw_filled
+
+    return draw_filled(model, task.test_inputs, task.test_targets)
 
 
 RECORDS = (

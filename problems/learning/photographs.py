@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ocnopt.errors import DataError
 from ocnopt.ocp import FreeHorizon
 from ocnopt.problems.learning.files import data_folder, find, read_cifar, read_idx, read_matlab
-from ocnopt.problems.learning.images import ImageClassifier
+from ocnopt.problems.learning.images import FEATURES, ImageClassifier
 from ocnopt.problems.record import LearningRecord, Task
 
 Part = tuple[Tensor, Tensor]  # images (N, C, H, W) of any number, and labels (N,)
@@ -130,6 +130,7 @@ def _task(name: str, train: Part, test: Part, how: str) -> Task:
         make_model=make_model,
         loss=nn.functional.cross_entropy,
         split=f"{len(train[1])} train, {len(test[1])} test, {how}",
+        pictures=(FEATURES,),
     )
 
 

@@ -31,7 +31,7 @@ from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.ocp import FreeHorizon
 from ocnopt.problems.learning.files import Series, data_folder, find, read_arrays, read_series
 from ocnopt.problems.learning.tables import scikit_learn
-from ocnopt.problems.record import LearningRecord, Task
+from ocnopt.problems.record import LearningRecord, Picture, Task
 
 HIDDEN, FIELD_LAYERS = 32, 4
 DIGITS_FILE, DIGITS_SHAPE, DIGITS_TEST = "spoken-digits-mfcc.npz", (3_000, 13), 600
@@ -173,6 +173,7 @@ def archive(name: str) -> Task:
         make_model=make_model,
         loss=nn.functional.cross_entropy,
         split=f"{len(train.classes)} train, {len(test.classes)} test, as published",
+        pictures=(STATES,),
     )
 
 
@@ -182,6 +183,17 @@ def _read(name: str, part: str) -> Series:
     return read_series(find(file, dataset=name, source=source, others=[data_folder() / folder, *aeon_folder(folder)]))
 
 
+@torch.no_grad()
+def _draw_states(model: Any, task: Task) -> Any:
+    from ocnopt.problems.learning.views import draw_paths
+
+    chosen = slice(None, None, 1 + len(task.test_targets) // 256)  # test parts may be in the order of their classes
+    inputs, classes = task.test_inputs[chosen], task.test_targets[chosen]
+    lengths = (~inputs.isnan().any(dim=2)).sum(dim=1).tolist()
+    return draw_paths(model.states(inputs).transpose(0, 1), classes, lengths)
+
+
+STATES = Picture("states", "The state of each test series from observation to observation.", _draw_states)
 FOLDERS = {
     "japanese_vowels": "JapaneseVowels",
     "spoken_arabic_digits": "SpokenArabicDigits",
@@ -229,6 +241,7 @@ def spoken_digits(*, kept: float = 0.5, seed: int = 0) -> Task:
         make_model=make_model,
         loss=nn.functional.cross_entropy,
         split=f"{len(train)} train, {len(test)} test, stratified, seed {seed}, {kept:.0%} of the frames",
+        pictures=(STATES,),
     )
 
 

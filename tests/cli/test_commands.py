@@ -150,7 +150,8 @@ def test_train_and_resume(run, tmp_path):
     folder = RunFolder.open(tmp_path / "here")
     assert len(folder.metrics()) == 3
     assert folder.load_checkpoint()["iteration"] == 3
-    assert {path.name for path in folder.plots.iterdir()} == {"loss-time.png", "loss-iteration.png", "accuracy.png"}
+    drawn = {"loss-time.png", "loss-iteration.png", "accuracy.png", "features.png"}
+    assert {path.name for path in folder.plots.iterdir()} == drawn
     lines = (tmp_path / "here" / "metrics.jsonl").read_text()
     code, output = run("train", "--resume", "here")
     assert code == 0
@@ -217,7 +218,7 @@ def test_the_demo(run, tmp_path, monkeypatch):
         assert part in output
     page = (tmp_path / "here" / "report.html").read_text()
     images = sorted((tmp_path / "here" / "plots").iterdir())
-    assert len(images) == 6
+    assert len(images) == 9
     assert all(f"plots/{path.name}" in page for path in images)
     lines = (tmp_path / "here" / "digits-adam-lr0.01-seed0" / "metrics.jsonl").read_text()
     assert run("demo", "--resume", "here")[0] == 0
@@ -383,3 +384,15 @@ def test_training_takes_one_thread(run, tmp_path):
         assert RunFolder.open(tmp_path / "two").config["threads"] == 2
     finally:
         torch.set_num_threads(1)
+
+
+def test_a_flow_is_drawn_as_it_trains(run, tmp_path):
+    """Pictures on the way change no number, and stand in the page of a resumed run too."""
+    options = ("train", "spirals", "--optimizer=adam", "--iterations=8", "--batch-size=16", "--checkpoint-every=1")
+    assert run(*options, "--out", "here")[0] == 0
+    folder = RunFolder.open(tmp_path / "here")
+    assert {"2-paths.png", "paths.png"} <= {path.name for path in folder.plots.iterdir()}
+    assert run("train", "--resume", "here")[0] == 0
+    page = (tmp_path / "here" / "report.html").read_text()
+    assert page.index("plots/2-paths.png") < page.index("plots/paths.png")
+    assert "After iteration 2." in page
