@@ -14,6 +14,7 @@ from ocnopt.errors import ProblemError as ProblemError
 from ocnopt.grids import transcribe as transcribe
 from ocnopt.modules import from_module as from_module
 from ocnopt.modules import unflatten as unflatten
+from ocnopt.neural.cnf import CNF as CNF
 from ocnopt.neural.layer_graph import draw_layer_graph as draw_layer_graph
 from ocnopt.neural.layer_graph import layer_graph as layer_graph
 from ocnopt.neural.neural_ode import NeuralODE as NeuralODE

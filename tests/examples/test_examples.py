@@ -4,6 +4,7 @@ import re
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -17,6 +18,11 @@ ELSEWHERE = (
     "independent_components.py",
     "orthogonal_layers.py",
     "runge_kutta_nets.py",
+    "classify_images.py",
+    "classify_series.py",
+    "compiled_field.py",
+    "estimate_density.py",
+    "train_with_lightning.py",
 )
 
 
@@ -27,7 +33,11 @@ def run(name, capsys):
 
 def test_every_example_is_tested():
     assert [path.name for path in SCRIPTS] == [
+        "classify_images.py",
+        "classify_series.py",
+        "compiled_field.py",
         "drop_in_snopt.py",
+        "estimate_density.py",
         "first.py",
         "independent_components.py",
         "learn_from_demonstrations.py",
@@ -37,6 +47,7 @@ def test_every_example_is_tested():
         "own_problem.py",
         "own_problem_against_casadi.py",
         "runge_kutta_nets.py",
+        "train_with_lightning.py",
         "two_stage_rocket.py",
     ]
 
@@ -145,6 +156,40 @@ def test_runge_kutta_nets(capsys, monkeypatch):
     assert len(losses) == 5
     assert all(float(loss) <= float(losses["start"]) for loss in losses.values())
     assert float(losses["trust-constr"]) < 0.9 * float(losses["start"])
+
+
+@pytest.mark.parametrize(("name", "iterations"), [("classify_images.py", 10), ("classify_series.py", 12)])
+def test_classifiers(capsys, monkeypatch, name, iterations):
+    monkeypatch.setattr("sys.argv", [name, str(iterations)])
+    output = run(name, capsys)
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", output)]
+    assert losses[-1] < losses[0] - 0.1
+    assert float(re.search(r"test accuracy ([\d.]+) %", output)[1]) > 15
+
+
+def test_estimate_density(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", ["estimate_density.py", "12", str(tmp_path / "density.png")])
+    output = run("estimate_density.py", capsys)
+    first, last = (float(loss) for loss in re.findall(r"iteration .*: ([\d.]+) nats", output))
+    assert last < first - 0.1
+    nats, bits = map(float, re.findall(r"([\d.]+) (?:nats|bits) an? ", output))
+    assert nats == pytest.approx(bits * 2 * np.log(2), abs=2e-3)
+    assert (tmp_path / "density.png").stat().st_size > 0
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch.compile's own question
+def test_a_compiled_field(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["compiled_field.py", "3", "eager"])  # no compiler is needed for this backend
+    losses = re.findall(r"loss ([\d.]+) -> ([\d.]+)", run("compiled_field.py", capsys))
+    assert len(losses) == 2
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's own advice about loaders, loggers and processes
+def test_train_with_lightning(capsys, monkeypatch):
+    pytest.importorskip("lightning", reason="the extra lightning is not installed")
+    monkeypatch.setattr("sys.argv", ["train_with_lightning.py", "1"])
+    assert float(re.search(r"test accuracy ([\d.]+) %", run("train_with_lightning.py", capsys))[1]) > 60
 
 
 def test_the_demo_and_the_example_solve_the_same_problem():
