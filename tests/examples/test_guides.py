@@ -15,6 +15,8 @@ def test_there_are_guides():
         "first-problem",
         "batches",
         "staged-problems",
+        "density-estimation",
+        "time-series",
     }
 
 

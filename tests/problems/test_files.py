@@ -237,6 +237,17 @@ def test_the_archive_s_series(folder):
     assert task.make_model()(task.test_inputs).shape == (2, 2)
 
 
+def test_the_series_that_the_aeon_package_brings(folder, monkeypatch):
+    kept = folder / "site" / "aeon" / "datasets" / "data" / "JapaneseVowels"
+    kept.mkdir(parents=True)
+    for part in ("TRAIN", "TEST"):
+        (kept / f"JapaneseVowels_{part}.ts").write_text(VOWELS)
+    with pytest.raises(DataError, match="fetch it with 'ocnopt data fetch japanese_vowels'"):
+        learning_task("japanese_vowels").build()
+    monkeypatch.syspath_prepend(folder / "site")
+    assert learning_task("japanese_vowels").build().train_targets.tolist() == [1, 0]
+
+
 def test_spoken_digits_at_irregular_times(folder, monkeypatch):
     monkeypatch.setattr(series, "DIGITS_SHAPE", (40, 2))
     monkeypatch.setattr(series, "DIGITS_TEST", 10)

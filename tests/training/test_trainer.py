@@ -4,9 +4,12 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from torch import nn
 
 from ocnopt.errors import DataError, NonFiniteError, ProblemError
+from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.problems import learning_task
+from ocnopt.problems.learning.series import Still
 from ocnopt.runs import RunFolder
 from ocnopt.training.trainer import TrainConfig, Trainer, advance, open_trainer, train
 
@@ -158,3 +161,19 @@ def test_a_checkpoint_of_another_configuration(digits):
 def test_the_folder_of_another_command(tmp_path):
     with pytest.raises(DataError, match="was made by 'solve'; expected a folder of 'ocnopt train'"):
         open_trainer(RunFolder.create(tmp_path, {"command": "solve"}))
+
+
+def test_evaluations_of_every_solve_are_counted(digits):
+    """A model that calls its Neural ODE twice in an iteration has twice the evaluations of one call."""
+    ode = NeuralODE(Still(64, 1), method="rk4", steps=3)
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ode, self.head = ode, nn.Linear(64, 10)
+
+        def forward(self, images):
+            return self.head(self.ode(self.ode(images.flatten(1))))
+
+    trainer = Trainer(replace(digits, make_model=Twice), replace(CONFIG, iterations=2))
+    assert [trainer.step()["forward"] for _ in range(2)] == [24, 24]
