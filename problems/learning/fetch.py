@@ -48,7 +48,7 @@ class DataSet:
     """A data set by name.
 
     Args:
-        name: of its folder below the data folder, and of the learning problem.
+        name: of its folder below the data folder, and of the learning problem, or what that begins with.
         summary: one line for a table, with its terms.
         downloads: that make it whole.
     """
@@ -81,6 +81,7 @@ FASHION_MNIST = {
 }
 CIFAR_FILES = (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin")
 ARCHIVE = "https://www.timeseriesclassification.com/aeon-toolkit/"
+UCI = "https://archive.ics.uci.edu/static/public/"
 HOUSE_NUMBERS = "http://ufldl.stanford.edu/housenumbers/"
 
 
@@ -119,6 +120,16 @@ _ALL = (
             Download(f"{HOUSE_NUMBERS}train_32x32.mat", "md5:e26dedcc434d2e4c54c9b2d4a06d8373"),
             Download(f"{HOUSE_NUMBERS}test_32x32.mat", "md5:eb5a983be6a315427106f1b164d9cef3"),
         ),
+    ),
+    DataSet(
+        "protein",
+        "45,730 x 10 properties of proteins; UCI, CC BY 4.0",
+        (Download(f"{UCI}265/physicochemical+properties+of+protein+tertiary+structure.zip", members=("CASP.csv",)),),
+    ),
+    DataSet(
+        "miniboone",
+        "130,064 x 50 measurements of neutrinos; UCI, CC BY 4.0",
+        (Download(f"{UCI}199/miniboone+particle+identification.zip", members=("MiniBooNE_PID.txt",)),),
     ),
     _series("japanese_vowels", "640 utterances of nine speakers"),
     _series("spoken_arabic_digits", "8,798 utterances of ten digits"),

@@ -162,19 +162,21 @@ def read_series(path: Path) -> Series:
     return Series(values, torch.tensor(classes))
 
 
-def read_table(path: Path, shape: tuple[int, int]) -> Tensor:
-    """Numbers parted by commas, ``(rows, columns)`` float64.
+def read_table(path: Path, shape: tuple[int, int], *, header: int = 0, delimiter: str | None = ",") -> Tensor:
+    """Numbers in rows, ``(rows, columns)`` float64.
 
     Args:
         path: of the file, with or without .gz.
         shape: that it must have.
+        header: lines before the first row.
+        delimiter: between numbers; None means blanks.
 
     Raises:
         DataError: another shape, or something that is no number.
     """
     content = read_bytes(path)
     try:
-        table = np.loadtxt(content.decode("ascii").splitlines(), delimiter=",", ndmin=2)
+        table = np.loadtxt(content.decode("ascii").splitlines(), delimiter=delimiter, skiprows=header, ndmin=2)
     except ValueError as error:
         raise _unreadable(path, error, f"{shape} numbers") from error
     if table.shape != shape:

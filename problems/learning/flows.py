@@ -7,6 +7,7 @@ log-likelihood in nats.
     breast_cancer_flow   30 standardised measurements; scikit-learn's table, 455 train, 114 test, stratified, seed 0
     circles_flow         two circles in the plane, radii 3 and 1.5, noise 0.24; 20,000 points, the last 2,000 test
     protein_flow         9 features of protein structures, see :mod:`ocnopt.problems.learning.protein`
+    miniboone_flow       43 measurements of neutrinos, see :mod:`ocnopt.problems.learning.miniboone`
 
 Shapes: rows ``(N, D)`` float32, log-probabilities ``(N,)``.
 """
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from ocnopt.neural.cnf import CNF, FROM_DATA_TO_BASE
 from ocnopt.ocp import FreeHorizon, Horizon
-from ocnopt.problems.learning import protein, tables
+from ocnopt.problems.learning import miniboone, protein, tables
 from ocnopt.problems.learning.fields import Activation, Squash, TimeNet
 from ocnopt.problems.record import LearningRecord, Picture, Task
 
@@ -149,6 +150,17 @@ def proteins(*, seed: int = 0) -> Task:
     return density_task("protein_flow", *rows, nn.functional.softplus, data.split)
 
 
+def neutrinos() -> Task:
+    """The 43 measurements of MiniBooNE.
+
+    Raises:
+        DataError: the file is missing or broken.
+    """
+    train, test = miniboone.load()
+    split = f"{len(train)} train, {len(test)} test, as in the MAF paper"
+    return density_task("miniboone_flow", train, test, nn.functional.softplus, split)
+
+
 def _record(
     name: str, summary: str, build: Callable[..., Task], source: str, batch_size: int, epochs: int, adam: float
 ) -> LearningRecord:
@@ -175,4 +187,5 @@ RECORDS = (
     ),
     _record("circles_flow", "density of two circles", circles, "scikit-learn make_circles", 512, 3, 0.03),
     _record("protein_flow", "density of 9 features of proteins", proteins, protein.SOURCE, 512, 2, 0.01),
+    _record("miniboone_flow", "density of 43 measurements of neutrinos", neutrinos, miniboone.SOURCE, 512, 5, 0.01),
 )

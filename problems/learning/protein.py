@@ -1,9 +1,10 @@
 """Physicochemical properties of protein tertiary structure: how far a decoy is from the native structure.
 
-45,730 decoys, 9 features (areas, masses, distances, penalties) and the distance RMSD, centred columns of a table
-without a header: UCI "Physicochemical Properties of Protein Tertiary Structure" (P. S. Rana, 2013, CC BY 4.0). The file
-``protein.csv.gz`` is looked for in the data folder. Split: 36,584 for training and 9,146 for testing, shuffled by seed
-0. Columns are standardised by mean and standard deviation of the training part.
+45,730 decoys, 9 features (areas, masses, distances, penalties) and the distance RMSD: UCI "Physicochemical Properties
+of Protein Tertiary Structure" (P. S. Rana, 2013, CC BY 4.0). Either of two files is read from the data folder:
+``protein/CASP.csv`` as published, with a header and the distance first, or ``protein.csv.gz``, without a header,
+centred and with the distance last. Split: 36,584 for training and 9,146 for testing, shuffled by seed 0. Columns are
+standardised by mean and standard deviation of the training part.
 
 Shapes: features ``(N, 9)``, distances ``(N, 1)``, both float32.
 """
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.ocp import FreeHorizon
 from ocnopt.problems.learning.fields import TimeLinear, TimeNet
-from ocnopt.problems.learning.files import find, read_table
+from ocnopt.problems.learning.files import data_folder, find, read_table
 from ocnopt.problems.record import LearningRecord, Task
 
-FILE, SIZE, TEST_SIZE = "protein.csv.gz", (45_730, 10), 9_146
+PUBLISHED, CENTRED = "protein/CASP.csv", "protein.csv.gz"
+SIZE, TEST_SIZE = (45_730, 10), 9_146
 SOURCE = "UCI Physicochemical Properties of Protein Tertiary Structure (CC BY 4.0), from the data folder"
 WIDTH, HIDDEN = 48, 64
 
@@ -43,8 +45,11 @@ def load(*, seed: int = 0) -> Protein:
     Raises:
         DataError: the file is missing or broken.
     """
-    path = find(FILE, dataset="", source="https://archive.ics.uci.edu/dataset/265")
-    table = read_table(path, SIZE)
+    if (data_folder() / CENTRED).is_file():
+        table = read_table(data_folder() / CENTRED, SIZE)
+    else:
+        path = find(PUBLISHED, dataset="protein", source="https://archive.ics.uci.edu/dataset/265")
+        table = read_table(path, SIZE, header=1).roll(-1, dims=1)
     table = table[torch.randperm(len(table), generator=torch.Generator().manual_seed(seed))]
     train = table[:-TEST_SIZE]
     table = ((table - train.mean(dim=0)) / train.std(dim=0)).float()

@@ -10,7 +10,7 @@ import torch
 
 from ocnopt.errors import DataError
 from ocnopt.problems import learning_task
-from ocnopt.problems.learning import photographs, protein, series
+from ocnopt.problems.learning import miniboone, photographs, protein, series
 from ocnopt.problems.learning.files import (
     data_folder,
     find,
@@ -287,5 +287,32 @@ def test_proteins(folder, monkeypatch):
     together = torch.cat([data.train_inputs, data.train_targets], dim=1)
     assert together.mean(0).abs().max() < 1e-6
     assert (together.std(0) - 1).abs().max() < 1e-6
+    (folder / "protein.csv.gz").unlink()
+    (folder / "protein").mkdir()
+    # as published: a header, and the distance in front
+    np.savetxt(folder / "protein" / "CASP.csv", np.roll(table, 1, axis=1), delimiter=",", header="RMSD,F1", comments="")
+    assert torch.equal(protein.load().train_inputs, data.train_inputs)
     assert learning_task("protein_flow").build().make_model()(data.test_inputs).shape == (5,)
     assert learning_task("protein").build().make_model()(data.test_inputs).shape == (5, 1)
+
+
+def test_neutrinos(folder, monkeypatch):
+    """Two events are far out, one column has a value that comes too often; a tenth of the rest is for testing."""
+    monkeypatch.setattr(miniboone, "EVENTS", (30, 4))
+    monkeypatch.setattr(miniboone, "SIGNAL", 22)
+    monkeypatch.setattr(miniboone, "SIZE", (20, 3))
+    table = np.random.default_rng(0).normal(size=(30, 4))
+    table[:8, 2] = -5.0
+    table[[3, 9]] = -999.0
+    (folder / "miniboone").mkdir()
+    path = folder / "miniboone" / "MiniBooNE_PID.txt"
+    np.savetxt(path, table, header=" 22 8", comments="")
+    train, test = miniboone.load()
+    rows = torch.from_numpy(np.delete(np.delete(table[:22], [3, 9], axis=0), 2, axis=1))
+    expected = (rows - rows[:18].mean(0)) / rows[:18].std(0, correction=0)
+    torch.testing.assert_close(train, expected[:17].float())
+    torch.testing.assert_close(test, expected[18:].float())
+    assert learning_task("miniboone_flow").build().make_model()(test).shape == (2,)
+    monkeypatch.setattr(miniboone, "SIZE", (20, 4))
+    with pytest.raises(DataError, match=r"\(20, 3\) numbers after the preprocessing; expected \(20, 4\)"):
+        miniboone.load()
