@@ -18,7 +18,7 @@ def test_a_learning_problem_is_complete(name):
     try:
         task = record.build()
     except DataError as error:
-        if "is missing; expected it in" in str(error):
+        if "is missing; expected it as" in str(error):
             pytest.skip(str(error))
         raise
     assert task.name == record.name == name
