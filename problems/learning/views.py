@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -99,9 +100,9 @@ def draw_paths(path: Tensor, classes: Tensor, lengths: Sequence[int] = ()) -> Fi
     figure.set_size_inches(7.2, 4.8)
     for label in classes.unique()[:CLASSES].tolist():
         colour = colormaps["tab10"](label % 10)
-        for i in (classes == label).nonzero()[:LINES, 0].tolist():
-            x, y = ((path[: int(last[i]) + 1, i] - mean) @ directions).T.numpy()
-            axis.plot(x, y, lw=0.8, alpha=0.6, color=colour)
+        chosen = (classes == label).nonzero()[:LINES, 0].tolist()
+        lines = [((path[: int(last[i]) + 1, i] - mean) @ directions).numpy() for i in chosen]
+        axis.add_collection(LineCollection(lines, lw=0.8, alpha=0.6, color=colour))
         x, y = ((ends[classes == label] - mean) @ directions).T.numpy()
         axis.scatter(x, y, s=10, color=colour, label=str(label), linewidths=0)
     finish(axis, "first principal axis of the ends", "second principal axis")

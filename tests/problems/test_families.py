@@ -39,10 +39,10 @@ def test_a_density_s_loss_and_metric():
     task = learning_task("breast_cancer_flow").build()
     assert task.split == "455 train, 114 test, stratified, seed 0"
     assert task.train_inputs is task.train_targets
-    model = task.make_model(rtol=1e-3, atol=1e-3)
+    model = task.make_model(rtol=1e-1, atol=1e-1)
     measured = task.evaluate(model)
     exact = -model.eval()(task.test_inputs).mean()
-    assert measured == {"test_nll": pytest.approx(exact.item(), rel=1e-5)}
+    assert measured == {"test_nll": pytest.approx(exact.item(), rel=1e-4)}
     log_probabilities = torch.tensor([-1.0, -3.0])
     assert float(task.loss(log_probabilities, task.train_targets[:2])) == 2.0
     assert isinstance(task.make_model(FreeHorizon(1.0, 0.1, 2.0)).ode.horizon, FreeHorizon)
@@ -113,7 +113,8 @@ def test_the_encoder_reads_observations_alone():
     assert not torch.equal(model(series).values, model(series).values)
 
 
-def test_pictures(tmp_path):
+def test_pictures(tmp_path, monkeypatch):
+    monkeypatch.setattr(views, "CELLS", 20)
     flow = CNF(TimeNet(TimeLinear, (2, 4, 2)), 2, rtol=1e-2, atol=1e-2).eval()
     wide = CNF(TimeNet(TimeLinear, (5, 4, 5)), 5, rtol=1e-2, atol=1e-2).eval()
     path = torch.randn(4, 30, 6)
@@ -127,14 +128,15 @@ def test_pictures(tmp_path):
         spirals.pictures[0].draw(model, spirals),
     ]
     assert [len(figure.axes) for figure in figures] == [3, 2, 5, 1, 6]
-    assert len(figures[3].axes[0].lines) == 30
-    assert len(figures[3].axes[0].lines[0].get_xdata()) == 1
+    lines = figures[3].axes[0].collections[0].get_segments()  # those of class 0: each as long as its series
+    assert [len(line) for line in lines] == [1, 4, 3, 2, 1, 4, 3, 2, 1, 4]
     figures[0].savefig(tmp_path / "density.png", dpi=30)
     assert matplotlib.image.imread(tmp_path / "density.png").std() > 0.05
 
 
 @pytest.mark.parametrize("name", ["digits", "circles_flow"])
-def test_the_pictures_of_a_task(name):
+def test_the_pictures_of_a_task(name, monkeypatch):
+    monkeypatch.setattr(views, "CELLS", 20)
     task = learning_task(name).build()
     model = task.make_model(rtol=1e-1, atol=1e-1).eval()
     assert all(picture.draw(model, task) is not None for picture in task.pictures)
