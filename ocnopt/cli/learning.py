@@ -82,9 +82,9 @@ def train_request(
                 )
     record = learning_task(name)
     chosen = optimizer_record(optimizer or "snopt")
-    batch = batch_size or record.batch_size
-    epochs = None if iterations else epochs or record.epochs
     task = record.build()
+    batch = batch_size or (len(task.train_targets) if chosen.wants_all else record.batch_size)
+    epochs = None if iterations else epochs or record.epochs
     config = TrainConfig(
         problem=name,
         optimizer=chosen.name,

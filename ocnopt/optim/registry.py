@@ -82,6 +82,7 @@ class OptimizerRecord:
         arguments: ``arguments(model, lr)`` are those that its constructor takes of a model; it refuses models that do
             not fit.
         wants_loss: whether the closure of a step returns the loss alone, without backward.
+        wants_all: whether its batches are the whole training part unless others are asked for.
     """
 
     name: str
@@ -93,6 +94,7 @@ class OptimizerRecord:
     options: Mapping[str, Any] = field(default_factory=dict)
     arguments: Arguments = _parameters
     wants_loss: bool = False
+    wants_all: bool = False
 
     def build(self, model: nn.Module, lr: float) -> Optimizer:
         """The optimiser of a model.
@@ -137,6 +139,33 @@ _KNOWN = (
         "ocnopt.optim.snopt",
         "SNOpt",
         arguments=_module,
+    ),
+    OptimizerRecord(
+        "muon",
+        "Muon",
+        "orthogonalised momentum for matrices (torch), Adam for the rest",
+        0.03,
+        "ocnopt.optim.muon",
+        "Muon",
+    ),
+    OptimizerRecord(
+        "soap",
+        "SOAP",
+        "Adam in the eigenbases of Shampoo's factors (the package pytorch-optimizer)",
+        0.01,
+        "pytorch_optimizer",
+        "SOAP",
+        {"weight_decay": 0.0},
+    ),
+    OptimizerRecord(
+        "lbfgs",
+        "L-BFGS",
+        "quasi-Newton with a line search, on whole data sets (torch)",
+        1.0,
+        "torch.optim",
+        "LBFGS",
+        {"line_search_fn": "strong_wolfe", "max_iter": 1, "max_eval": 20, "history_size": 20},
+        wants_all=True,
     ),
     _momentum("conformal", "Conformal", "a heavy ball whose volumes contract at a constant rate", 0.1, "Conformal"),
     _momentum("nesterov", "Nesterov", "momentum with the gradient ahead", 0.1, "Conformal", nesterov=True),

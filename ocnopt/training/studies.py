@@ -38,6 +38,14 @@ _ALL = (
         seeds=2,
     ),
     Study(
+        "optimizers",
+        "SNOpt against Adam, SGD, Muon, SOAP and L-BFGS on five workloads, over a factor 30 of learning rates",
+        ("digits_ode", "breast_cancer_flow", "circles_flow", "digits", "japanese_vowels"),
+        _methods("adam", "snopt", "soap", "muon", "sgd", "lbfgs"),
+        SPAN,
+        seeds=3,
+    ),
+    Study(
         "digits-feedback",
         "layer-wise feedback against its base methods on digits, over a factor 30 of learning rates",
         ("digits_mlp",),

@@ -130,6 +130,7 @@ class Study:
         size = self.batch_size or record.batch_size
         epoch = max(1, samples // size)
         iterations = self.iterations or epoch * (self.epochs or record.epochs)
+        whole = self.batch_size is None
         return [
             (
                 method,
@@ -139,7 +140,7 @@ class Study:
                     lr=float(f"{factor * _rate(record, method):.6g}"),
                     horizon=method.horizon,
                     iterations=iterations,
-                    batch_size=size,
+                    batch_size=samples if whole and optimizer(method.optimizer).wants_all else size,
                     checkpoint_every=max(20, epoch),
                     seed=seed,
                     model=dict(method.model),

@@ -89,17 +89,19 @@ class Trainer:
     Args:
         task: data, model and loss.
         config: what to do with them.
+        clock: that seconds are read from.
 
     Raises:
         ProblemError: a batch larger than the training part, or a rule for T where the model has no single Neural ODE.
     """
 
-    def __init__(self, task: Task, config: TrainConfig) -> None:
+    def __init__(self, task: Task, config: TrainConfig, clock: Callable[[], float] = perf_counter) -> None:
         samples = len(task.train_targets)
         if config.batch_size > samples:
             raise ProblemError(f"batch_size is {config.batch_size}; expected at most the {samples} training samples")
         self.task = task
         self.config = config
+        self._clock = clock
         self.batches_per_epoch = task.batches(config.batch_size)
         self.iteration = 0
         self.seconds = 0.0
@@ -130,7 +132,7 @@ class Trainer:
         """
         with self._own_random_state():
             self._solves.clear()
-            began = perf_counter()
+            began = self._clock()
             inputs, targets = self.task.batch(self.iteration, size=self.config.batch_size, seed=self.config.seed)
 
             def closure() -> Any:
@@ -144,7 +146,7 @@ class Trainer:
             loss: Any = self.optimizer.step(closure)
             if self.policy is not None:
                 self.policy.step()
-            self.seconds += perf_counter() - began
+            self.seconds += self._clock() - began
             self.iteration += 1
             record = {
                 "iteration": self.iteration,

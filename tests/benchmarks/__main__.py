@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from statistics import mean
 from typing import NamedTuple
 
 import torch
@@ -120,26 +121,31 @@ def show_memory(options: Options) -> None:
 
 
 def show_race(options: Options) -> None:
-    """Iterations to Adam's final loss."""
-    rows = []
-    for lr, seed in itertools.product(race.ADAM_LRS, range(1 if options.quick else 3)):
-        end = race.race(seed, lr)
-        reached = ["never", "-"] if end.iterations is None else [str(end.iterations), f"{end.time_ratio:.2f}"]
-        rows.append(
-            [
-                *(f"{lr:g}", str(seed), f"{end.target:.4f}", str(race.ITERATIONS), str(end.adam_first), *reached),
-                *(f"{end.adam_evaluations:.1f}", f"{end.evaluations:.1f}"),
-                *(f"{end.adam_accuracy:.3f}", f"{end.accuracy:.3f}"),
-            ]
+    """Time to Adam's final loss: SNOpt as it comes against tuned opponents."""
+    for name, workload in race.WORKLOADS.items():
+        if options.quick and name not in race.QUICK:
+            continue
+        found = race.race_all(workload, 1 if options.quick else 5 if options.full else 2)
+        rows = []
+        for method, courses in found.items():
+            ratios = [course.ratio for course in courses]
+            rows.append(
+                [
+                    *(method, f"{courses[0].lr:g}", " ".join(str(course.iterations or "-") for course in courses)),
+                    " ".join("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
+                    f"{race.geometric_mean(ratios):.2f}",
+                    most(workload.wanted if method == "snopt" else None),
+                    *(f"{mean(part):.4g}" for part in zip(*(course[4:] for course in courses), strict=True)),
+                ]
+            )
+        show(
+            f"{name}: {workload.problem}, {workload.iterations} iterations of Adam",
+            ["method", "lr", "iterations", "time", "mean", "wanted", "loss", "test", "evaluations"],
+            rows,
+            f"until the loss that Adam ends with (means of {race.WINDOW} batches), a number a seed; time: of the "
+            "processor, over Adam's whole run; loss, first metric of the test part and evaluations in all at the end; "
+            "lr: of Adam and the opponents the best of three on seed 0",
         )
-    show(
-        "img: iterations to the training loss that tuned Adam ends with",
-        ["lr", "seed", "loss", "Adam", "first", "SNOpt", "time", "Adam eval", "SNOpt eval", "Adam acc", "SNOpt acc"],
-        rows,
-        "lr and iterations of Adam, when Adam first was as low, and SNOpt's; loss of the whole training part, looked "
-        f"up every {race.EVALUATE_EVERY} iterations; time: SNOpt's over Adam's; eval: evaluations of the field per "
-        "iteration; acc: on the test part, SNOpt's when it reaches the loss",
-    )
 
 
 def show_engines(options: Options) -> None:

@@ -1,51 +1,182 @@
-"""Iterations and time until the training loss that tuned Adam ends with."""
+"""Time until the loss that tuned Adam ends with, for SNOpt as it comes and for tuned opponents, on six workloads."""
 
-from functools import partial
+from collections.abc import Iterator, Sequence
+from functools import cache
+from math import exp, inf, log
+from statistics import mean
+from time import process_time
 from typing import NamedTuple
 
-from tests.benchmarks.workload import ADAM_LRS, EVALUATE_EVERY, ITERATIONS, Run, adam, batches, digits, snopt
+from ocnopt.errors import OcnoptError
+from ocnopt.neural.neural_ode import NeuralODE
+from ocnopt.optim.registry import OPTIMIZERS
+from ocnopt.problems import Task, learning_task
+from ocnopt.training import TrainConfig, Trainer
+
+WINDOW = 8  # batches whose mean loss is looked at
+PATIENCE = 2.5  # times of Adam's, after which an opponent is stopped
+MOST = 2000  # evaluations of a solve, which fields that explode pass soon
+
+
+class Workload(NamedTuple):
+    """A learning problem, Adam's budget, and the ratio to Adam's time that SNOpt should reach."""
+
+    problem: str
+    iterations: int
+    wanted: float | None
+
+
+WORKLOADS = {
+    "mlp": Workload("digits_ode", 220, 0.35),
+    "cnf": Workload("breast_cancer_flow", 120, 0.25),
+    "circ": Workload("circles_flow", 110, 0.4),
+    "img": Workload("digits", 143, 0.3),
+    "rnn": Workload("japanese_vowels", 100, 0.5),
+    "protein": Workload("protein", 200, None),
+}
+QUICK = ("mlp", "cnf")
+RATES: dict[str, tuple[float, ...]] = {
+    "adam": (0.003, 0.01, 0.03),
+    "snopt": (0.01,),
+    "soap": (0.003, 0.01, 0.03),
+    "muon": (0.01, 0.03, 0.1),
+    "sgd": (0.01, 0.03, 0.1),
+    "lbfgs": (1.0,),
+}
+
+
+class Course(NamedTuple):
+    """What one run went through: after each iteration the loss, the CPU time and the evaluations so far."""
+
+    losses: list[float]
+    seconds: list[float]
+    evaluations: list[int]
+    metric: float
+    lost: bool
+
+    @property
+    def means(self) -> list[float]:
+        """The mean of the last losses; L-BFGS sees the whole set, and one is enough."""
+        return [mean(self.losses[max(0, k - WINDOW) : k]) for k in range(1, len(self.losses) + 1)]
+
+    @property
+    def end(self) -> float:
+        """The last mean."""
+        return inf if self.lost or not self.losses else self.means[-1]
+
+    def first(self, target: float) -> int | None:
+        """The iterations until a mean of full width is as low."""
+        return next((k for k, loss in enumerate(self.means, 1) if k >= WINDOW and loss <= target), None)
 
 
 class Finish(NamedTuple):
-    """One seed: where Adam ends, and when each first comes as low (None: never)."""
+    """One optimiser on one seed: when it first was as low as Adam in the end (None: never), and where it ended."""
 
-    seed: int
-    target: float
-    adam_first: int
+    optimizer: str
+    lr: float
     iterations: int | None
-    time_ratio: float | None
-    adam_seconds: float
-    adam_evaluations: float
-    evaluations: float
-    adam_accuracy: float
-    accuracy: float
+    ratio: float | None
+    loss: float
+    metric: float
+    evaluations: int
 
 
-def race(seed: int, adam_lr: float = ADAM_LRS[0], iterations: int = ITERATIONS, every: int = EVALUATE_EVERY) -> Finish:
-    """Train both in turn from the same weights on the same batches; losses are looked up outside the clock."""
-    problem = digits()
-    first, second = Run(problem, partial(adam, lr=adam_lr), seed), Run(problem, snopt, seed)
-    seen: list[tuple[int, float, float, int, float]] = []
-    adam_losses: dict[int, float] = {}
-    for k, batch in zip(range(1, iterations + 1), batches(problem, seed), strict=False):
-        first.step(*batch)
-        second.step(*batch)
-        if k % every == 0 or k == iterations:
-            adam_losses[k] = first.training_loss()
-            seen.append((k, second.training_loss(), second.seconds, second.evaluations, second.accuracy()))
-    target = adam_losses[iterations]
-    k, _, seconds, evaluations, accuracy = next(
-        (at for at in seen if at[1] <= target), (None, 0.0, None, *seen[-1][3:])
-    )
-    return Finish(
-        seed,
-        target,
-        next(at for at, loss in adam_losses.items() if loss <= target),
-        k,
-        None if seconds is None else seconds / first.seconds,
-        first.seconds,
-        first.evaluations / iterations,
-        evaluations / (k or iterations),
-        first.accuracy(),
-        accuracy,
-    )
+@cache
+def task(problem: str) -> Task:
+    """Data, model and loss, read once."""
+    return learning_task(problem).build()
+
+
+def race(
+    workload: Workload, seed: int, rates: Sequence[tuple[str, float]], iterations: int | None = None
+) -> dict[tuple[str, float], Course]:
+    """Train from the same weights, an iteration of each in turn.
+
+    Args:
+        workload: what to train.
+        seed: of weights and order.
+        rates: optimisers and learning rates; the times of those behind the first are limited by its own.
+        iterations: the workload's own if None.
+    """
+    wanted, record = iterations or workload.iterations, learning_task(workload.problem)
+    data = task(workload.problem)
+    courses = {pair: Course([], [], [], 0.0, lost=False) for pair in rates}
+    runs = {pair: _start(data, record.batch_size, seed, pair, wanted, courses[pair]) for pair in rates}
+    lost = set()
+    while runs:
+        first = courses[rates[0]].seconds
+        limit = PATIENCE * first[-1] if len(first) == wanted else inf
+        for pair, (trainer, steps) in [*runs.items()]:
+            try:
+                next(steps)
+            except StopIteration:
+                del runs[pair]
+                courses[pair] = courses[pair]._replace(metric=_metric(data, trainer))
+            except OcnoptError:
+                del runs[pair]
+                lost.add(pair)
+            else:
+                if courses[pair].seconds[-1] > limit:
+                    steps.close()
+                    del runs[pair]
+                    courses[pair] = courses[pair]._replace(metric=_metric(data, trainer))
+    return {pair: course._replace(lost=pair in lost) for pair, course in courses.items()}
+
+
+def _start(
+    data: Task, batch_size: int, seed: int, pair: tuple[str, float], iterations: int, course: Course
+) -> tuple[Trainer, Iterator[None]]:
+    name, lr = pair
+    size = len(data.train_targets) if OPTIMIZERS[name].wants_all else batch_size
+    config = TrainConfig(data.name, name, lr, iterations=iterations, batch_size=size, seed=seed)
+    trainer = Trainer(data, config, process_time)
+    odes = [module for module in trainer.model.modules() if isinstance(module, NeuralODE)]
+    for ode in odes:
+        ode.max_evaluations = MOST
+
+    def steps() -> Iterator[None]:
+        while not trainer.finished:
+            line = trainer.step()
+            course.losses.append(line["loss"])
+            course.seconds.append(line["seconds"])
+            course.evaluations.append(line["forward"] + (course.evaluations or [0])[-1])
+            yield
+
+    return trainer, steps()
+
+
+def _metric(data: Task, trainer: Trainer) -> float:
+    """The task's first metric on the test part."""
+    try:
+        return next(iter(data.evaluate(trainer.model).values()))
+    except OcnoptError:
+        return float("nan")
+
+
+def race_all(workload: Workload, seeds: int, iterations: int | None = None) -> dict[str, list[Finish]]:
+    """Every optimiser that is installed on every seed, at the learning rate that was best on the first.
+
+    Args:
+        workload: what to train.
+        seeds: how many of them.
+        iterations: the workload's own if None.
+    """
+    names = [name for name in RATES if name in OPTIMIZERS]
+    pairs = [(name, lr) for name in names for lr in RATES[name]]
+    found: dict[str, list[Finish]] = {name: [] for name in names}
+    for seed in range(seeds):
+        courses = race(workload, seed, pairs, iterations)
+        if not seed:
+            pairs = [min((p for p in pairs if p[0] == name), key=lambda pair: courses[pair].end) for name in names]
+        adam = courses[pairs[0]]
+        for pair in pairs:
+            course = courses[pair]
+            k = course.first(adam.end)
+            ratio = None if k is None else course.seconds[k - 1] / adam.seconds[-1]
+            found[pair[0]].append(Finish(*pair, k, ratio, course.end, course.metric, course.evaluations[-1]))
+    return found
+
+
+def geometric_mean(ratios: Sequence[float | None]) -> float:
+    """Of ratios; infinite where one is missing."""
+    return inf if None in ratios else exp(mean(log(ratio) for ratio in ratios if ratio))

@@ -31,9 +31,12 @@ def test_memory():
 
 
 def test_race():
-    end = race.race(seed=0, iterations=2, every=1)
-    assert end.adam_first <= 2
-    assert end.evaluations > 0
+    found = race.race_all(race.WORKLOADS["mlp"], seeds=1, iterations=race.WINDOW)
+    assert found["adam"][0].iterations == race.WINDOW
+    assert found["adam"][0].ratio == 1.0
+    assert all(finish.evaluations > 0 for (finish,) in found.values())
+    assert race.geometric_mean([0.5, 2.0]) == 1.0
+    assert race.geometric_mean([0.5, None]) == float("inf")
 
 
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
