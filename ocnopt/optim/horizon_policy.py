@@ -121,6 +121,7 @@ class HorizonPolicy:
         self.averaging, self.reduction, self.max_change = averaging, reduction, max_change
         check_policy_options(self._options())
         self._count, self._seen, self._past = 0, list[tuple[float, float]](), (0.0, 0.0)
+        self._factor = 1  # makes second moments of shares in a mean those of the samples' own losses
         self._start()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -194,7 +195,8 @@ class HorizonPolicy:
             if self._scaler is None and self._shares.witness is not None:
                 check_unscaled(*self._shares.witness)
             s = torch.cat([each.shares for each in samples if each.shares is not None])
-            seen = float(s.sum()), float(s.square().sum() * self._factor(samples))
+            self._factor = len(s) if self.reduction == "mean" else 1
+            seen = float(s.sum()), float(s.square().sum()) * self._factor
             if not math.isfinite(seen[0]):
                 return self._skip(seen[0])
             self._seen.append(seen)
@@ -247,7 +249,7 @@ class HorizonPolicy:
                 for solve, cotangents in each.solves.items()
                 if each.shares is not None
             ]
-        return self._factor(samples) * sum(products)
+        return self._factor * sum(products)
 
     def _second(self, closure: Callable[[], Tensor] | None, directions: Sequence[Pair]) -> Second:
         if closure is None:
@@ -266,10 +268,6 @@ class HorizonPolicy:
             f"dL/dT is {value}, or the change of T; expected finite numbers. T stays at {float(self._ode.T)}: look for "
             "NaN or infinity in the loss"
         )
-
-    def _factor(self, samples: Sequence[Samples]) -> int:
-        """What makes second moments of shares in a mean those of the samples' own losses."""
-        return sum(len(each.shares) for each in samples if each.shares is not None) if self.reduction == "mean" else 1
 
     def _directions(self) -> list[Pair]:
         """The change dp of each of the Neural ODE's parameters since the backward pass."""
