@@ -67,10 +67,11 @@ class HorizonPolicy:
         neural_ode: the module whose T moves.
         rule: "feedback": second order, with the response of T to the change of the parameters. "adjoint": gradient
             descent, T <- T - eta Q_T.
-        curvature: of the feedback rule. "gauss_newton": shares and gradients of the samples; an update takes the solves
-            of its iteration again, forward and backward. "published": the same with a product of means, which costs
-            nothing. "exact": second derivatives of the loss, for which ``policy.step(closure)`` needs a function that
-            computes it again; an update costs about three iterations.
+        curvature: of the feedback rule. "published": shares of the samples and a product of means, which costs nothing.
+            "gauss_newton": the mean of products of shares and gradients; an update takes the solves of its iteration
+            again, forward and backward. It is consistent, but that of a single batch, and swings more. "exact": second
+            derivatives of the loss, for which ``policy.step(closure)`` needs a function that computes it again; an
+            update costs about three iterations.
         lr: eta; at most 1 is sensible for "feedback".
         penalty: c of the cost (c/2) T^2 on the integration time.
         every: iterations from one update of T to the next.
@@ -105,7 +106,7 @@ class HorizonPolicy:
         neural_ode: NeuralODE | Any,
         *,
         rule: str = "feedback",
-        curvature: str = "gauss_newton",
+        curvature: str = "published",
         lr: float = 1.0,
         penalty: float = 0.0,
         every: int = 1,

@@ -35,7 +35,9 @@ def make(**options):
     torch.manual_seed(3)
     solve = {name: options.pop(name) for name in ("method", "steps", "dense", "checkpoint_bytes") if name in options}
     ode = NeuralODE(Field(), FreeHorizon(1.0, 0.2, 3.0), **({"method": "rk4", "steps": 16} | solve))
-    return ode, HorizonPolicy(ode, **{"lr": ETA, "max_change": 1.0, "penalty": c, **options})
+    return ode, HorizonPolicy(
+        ode, **{"curvature": "gauss_newton", "lr": ETA, "max_change": 1.0, "penalty": c, **options}
+    )
 
 
 def losses(x):
@@ -142,7 +144,7 @@ class Noisy(Field):
 
 def test_a_solve_is_taken_again_with_its_random_numbers():
     ode = NeuralODE(Noisy(), FreeHorizon(1.0, 0.2, 3.0), method="rk4", steps=2)
-    policy = HorizonPolicy(ode, lr=ETA)
+    policy = HorizonPolicy(ode, curvature="gauss_newton", lr=ETA)
     x = torch.randn(1, 3)
     plainly(ode, x).mean().backward()
     gradient = [parameter.grad.clone() for parameter in ode.parameters()]
@@ -228,7 +230,7 @@ def test_Q_TT_is_a_running_mean_over_updates():
 def test_each_of_several_blocks_has_a_policy_of_its_own():
     x = torch.randn(4, 3)
     blocks = [make()[0] for _ in range(2)]
-    policies = [HorizonPolicy(block, lr=ETA, penalty=c, max_change=1.0) for block in blocks]
+    policies = [HorizonPolicy(block, curvature="gauss_newton", lr=ETA, penalty=c, max_change=1.0) for block in blocks]
     model = nn.Sequential(blocks[0], nn.Tanh(), blocks[1])
     losses(model(x)).mean().backward()
 
