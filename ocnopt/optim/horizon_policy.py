@@ -26,15 +26,15 @@ from ocnopt.differential.kronecker import is_gone, is_within_backward, release
 from ocnopt.errors import NonFiniteError, ProblemError
 from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.optim.checks import (
-    check_not_parallel,
-    check_one_process,
     check_policy_options,
     check_policy_state,
     check_scaler,
     check_times,
     check_unscaled,
     free_horizon,
+    is_distributed,
 )
+from ocnopt.optim.ranks import beside, unwrapped
 
 # What torch's optimisers call the options of a group: they come back with the state.
 _OPTIONS = ("rule", "lr", "penalty", "every", "reduction", "max_change")
@@ -141,10 +141,10 @@ class HorizonPolicy:
         max_change: the largest change of T in one update, as a share of the way from the lower to the upper bound; it
             holds where Q_TT is small.
         scaler: the GradScaler that scales the loss, if there is one.
+        process_group: the processes that train the model together; all if left out. See :mod:`ocnopt.optim.ranks`.
 
     Raises:
-        ProblemError: an argument is wrong, the horizon is not free, or the model is trained by several processes
-            (DistributedDataParallel), which is not supported.
+        ProblemError: an argument is wrong, or the horizon is not free.
 
     Source: Liu, Chen, Theodorou, "Second-order Neural ODE optimizer", arXiv 2109.14158.
 
@@ -172,8 +172,11 @@ class HorizonPolicy:
         reduction: str = "mean",
         max_change: float = 0.1,
         scaler: torch.amp.GradScaler | Any | None = None,
+        process_group: Any | None = None,
     ) -> None:
-        check_not_parallel(neural_ode)
+        self._group = process_group
+        if is_distributed() and isinstance(neural_ode, nn.Module):
+            neural_ode, self._group = unwrapped(neural_ode, process_group)
         check_scaler(scaler)
         options = {"rule": rule, "lr": lr, "penalty": penalty, "every": every}
         options |= {"reduction": reduction, "max_change": max_change}
@@ -184,10 +187,10 @@ class HorizonPolicy:
         self._start()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_handles", "_shares")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_handles", "_shares", "_group")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update(state, _group=None)
         self._start()
 
     @torch.no_grad()
@@ -196,10 +199,9 @@ class HorizonPolicy:
 
         Raises:
             ProblemError: no backward pass has been seen, its gradients were scaled since, or are gone though the rule
-                needs them ("feedback"), or other processes run beside this one.
+                needs them ("feedback").
             NonFiniteError: dL/dT is NaN or infinite without a scaler; T stays.
         """
-        check_one_process()
         if not self._handles or self._move():
             self._count += 1
         self._watch()
@@ -236,13 +238,16 @@ class HorizonPolicy:
     def _move(self) -> bool:
         """Move T, unless the scaled gradients overflowed."""
         T, shares = self._ode.T, self._shares.take()
+        ranks = beside(self._group) if is_distributed() else None
+        if ranks is not None:
+            shares = ranks.shares(shares, T.device)
         if not shares:
             raise ProblemError(
                 "policy.step() met no backward pass through the NeuralODE since the last step, none that ended at T; "
                 "expected loss.backward(), optimizer.step(), policy.step() in this order, and a loss of ode(x), or of "
                 "ode(x, times) with times that end at float(ode.T)"
             )
-        if self._scaler is None and self._shares.witness is not None:
+        if self._scaler is None and self._shares.witness is not None and ranks is None:  # else its mean came after
             check_unscaled(*self._shares.witness)
         s = torch.cat(shares).to(T.device)
         Q_T = self.penalty * T + s.sum()
