@@ -101,6 +101,19 @@ class Ranks:
         dist.all_reduce(found, dist.ReduceOp.SUM, self.group)
         return found.to(tensor.device)
 
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors, of the same shapes on all ranks, by their means."""
+        if tensors:
+            whole = self.sum(torch.cat([tensor.reshape(-1) for tensor in tensors])) / self.count
+            parts = whole.split([tensor.numel() for tensor in tensors])
+            for tensor, part in zip(tensors, parts, strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def part(self, batch: Tensor) -> Tensor:
+        """This rank's samples of a batch; parts differ by one in length where they cannot be equal."""
+        begin, end = (len(batch) * i // self.count for i in (self.rank, self.rank + 1))
+        return batch[begin:end]
+
     def counts(self, own: Sequence[int], device: torch.device) -> list[list[int]]:
         """Numbers of every rank, each row those of one."""
         table = torch.zeros(self.count, len(own), dtype=torch.int64, device=device)
