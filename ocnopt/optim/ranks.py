@@ -136,7 +136,9 @@ class Ranks:
             whole.split(lengths)[self.rank].copy_(torch.cat([*own]))
         return [self.sum(whole) / self.count]
 
-    def agree(self, gradients: Sequence[Tensor], parameters: Sequence[Tensor], plan: object, spent: int) -> int:
+    def agree(
+        self, gradients: Sequence[Tensor], parameters: Sequence[Tensor], plan: object, spent: int, device: torch.device
+    ) -> int:
         """Check that all ranks are about to take the same step; the most evaluations that one of them has spent.
 
         Args:
@@ -144,12 +146,12 @@ class Ranks:
             parameters: to be compared too.
             plan: plain numbers and words that must be equal.
             spent: evaluations of the field.
+            device: of the model.
 
         Raises:
             ProblemError: they are not.
             NonFiniteError: a gradient of another rank is NaN or infinite, and none of this one.
         """
-        device = next((tensor.device for tensor in gradients), torch.device("cpu"))
         norms = [float(sizes([t for t in tensors if t.numel()]).norm()) for tensors in (gradients, parameters)]
         is_fine = all(map(math.isfinite, norms))
         same = [float(zlib.crc32(repr(plan).encode())), *(norms if is_fine else (0.0, 0.0))]

@@ -197,16 +197,17 @@ class SNOpt(torch.optim.Optimizer):
                 loss = closure()
         live = [(name, p) for p, name in self._trained.items() if is_live(p)]
         spent = sum(ode.statistics.forward for ode in self._odes)
+        device = next((parameter.device for parameter in self._trained), torch.device("cpu"))
         ranks = beside(self._group) if is_distributed() else None
         if ranks is not None:
             gradients = [gradient for _, gradient in check_dense(live)]
-            spent = ranks.agree(gradients, [p for _, p in live] if self._is_refresh() else [], self._plan(), spent)
+            compared = [parameter for _, parameter in live] if self._is_refresh() else []
+            spent = ranks.agree(gradients, compared, self._plan(), spent, device)
         check_gradients(live, self._step_count)
         if self._takes_back(spent):
             self._step_count += 1
             return loss
-        device = next((parameter.device.type for parameter in self._trained), "cpu")
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(device.type, enabled=False):
             self._update(ranks)
         self._step_count += 1
         new = strangers(self._model, {*map(id, self._trained)}, whole=self._is_whole)

@@ -12,7 +12,8 @@ from ocnopt.errors import DataError, ProblemError
 from ocnopt.problems import learning_task
 from ocnopt.runs import RunFolder
 from ocnopt.training.parallel import check_processes, together
-from ocnopt.training.trainer import TrainConfig, Trainer, advance, open_trainer, trainfrom tests.cli.conftest import unpainted
+from ocnopt.training.trainer import TrainConfig, Trainer, advance, open_trainer, train
+from tests.cli.conftest import unpainted
 
 # 15 samples are shared out as 7 and 8; equal steps of the solver, as error control sees a batch as a whole
 CONFIG = TrainConfig(
