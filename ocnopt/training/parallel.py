@@ -45,7 +45,7 @@ def check_processes(config: TrainConfig, count: int) -> None:
     if count > 1 and (record.wants_loss or record.module in _APART):
         raise ProblemError(
             f"nproc is {count} for the optimiser {record.name}, which needs more of a batch than its gradient; "
-            "expected one process: leave nproc out, or take snopt, adam or another that steps by gradients"
+            f"expected one process: leave out nproc={count}, or take snopt, adam or another that steps by gradients"
         )
 
 

@@ -127,6 +127,10 @@ def explode(rank, count):
     return result(model, optimizer)
 
 
+def fail(*_):
+    raise torch.linalg.LinAlgError("no convergence")
+
+
 def disagree(rank, count):
     """What is said of processes that are not alike; none of them waits for another."""
     said = {}
@@ -150,6 +154,11 @@ def disagree(rank, count):
     attempt("parameters", lambda model, _: model[0].weight.mul_(1.0 + rank))
     attempt("options", lambda _, optimizer: optimizer.param_groups[0].update(lr=0.05 * (1 + rank)))
     attempt("missing", lambda model, _: setattr(model[0].weight, "grad", None) if last else None)
+    new_basis = matrices._new_basis
+    if last:
+        matrices._new_basis = fail
+    attempt("basis", lambda *_: None)
+    matrices._new_basis = new_basis
     attempt("sharded", lambda *_: SNOpt(fully_shard(make_model(), mesh=init_device_mesh("cpu", (count,))), 0.05))
     return said
 

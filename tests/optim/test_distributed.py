@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import multiprocessing
+from torch import multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ocnopt.errors import ProblemError
@@ -69,6 +69,7 @@ def test_a_run_goes_on_with_another_number_of_processes(both):
         ("parameters", "ProblemError", "the parameters differ among 2 processes"),
         ("options", "ProblemError", "about to take a step of its own; expected the same options"),
         ("missing", "ProblemError", "gradients of the same parameters"),
+        ("basis", "NonFiniteError", "a rank found no eigenbasis of its factors; expected finite gradients"),
         ("sharded", "ProblemError", "sharded (FSDP, DTensor); expected whole ones in every process"),
     ],
 )
@@ -112,5 +113,13 @@ def test_a_group_of_one_is_no_group(process_group):
             for part in steps:
                 part.step()
     assert_equal(leaves(ranks.result(model, optimizer, policy)), leaves(ranks.result(alone, other, another)))
+    two = nn.Sequential(
+        parallel, DistributedDataParallel(nn.Linear(5, 2), process_group=torch.distributed.new_group([0]))
+    )
+    with pytest.raises(
+        ProblemError, match="DistributedDataParallel of 2 process groups; expected one group that trains"
+    ):
+        SNOpt(two, 0.05)
+    assert SNOpt(two, 0.05, process_group=parallel.process_group)._group is parallel.process_group
     with pytest.raises(ProblemError, match=r"this process is no member of process_group; expected a group that it"):
         SNOpt(model, 0.05, process_group=torch.distributed.GroupMember.NON_GROUP_MEMBER).step()
