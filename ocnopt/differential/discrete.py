@@ -47,6 +47,14 @@ class Observer(Protocol):
         """
 
     def terminal(self, x: Tensor, slope: Tensor, costate: Tensor) -> None:
+        """See :class:`EndObserver`."""
+
+
+@runtime_checkable
+class EndObserver(Protocol):
+    """Watches the end of the path alone, for which a solve gives up nothing."""
+
+    def terminal(self, x: Tensor, slope: Tensor, costate: Tensor) -> None:
         """Receive x(T), F(T, x(T)) and dL/dx(T) once, if the path ends there; samples along the leading axis."""
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ocnopt.checks import check_count, check_number, times_in_order
-from ocnopt.differential.discrete import Observer, Observers
+from ocnopt.differential.discrete import EndObserver, Observer, Observers
 from ocnopt.errors import ConvergenceError, ProblemError
 from ocnopt.integrate import adaptive, fixed, torchdiffeq_bridge
 from ocnopt.integrate.events import Watch
@@ -121,7 +121,7 @@ class NeuralODE(nn.Module):
             self.register_buffer("T", torch.tensor(self.horizon.initial, dtype=torch.float64))
         self.statistics = Statistics()
         self._weights: dict[object, int] = {}
-        self._observers: OrderedDict[int, Observer] = OrderedDict()
+        self._observers: OrderedDict[int, Observer | EndObserver] = OrderedDict()
 
     def forward(self, x: State, times: Sequence[float] | Tensor | None = None) -> State:
         """The state at the end of the horizon, or at ``times`` along a new leading axis.
@@ -190,16 +190,17 @@ class NeuralODE(nn.Module):
         time, end = meet(watch, watch.met, end)
         return time, layout.split(end)
 
-    def observe(self, observer: Observer) -> RemovableHandle:
+    def observe(self, observer: Observer | EndObserver) -> RemovableHandle:
         """Let ``observer`` watch the backward pass of every solve from now on, until ``handle.remove()``.
 
         Raises:
             ProblemError: it is no observer, or the adjoint is not one of ours.
         """
-        if not isinstance(observer, Observer):
+        if not isinstance(observer, EndObserver):
             raise ProblemError(
-                f"observer is {type(observer).__name__}; expected an object with the methods stage(input_weight, "
-                "gradient_weight) and terminal(x, slope, costate): see ocnopt.differential.discrete.Observer"
+                f"observer is {type(observer).__name__}; expected an object with the method terminal(x, slope, "
+                "costate), and stage(input_weight, gradient_weight) to watch the steps: see "
+                "ocnopt.differential.discrete.Observer"
             )
         if self.method not in TABLEAUS or self.adjoint == "backprop":
             raise ProblemError(
@@ -280,7 +281,7 @@ class NeuralODE(nn.Module):
         integrate = self._integrator(tableau, step_size)
         if watch is not None:
             integrate, at_end = partial(integrate, watch=watch), False
-        job = Job(evaluation, tableau, integrate, times, self._observer(), at_end, dense)
+        job = Job(evaluation, tableau, integrate, times, self._observer(), at_end, dense, [*self._observers.values()])
         if not torch.is_grad_enabled():
             return job.walk(x).states
         if self.adjoint == "backprop" or in_forward_mode():
@@ -339,5 +340,5 @@ class NeuralODE(nn.Module):
         )
 
     def _observer(self) -> Observer | None:
-        observers = [*self._observers.values()]
+        observers = [each for each in self._observers.values() if isinstance(each, Observer)]
         return None if not observers else observers[0] if len(observers) == 1 else Observers(observers)

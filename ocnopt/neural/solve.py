@@ -16,13 +16,7 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors
 
 from ocnopt.differential.columns import Columns
-from ocnopt.differential.discrete import (
-    Costate,
-    DiscreteStep,
-    Observer,
-    Replays,
-    Trajectory,
-)
+from ocnopt.differential.discrete import Costate, DiscreteStep, EndObserver, Observer, Replays, Trajectory
 from ocnopt.differential.flow import Pulled
 from ocnopt.differential.stretches import Packing, blocks_of, carry
 from ocnopt.differential.sweep import sweep
@@ -41,8 +35,8 @@ from ocnopt.neural.evaluation import Evaluation, Noise, Root
 class Job:
     """One solve: the field, the method, the walk with method and tolerances bound, start and output times.
 
-    ``at_end`` says whether the last time is the end of the horizon, about which an observer is told, ``dense`` whether
-    the walk interpolates the other outputs.
+    ``observer`` watches the steps, ``ends`` are told about the end of the horizon if ``at_end`` says that it is the
+    last time. ``dense`` says whether the walk interpolates the other outputs.
     """
 
     evaluation: Evaluation
@@ -52,6 +46,7 @@ class Job:
     observer: Observer | None
     at_end: bool = True
     dense: bool = False
+    ends: Sequence[EndObserver] = ()
 
     def walk(
         self,
@@ -70,11 +65,12 @@ class Job:
         return self if end == self.times[-1] else replace(self, times=[*self.times[:-1], end])
 
     def tell_terminal(self, x: Tensor, slope: Tensor | None, jumps: Mapping[int, Tensor]) -> None:
-        """Tell the observer about the end of the path."""
-        if self.observer is not None and self.at_end:
+        """Tell who watches it about the end of the path."""
+        if self.ends and self.at_end:
             slope = self.evaluation(self.times[-1], x) if slope is None else slope
             costate = jumps.get(len(self.times) - 1)
-            self.observer.terminal(x, slope, torch.zeros_like(x) if costate is None else costate)
+            for observer in self.ends:
+                observer.terminal(x, slope, torch.zeros_like(x) if costate is None else costate)
 
 
 class Walked(NamedTuple):
@@ -93,7 +89,7 @@ class Walked(NamedTuple):
 class Discrete:
     """The exact gradient of the accepted steps, which are kept within ``budget`` bytes.
 
-    Where somebody watches, or times move, no graph is kept: both act on evaluations in the backward pass.
+    Where somebody watches the steps, or times move, no graph is kept: both act on evaluations in the backward pass.
     """
 
     def __init__(self, job: Job, budget: int) -> None:
@@ -114,17 +110,30 @@ class Discrete:
             surroundings.set_buffers()
             walk = self._walk(root, before)
         self.job = self.job.ending(walk.end)
-        self._slope = None if self.job.observer is None or walk.slope is None else walk.slope.detach()
+        self._slope = None if walk.slope is None else walk.slope.detach()
         joined, end = self._trajectory.outputs, self._trajectory.end
         if end is not None:
             evaluation.watch_buffers({id(state): state for state in (*walk.states[:joined], end)}.values())
         if not self._trajectory.steps:
+            if self.job.ends and walk.states[-1].requires_grad:
+                self._tell_of(walk.states[-1])
             return Walked(walk.states, x, [], joined)
         evaluation.note_attributes()
         rest = [state.detach() for state in walk.states[joined:]]
         # The last output is the caller's, who may work on it in place.
         saved = [rest[-1].clone(), *self._trajectory.release()]
         return Walked([*walk.states[:joined], *rest], x if end is None else end, saved, joined)
+
+    def _tell_of(self, state: Tensor) -> None:
+        """Tell about the end of a path that no node of autograd follows, as the gradient arrives there."""
+        end, job = state.detach(), self.job
+        job.evaluation.surroundings.note_buffers()
+
+        def arrive(costate: Tensor) -> None:
+            with job.evaluation.replaying():
+                job.tell_terminal(end, self._slope, {len(job.times) - 1: costate})
+
+        state.register_hook(arrive)
 
     def _walk(self, root: Root, noise: Noise | None) -> Walk:
         job = self.job

@@ -254,11 +254,13 @@ def check_state(state: Mapping[str, Any]) -> None:
 def check_policy_options(options: Mapping[str, Any]) -> None:
     """Refuse options of a HorizonPolicy that are out of range, given or loaded."""
     check_choice("rule", options["rule"], ("feedback", "adjoint"))
+    check_choice("curvature", options["curvature"], ("gauss_newton", "published", "exact"))
     check_number("lr", options["lr"], "a number >= 0")
     check_number("penalty", options["penalty"], "a number >= 0")
     check_count("every", options["every"], default=1)
+    check_number("averaging", options["averaging"], "a number in [0, 1), 0.9 by default", below=1.0)
     check_choice("reduction", options["reduction"], ("mean", "sum"))
-    check_number("max_change", options["max_change"], "a number > 0, 0.1 by default", above=1e-12)
+    check_number("max_change", options["max_change"], "a number > 0, 0.5 by default", above=1e-12)
 
 
 def check_times(times: Sequence[float], T: float) -> None:
@@ -273,7 +275,7 @@ def check_times(times: Sequence[float], T: float) -> None:
 
 def check_policy_state(state: Mapping[str, Any], options: Sequence[str]) -> None:
     """Refuse the state of anything but a HorizonPolicy; earlier versions saved fewer options, or none."""
-    if "count" not in state or not set(state) <= {"count", *options}:
+    if "count" not in state or not set(state) <= {"count", "seen", "past", *options}:
         raise ProblemError(
             f"the state holds {sorted(state)}; expected the 'count' of a HorizonPolicy: load what its "
             "state_dict() returned"

@@ -1,118 +1,48 @@
 """A policy for the integration time T of a Neural ODE, learned beside its weights.
 
 T is one more static control. For the cost Phi(x(T)) + (c/2) T^2 with Phi a mean over B samples, s_i = F_i . dPhi/dx_i
-at T is what sample i adds to dPhi/dT. With the empirical Gauss-Newton matrix of (p, T),
+at T is what sample i adds to dPhi/dT, and g_i what it adds to dPhi/dp. The minimum over T, after the parameters have
+moved by dp, is the feedback rule T <- T - eta (Q_T + Q_Tp . dp) / Q_TT with Q_T = c T + sum_i s_i and
 
-    Q_T = c T + sum_i s_i,    Q_TT = c + mean_i (B s_i)^2,    Q_Tp . dp = (sum_i s_i) (Q_p . dp),
+    "gauss_newton"    Q_TT = c + B sum_i s_i^2,    Q_Tp . dp = B sum_i s_i (g_i . dp),
+    "published"       Q_TT the same,               Q_Tp . dp = (sum_i s_i) (Q_p . dp), a product of means,
+    "exact"           the second derivatives of Phi themselves.
 
-the minimum over T, after the parameters have moved by dp, is the feedback rule T <- T - eta (Q_T + Q_Tp . dp) / Q_TT.
-All three belong to the parameters that dp starts from: the policy notes them during the backward pass, before the
-optimiser moves. F and dPhi/dx at T are handed over by that pass itself. Q_Tp is the product of means that the paper
-uses; the mean of products s_i g_i would need the gradient of each sample.
+All belong to the parameters that dp starts from: the policy notes them during the backward pass, before the optimiser
+moves. F and dPhi/dx at T are handed over by that pass itself. The first takes the solves of that pass again at an
+update, with cotangents weighed by s_i; the last evaluates the loss once more and differentiates it twice.
 
 Source: Liu, Chen, Theodorou, arXiv 2109.14158.
 """
 
+import math
 import weakref
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ocnopt.differential.kronecker import is_gone, is_within_backward, release
+from ocnopt.differential.kronecker import release
 from ocnopt.errors import NonFiniteError, ProblemError
 from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.optim.checks import (
     check_policy_options,
     check_policy_state,
     check_scaler,
-    check_times,
     check_unscaled,
     free_horizon,
     is_distributed,
 )
 from ocnopt.optim.ranks import beside, unwrapped
+from ocnopt.optim.shares import Pair, Samples, Shares, dot
+from ocnopt.optim.stretched import Second, second_derivatives
 
 # What torch's optimisers call the options of a group: they come back with the state.
-_OPTIONS = ("rule", "lr", "penalty", "every", "reduction", "max_change")
-
-
-class _Shares:
-    """The share s_i of each sample in dL/dT, and the parameters that it belongs to: observer of one Neural ODE.
-
-    Shares count once a gradient has reached ``.grad``, and for as long as it is there. Further solves in the same pass
-    are of the same samples; a new forward pass, after a backward pass, is of others.
-    """
-
-    def __init__(self, parameters: list[nn.Parameter], scaler: torch.amp.GradScaler | None, keep: bool) -> None:
-        self._parameters, self._scaler, self._keep = parameters, scaler, keep
-        self._handles: list[RemovableHandle] = []
-        self._hooked: set[Tensor] = set()
-        self.before: list[tuple[Tensor, Tensor]] = []
-        self._closed: list[Tensor] = []
-        self._present: list[Tensor] = []
-        self._arrived = False
-        self.witness: tuple[Tensor, Tensor] | None = None  # a parameter, and the norm of its gradient as it arrived
-
-    def attach(self, neural_ode: NeuralODE, handles: list[RemovableHandle]) -> None:
-        """Watch until the handles, which are added to a list, are removed."""
-        self._handles = handles
-        handles += [neural_ode.observe(self), neural_ode.register_forward_pre_hook(self._begin, with_kwargs=True)]
-
-    def stage(self, input_weight: float, gradient_weight: float) -> AbstractContextManager[None]:
-        """The policy needs nothing along the path: see :class:`ocnopt.differential.discrete.Observer`."""
-        return nullcontext()
-
-    def terminal(self, x: Tensor, slope: Tensor, costate: Tensor) -> None:
-        """Note the shares, and the parameters before they move."""
-        products = slope.double() * costate.double()
-        products = products.flatten(1).sum(1) if x.ndim > 1 else products.sum()[None]
-        if self._scaler is not None:
-            products = products / self._scaler.scale(products.new_ones(()))
-        live = self._live()
-        if live and (self._closed or self._arrived) and all(is_gone(parameter.grad) for parameter in live):
-            self._closed, self._present, self.before = [], [], []
-        if self._present and len(self._present[-1]) == len(products):
-            self._present[-1] = self._present[-1] + products
-        else:
-            self._present.append(products)
-        if self._keep and not self.before:
-            self.before = [(parameter, parameter.detach().clone()) for parameter in live]
-
-    def take(self) -> list[Tensor]:
-        """The shares that count."""
-        if self._arrived or not self._live():
-            self._closed += self._present
-        if not self._closed:
-            self.before = []
-        self._present, self._arrived = [], False
-        return self._closed
-
-    def _live(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self._parameters if parameter.requires_grad]
-
-    def _arrive(self, parameter: Tensor) -> None:
-        self._arrived = True
-        gradient = parameter.grad
-        if gradient is not None and (self.witness is None or self.witness[0] is parameter):
-            self.witness = parameter, gradient.norm()
-
-    def _begin(self, neural_ode: NeuralODE, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if is_within_backward():
-            return
-        times = kwargs.get("times", args[1] if len(args) > 1 else None)
-        if times is not None and torch.is_grad_enabled():
-            check_times(neural_ode._read_times(times)[0], float(neural_ode.T))
-        self.take()
-        new = [parameter for parameter in self._live() if parameter not in self._hooked]
-        self._handles += [parameter.register_post_accumulate_grad_hook(self._arrive) for parameter in new]
-        self._hooked.update(new)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Shares, ([], None, False)  # a copy of a watched module is not watched
+_OPTIONS = ("rule", "curvature", "lr", "penalty", "every", "averaging", "reduction", "max_change")
+_SMALLEST = 1e-300  # of Q_TT
 
 
 class HorizonPolicy:
@@ -130,16 +60,25 @@ class HorizonPolicy:
     read during the backward pass. Where the scaled gradients overflow, which the scaler skips, T stays and the
     iteration does not count.
 
+    A model with several such blocks takes one policy for each: all see the same backward pass, each moves its own T as
+    if the others stayed. Where k blocks do much the same, that is k times too far: divide lr by k.
+
     Args:
         neural_ode: the module whose T moves.
         rule: "feedback": second order, with the response of T to the change of the parameters. "adjoint": gradient
             descent, T <- T - eta Q_T.
+        curvature: of the feedback rule. "gauss_newton": shares and gradients of the samples; an update takes the solves
+            of its iteration again, forward and backward. "published": the same with a product of means, which costs
+            nothing. "exact": second derivatives of the loss, for which ``policy.step(closure)`` needs a function that
+            computes it again; an update costs about three iterations.
         lr: eta; at most 1 is sensible for "feedback".
         penalty: c of the cost (c/2) T^2 on the integration time.
         every: iterations from one update of T to the next.
+        averaging: weight of the past in Q_TT, a running mean over updates, as shares have heavy tails. Q_T is the mean
+            over all iterations since the last update. At zero both are those of the last iteration, as published, and
+            nothing watches in between.
         reduction: "mean" or "sum": how the loss combines samples.
-        max_change: the largest change of T in one update, as a share of the way from the lower to the upper bound; it
-            holds where Q_TT is small.
+        max_change: the largest change of T in one update, as a share of T - t0; it holds where Q_TT is small.
         scaler: the GradScaler that scales the loss, if there is one.
         process_group: the processes that train the model together; all if left out. See :mod:`ocnopt.optim.ranks`.
 
@@ -166,11 +105,13 @@ class HorizonPolicy:
         neural_ode: NeuralODE | Any,
         *,
         rule: str = "feedback",
-        lr: float,
+        curvature: str = "gauss_newton",
+        lr: float = 1.0,
         penalty: float = 0.0,
         every: int = 1,
+        averaging: float = 0.9,
         reduction: str = "mean",
-        max_change: float = 0.1,
+        max_change: float = 0.5,
         scaler: torch.amp.GradScaler | Any | None = None,
         process_group: Any | None = None,
     ) -> None:
@@ -178,12 +119,12 @@ class HorizonPolicy:
         if is_distributed() and isinstance(neural_ode, nn.Module):
             neural_ode, self._group = unwrapped(neural_ode, process_group)
         check_scaler(scaler)
-        options = {"rule": rule, "lr": lr, "penalty": penalty, "every": every}
-        options |= {"reduction": reduction, "max_change": max_change}
-        check_policy_options(options)
         self._ode, self._bounds, self._scaler = neural_ode, free_horizon(neural_ode), scaler
-        self.rule, self.lr, self.penalty, self.every = rule, lr, penalty, every
-        self.reduction, self.max_change, self._count = reduction, max_change, 0
+        self.rule, self.curvature, self.lr, self.penalty, self.every = rule, curvature, lr, penalty, every
+        self.averaging, self.reduction, self.max_change = averaging, reduction, max_change
+        check_policy_options(self._options())
+        self._count, self._seen, self._past = 0, list[tuple[float, float]](), (0.0, 0.0)
+        self._factor = 1  # makes second moments of shares in a mean those of the samples' own losses
         self._start()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -194,21 +135,25 @@ class HorizonPolicy:
         self._start()
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure: Callable[[], Tensor] | None = None) -> None:
         """Count an iteration, and move T if its turn has come.
+
+        Args:
+            closure: computes the loss of the iteration's samples and returns it, without ``backward()``; it is called
+                at an update with curvature="exact" alone.
 
         Raises:
             ProblemError: no backward pass has been seen, its gradients were scaled since, or are gone though the rule
-                needs them ("feedback").
+                needs them ("feedback"), or there is no closure where one is needed.
             NonFiniteError: dL/dT is NaN or infinite without a scaler; T stays.
         """
-        if not self._handles or self._move():
+        if not self._handles or self._finish(closure):
             self._count += 1
         self._watch()
 
     def state_dict(self) -> dict[str, Any]:
         """What the next step depends on besides T, which is saved with the module."""
-        return {"count": self._count} | {name: getattr(self, name) for name in _OPTIONS}
+        return {"count": self._count, "seen": [*self._seen], "past": self._past} | self._options()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a state that :meth:`state_dict` returned.
@@ -217,10 +162,14 @@ class HorizonPolicy:
             ProblemError: the state is something else.
         """
         check_policy_state(state_dict, _OPTIONS)
-        options = {name: state_dict.get(name, getattr(self, name)) for name in _OPTIONS}
+        options = {name: state_dict.get(name, value) for name, value in self._options().items()}
         check_policy_options(options)
-        self.__dict__.update(options, _count=state_dict["count"])
+        self.__dict__.update(options, _count=state_dict["count"], _seen=[*state_dict.get("seen", ())])
+        self._past = state_dict.get("past", (0.0, 0.0))
         self._watch()
+
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _OPTIONS}
 
     def _start(self) -> None:
         """Begin to watch, for as long as this policy is used."""
@@ -228,51 +177,136 @@ class HorizonPolicy:
         weakref.finalize(self, release, self._handles)
         self._watch()
 
+    @property
+    def _moves(self) -> bool:
+        return (self._count + 1) % self.every == 0
+
     def _watch(self) -> None:
-        """Watch the next iteration if T moves then."""
+        """Watch the next iteration if it counts."""
         release(self._handles)
-        self._shares = _Shares([*self._ode.parameters()], self._scaler, keep=self.rule == "feedback")
-        if (self._count + 1) % self.every == 0:
+        keep = self.rule == "feedback" and self._moves
+        replay = keep and self.curvature == "gauss_newton"
+        self._shares = Shares([*self._ode.parameters()], self._scaler, keep, replay)
+        if self._moves or self.averaging:
             self._shares.attach(self._ode, self._handles)
 
-    def _move(self) -> bool:
-        """Move T, unless the scaled gradients overflowed."""
-        T, shares = self._ode.T, self._shares.take()
-        ranks = beside(self._group) if is_distributed() else None
-        if ranks is not None:
-            shares = ranks.shares(shares, T.device)
-        if not shares:
+    def _finish(self, closure: Callable[[], Tensor] | None) -> bool:
+        """Note what an iteration says of T, and move T; False if it does not count, as its gradients overflowed."""
+        samples, count = self._shares.take(), self._count_of_ranks()
+        if samples and count == 1 and self._scaler is None and self._shares.witness is not None:
+            check_unscaled(*self._shares.witness)  # of several ranks, the mean comes after the pass
+        s = torch.cat([each.shares for each in samples if each.shares is not None] or [torch.zeros(0)])
+        passes, size, total, squares = self._sum(
+            [float(len(samples)), float(len(s)), float(s.sum()), float(s.square().sum())]
+        )
+        if passes:
+            self._factor = int(size) if self.reduction == "mean" else 1
+            seen = total / count, squares / count**2 * self._factor
+            if not math.isfinite(seen[0]):
+                return self._skip(seen[0])
+            self._seen.append(seen)
+        if not self._moves:
+            return True
+        if not self._seen:
             raise ProblemError(
                 "policy.step() met no backward pass through the NeuralODE since the last step, none that ended at T; "
                 "expected loss.backward(), optimizer.step(), policy.step() in this order, and a loss of ode(x), or of "
                 "ode(x, times) with times that end at float(ode.T)"
             )
-        if self._scaler is None and self._shares.witness is not None and ranks is None:  # else its mean came after
-            check_unscaled(*self._shares.witness)
-        s = torch.cat(shares).to(T.device)
-        Q_T = self.penalty * T + s.sum()
-        if self.rule == "adjoint":
-            change = self.lr * Q_T
-        else:
-            Q_TT = self.penalty + s.square().sum() * (len(s) if self.reduction == "mean" else 1)
-            change = self.lr * (Q_T + s.sum() * self._loss_change()) / Q_TT.clamp(min=torch.finfo(Q_TT.dtype).tiny)
-        if not bool(torch.isfinite(Q_T)) or bool(torch.isnan(change)):
-            if self._scaler is not None and self._scaler.is_enabled():
-                return False
-            raise NonFiniteError(
-                f"dL/dT is {float(Q_T)} and the change of T {float(change)}; expected finite numbers. T stays at "
-                f"{float(T)}: look for NaN or infinity in the loss"
-            )
-        longest = self.max_change * (self._bounds.upper - self._bounds.lower)
-        T.sub_(change.clamp(-longest, longest)).clamp_(self._bounds.lower, self._bounds.upper)
+        past = self._past
+        change = self._change(samples, closure)
+        if math.isnan(change):
+            self._seen.pop()
+            self._past = past
+            return self._skip(change)
+        self._seen = []
+        T, longest = self._ode.T, self.max_change * abs(float(self._ode.T) - self._bounds.t0)
+        T.sub_(max(-longest, min(longest, change))).clamp_(self._bounds.lower, self._bounds.upper)
         return True
 
-    def _loss_change(self) -> Tensor:
-        """Q_p . dp, for the change dp of the Neural ODE's parameters since the backward pass."""
-        moved = [(p.grad, p - before) for p, before in self._shares.before if p.grad is not None]
+    def _change(self, samples: Sequence[Samples], closure: Callable[[], Tensor] | None) -> float:
+        """What the rule takes from T."""
+        Q_T, Q_TT = (sum(column) / len(self._seen) for column in zip(*self._seen, strict=True))
+        Q_T += self.penalty * float(self._ode.T)
+        if self.rule == "adjoint":
+            return self.lr * Q_T
+        directions = self._directions()
+        if self.curvature == "exact":
+            second = self._second(closure, directions)
+            found = self._sum([float(second.T + second.along), float(second.TT)])
+            first, Q_TT = (value / self._count_of_ranks() for value in found)
+            Q_T += first - self._seen[-1][0]
+        elif self.curvature == "published":
+            Q_T += self._seen[-1][0] * sum(float(dot(p.grad, dp)) for p, dp in directions if p.grad is not None)
+        else:
+            Q_T += self._response(samples, directions)
+        past, weight = (self.averaging * old for old in self._past)
+        past, weight = past + (1.0 - self.averaging) * Q_TT, weight + 1.0 - self.averaging
+        self._past = past, weight
+        return self.lr * Q_T / max(abs(self.penalty + past / weight), _SMALLEST)
+
+    def _count_of_ranks(self) -> int:
+        """k, whose mean the loss is, so that a share in the loss of one is k times too large."""
+        ranks = beside(self._group) if is_distributed() else None
+        return 1 if ranks is None else ranks.count
+
+    def _sum(self, numbers: Sequence[float]) -> Sequence[float]:
+        """Sums over the ranks, all of which call this at the same time."""
+        ranks = beside(self._group) if is_distributed() else None
+        if ranks is None:
+            return numbers
+        return ranks.sum(torch.tensor(numbers, dtype=torch.float64, device=self._ode.T.device)).tolist()
+
+    def _response(self, samples: Sequence[Samples], directions: Sequence[Pair]) -> float:
+        """B sum_i s_i (g_i . dp)."""
+        products = [0.0]
+        if any(bool(dp.any()) for _, dp in directions):
+            with _at(self._shares.before):
+                products += [
+                    float(solve.product(self._ode, cotangents, each.shares, directions))
+                    for each in samples
+                    for solve, cotangents in each.solves.items()
+                    if each.shares is not None and len(each.shares)
+                ]
+        return self._factor * self._sum([sum(products)])[0] / self._count_of_ranks() ** 2
+
+    def _second(self, closure: Callable[[], Tensor] | None, directions: Sequence[Pair]) -> Second:
+        if closure is None:
+            raise ProblemError(
+                "policy.step() came without a closure for curvature='exact'; expected policy.step(closure), with a "
+                "function that computes the loss of the same samples and returns it, without backward()"
+            )
+        with _at(self._shares.before):
+            return second_derivatives(self._ode, closure, directions)
+
+    def _skip(self, value: float) -> bool:
+        """What a number that is not finite means."""
+        if self._scaler is not None and self._scaler.is_enabled():
+            return False
+        raise NonFiniteError(
+            f"dL/dT is {value}, or the change of T; expected finite numbers. T stays at {float(self._ode.T)}: look for "
+            "NaN or infinity in the loss"
+        )
+
+    def _directions(self) -> list[Pair]:
+        """The change dp of each of the Neural ODE's parameters since the backward pass."""
+        moved = [(p, p - before) for p, before in self._shares.before if p.grad is not None]
         if self._shares.before and not moved:
             raise ProblemError(
                 "policy.step() met parameters without gradients; expected those of the last backward pass: call "
                 "optimizer.zero_grad() after policy.step()"
             )
-        return sum((grad.double() * dp.double()).sum() for grad, dp in moved) + torch.zeros_like(self._ode.T)
+        return moved
+
+
+@contextmanager
+def _at(values: Sequence[Pair]) -> Iterator[None]:
+    """Give parameters other values for a while."""
+    now = [parameter.detach().clone() for parameter, _ in values]
+    try:
+        for parameter, value in values:
+            parameter.copy_(value)
+        yield
+    finally:
+        for (parameter, _), value in zip(values, now, strict=True):
+            parameter.copy_(value)

@@ -6,7 +6,7 @@ of their own losses, made by DistributedDataParallel or by the user. Whatever el
     evaluations of the field    the most of any rank
     samples of a layer          those of all ranks, in the order of the ranks, on the rank that makes its eigenbasis
     eigenbases                  each made by one rank, and sent to all, so that they are equal bit for bit
-    shares in dL/dT             those of all ranks; the loss is the mean over ranks, so each counts a k-th
+    shares in dL/dT             their sums over all ranks; the loss is the mean over ranks, so each counts a k-th
 
 Every rank joins every exchange, also without samples, in the same order.
 """
@@ -119,22 +119,6 @@ class Ranks:
         table = torch.zeros(self.count, len(own), dtype=torch.int64, device=device)
         table[self.rank] = torch.tensor(own, dtype=torch.int64)
         return self.sum(table).tolist()
-
-    def shares(self, own: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-        """The parts of single samples in a derivative of the mean loss of all ranks; nothing where no rank has any.
-
-        Args:
-            own: such parts in the derivative of this rank's loss.
-            device: of what is returned, in double precision.
-        """
-        counts = self.counts([sum(map(len, own)), len(own)], device)
-        lengths, parts = zip(*counts, strict=True)
-        if not any(parts):
-            return []
-        whole = torch.zeros(sum(lengths), dtype=torch.float64, device=device)
-        if own:
-            whole.split(lengths)[self.rank].copy_(torch.cat([*own]))
-        return [self.sum(whole) / self.count]
 
     def agree(
         self, gradients: Sequence[Tensor], parameters: Sequence[Tensor], plan: object, spent: int, device: torch.device

@@ -32,8 +32,8 @@ from ocnopt.problems import Task, learning_task
 from ocnopt.runs import RunFolder
 
 RULES = ("fixed", "feedback", "adjoint")
-HORIZON = FreeHorizon(initial=1.0, lower=0.1, upper=2.0)
-_FORMAT = 2
+HORIZON = FreeHorizon(initial=1.0, lower=0.2, upper=2.0)
+_FORMAT = 3
 _EVALUATE_EVERY = 10  # iterations, at least
 
 
@@ -46,9 +46,10 @@ class TrainConfig:
         optimizer: name of an optimiser.
         lr: learning rate.
         horizon: "fixed" leaves T = 1; "feedback" moves it by the second-order policy, "adjoint" by the first-order one,
-            both for a model around one Neural ODE.
+            both that of each Neural ODE in the model.
         horizon_lr: step of the policy.
         horizon_penalty: c of the cost (c/2) T^2 on the integration time.
+        horizon_every: iterations from one update of T to the next.
         iterations: steps in all.
         batch_size: samples a step.
         checkpoint_every: iterations between checkpoints.
@@ -63,8 +64,9 @@ class TrainConfig:
     optimizer: str
     lr: float
     horizon: str = "fixed"
-    horizon_lr: float = 0.1
-    horizon_penalty: float = 0.1
+    horizon_lr: float = 1.0
+    horizon_penalty: float = 3.0
+    horizon_every: int = 10
     iterations: int = 143
     batch_size: int = 128
     checkpoint_every: int = 20
@@ -76,7 +78,7 @@ class TrainConfig:
         if self.horizon not in RULES:
             near = nearest(self.horizon, RULES)
             raise ProblemError(f"horizon is {self.horizon!r}; expected one of {', '.join(RULES)}{near}")
-        for name in ("iterations", "batch_size", "checkpoint_every"):
+        for name in ("iterations", "batch_size", "checkpoint_every", "horizon_every"):
             if getattr(self, name) < 1:
                 raise ProblemError(f"{name} is {getattr(self, name)}; expected a whole number of at least 1")
         for name in ("lr", "horizon_lr"):
@@ -95,7 +97,7 @@ class Trainer:
         config: what to do with them.
 
     Raises:
-        ProblemError: a batch larger than the training part, or a rule for T where the model has no single Neural ODE.
+        ProblemError: a batch larger than the training part, or a rule for T where the model has no Neural ODE.
     """
 
     def __init__(self, task: Task, config: TrainConfig) -> None:
@@ -114,7 +116,7 @@ class Trainer:
             self.model = _make_model(task, {**config.model, **moves})
             self._random_state = torch.get_rng_state()
         self.optimizer = optimizer(config.optimizer).build(self.model, config.lr)
-        self.policy = _policy(self.model, task, config)
+        self.policies = _policies(self.model, task, config)
 
     @property
     def finished(self) -> bool:
@@ -149,8 +151,8 @@ class Trainer:
                 return loss
 
             loss: Any = self.optimizer.step(closure)
-            if self.policy is not None:
-                self.policy.step()
+            for policy in self.policies:
+                policy.step()
             self.seconds += perf_counter() - began
             self.iteration += 1
             record = {
@@ -176,7 +178,7 @@ class Trainer:
             "random_state": self._random_state,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "policy": None if self.policy is None else self.policy.state_dict(),
+            "policies": [policy.state_dict() for policy in self.policies],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -197,8 +199,8 @@ class Trainer:
         self._random_state = state["random_state"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.policy is not None:
-            self.policy.load_state_dict(state["policy"])
+        for policy, saved in zip(self.policies, state["policies"], strict=True):
+            policy.load_state_dict(saved)
 
     def _mean_loss(self, ranks: Ranks, loss: Tensor) -> Tensor:
         """The loss of the whole batch, its gradients in ``.grad``."""
@@ -249,30 +251,30 @@ def _make_model(task: Task, options: dict[str, Any]) -> nn.Module:
         return task.make_model(**options)
     except TypeError as error:
         if "horizon" in options:
-            _only_ode(task.make_model(), task)
+            _free_odes(task.make_model(), task)
         raise ProblemError(
             f"the model of {task.name} does not take the options {', '.join(options)} ({error}); expected options of "
             "its constructor: leave out what it does not know"
         ) from error
 
 
-def _only_ode(model: nn.Module, task: Task) -> NeuralODE:
-    """The Neural ODE whose T a rule moves."""
+def _free_odes(model: nn.Module, task: Task) -> list[NeuralODE]:
+    """The Neural ODEs whose T a rule moves."""
     odes = _neural_odes(model)
-    if len(odes) != 1:
+    if not odes:
         raise ProblemError(
-            f"a rule for the integration time T came for the model of {task.name}, which has {len(odes)} Neural ODEs; "
-            "expected exactly one: use horizon='fixed', or a problem such as digits"
+            f"a rule for the integration time T came for the model of {task.name}, which has 0 Neural ODEs; expected "
+            "one at least: use horizon='fixed', or a problem such as digits"
         )
-    return odes[0]
+    return odes
 
 
-def _policy(model: nn.Module, task: Task, config: TrainConfig) -> HorizonPolicy | None:
-    """The policy that moves T, or None where it is fixed."""
+def _policies(model: nn.Module, task: Task, config: TrainConfig) -> list[HorizonPolicy]:
+    """Those that move the end time of each Neural ODE; none where it is fixed."""
     if config.horizon == "fixed":
-        return None
-    ode = _only_ode(model, task)
-    return HorizonPolicy(ode, rule=config.horizon, lr=config.horizon_lr, penalty=config.horizon_penalty)
+        return []
+    options: dict[str, Any] = {"rule": config.horizon, "lr": config.horizon_lr, "penalty": config.horizon_penalty}
+    return [HorizonPolicy(ode, every=config.horizon_every, **options) for ode in _free_odes(model, task)]
 
 
 def open_trainer(folder: RunFolder, task: Task | None = None) -> tuple[Trainer, list[dict[str, Any]]]:

@@ -2,7 +2,7 @@
 
 python -m tests.benchmarks [PART ...] [--quick] [--full] [--against PATH], where PART is one of
 
-    iterations memory race engines layerwise control starts batch scaling mpc_pytorch gradients mpc versions
+    iterations memory race horizon engines layerwise control starts batch scaling mpc_pytorch gradients mpc versions
 
 Peers that are not installed are named as such: see ``mpc_pytorch`` for how to install them.
 """
@@ -26,6 +26,7 @@ from tests.benchmarks import (
     control,
     engines,
     gradients,
+    horizon,
     iterations,
     layerwise,
     memory,
@@ -139,6 +140,28 @@ def show_race(options: Options) -> None:
         "lr and iterations of Adam, when Adam first was as low, and SNOpt's; loss of the whole training part, looked "
         f"up every {race.EVALUATE_EVERY} iterations; time: SNOpt's over Adam's; eval: evaluations of the field per "
         "iteration; acc: on the test part, SNOpt's when it reaches the loss",
+    )
+
+
+def show_horizon(options: Options) -> None:
+    """The feedback rule for T against a fixed T."""
+    rows = [
+        [
+            *(end.optimizer, str(end.seed), f"{end.start:g}", f"{end.T:.3f}", str(end.settled), f"{end.swing:.1%}"),
+            *("never" if end.time_ratio is None else f"{end.time_ratio:.2f}", f"{end.whole_ratio:.2f}"),
+            *(f"{end.evaluations:.1f}", f"{end.fixed_evaluations:.1f}", f"{end.accuracy:.3f}"),
+            f"{end.fixed_accuracy:.3f}",
+        ]
+        for seed in range(1 if options.quick else 3)
+        for end in horizon.measure(seed)
+    ]
+    show(
+        "img: T by the feedback rule, moved every 10 iterations, against T = 1",
+        ["optimiser", "seed", "start", "T", "settled", "swing", "time", "whole", "eval", "at 1", "acc", "at 1"],
+        rows,
+        f"T after {horizon.ITERATIONS} iterations; settled: the iteration when it first is within 5 % of that; swing: "
+        "how far it is off at most from then on (wanted <= 10 %); time until the loss that Adam ends with at T = 1, "
+        "a mean over an epoch's batches, and of the whole run, over those at T = 1 (wanted <= 0.85)",
     )
 
 
@@ -341,6 +364,7 @@ PARTS: dict[str, Callable[[Options], None]] = {
     "iterations": show_iterations,
     "memory": show_memory,
     "race": show_race,
+    "horizon": show_horizon,
     "engines": show_engines,
     "layerwise": show_layerwise,
     "control": show_control,

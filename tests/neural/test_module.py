@@ -200,7 +200,7 @@ def test_a_budget_is_a_number_of_bytes(budget):
 
 
 def test_what_observes_has_the_methods_of_an_observer():
-    with pytest.raises(ProblemError, match=r"observer is function; expected an object with the methods stage"):
+    with pytest.raises(ProblemError, match=r"observer is function; expected an object with the method terminal"):
         inspect.unwrap(NeuralODE.observe)(NeuralODE(Tanh()), lambda *_: None)
 
 

@@ -51,12 +51,15 @@ def result(model, optimizer, policy=None):
     return found if policy is None else found | {"policy": policy.state_dict()}
 
 
-def train(rank, count, *, curvature="gradient", by_hand=False, start=None, steps=range(STEPS), rule="feedback"):
+def train(
+    rank, count, *, curvature="gradient", by_hand=False, start=None, steps=range(STEPS), rule="gauss_newton", every=1
+):
     """Steps with DistributedDataParallel, or with gradients that are averaged by hand."""
     model = make_model()
     wrapped = DistributedDataParallel(model) if count > 1 and not by_hand else model
     optimizer = SNOpt(wrapped if curvature == "gradient" else model, 0.05, refresh_every=4, curvature=curvature)
-    policy = HorizonPolicy(model[1], rule=rule, lr=0.2, penalty=0.1)
+    kind = {"rule": "adjoint"} if rule == "adjoint" else {"curvature": rule}
+    policy = HorizonPolicy(model[1], **kind, lr=0.2, penalty=0.1, every=every)
     if start is not None:
         for part, state in zip((model, optimizer, policy), start.values(), strict=True):
             part.load_state_dict(state)
@@ -67,7 +70,7 @@ def train(rank, count, *, curvature="gradient", by_hand=False, start=None, steps
         if count > 1 and by_hand:
             average(model, count)
         optimizer.step()
-        policy.step()
+        policy.step(lambda: nn.functional.cross_entropy(model(x), y))  # noqa: B023
     return result(model, optimizer, policy)
 
 
@@ -188,7 +191,8 @@ def share_out(rank, count):
 CASES = {
     "gradient": (train, {}),
     "costate": (train, {"curvature": "costate", "rule": "adjoint"}),
-    "by_hand": (train, {"curvature": "costate", "by_hand": True}),
+    "by_hand": (train, {"curvature": "costate", "by_hand": True, "rule": "published", "every": 3}),
+    "exact": (train, {"rule": "exact"}),
     "unequal": (sums, {"sizes": (9, 3)}),
     "empty": (sums, {"sizes": (12, 0)}),
     "cut_short": (sums, {"sizes": (4, 8), "rank_limit": 3}),

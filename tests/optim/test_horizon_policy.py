@@ -29,7 +29,7 @@ class Drift(nn.Module):
 
 def make(**options):
     ode = NeuralODE(Drift(), HORIZON, method="rk4", steps=2)
-    return ode, HorizonPolicy(ode, **{"lr": 1.0, "max_change": 1.0, **options})
+    return ode, HorizonPolicy(ode, **{"max_change": 3.0, "curvature": "published", "averaging": 0.0, **options})
 
 
 def losses(x, w):
@@ -162,7 +162,7 @@ def test_steps_are_short_and_end_at_the_bounds():
         (1e-9 * ode(torch.ones(2, 2)).sum()).backward()  # a tiny Q_TT asks for a huge step
         before = ode.T.clone()
         policy.step()
-        assert abs(ode.T - before) <= 0.28 + 1e-12
+        assert abs(ode.T - before) <= 0.1 * before + 1e-12
     for _ in range(30):
         (1e-9 * ode(torch.ones(2, 2)).sum()).backward()
         policy.step()
@@ -178,7 +178,7 @@ def test_no_signal_leaves_T():
 
 def test_resuming_gives_an_unbroken_run_bit_for_bit():
     def build():
-        ode, policy = make(every=2, penalty=0.3, lr=0.3)
+        ode, policy = make(every=2, penalty=0.3, lr=0.3, averaging=0.9, curvature="gauss_newton")
         return ode, policy, torch.optim.SGD(ode.parameters(), 0.1)
 
     def train(ode, policy, optimizer, batches):
@@ -234,7 +234,7 @@ def test_a_loss_that_is_not_finite_leaves_T():
     ode, policy = make()
     (math.nan * ode(torch.ones(2, 2)).sum()).backward()
     with pytest.raises(
-        NonFiniteError, match=r"dL/dT is nan and the change of T nan; expected finite numbers. T stays at 1.0"
+        NonFiniteError, match=r"dL/dT is nan, or the change of T; expected finite numbers. T stays at 1.0"
     ):
         policy.step()
     assert ode.T == 1.0
@@ -248,7 +248,9 @@ def test_a_loss_that_is_not_finite_leaves_T():
         ({"penalty": -1.0}, r"penalty is -1.0; expected a number >= 0"),
         ({"every": 0}, r"every is 0; expected a whole number of at least 1, 1 by default"),
         ({"reduction": "none"}, r"reduction is 'none'; expected 'mean' or 'sum'"),
-        ({"max_change": 0.0}, r"max_change is 0.0; expected a number > 0, 0.1 by default"),
+        ({"max_change": 0.0}, r"max_change is 0.0; expected a number > 0, 0.5 by default"),
+        ({"averaging": 1.0}, r"averaging is 1.0; expected a number in \[0, 1\), 0.9 by default"),
+        ({"curvature": "exakt"}, r"curvature is 'exakt'; expected 'gauss_newton' or 'published' or 'exact'; did you"),
     ],
 )
 def test_wrong_arguments(options, message):
@@ -273,6 +275,7 @@ def test_wrong_modules():
 
 def test_its_options_come_back_with_its_state():
     options = {"lr": 0.2, "penalty": 0.3, "every": 4, "rule": "adjoint", "reduction": "sum", "max_change": 0.2}
+    options |= {"curvature": "exact", "averaging": 0.5}
     _, policy = make(**options)
     _, other = make()
     other.load_state_dict(policy.state_dict())

@@ -47,7 +47,7 @@ def assert_same_state(a, b):
 
 @pytest.mark.parametrize(("optimizer", "horizon"), METHODS)
 def test_a_resumed_run_is_an_unbroken_run(tmp_path, digits, optimizer, horizon):
-    config = replace(CONFIG, optimizer=optimizer, horizon=horizon)
+    config = replace(CONFIG, optimizer=optimizer, horizon=horizon, horizon_every=2)
     unbroken = folder_of(tmp_path / "unbroken", config)
     train([(Trainer(digits, config), unbroken)])
 
@@ -112,8 +112,21 @@ def test_the_lines_of_metrics(digits):
 
 
 def test_a_policy_moves_the_horizon(digits):
-    trainer = Trainer(digits, replace(CONFIG, horizon="feedback"))
+    trainer = Trainer(digits, replace(CONFIG, horizon="feedback", horizon_every=1))
     assert trainer.step()["T"] != trainer.step()["T"]
+
+
+def test_every_neural_ode_of_a_model_has_a_policy(digits):
+    def twice(horizon, **options):
+        one, two = (digits.make_model(horizon, **options) for _ in range(2))
+        one.ode = torch.nn.Sequential(one.ode, two.ode)
+        return one
+
+    trainer = Trainer(replace(digits, make_model=twice), replace(CONFIG, horizon="feedback", horizon_every=1))
+    trainer.step()
+    ends = [float(block.T) for block in trainer.model.ode]
+    assert 1.0 not in ends
+    assert ends[0] != ends[1]
 
 
 def test_a_loss_that_is_not_finite(digits):

@@ -1,0 +1,184 @@
+"""What backward passes tell about the end time T of a Neural ODE: the share of each sample in dL/dT.
+
+With x_i(T) the end of sample i, its share is s_i = F_i . dL/dx_i at T. The gradient of sample i in the parameters, g_i,
+is never formed: a solve that was noted with its cotangents is taken again, and sum_i w_i g_i comes by one product.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ocnopt.differential.kronecker import is_gone, is_within_backward
+from ocnopt.neural.evaluation import State, StateLayout, Surroundings
+from ocnopt.neural.neural_ode import NeuralODE
+from ocnopt.optim.checks import check_times
+
+Pair = tuple[Tensor, Tensor]
+
+
+def dot(x: Tensor, y: Tensor) -> Tensor:
+    """The sum of products in double precision."""
+    return (x.double() * y.double()).sum()
+
+
+class Solve:
+    """One solve as it was: its start, and what the field saw besides."""
+
+    def __init__(self, neural_ode: NeuralODE, x: State, times: Any) -> None:
+        layout = StateLayout.of(x)
+        parts = x if isinstance(x, tuple) else (x,)
+        kept = tuple(part.detach().clone() for part in parts)
+        self._x, self._times, self._rows_axis = kept if isinstance(x, tuple) else kept[0], times, int(times is not None)
+        self.rows = layout.rows if isinstance(x, tuple) else len(x) if x.ndim > 1 else 1
+        self._surroundings = Surroundings(neural_ode.field, parts[0].device)
+        self._surroundings.note_buffers()
+        self._noise = self._surroundings.noise()
+
+    def product(
+        self, neural_ode: NeuralODE, cotangents: Sequence[Tensor | None], weights: Tensor, directions: Sequence[Pair]
+    ) -> Tensor:
+        """sum_i w_i g_i . dp for weights ``(rows,)`` of the samples, and pairs of a parameter and its dp."""
+        again, parameters = copy.copy(neural_ode), [parameter for parameter, _ in directions]  # nobody observes a copy
+        with torch.enable_grad(), self._surroundings.restored():
+            self._surroundings.set_noise(self._noise)
+            ends = _parts(again.forward(self._x, self._times))
+        size = weights.abs().amax().clamp(min=torch.finfo(weights.dtype).tiny)  # half precision would lose small ones
+        pairs = [
+            (output, _weigh(cotangent, weights / size, self._rows_axis))
+            for output, cotangent in zip(ends, cotangents, strict=True)
+            if cotangent is not None and output.requires_grad
+        ]
+        if not pairs:
+            return weights.new_zeros(())
+        outputs, weighed = zip(*pairs, strict=True)
+        found = torch.autograd.grad(outputs, parameters, weighed, allow_unused=True, materialize_grads=True)
+        terms = [dot(g, dp) for g, (_, dp) in zip(found, directions, strict=True)]
+        return size * sum(terms, weights.new_zeros(()))
+
+
+def _parts(state: State) -> tuple[Tensor, ...]:
+    return state if isinstance(state, tuple) else (state,)
+
+
+def _weigh(cotangent: Tensor, weights: Tensor, axis: int) -> Tensor:
+    if len(weights) > 1:
+        weights = weights.view(*[1] * axis, -1, *[1] * (cotangent.ndim - axis - 1))
+    return (cotangent.double() * weights).to(cotangent.dtype)
+
+
+@dataclass(eq=False)
+class Samples:
+    """Samples that one pass saw: their shares ``(B,)``, none if T is no end of theirs, and their solves, if noted.
+
+    Of each solve the cotangents of its outputs are kept.
+    """
+
+    shares: Tensor | None = None
+    solves: dict[Solve, list[Tensor | None]] = field(default_factory=dict)
+
+
+class Shares:
+    """The samples of one iteration, and the parameters that they belong to: watches one Neural ODE.
+
+    Samples count once a gradient has reached ``.grad``, and for as long as it is there. Further solves of as many
+    samples in the same pass are of the same ones; a new forward pass, after a backward pass, is of others.
+
+    Args:
+        parameters: of the Neural ODE.
+        scaler: of the loss, if there is one.
+        keep: whether to keep the values of the parameters.
+        replay: whether to note the solves, too.
+    """
+
+    def __init__(
+        self, parameters: list[nn.Parameter], scaler: torch.amp.GradScaler | None, keep: bool, replay: bool
+    ) -> None:
+        self._parameters, self._scaler, self._keep, self._replay = parameters, scaler, keep, replay
+        self._handles: list[RemovableHandle] = []
+        self._hooked: set[Tensor] = set()
+        self.before: list[Pair] = []
+        self._closed: list[Samples] = []
+        self._present: dict[int, Samples] = {}
+        self._pending: Solve | None = None
+        self._arrived = False
+        self.witness: Pair | None = None  # a parameter, and the norm of its gradient as it arrived
+
+    def attach(self, neural_ode: NeuralODE, handles: list[RemovableHandle]) -> None:
+        """Watch until the handles, which are added to a list, are removed."""
+        self._handles = handles
+        handles += [neural_ode.observe(self), neural_ode.register_forward_pre_hook(self._begin, with_kwargs=True)]
+        if self._replay:
+            handles.append(neural_ode.register_forward_hook(self._end))
+
+    def terminal(self, x: Tensor, slope: Tensor, costate: Tensor) -> None:
+        """Note the shares, and the parameters before they move."""
+        products = slope.double() * costate.double()
+        products = products.flatten(1).sum(1) if x.ndim > 1 else products.sum()[None]
+        samples, products = self._samples(len(products)), self._unscaled(products)
+        samples.shares = products if samples.shares is None else samples.shares + products
+
+    def take(self) -> list[Samples]:
+        """The samples that count."""
+        if self._arrived or not self._live():
+            self._closed += [samples for samples in self._present.values() if samples.shares is not None]
+        if not self._closed:
+            self.before = []
+        self._present, self._arrived = {}, False
+        return self._closed
+
+    def _samples(self, rows: int) -> Samples:
+        """The present samples, after those whose gradients are gone have been forgotten."""
+        live = self._live()
+        if live and (self._closed or self._arrived) and all(is_gone(parameter.grad) for parameter in live):
+            self._closed, self._present, self._arrived, self.before = [], {}, False, []
+        if self._keep and not self.before:
+            self.before = [(parameter, parameter.detach().clone()) for parameter in live]
+        return self._present.setdefault(rows, Samples())
+
+    def _unscaled(self, gradient: Tensor) -> Tensor:
+        return gradient if self._scaler is None else gradient / self._scaler.scale(gradient.new_ones(()))
+
+    def _live(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self._parameters if parameter.requires_grad]
+
+    def _arrive(self, parameter: Tensor) -> None:
+        self._arrived = True
+        gradient = parameter.grad
+        if gradient is not None and (self.witness is None or self.witness[0] is parameter):
+            self.witness = parameter, gradient.norm()
+
+    def _begin(self, neural_ode: NeuralODE, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x, times = (*args, kwargs.get("x"))[0], kwargs.get("times", args[1] if len(args) > 1 else None)
+        self._pending = Solve(neural_ode, x, times) if self._replay and torch.is_grad_enabled() else None
+        if is_within_backward():
+            return
+        if times is not None and torch.is_grad_enabled():
+            check_times(neural_ode._read_times(times)[0], float(neural_ode.T))
+        self.take()
+        new = [parameter for parameter in self._live() if parameter not in self._hooked]
+        self._handles += [parameter.register_post_accumulate_grad_hook(self._arrive) for parameter in new]
+        self._hooked.update(new)
+
+    def _end(self, neural_ode: NeuralODE, args: tuple[Any, ...], output: State) -> None:
+        parts = _parts(output)
+        if self._pending is not None:
+            for i, part in enumerate(parts):
+                if part.requires_grad:
+                    part.register_hook(self._receiver(self._pending, i, len(parts)))
+        self._pending = None
+
+    def _receiver(self, solve: Solve, i: int, parts: int) -> Callable[[Tensor], None]:
+        def receive(cotangent: Tensor) -> None:
+            cotangents = self._samples(solve.rows).solves.setdefault(solve, [None] * parts)
+            old, new = cotangents[i], self._unscaled(cotangent.detach())
+            cotangents[i] = new.clone() if old is None else old + new
+
+        return receive
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Shares, ([], None, False, False)  # a copy of a watched module is not watched
