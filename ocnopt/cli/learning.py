@@ -18,6 +18,7 @@ from ocnopt.runs import PLOTS, RunFolder
 from ocnopt.training import Method, TrainConfig, Trainer, curves, open_trainer, train
 from ocnopt.training.curves import Runs
 from ocnopt.training.metrics import Metrics, last_loss, metric_scale, metric_title, tested
+from ocnopt.training.parallel import check_processes, together
 
 
 def progress_bar(console: Console) -> Progress:
@@ -51,6 +52,7 @@ def train_request(
     epochs: int | None,
     iterations: int | None,
     batch_size: int | None,
+    nproc: int | None = None,
     **others: Any,
 ) -> dict[str, Any]:
     """What ``ocnopt train`` was asked, with the problem's recommendations filled in.
@@ -62,6 +64,7 @@ def train_request(
         epochs: the recommended number if this and ``iterations`` are None.
         iterations: instead of ``epochs``.
         batch_size: the recommended one if None.
+        nproc: processes; 1 if None.
         others: fields of :class:`TrainConfig`; None means its default.
 
     Raises:
@@ -94,15 +97,17 @@ def train_request(
         **{key: value for key, value in others.items() if value is not None},
     )
     Trainer(task, config)  # refuses what does not fit while there is no folder yet
-    return {"problem": name, "epochs": epochs, "train": asdict(config)}
+    check_processes(config, nproc or 1)
+    return {"problem": name, "epochs": epochs, "nproc": nproc or 1, "train": asdict(config)}
 
 
-def run_train(folder: RunFolder, console: Console) -> None:
+def run_train(folder: RunFolder, console: Console, nproc: int | None = None) -> None:
     """Train what a folder's configuration asks for, from its last checkpoint; write plots and a page.
 
     Args:
         folder: its configuration holds the fields of a :class:`TrainConfig` under "train".
         console: shows the bar and the table.
+        nproc: processes; as many as the run began with if None.
     """
     trainer, metrics = open_trainer(folder)
     config, record = trainer.config, learning_task(trainer.config.problem)
@@ -119,7 +124,8 @@ def run_train(folder: RunFolder, console: Console) -> None:
             if record["iteration"] in _moments(config.iterations):
                 draw_model(trainer, folder, f"{record['iteration']}-", on_the_way=True)
 
-        train([(trainer, folder)], on_step)
+        with together(folder, 1 if trainer.finished else nproc or folder.config.get("nproc", 1)):
+            train([(trainer, folder)], on_step)
     window = trainer.batches_per_epoch
     table = _train_table(config, label, metrics, window)
     show(console, table)

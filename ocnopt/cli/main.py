@@ -191,6 +191,9 @@ def train(
         int | None,
         typer.Option(min=1, max=1024, help="Of torch; 1 if not given: more pay on idle machines.", show_default=False),
     ] = None,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="Processes, which share every batch; 1 if not given.", show_default=False)
+    ] = None,
     out: Out = None,
     resume: Resume = None,
 ) -> None:
@@ -200,9 +203,9 @@ def train(
     given: dict[str, Any] = {"optimizer": optimizer, "horizon": horizon, "lr": lr, "horizon_lr": horizon_lr}
     given |= {"horizon_penalty": horizon_penalty, "epochs": epochs, "iterations": iterations, "seed": seed}
     given |= {"batch_size": batch_size, "checkpoint_every": checkpoint_every}
-    begin = functools.partial(train_request, **given)
+    begin = functools.partial(train_request, **given, nproc=nproc)
     with _run("train", name, out, resume, {**given, "threads": threads}, begin) as folder:
-        run_train(folder, console)
+        run_train(folder, console, nproc)
 
 
 @app.command(

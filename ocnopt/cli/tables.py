@@ -18,7 +18,7 @@ from rich.text import Text
 BREAK = "\n"
 # names of options that are no words of a sentence: an option wherever they stand; the others only before = and "is"
 _LONG = "max_iterations|horizon_lr|horizon_penalty|batch_size|checkpoint_every"
-_OPTIONS = f"{_LONG}|solver|steps|integrator|tolerance|optimizer|horizon|lr|epochs|iterations|seed"
+_OPTIONS = f"{_LONG}|solver|steps|integrator|tolerance|optimizer|horizon|lr|epochs|iterations|seed|nproc"
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ _SCHEDULED = ("initial_lr", "swa_lr", "max_lr", "min_lr", "max_momentum", "base_
 _BESIDE_OPTIONS = frozenset(("params", "param_names", "name", "layer", *_SCHEDULED))
 
 _ONE_PROCESS = (
-    "train in one process, or with an optimiser of torch.optim: each process would build its curvature and its T from "
-    "its own samples, and the copies of the model would drift apart"
+    "train in one process, or with SNOpt or an optimiser of torch.optim: each process would feed back over its own "
+    "samples, and the copies of the model would drift apart"
 )
 
 
@@ -113,6 +113,11 @@ def check_one_process() -> None:
         raise ProblemError(
             f"torch.distributed runs {distributed.get_world_size()} processes; expected one: {_ONE_PROCESS}"
         )
+
+
+def is_distributed() -> bool:
+    """Whether there may be other processes."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def sizes(gradients: Sequence[Tensor]) -> Tensor:
@@ -323,6 +328,16 @@ def warn_first_order(places: Iterable[nn.Module], blocks: Iterable[Block], train
             f"or of more than {WIDEST} outputs, and get the first-order update: {listed(names)}",
             stacklevel=3,
         )
+
+
+def warn_explosion(step: int, usual: int, spent: int) -> None:
+    """Tell that a step was taken back."""
+    warnings.warn(
+        f"the step before step {step} raised the evaluations of the field from at most {usual} to {spent} and was "
+        "taken back, as each will be that does so; lr is a quarter from here on. Expected a field that stays smooth: "
+        "lower lr, or raise weight_decay",
+        stacklevel=5,
+    )
 
 
 def warn_unseen(name: str) -> None:

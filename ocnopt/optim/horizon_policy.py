@@ -22,21 +22,21 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ocnopt.differential.kronecker import release
 from ocnopt.errors import NonFiniteError, ProblemError
 from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.optim.checks import (
-    check_not_parallel,
-    check_one_process,
     check_policy_options,
     check_policy_state,
     check_scaler,
     check_unscaled,
     free_horizon,
+    is_distributed,
 )
+from ocnopt.optim.ranks import beside, unwrapped
 from ocnopt.optim.shares import Pair, Samples, Shares, dot
 from ocnopt.optim.stretched import Second, second_derivatives
 
@@ -81,10 +81,10 @@ class HorizonPolicy:
         reduction: "mean" or "sum": how the loss combines samples.
         max_change: the largest change of T in one update, as a share of T - t0; it holds where Q_TT is small.
         scaler: the GradScaler that scales the loss, if there is one.
+        process_group: the processes that train the model together; all if left out. See :mod:`ocnopt.optim.ranks`.
 
     Raises:
-        ProblemError: an argument is wrong, the horizon is not free, or the model is trained by several processes
-            (DistributedDataParallel), which is not supported.
+        ProblemError: an argument is wrong, or the horizon is not free.
 
     Source: Liu, Chen, Theodorou, "Second-order Neural ODE optimizer", arXiv 2109.14158.
 
@@ -114,8 +114,11 @@ class HorizonPolicy:
         reduction: str = "mean",
         max_change: float = 0.5,
         scaler: torch.amp.GradScaler | Any | None = None,
+        process_group: Any | None = None,
     ) -> None:
-        check_not_parallel(neural_ode)
+        self._group = process_group
+        if is_distributed() and isinstance(neural_ode, nn.Module):
+            neural_ode, self._group = unwrapped(neural_ode, process_group)
         check_scaler(scaler)
         self._ode, self._bounds, self._scaler = neural_ode, free_horizon(neural_ode), scaler
         self.rule, self.curvature, self.lr, self.penalty, self.every = rule, curvature, lr, penalty, every
@@ -126,10 +129,10 @@ class HorizonPolicy:
         self._start()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_handles", "_shares")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_handles", "_shares", "_group")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update(state, _group=None)
         self._start()
 
     @torch.no_grad()
@@ -142,10 +145,9 @@ class HorizonPolicy:
 
         Raises:
             ProblemError: no backward pass has been seen, its gradients were scaled since, or are gone though the rule
-                needs them ("feedback"), there is no closure where one is needed, or other processes run beside this.
+                needs them ("feedback"), or there is no closure where one is needed.
             NonFiniteError: dL/dT is NaN or infinite without a scaler; T stays.
         """
-        check_one_process()
         if not self._handles or self._finish(closure):
             self._count += 1
         self._watch()
@@ -191,13 +193,16 @@ class HorizonPolicy:
 
     def _finish(self, closure: Callable[[], Tensor] | None) -> bool:
         """Note what an iteration says of T, and move T; False if it does not count, as its gradients overflowed."""
-        samples = self._shares.take()
-        if samples:
-            if self._scaler is None and self._shares.witness is not None:
-                check_unscaled(*self._shares.witness)
-            s = torch.cat([each.shares for each in samples if each.shares is not None])
-            self._factor = len(s) if self.reduction == "mean" else 1
-            seen = float(s.sum()), float(s.square().sum()) * self._factor
+        samples, count = self._shares.take(), self._count_of_ranks()
+        if samples and count == 1 and self._scaler is None and self._shares.witness is not None:
+            check_unscaled(*self._shares.witness)  # of several ranks, the mean comes after the pass
+        s = torch.cat([each.shares for each in samples if each.shares is not None] or [torch.zeros(0)])
+        passes, size, total, squares = self._sum(
+            [float(len(samples)), float(len(s)), float(s.sum()), float(s.square().sum())]
+        )
+        if passes:
+            self._factor = int(size) if self.reduction == "mean" else 1
+            seen = total / count, squares / count**2 * self._factor
             if not math.isfinite(seen[0]):
                 return self._skip(seen[0])
             self._seen.append(seen)
@@ -229,7 +234,9 @@ class HorizonPolicy:
         directions = self._directions()
         if self.curvature == "exact":
             second = self._second(closure, directions)
-            Q_T, Q_TT = Q_T - self._seen[-1][0] + float(second.T + second.along), float(second.TT)
+            found = self._sum([float(second.T + second.along), float(second.TT)])
+            first, Q_TT = (value / self._count_of_ranks() for value in found)
+            Q_T += first - self._seen[-1][0]
         elif self.curvature == "published":
             Q_T += self._seen[-1][0] * sum(float(dot(p.grad, dp)) for p, dp in directions if p.grad is not None)
         else:
@@ -239,18 +246,30 @@ class HorizonPolicy:
         self._past = past, weight
         return self.lr * Q_T / max(abs(self.penalty + past / weight), _SMALLEST)
 
+    def _count_of_ranks(self) -> int:
+        """k, whose mean the loss is, so that a share in the loss of one is k times too large."""
+        ranks = beside(self._group) if is_distributed() else None
+        return 1 if ranks is None else ranks.count
+
+    def _sum(self, numbers: Sequence[float]) -> Sequence[float]:
+        """Sums over the ranks, all of which call this at the same time."""
+        ranks = beside(self._group) if is_distributed() else None
+        if ranks is None:
+            return numbers
+        return ranks.sum(torch.tensor(numbers, dtype=torch.float64, device=self._ode.T.device)).tolist()
+
     def _response(self, samples: Sequence[Samples], directions: Sequence[Pair]) -> float:
         """B sum_i s_i (g_i . dp)."""
-        if not any(bool(dp.any()) for _, dp in directions):
-            return 0.0
-        with _at(self._shares.before):
-            products = [
-                float(solve.product(self._ode, cotangents, each.shares, directions))
-                for each in samples
-                for solve, cotangents in each.solves.items()
-                if each.shares is not None
-            ]
-        return self._factor * sum(products)
+        products = [0.0]
+        if any(bool(dp.any()) for _, dp in directions):
+            with _at(self._shares.before):
+                products += [
+                    float(solve.product(self._ode, cotangents, each.shares, directions))
+                    for each in samples
+                    for solve, cotangents in each.solves.items()
+                    if each.shares is not None and len(each.shares)
+                ]
+        return self._factor * self._sum([sum(products)])[0] / self._count_of_ranks() ** 2
 
     def _second(self, closure: Callable[[], Tensor] | None, directions: Sequence[Pair]) -> Second:
         if closure is None:

@@ -1,4 +1,4 @@
-"""The steps of matrices in the eigenbases of their Kronecker factors, on the state that an optimiser keeps for each.
+"""The steps of parameters, above all of matrices in the eigenbases of their Kronecker factors, on the state of each.
 
 Shapes: gradient, momentum and step of a matrix ``(groups, b, a)``, factors A ``(groups, a, a)`` and B
 ``(groups, b, b)``. In A = U_A E_A U_A^T and B = U_B E_B U_B^T a gradient reads U_B^T G U_A, its second moments s (first
@@ -11,17 +11,22 @@ Source: George et al., arXiv 1806.03884.
 """
 
 from collections.abc import Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ocnopt.differential.kronecker import Samples
+from ocnopt.differential.kronecker import Samples, working_dtype
+from ocnopt.optim.checks import check_same_shape, is_live, sizes
+from ocnopt.optim.ranks import Shared
 
 DECAY = 0.95  # beta, of second moments and of factors made of gradients
 KEEP = 0.5  # share of the old factors in a refresh from samples
 RANK = 128  # eigenvectors of A that are kept where it comes from samples, or is wider than WIDEST
 WIDEST = 2048  # inputs up to which A is kept whole
+
+EPSILON = 1e-8  # keeps the first-order update of a parameter without gradients at zero
 
 State = MutableMapping[str, Any]
 
@@ -178,6 +183,49 @@ def newest(count: Any, decay: float) -> float:
     return (1.0 - decay) / (1.0 - decay ** int(count))
 
 
+def take_in(
+    group: Mapping[str, Any],
+    states: Mapping[Tensor, State],
+    names: Mapping[Tensor, str],
+    gradients: dict[Tensor, Tensor],
+    momenta: dict[Tensor, Tensor],
+) -> None:
+    """Add the gradients of a group, with weight decay, and their running means, in working precision."""
+    parameters = [p for p in group["params"] if p.grad is not None and is_live(p)]
+    if not parameters:
+        return
+    found = [parameter.grad.to(working_dtype(parameter)) for parameter in parameters]
+    if group["weight_decay"]:
+        decayed = [parameter.to(gradient) for parameter, gradient in zip(parameters, found, strict=True)]
+        found = [*torch._foreach_add(found, decayed, alpha=group["weight_decay"])]
+    means = [_momentum(states[p], names[p], gradient) for p, gradient in zip(parameters, found, strict=True)]
+    average(means, found, [newest(states[parameter]["step"], group["momentum"]) for parameter in parameters])
+    gradients.update(zip(parameters, found, strict=True))
+    momenta.update(zip(parameters, means, strict=True))
+
+
+def _momentum(state: State, name: str, gradient: Tensor) -> Tensor:
+    """The running mean of a parameter's gradients; its state follows where the parameter went (``model.to``)."""
+    momentum = state.get("momentum")
+    if momentum is None:
+        momentum, state["step"] = gradient.clone(), torch.zeros((), dtype=torch.float32)
+        state["momentum"] = momentum
+    elif momentum.dtype != gradient.dtype or momentum.device != gradient.device:
+        for key, value in state.items():
+            state[key] = value if key == "step" else value.to(gradient)
+        momentum = state["momentum"]
+    check_same_shape(name, "momentum", momentum.shape, gradient.shape)
+    state["step"] += 1
+    return momentum
+
+
+def first_order(state: State, gradient: Tensor, momentum: Tensor) -> Tensor:
+    """The step of a parameter that is no such matrix, without lr: Adam's rule."""
+    squares = state.setdefault("squares", torch.zeros_like(gradient))
+    squares.lerp_(gradient.square(), newest(state["step"], DECAY))
+    return momentum / (squares.sqrt() + EPSILON)
+
+
 def fits(state: Mapping[str, Any], gradient: Tensor) -> bool:
     """Whether there is an eigenbasis for a matrix, which changes as a bias is frozen or set free."""
     vectors = state.get("input_vectors")
@@ -197,17 +245,6 @@ def observe(state: State, gradient: Tensor) -> None:
     state["output_factor"].baddbmm_(gradient, gradient.mT, beta=1.0 - weight, alpha=weight)
 
 
-def refresh(state: State, gradient: Tensor, momentum: Tensor, samples: Samples | None) -> None:
-    """A new eigenbasis, of samples or, if there are none, of the gradients; the second moments move into it."""
-    old = _basis(state) if fits(state, gradient) else None
-    if samples is None and gradient.shape[-1] <= WIDEST:
-        new = Basis(_complete(state["input_factor"]), _complete(state["output_factor"]))
-    else:
-        new = eigenbasis(samples or Samples(momentum, momentum.mT), RANK, old, KEEP)
-    state["moments"] = first_moments(new, gradient) if old is None else carried_moments(state["moments"], old, new)
-    (state["input_vectors"], state["input_values"]), (state["output_vectors"], state["output_values"]) = new
-
-
 class Pair(NamedTuple):
     """A matrix that is to move: its state with an eigenbasis, its gradient and momentum, and its damping."""
 
@@ -215,6 +252,38 @@ class Pair(NamedTuple):
     gradient: Tensor
     momentum: Tensor
     damping: float
+
+
+def refresh(due: Mapping[int, tuple[Pair, Samples | None]], shared: Shared | None) -> None:
+    """Go over to new eigenbases, of samples or of the gradients, each made by the rank that it was shared out to."""
+    made: dict[int, Basis] = {}
+    for i, (pair, samples) in due.items():
+        if shared is None:
+            _go_over(pair, _new_basis(pair, samples))
+        elif shared.is_mine(i):
+            with suppress(torch.linalg.LinAlgError):  # the others wait: all hear of it together
+                made[i] = _new_basis(pair, samples)
+    if shared is not None:
+        for i, (UA, EA, UB, EB) in shared.spread(
+            {i: [*new.input, *new.output] for i, new in made.items()}, due
+        ).items():
+            _go_over(due[i][0], Basis(Eigen(UA, EA), Eigen(UB, EB)))
+
+
+def _new_basis(pair: Pair, samples: Samples | None) -> Basis:
+    state, gradient, momentum, _ = pair
+    if samples is None and gradient.shape[-1] <= WIDEST:
+        return Basis(_complete(state["input_factor"]), _complete(state["output_factor"]))
+    old = _basis(state) if fits(state, gradient) else None
+    return eigenbasis(samples or Samples(momentum, momentum.mT), RANK, old, KEEP)
+
+
+def _go_over(pair: Pair, new: Basis) -> None:
+    """Take a new eigenbasis; the second moments move into it."""
+    state, gradient, *_ = pair
+    old = _basis(state) if fits(state, gradient) else None
+    state["moments"] = first_moments(new, gradient) if old is None else carried_moments(state["moments"], old, new)
+    (state["input_vectors"], state["input_values"]), (state["output_vectors"], state["output_values"]) = new
 
 
 def turn(pairs: Sequence[Pair], power: float) -> list[Tensor]:
@@ -243,6 +312,14 @@ def turn(pairs: Sequence[Pair], power: float) -> list[Tensor]:
     lengths = torch._foreach_norm([pair.momentum for pair in pairs])
     torch._foreach_mul_(steps, [*torch._foreach_div(lengths, norms)])
     return steps
+
+
+def cosine(gradients: Sequence[Tensor], changes: Sequence[Tensor]) -> float:
+    """Of the angle between all gradients and all changes."""
+    sums = [product.sum() for product in torch._foreach_mul([*gradients], [*changes])]
+    along = float(torch.stack([part.to(sums[0]) for part in sums]).sum())
+    size = float(sizes(gradients).norm() * sizes(changes).norm())
+    return along / size if size > 0.0 else 0.0
 
 
 def average(means: list[Tensor], values: list[Tensor], weights: Sequence[float]) -> None:

@@ -22,9 +22,8 @@ With power 1/2 and l = |D| the first is SOAP (Vyas et al., arXiv 2409.11321), th
 """
 
 import math
-import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,36 +31,36 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ocnopt.checks import check_model
-from ocnopt.differential.kronecker import Collector, Samples, is_layer, release, working_dtype
+from ocnopt.differential.kronecker import Collector, Samples, is_layer, release
 from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.optim import matrices
 from ocnopt.optim.checks import (
     Block,
     add_group,
+    check_dense,
     check_fields,
     check_gradients,
     check_groups,
-    check_not_parallel,
-    check_one_process,
     check_recipe,
-    check_same_shape,
     check_state,
     find_blocks,
+    is_distributed,
     is_live,
     read_groups,
-    sizes,
     strangers,
+    warn_explosion,
     warn_first_order,
     warn_strangers,
     warn_unseen,
 )
+from ocnopt.optim.ranks import Ranks, Shared, beside, unwrapped
 
 FIRST_GAPS = (1, 3, 5)  # further refreshes at the start, where the curvature changes fastest
-EPSILON = 1e-8  # keeps the first-order update of a parameter without gradients at zero
 FACTORS = (0.01, 2.0)  # between which the factor of lr stays: losses near zero blow up above
 EXPLOSION = 3  # times the most evaluations of the field so far, above which a step is taken back
 RECENT = 50  # iterations that count as so far
 
+_OPTIONS_OF_GROUPS = ("lr", "momentum", "weight_decay", "damping")
 # What a state brings back besides the options of the groups.
 _OPTIONS = ("refresh_every", "curvature", "power", "adaptation", "reduction", "everywhere")
 
@@ -72,8 +71,8 @@ class SNOpt(torch.optim.Optimizer):
     """Preconditions every matrix of a model in the eigenbasis of its Kronecker factors.
 
     Args:
-        model: the module that is trained. With ``curvature="costate"`` its NeuralODEs need ``adjoint="discrete"`` or
-            ``"continuous"``.
+        model: the module that is trained, or the DistributedDataParallel around it. With ``curvature="costate"`` its
+            NeuralODEs need ``adjoint="discrete"`` or ``"continuous"``.
         lr: learning rate; 0.01 is a good start.
         param_groups: parameters to train with options of their own, as in every torch optimiser; all of the model's
             parameters if left out, frozen ones as soon as they are set free. A layer takes its damping from the group
@@ -91,6 +90,8 @@ class SNOpt(torch.optim.Optimizer):
             size weigh alike. Chunks of unequal size whose losses are sums over the size of the whole batch are "sum":
             "mean" takes the size of each chunk for what its loss was divided by.
         everywhere: whether layers outside of NeuralODEs are preconditioned too.
+        process_group: the processes that train the model together, each with its part of every batch; that of the
+            DistributedDataParallel, else all, if left out. See :mod:`ocnopt.optim.ranks`.
 
     Attributes:
         factor: of lr, as it stands.
@@ -105,12 +106,12 @@ class SNOpt(torch.optim.Optimizer):
     pass goes through count as several uses by the same samples: of different samples, give each its backward pass, or
     join them in one batch. Every sample of a batch counts, also one of weight 0 in the loss.
 
-    A copy of the optimiser, by copy or pickle, trains the copy of the model that came with it; an optimiser that is
-    dropped lets go of its model.
+    A copy of the optimiser, by copy or pickle, trains the copy of the model that came with it, beside all processes; an
+    optimiser that is dropped lets go of its model.
 
     Raises:
-        ProblemError: an argument is wrong, a NeuralODE's backward pass cannot be observed, or the model is trained by
-            several processes (DistributedDataParallel), which is not supported.
+        ProblemError: an argument is wrong, a NeuralODE's backward pass cannot be observed, or parameters are sharded
+            (FSDP).
 
     Source: Liu, Chen, Theodorou, "Second-order Neural ODE optimizer", arXiv 2109.14158.
 
@@ -138,9 +139,10 @@ class SNOpt(torch.optim.Optimizer):
         adaptation: float | Any = 0.3,
         reduction: str = "mean",
         everywhere: bool = True,
+        process_group: Any | None = None,
     ) -> None:
         check_model(model)
-        check_not_parallel(model)
+        model, self._group = unwrapped(model, process_group) if is_distributed() else (model, process_group)
         self._model, self._step_count, self.factor = model, 0, 1.0
         self.refresh_every, self.curvature, self.power, self.adaptation = refresh_every, curvature, power, adaptation
         self.reduction, self.everywhere = reduction, everywhere
@@ -164,6 +166,7 @@ class SNOpt(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("_group", None)
         if "_model" in state:  # a copy; torch also sets a part of the state when it loads one
             self._start()
 
@@ -186,20 +189,26 @@ class SNOpt(torch.optim.Optimizer):
 
         Raises:
             NonFiniteError: a gradient is NaN or infinite; parameters and state are those before the step.
-            ProblemError: a gradient is sparse, or other processes run beside this one.
+            ProblemError: a gradient is sparse, or the processes are not about to take the same step.
         """
-        check_one_process()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        check_gradients(((name, p) for p, name in self._trained.items() if is_live(p)), self._step_count)
-        if self._takes_back():
+        live = [(name, p) for p, name in self._trained.items() if is_live(p)]
+        spent = sum(ode.statistics.forward for ode in self._odes)
+        device = next((parameter.device for parameter in self._trained), torch.device("cpu"))
+        ranks = beside(self._group) if is_distributed() else None
+        if ranks is not None:
+            gradients = [gradient for _, gradient in check_dense(live)]
+            compared = [parameter for _, parameter in live] if self._is_refresh() else []
+            spent = ranks.agree(gradients, compared, self._plan(), spent, device)
+        check_gradients(live, self._step_count)
+        if self._takes_back(spent):
             self._step_count += 1
             return loss
-        device = next((parameter.device.type for parameter in self._trained), "cpu")
-        with torch.autocast(device, enabled=False):
-            self._update()
+        with torch.autocast(device.type, enabled=False):
+            self._update(ranks)
         self._step_count += 1
         new = strangers(self._model, {*map(id, self._trained)}, whole=self._is_whole)
         if not self._unseen.issuperset(new):
@@ -274,23 +283,34 @@ class SNOpt(torch.optim.Optimizer):
         if refreshes:
             self._handles += [*self._collector.attach(), *(ode.observe(self._collector) for ode in self._watched)]
 
-    def _update(self) -> None:
+    def _plan(self) -> list[Any]:
+        """What must be the same in all processes."""
+        present = [p.grad is not None for p in self._trained if is_live(p)]
+        options = [[group[name] for name in _OPTIONS_OF_GROUPS] for group in self.param_groups]
+        return [self._step_count, present, self._liveness, options, *(getattr(self, name) for name in _OPTIONS)]
+
+    def _update(self, ranks: Ranks | None) -> None:
         """Refresh the eigenbases if it is time, and move all parameters that have gradients."""
         samples = self._collector.take()
         groups = {parameter: group for group in self.param_groups for parameter in group["params"]}
-        gradients, momenta = self._gradients()
+        gradients: dict[Tensor, Tensor] = {}
+        momenta: dict[Tensor, Tensor] = {}
+        for group in self.param_groups:
+            matrices.take_in(group, self.state, self._trained, gradients, momenta)
         self._adapt(gradients)
-        ready: list[tuple[Block, matrices.Pair]] = []
+        pairs: list[tuple[Block, matrices.Pair]] = []
         for block in self._blocks:
             if all(parameter in gradients for parameter in block.parameters):
                 state, damping = self.state[block.weight], groups[block.weight]["damping"]
-                pair = matrices.Pair(state, block.matrix(gradients), block.matrix(momenta), damping)
-                if self._learn(block, pair, samples.get(block.layer)):
-                    ready.append((block, pair))
+                pairs.append((block, matrices.Pair(state, block.matrix(gradients), block.matrix(momenta), damping)))
+        self._learn(pairs, samples, ranks)
+        ready = [(block, pair) for block, pair in pairs if matrices.fits(pair.state, pair.gradient)]
         steps: dict[Tensor, Tensor] = {}
         for (block, _), move in zip(ready, matrices.turn([pair for _, pair in ready], self.power), strict=True):
             steps.update(block.parts(move))
-        self._follow({p: g for p, g in gradients.items() if p not in steps}, momenta, steps)
+        for parameter, gradient in gradients.items():
+            if parameter not in steps:
+                steps[parameter] = matrices.first_order(self.state[parameter], gradient, momenta[parameter])
         for group in self.param_groups:
             moved = [parameter for parameter in group["params"] if parameter in steps]
             if moved:
@@ -300,9 +320,8 @@ class SNOpt(torch.optim.Optimizer):
                 for parameter, change in zip(moved, changes, strict=True):
                     self.state[parameter]["change"] = change
 
-    def _takes_back(self) -> bool:
+    def _takes_back(self, spent: int) -> bool:
         """Undo the last step, and shorten those that follow, if it made the fields explode."""
-        spent = sum(ode.statistics.forward for ode in self._odes)
         usual = max(self._spent, default=0)
         changed = [(p, self.state[p]["change"]) for p in self._trained if "change" in self.state.get(p, ())]
         if not changed or len(self._spent) < FIRST_GAPS[-1] or spent <= EXPLOSION * usual:
@@ -314,12 +333,7 @@ class SNOpt(torch.optim.Optimizer):
         self.factor = max(FACTORS[0], self.factor / 4.0)
         if "explosion" not in self._unseen:
             self._unseen.add("explosion")
-            warnings.warn(
-                f"the step before step {self._step_count} raised the evaluations of the field from at most "
-                f"{usual} to {spent} and was taken back, as each will be that does so; lr is a quarter from here on. "
-                "Expected a field that stays smooth: lower lr, or raise weight_decay",
-                stacklevel=4,
-            )
+            warn_explosion(self._step_count, usual, spent)
         return True
 
     def _adapt(self, gradients: Mapping[Tensor, Tensor]) -> None:
@@ -328,72 +342,43 @@ class SNOpt(torch.optim.Optimizer):
             return
         last = [(g, self.state[p]["change"]) for p, g in gradients.items() if "change" in self.state[p]]
         if last:
-            found, changes = zip(*last, strict=True)
-            sums = [product.sum() for product in torch._foreach_mul([*found], [*changes])]
-            along = float(torch.stack([part.to(sums[0]) for part in sums]).sum())
-            size = float(sizes(found).norm() * sizes(changes).norm())
-            cosine = along / size if size > 0.0 else 0.0
-            least, most = FACTORS
+            (least, most), cosine = FACTORS, matrices.cosine(*zip(*last, strict=True))
             self.factor = min(most, max(least, self.factor * math.exp(-self.adaptation * cosine)))
-
-    def _gradients(self) -> tuple[dict[Tensor, Tensor], dict[Tensor, Tensor]]:
-        """Gradients with weight decay, and their running means, in working precision."""
-        gradients: dict[Tensor, Tensor] = {}
-        momenta: dict[Tensor, Tensor] = {}
-        for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None and is_live(p)]
-            if not parameters:
-                continue
-            found = [parameter.grad.to(working_dtype(parameter)) for parameter in parameters]
-            if group["weight_decay"]:
-                weights = [parameter.to(gradient) for parameter, gradient in zip(parameters, found, strict=True)]
-                found = [*torch._foreach_add(found, weights, alpha=group["weight_decay"])]
-            means = [self._momentum(parameter, gradient) for parameter, gradient in zip(parameters, found, strict=True)]
-            weights = [matrices.newest(self.state[parameter]["step"], group["momentum"]) for parameter in parameters]
-            matrices.average(means, found, weights)
-            gradients.update(zip(parameters, found, strict=True))
-            momenta.update(zip(parameters, means, strict=True))
-        return gradients, momenta
-
-    def _momentum(self, parameter: Tensor, gradient: Tensor) -> Tensor:
-        """The running mean of a parameter's gradients; its state follows where the parameter went (``model.to``)."""
-        state = self.state[parameter]
-        momentum = state.get("momentum")
-        if momentum is None:
-            momentum, state["step"] = gradient.clone(), torch.zeros((), dtype=torch.float32)
-            state["momentum"] = momentum
-        elif momentum.dtype != gradient.dtype or momentum.device != gradient.device:
-            for key, value in state.items():
-                state[key] = value if key == "step" else value.to(gradient)
-            momentum = state["momentum"]
-        check_same_shape(self._trained[parameter], "momentum", momentum.shape, gradient.shape)
-        state["step"] += 1
-        return momentum
 
     def _has_samples(self, block: Block) -> bool:
         return self.curvature == "costate" and is_layer(block.layer)
 
-    def _learn(self, block: Block, pair: matrices.Pair, samples: Samples | None) -> bool:
-        """Take what an iteration says into the factors of a matrix; whether it has an eigenbasis."""
-        (state, gradient, momentum, _), is_gathered = pair, self._has_samples(block)
-        if not is_gathered:
-            matrices.observe(state, gradient)
-        if self._is_refresh() or not (is_gathered or matrices.fits(state, gradient)):
-            # an empty batch has a gradient of zeros, which says nothing
-            received = block.weight.grad is not None and bool(block.weight.grad.any())
-            is_unseen = is_gathered and samples is None and received and "moments" not in state
-            if is_unseen and block.name not in self._unseen:
-                self._unseen.add(block.name)
-                warn_unseen(block.name)
-            if samples is not None if is_gathered else received:
-                matrices.refresh(state, gradient, momentum, samples)
-        return matrices.fits(state, gradient)
-
-    def _follow(
-        self, gradients: Mapping[Tensor, Tensor], momenta: Mapping[Tensor, Tensor], steps: dict[Tensor, Tensor]
+    def _learn(
+        self,
+        pairs: Sequence[tuple[Block, matrices.Pair]],
+        samples: Mapping[nn.Module, Samples],
+        ranks: Ranks | None,
     ) -> None:
-        """The first-order step, without lr: Adam's rule."""
-        for parameter, gradient in gradients.items():
-            squares = self.state[parameter].setdefault("squares", torch.zeros_like(gradient))
-            squares.lerp_(gradient.square(), matrices.newest(self.state[parameter]["step"], matrices.DECAY))
-            steps[parameter] = momenta[parameter] / (squares.sqrt() + EPSILON)
+        """Take what an iteration says into the factors of all matrices."""
+        due = []
+        for block, pair in pairs:
+            is_gathered = self._has_samples(block)
+            if not is_gathered:
+                matrices.observe(pair.state, pair.gradient)
+            if self._is_refresh() or not (is_gathered or matrices.fits(pair.state, pair.gradient)):
+                due.append((block, pair))
+        if not due:
+            return
+        found = [samples.get(block.layer) if self._has_samples(block) else None for block, _ in due]
+        shared = None if ranks is None else Shared(ranks, [pair.gradient for _, pair in due])
+        seen = [one is not None for one in found]
+        if shared is not None and self.curvature == "costate":
+            found, seen = shared.pool(found)
+        wanted = [i for i, (block, _) in enumerate(due) if self._is_shown(block, seen=seen[i])]
+        matrices.refresh({i: (due[i][1], found[i]) for i in wanted}, shared)
+
+    def _is_shown(self, block: Block, *, seen: bool) -> bool:
+        """Whether there is something to make an eigenbasis of, given whether there are samples."""
+        # an empty batch has a gradient of zeros, which says nothing
+        received = block.weight.grad is not None and bool(block.weight.grad.any())
+        if not self._has_samples(block):
+            return received
+        if not seen and received and "moments" not in self.state[block.weight] and block.name not in self._unseen:
+            self._unseen.add(block.name)
+            warn_unseen(block.name)
+        return seen

@@ -3,6 +3,9 @@
 The order of the samples follows from the seed and the epoch, and a run keeps a random state of its own. So a run that
 was killed and resumed gives the numbers of an unbroken one, and several runs stepped in turn give those of each alone.
 
+Within a process group of torch.distributed each rank takes its part of every batch, gradients are averaged, and rank 0
+measures; models that draw random numbers draw others on each rank.
+
 Shapes: a batch is ``(B, ...)`` inputs and ``(B, ...)`` targets; samples at the end of an epoch that fill no batch are
 left out.
 """
@@ -22,7 +25,9 @@ from ocnopt.errors import DataError, NonFiniteError, ProblemError
 from ocnopt.neural.evaluation import Statistics
 from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.ocp import FreeHorizon
+from ocnopt.optim.checks import is_distributed
 from ocnopt.optim.horizon_policy import HorizonPolicy
+from ocnopt.optim.ranks import Ranks, beside
 from ocnopt.optim.registry import optimizer
 from ocnopt.problems import Task, learning_task
 from ocnopt.runs import RunFolder
@@ -132,13 +137,18 @@ class Trainer:
         Raises:
             NonFiniteError: the loss is NaN or infinite; the weights are those before this step.
         """
-        with self._own_random_state():
+        ranks = beside(None) if is_distributed() else None
+        with self._own_random_state(ranks):
             self._solves.clear()
             began = self._clock()
             inputs, targets = self.task.batch(self.iteration, size=self.config.batch_size, seed=self.config.seed)
+            if ranks is not None:
+                inputs, targets = (ranks.part(tensor) for tensor in (inputs, targets))
 
             def closure() -> Any:
                 loss = self.task.loss(self.model(inputs), targets)
+                if ranks is not None:
+                    return self._mean_loss(ranks, loss * (len(targets) * ranks.count / self.config.batch_size))
                 if not optimizer(self.config.optimizer).wants_loss:
                     self._check(loss)
                     self.optimizer.zero_grad()
@@ -158,7 +168,7 @@ class Trainer:
                 "seconds": self.seconds,
             }
             whole_epochs = self.batches_per_epoch * math.ceil(_EVALUATE_EVERY / self.batches_per_epoch)
-            if self.iteration % whole_epochs == 0 or self.finished:
+            if (self.iteration % whole_epochs == 0 or self.finished) and (ranks is None or ranks.rank == 0):
                 record |= self.task.evaluate(self.model)
         return record
 
@@ -197,6 +207,15 @@ class Trainer:
         for policy, saved in zip(self.policies, state["policies"], strict=True):
             policy.load_state_dict(saved)
 
+    def _mean_loss(self, ranks: Ranks, loss: Tensor) -> Tensor:
+        """The loss of the whole batch, its gradients in ``.grad``."""
+        mean = ranks.sum(loss.detach()) / ranks.count
+        self._check(mean)
+        self.optimizer.zero_grad()
+        loss.backward()
+        ranks.average([parameter.grad for parameter in self.model.parameters() if parameter.grad is not None])
+        return mean
+
     def _check(self, loss: Tensor) -> None:
         if not bool(torch.isfinite(loss)):
             raise NonFiniteError(
@@ -205,10 +224,12 @@ class Trainer:
             )
 
     @contextmanager
-    def _own_random_state(self) -> Iterator[None]:
+    def _own_random_state(self, ranks: Ranks | None) -> Iterator[None]:
         """Draw from this run's random state, and leave the global one alone."""
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(self._random_state)
+            if ranks is not None and ranks.rank > 0:  # anew in every iteration, as only rank 0 is saved
+                torch.manual_seed((1_000_003 * self.config.seed + self.iteration) * 1009 + ranks.rank)
             yield
             self._random_state = torch.get_rng_state()
 
@@ -277,7 +298,7 @@ def _policies(model: nn.Module, task: Task, config: TrainConfig) -> list[Horizon
 
 
 def open_trainer(folder: RunFolder, task: Task | None = None) -> tuple[Trainer, list[dict[str, Any]]]:
-    """The trainer of a run folder, at its last checkpoint, and the metrics up to there.
+    """The trainer of a run folder, at its last checkpoint, and the metrics, cut back to there.
 
     Args:
         folder: whose configuration holds a "train" part.
@@ -285,6 +306,17 @@ def open_trainer(folder: RunFolder, task: Task | None = None) -> tuple[Trainer, 
 
     Raises:
         DataError: the folder is of another command or version.
+    """
+    trainer = read_trainer(folder, task)
+    return trainer, folder.keep_metrics(trainer.iteration)
+
+
+def read_trainer(folder: RunFolder, task: Task | None = None) -> Trainer:
+    """The same, and the folder stays as it is.
+
+    Args:
+        folder: see :func:`open_trainer`.
+        task: likewise.
     """
     if "train" not in folder.config:
         raise DataError(
@@ -295,7 +327,7 @@ def open_trainer(folder: RunFolder, task: Task | None = None) -> tuple[Trainer, 
     state = folder.load_checkpoint()
     if state is not None:
         trainer.load_state_dict(state)
-    return trainer, folder.keep_metrics(trainer.iteration)
+    return trainer
 
 
 def train(

@@ -108,6 +108,17 @@ def test_distributed_models_are_refused():
         OCNOpt(DistributedDataParallel(net()), 0.01)
 
 
+def test_several_processes_are_refused(monkeypatch):
+    optimizer = OCNOpt(net(), 0.01)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    for call in (lambda: OCNOpt(net(), 0.01), lambda: optimizer.step(lambda: torch.zeros(()))):
+        with pytest.raises(
+            ProblemError, match="torch.distributed runs 2 processes; expected one: train in one process"
+        ):
+            call()
+
+
 def test_the_state_of_another_optimiser_is_refused():
     model = net()
     optimizer = OCNOpt(model, 0.01)

@@ -1,4 +1,4 @@
-"""The optimisers in a user's hands: dropped, copied, scaled, accumulated, in several processes."""
+"""The optimisers in a user's hands: dropped, copied, scaled, accumulated."""
 
 import copy
 import gc
@@ -9,7 +9,6 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from ocnopt.errors import ProblemError
@@ -218,46 +217,6 @@ def test_clipped_gradients_are_none_of_a_scaler(x):
 def test_a_scaler_is_a_grad_scaler(model):
     with pytest.raises(ProblemError, match=r"scaler is float; expected the torch.amp.GradScaler that scales the loss"):
         HorizonPolicy(model.ode, lr=0.1, scaler=1024.0)
-
-
-@pytest.fixture
-def process_group(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.usefixtures("process_group")
-def test_distributed_models_are_refused(model, x):
-    parallel = DistributedDataParallel(model)
-    with pytest.raises(ProblemError, match="the model is a DistributedDataParallel; expected one that a single"):
-        gathering(parallel, 0.01)
-    with pytest.raises(ProblemError, match="the model holds a DistributedDataParallel at '0'"):
-        gathering(nn.Sequential(parallel), 0.01)
-    with pytest.raises(ProblemError, match="the model is a DistributedDataParallel"):
-        HorizonPolicy(DistributedDataParallel(model.ode), lr=0.1)
-    optimizer = gathering(model)  # one process cannot drift apart
-    loss(parallel, x).backward()
-    optimizer.step()
-
-
-def test_several_processes_are_refused(model, x, monkeypatch):
-    optimizer, policy = gathering(model), HorizonPolicy(model.ode, lr=0.1)
-    before = copy.deepcopy(model.state_dict())
-    loss(model, x).backward()
-    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
-    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
-    for call in (
-        lambda: gathering(model),
-        lambda: HorizonPolicy(model.ode, lr=0.1),
-        optimizer.step,
-        policy.step,
-    ):
-        with pytest.raises(
-            ProblemError, match="torch.distributed runs 2 processes; expected one: train in one process"
-        ):
-            call()
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 DUPLICATES = pytest.mark.parametrize(
