@@ -9,61 +9,27 @@ Peers that are not installed are named as such: see ``mpc_pytorch`` for how to i
 
 import argparse
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from statistics import mean
-from typing import NamedTuple
 
 import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 import ocnopt as oc
 from tests.benchmarks import (
     batch,
     cases,
     control,
-    engines,
     gradients,
-    horizon,
     iterations,
     layerwise,
-    memory,
     mpc,
     mpc_pytorch,
-    race,
     starts,
     versions,
 )
-
-# rich would take what stands in brackets for its own
-ABSENT = escape("not installed (pip install 'ocnopt[peers]')")
-console = Console(width=max(120, Console().width))  # or the tables break where the output is piped
-
-
-class Options(NamedTuple):
-    """What the command line says besides the parts."""
-
-    quick: bool = False
-    full: bool = False
-    against: Path | None = None
-
-
-def most(limit: float | None) -> str:
-    """A wanted upper limit."""
-    return "" if limit is None else f"<= {limit:.3g}"
-
-
-def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> None:
-    """Print one table."""
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+from tests.benchmarks.neural import show_engines, show_horizon, show_memory, show_race
+from tests.benchmarks.table import ABSENT, Options, most, show
 
 
 def show_iterations(options: Options) -> None:
@@ -105,87 +71,6 @@ def show_iterations(options: Options) -> None:
         ],
         f"median of {found.pairs} pairs stepped in turn; Adam {found.adam_milliseconds:.0f} ms of CPU time",
     )
-
-
-def show_memory(options: Options) -> None:
-    """Peaks of both."""
-    peaks = memory.measure()
-    show(
-        "img: peak memory of a training iteration",
-        ["optimiser", "MiB", "ratio", "wanted"],
-        [
-            [name, f"{peak / 2**20:.2f}", f"{peak / peaks['Adam']:.2f}", "<= 1.2" if "refresh" in name else ""]
-            for name, peak in peaks.items()
-        ],
-        "live bytes of torch's CPU allocator (torch.profiler), model and state included",
-    )
-
-
-def show_race(options: Options) -> None:
-    """Time to Adam's final loss: SNOpt as it comes against tuned opponents."""
-    for name, workload in race.WORKLOADS.items():
-        if options.quick and name not in race.QUICK:
-            continue
-        found = race.race_all(workload, 1 if options.quick else 5 if options.full else 2)
-        rows = []
-        for method, courses in found.items():
-            ratios = [course.ratio for course in courses]
-            rows.append(
-                [
-                    *(method, f"{courses[0].lr:g}", " ".join(str(course.iterations or "-") for course in courses)),
-                    " ".join("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
-                    f"{race.geometric_mean(ratios):.2f}",
-                    most(workload.wanted if method == "snopt" else None),
-                    *(f"{mean(part):.4g}" for part in zip(*(course[4:] for course in courses), strict=True)),
-                ]
-            )
-        show(
-            f"{name}: {workload.problem}, {workload.iterations} iterations of Adam",
-            ["method", "lr", "iterations", "time", "mean", "wanted", "loss", "test", "evaluations"],
-            rows,
-            f"until the loss that Adam ends with (means of {race.WINDOW} batches), a number a seed; time: of the "
-            "processor, over Adam's whole run; loss, first metric of the test part and evaluations in all at the end; "
-            "lr: of Adam and the opponents the best of three on seed 0",
-        )
-
-
-def show_horizon(options: Options) -> None:
-    """The feedback rule for T against a fixed T."""
-    rows = [
-        [
-            *(end.optimizer, str(end.seed), f"{end.start:g}", f"{end.T:.3f}", str(end.settled), f"{end.swing:.1%}"),
-            *("never" if end.time_ratio is None else f"{end.time_ratio:.2f}", f"{end.whole_ratio:.2f}"),
-            *(f"{end.evaluations:.1f}", f"{end.fixed_evaluations:.1f}", f"{end.accuracy:.3f}"),
-            f"{end.fixed_accuracy:.3f}",
-        ]
-        for seed in range(1 if options.quick else 3)
-        for end in horizon.measure(seed)
-    ]
-    show(
-        "img: T by the feedback rule, moved every 10 iterations, against T = 1",
-        ["optimiser", "seed", "start", "T", "settled", "swing", "time", "whole", "eval", "at 1", "acc", "at 1"],
-        rows,
-        f"T after {horizon.ITERATIONS} iterations; settled: the iteration when it first is within 5 % of that; swing: "
-        "how far it is off at most from then on (wanted <= 10 %); time until the loss that Adam ends with at T = 1, "
-        "a mean over an epoch's batches, and of the whole run, over those at T = 1 (wanted <= 0.85)",
-    )
-
-
-def show_engines(options: Options) -> None:
-    """Our Neural-ODE engine against torchdiffeq."""
-    for name, (field, start) in engines.workloads().items():
-        for method in ("dopri5", "rk4"):
-            wanted = engines.WANTED[name, method]
-            rows = []
-            for way in engines.measure(field, start, method, 3 if options.quick else 9):
-                wants = [most(limit) if way.name == "NeuralODE discrete" else "" for limit in wanted]
-                ratios = [f"{way.over_backprop:.2f}", wants[0], f"{way.over_adjoint:.2f}", wants[1]]
-                rows.append([way.name, *ratios, f"{way.error:.1e}", f"{way.milliseconds:.1f}"])
-            show(
-                f"{name}: forward and backward, {method} {'1e-3' if method == 'dopri5' else f'{engines.STEPS} steps'}",
-                ["engine", "/ odeint", "wanted", "/ odeint_adjoint", "wanted", "gradient error", "ms"],
-                rows,
-            )
 
 
 def show_layerwise(options: Options) -> None:
