@@ -113,10 +113,10 @@ class Costate(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """An accepted step, without its tensors; ``output`` is i where it ends at ``times[i]``, others may be inside."""
+    """An accepted step, without its states; ``output`` is i where it ends at ``times[i]``, others may be inside."""
 
-    time: float
-    size: float
+    time: Any
+    size: Any
     notes: Sequence[Any]
     output: int | None
     inside: range = range(0)

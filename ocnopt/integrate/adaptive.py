@@ -194,12 +194,7 @@ class _Walker:
     def _charge(self, evaluations: int, h: float) -> None:
         self.evaluations += evaluations
         if self.max_evaluations is not None and self.evaluations > self.max_evaluations:
-            raise ConvergenceError(
-                f"the integration would spend more than its {self.max_evaluations} evaluations of the field and stands "
-                f"at t = {self.t:.6g} with step {h:.3g}; expected to reach the end within max_evaluations: the field "
-                "has grown stiff or fast (watch the evaluations beside the loss, lower the learning rate, add weight "
-                "decay), the tolerance is too tight, or the cap too low"
-            )
+            raise ConvergenceError(spent(self.max_evaluations, f"t = {self.t:.6g}", h))
 
     @torch.no_grad()
     def _first_size(self, slope: Tensor, span: float) -> float:
@@ -211,7 +206,7 @@ class _Walker:
         scale = self.magnitude * self.rtol + self.atol
         d0, d1 = float(self.norm(x / scale)), float(self.norm(slope / scale))
         if not math.isfinite(d1):
-            raise NonFiniteError(_non_finite(self.t, "at the very start"))
+            raise NonFiniteError(non_finite(self.t, "at the very start"))
         h0 = min(span, 0.01 * max(d0, 10.0) / max(d1, 1e-15))
         self._charge(1, h0)
         h = self.direction * h0
@@ -225,16 +220,32 @@ class _Walker:
         if self.size > 1e-13 * max(abs(self.t), abs(end)):
             return
         if not math.isfinite(error):
-            raise NonFiniteError(_non_finite(self.t, f"for steps down to {self.size:.1e}"))
-        raise ConvergenceError(
-            f"underflow in dt: at t = {self.t:.6g} a step of {self.size:.1e} still has {error:.1e} times the error "
-            f"that rtol={self.rtol}, atol={self.atol} allow; expected a smooth field: it is discontinuous, explodes in "
-            "finite time or is extremely stiff there, or it is noisy (dropout under an adaptive method: use a fixed "
-            "grid, steps=), or the tolerance is below the rounding of the state's dtype"
-        )
+            raise NonFiniteError(non_finite(self.t, f"for steps down to {self.size:.1e}"))
+        raise ConvergenceError(underflow(f"t = {self.t:.6g}", self.size, error, self.rtol, self.atol))
 
 
-def _non_finite(t: float, when: str) -> str:
+def spent(most: int, where: str, h: float) -> str:
+    """The words for a walk that has spent its evaluations."""
+    return (
+        f"the integration would spend more than its {most} evaluations of the field and stands "
+        f"at {where} with step {h:.3g}; expected to reach the end within max_evaluations: the field "
+        "has grown stiff or fast (watch the evaluations beside the loss, lower the learning rate, add weight "
+        "decay), the tolerance is too tight, or the cap too low"
+    )
+
+
+def underflow(where: str, size: float, error: float, rtol: float, atol: float) -> str:
+    """The words for steps that have become too short."""
+    return (
+        f"underflow in dt: at {where} a step of {size:.1e} still has {error:.1e} times the error "
+        f"that rtol={rtol}, atol={atol} allow; expected a smooth field: it is discontinuous, explodes in "
+        "finite time or is extremely stiff there, or it is noisy (dropout under an adaptive method: use a fixed "
+        "grid, steps=), or the tolerance is below the rounding of the state's dtype"
+    )
+
+
+def non_finite(t: float, when: str) -> str:
+    """The words for a field that is NaN or infinite."""
     return (
         f"the field returned NaN or infinity near t = {t:.6g} {when}; expected finite values: check the field's "
         "parameters for NaN (a diverged optimiser: lower the learning rate, clip gradients), its input, and divisions, "

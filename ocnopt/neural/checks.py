@@ -14,6 +14,7 @@ from ocnopt.errors import OcnoptError, ProblemError
 from ocnopt.integrate import torchdiffeq_bridge
 from ocnopt.integrate.tableaus import TABLEAUS
 
+ERROR_NORMS = ("batch", "sample")
 ADJOINTS = ("discrete", "continuous", "backprop")
 # Bytes of a node of a graph besides what it saves, measured on small networks: there the nodes weigh more than tensors.
 NODE = 1024
@@ -62,6 +63,34 @@ def check_options(method: str, adjoint: str, steps: Any, checkpoint_bytes: Any) 
         )
 
 
+def check_error_norm(error_norm: str, method: str, adjoint: str, *, steps: object, dense: bool) -> None:
+    """Refuse options that do not go with a step size for each sample."""
+    check_choice("error_norm", error_norm, ERROR_NORMS)
+    if error_norm == "batch":
+        return
+    controlled = [name for name, tableau in TABLEAUS.items() if tableau.b_error is not None]
+    if method not in controlled or steps is not None:
+        raise ProblemError(
+            f'error_norm="sample" met method={method!r}, steps={steps!r}; expected error control, which gives each '
+            f"sample steps of its own: one of {', '.join(controlled)} with steps=None"
+        )
+    if adjoint == "continuous":
+        raise ProblemError(
+            'error_norm="sample" met adjoint="continuous", whose gradient of the parameters is one integral over one '
+            'time of all samples; expected adjoint="discrete" or "backprop"'
+        )
+    if dense:
+        raise ProblemError(
+            'error_norm="sample" met dense=True; expected dense=False: each sample ends a step at each of its times'
+        )
+
+
+def check_one_step_for_all(error_norm: str, what: str, why: str) -> None:
+    """Refuse what does not go with a step size for each sample."""
+    if error_norm == "sample":
+        raise ProblemError(f'{what} met error_norm="sample": {why}; expected error_norm="batch"')
+
+
 def check_state(state: object) -> None:
     """Refuse what is not a floating-point tensor or a tuple of such, and parts of different dtype or device."""
     parts = state if isinstance(state, tuple) else (state,)
@@ -86,7 +115,8 @@ def check_times(times: Any) -> Tensor:
     if given.ndim != 1 or not given.numel() or not given.is_floating_point():
         raise ProblemError(
             f"times has shape {tuple(given.shape)} and dtype {given.dtype}; expected a vector of one or more "
-            "floating-point times: torch.linspace(0.0, 1.0, 5)"
+            "floating-point times: torch.linspace(0.0, 1.0, 5); times for each sample, (K, B), need "
+            'error_norm="sample"'
         )
     if given.requires_grad and bool((given.diff() == 0).any()):
         raise ProblemError(

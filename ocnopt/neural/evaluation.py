@@ -155,13 +155,14 @@ def _autocast(kind: str) -> tuple[bool, torch.dtype, bool]:
 class Statistics:
     """What one solve cost: evaluations of the field forward and in its backward pass, steps taken and steps rejected.
 
-    Steps are counted for methods of ours alone.
+    Steps are counted for methods of ours alone; with ``error_norm="sample"`` for each sample ``(B,)``, while an
+    evaluation is of all samples.
     """
 
     forward: int = 0
     backward: int = 0
-    steps: int = 0
-    rejected: int = 0
+    steps: int | Tensor = 0
+    rejected: int | Tensor = 0
 
 
 class Root(NamedTuple):

@@ -18,15 +18,17 @@ from torch.utils.hooks import RemovableHandle
 from ocnopt.checks import check_count, check_number, times_in_order
 from ocnopt.differential.discrete import Observer, Observers
 from ocnopt.errors import ConvergenceError, ProblemError
-from ocnopt.integrate import adaptive, fixed, torchdiffeq_bridge
+from ocnopt.integrate import adaptive, fixed, samples, torchdiffeq_bridge
 from ocnopt.integrate.events import Watch
 from ocnopt.integrate.runge_kutta import closed
 from ocnopt.integrate.tableaus import TABLEAUS, Tableau
 from ocnopt.integrate.walk import Walk
 from ocnopt.neural.checks import (
     as_tensors,
+    check_error_norm,
     check_field,
     check_not_observed,
+    check_one_step_for_all,
     check_options,
     check_times,
     check_without_tangent,
@@ -34,7 +36,14 @@ from ocnopt.neural.checks import (
     without_repeats,
 )
 from ocnopt.neural.evaluation import Evaluation, State, StateLayout, Statistics, Surroundings
-from ocnopt.neural.solve import Continuous, Discrete, Job, meet, solve
+from ocnopt.neural.meeting import meet
+from ocnopt.neural.samples import (
+    SampleDiscrete,
+    SampleJob,
+    check_samples,
+    read_sample_times,
+)
+from ocnopt.neural.solve import Continuous, Discrete, Job, solve
 from ocnopt.ocp import FreeHorizon, Horizon, read_horizon
 
 DEFAULT_STEPS = 20
@@ -64,6 +73,10 @@ class NeuralODE(nn.Module):
         dense: whether outputs on the way are interpolated (order 4 for "dopri5" and "tsit5", 5 for "dopri8", else the
             cubic of Hermite) instead of ending a step each: that is more exact, but dear where there are many of them.
             The methods of torchdiffeq always interpolate.
+        error_norm: ``"batch"``: one step size for all samples, whose error is one norm. ``"sample"``: each sample, the
+            leading axis of the state, has its own step sizes and comes out as it would alone; the field is called with
+            a time for each, of shape ``(B, 1, ..., 1)`` with as many axes as the state (``(B, 1)`` for a tuple), and
+            samples must not meet in it. For the adjoints "discrete" and "backprop".
 
     Raises:
         ProblemError: an argument is wrong, or the field's output does not fit the state.
@@ -101,10 +114,12 @@ class NeuralODE(nn.Module):
         adjoint_params: Iterable[Tensor] | Callable[[], Iterable[Tensor]] | Any | None = None,
         max_evaluations: int | Any | None = 100_000,
         dense: bool = False,
+        error_norm: str = "batch",
     ) -> None:
         super().__init__()
         check_field(field)
         check_options(method, adjoint, steps, checkpoint_bytes)
+        check_error_norm(error_norm, method, adjoint, steps=steps, dense=dense)
         check_number("rtol", rtol, "a finite number >= 0")
         check_number("atol", atol, "a finite number >= 0")
         if max_evaluations is not None:
@@ -112,6 +127,7 @@ class NeuralODE(nn.Module):
         self.field = field
         self.horizon = read_horizon(horizon)
         self.method, self.rtol, self.atol, self.adjoint, self.dense = method, rtol, atol, adjoint, dense
+        self.error_norm = error_norm
         self.steps, self.checkpoint_bytes, self.max_evaluations = steps, checkpoint_bytes, max_evaluations
         is_function = callable(adjoint_params) and not isinstance(adjoint_params, nn.Module)
         self.adjoint_params: Any = (
@@ -129,7 +145,8 @@ class NeuralODE(nn.Module):
         Args:
             x: the state at the start: a tensor, or a tuple of tensors.
             times: where to report instead of at the end, in one direction, equal ones side by side; from the horizon's
-                start, or, where they run against the horizon, from its end. Their gradients are exact too.
+                start, or, where they run against the horizon, from its end. Their gradients are exact too. With
+                ``error_norm="sample"`` also ``(K, B)``, times for each sample: ``ends[None]`` for one end each.
 
         Raises:
             ProblemError: the state, the times or the field's output do not fit.
@@ -137,6 +154,9 @@ class NeuralODE(nn.Module):
             ConvergenceError: the step underflowed, or ``max_evaluations`` were spent.
         """
         layout = StateLayout.of(x)
+        if self.error_norm == "sample":
+            states = self._solve_samples(layout, layout.join(x), times)
+            return layout.split(states[-1] if times is None else torch.stack([*states]))
         values, moving, wanted = self._read_times(times)
         path = [layout.join(x)]
         if len(values) > 1:
@@ -171,6 +191,7 @@ class NeuralODE(nn.Module):
         >>> bool(abs(time - (20 / 9.81) ** 0.5) < 1e-12), bool(abs(start.grad[0] - (20 * 9.81) ** -0.5) < 1e-12)
         (True, True)
         """
+        check_one_step_for_all(self.error_norm, "until()", "one event ends the paths of all samples")
         if self.method not in TABLEAUS:
             raise ProblemError(
                 f"until() met method={self.method!r} of torchdiffeq; expected one of {', '.join(TABLEAUS)}, which tell "
@@ -201,6 +222,7 @@ class NeuralODE(nn.Module):
                 f"observer is {type(observer).__name__}; expected an object with the methods stage(input_weight, "
                 "gradient_weight) and terminal(x, slope, costate): see ocnopt.differential.discrete.Observer"
             )
+        check_one_step_for_all(self.error_norm, "observe()", "an observer weighs the evaluations of all samples alike")
         if self.method not in TABLEAUS or self.adjoint == "backprop":
             raise ProblemError(
                 f"a solve with method={self.method!r}, adjoint={self.adjoint!r} cannot be observed; expected one of "
@@ -230,9 +252,7 @@ class NeuralODE(nn.Module):
 
     def _read_times(self, times: Sequence[float] | Tensor | None) -> tuple[list[float], Tensor | None, list[int]]:
         """Start and outputs as numbers, as a tensor if they need gradients, and which of them are wanted."""
-        for moved in (times, self._buffers.get("T")):
-            if isinstance(moved, Tensor):
-                check_without_tangent(moved)
+        self._check_tangents(times)
         start, end, moving = self.horizon.t0, self._end(), None
         if times is None:
             if isinstance(self.horizon, FreeHorizon) and self.T.requires_grad:
@@ -256,6 +276,11 @@ class NeuralODE(nn.Module):
             moving = given if from_start else torch.cat([given.new_full((1,), start), given])
         return values, moving, wanted
 
+    def _check_tangents(self, times: object) -> None:
+        for moved in (times, self._buffers.get("T")):
+            if isinstance(moved, Tensor):
+                check_without_tangent(moved)
+
     def _end(self) -> float:
         return self.T.item() if isinstance(self.horizon, FreeHorizon) else self.horizon.t1
 
@@ -267,10 +292,7 @@ class NeuralODE(nn.Module):
         self, layout: StateLayout, x: Tensor, times: list[float], moving: Tensor | None, watch: Watch | None = None
     ) -> Sequence[Tensor]:
         """The states at ``times[1:]``, or at the event."""
-        surroundings = Surroundings(self.field, x.device)
-        parameters = self._differentiated(surroundings.parameters)
-        evaluation = Evaluation(self.field, layout, parameters, surroundings, moving is not None, self._weights)
-        self.statistics = evaluation.statistics
+        evaluation = self._evaluation(layout, x, moving)
         step_size = abs(self._end() - self.horizon.t0) / (self.steps or DEFAULT_STEPS)
         if self.method not in TABLEAUS:
             return self._through_torchdiffeq(evaluation, x, times, moving, step_size)
@@ -281,19 +303,49 @@ class NeuralODE(nn.Module):
         if watch is not None:
             integrate, at_end = partial(integrate, watch=watch), False
         job = Job(evaluation, tableau, integrate, times, self._observer(), at_end, dense)
-        if not torch.is_grad_enabled():
-            return job.walk(x).states
-        if self.adjoint == "backprop" or in_forward_mode():
-            if in_forward_mode():
-                check_not_observed(self._observers)
-            if moving is not None:
-                raise ProblemError(
-                    'times that need gradients met adjoint="backprop" or forward mode, whose steps are plain numbers; '
-                    'expected "discrete" or "continuous" in reverse mode, or detached times'
-                )
+        if self._walks_alone(moving):
             return job.walk(x).states
         adjoint = Discrete(job, self.checkpoint_bytes) if self.adjoint == "discrete" else Continuous(job)
         return solve(adjoint, x, moving)
+
+    def _solve_samples(
+        self, layout: StateLayout, x: Tensor, given: Sequence[float] | Tensor | None
+    ) -> Sequence[Tensor]:
+        """The states at the output times, each sample with steps of its own."""
+        self._check_tangents(given)
+        check_samples(layout, x)
+        times, moving = read_sample_times(given, (self.horizon.t0, self._end()), self._buffers.get("T"), x)
+        job = SampleJob(
+            self._evaluation(layout, x, moving),
+            self._adaptive(samples.integrate, TABLEAUS[self.method]),
+            times,
+        )
+        job.require_apart(x, self._weights)
+        if self._walks_alone(moving):
+            return job.walk(x).states
+        return solve(SampleDiscrete(job, self.checkpoint_bytes), x, moving)
+
+    def _evaluation(self, layout: StateLayout, x: Tensor, moving: Tensor | None) -> Evaluation:
+        surroundings = Surroundings(self.field, x.device)
+        parameters = self._differentiated(surroundings.parameters)
+        evaluation = Evaluation(self.field, layout, parameters, surroundings, moving is not None, self._weights)
+        self.statistics = evaluation.statistics
+        return evaluation
+
+    def _walks_alone(self, moving: Tensor | None) -> bool:
+        """Whether nobody differentiates, or autograd by itself."""
+        if not torch.is_grad_enabled():
+            return True
+        if in_forward_mode():
+            check_not_observed(self._observers)
+        elif self.adjoint != "backprop":
+            return False
+        if moving is not None:
+            raise ProblemError(
+                'times that need gradients met adjoint="backprop" or forward mode, whose steps are plain numbers; '
+                'expected "discrete" or "continuous" in reverse mode, or detached times'
+            )
+        return True
 
     def _through_torchdiffeq(
         self, evaluation: Evaluation, x: Tensor, times: list[float], moving: Tensor | None, step_size: float
@@ -330,13 +382,11 @@ class NeuralODE(nn.Module):
     def _integrator(self, tableau: Tableau, step_size: float) -> partial[Walk]:
         if self.steps is not None or tableau.b_error is None:
             return partial(fixed.integrate, tableau=tableau, step_size=step_size)
-        return partial(
-            adaptive.integrate,
-            tableau=tableau,
-            rtol=self.rtol,
-            atol=self.atol,
-            max_evaluations=self.max_evaluations,
-        )
+        return self._adaptive(adaptive.integrate, tableau)
+
+    def _adaptive(self, integrate: Callable[..., Any], tableau: Tableau) -> partial[Any]:
+        options = {"rtol": self.rtol, "atol": self.atol, "max_evaluations": self.max_evaluations}
+        return partial(integrate, tableau=tableau, **options)
 
     def _observer(self) -> Observer | None:
         observers = [*self._observers.values()]
