@@ -198,6 +198,36 @@ def check_not_transformed(cotangents: Iterable[Tensor | None] = ()) -> None:
         )
 
 
+def check_not_mapped(tensors: Iterable[Tensor]) -> None:
+    """Refuse torch.func.vmap: a walk reads numbers (errors, finiteness), which differ from one mapped state to another.
+
+    Args:
+        tensors: the state and what the field depends on.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return
+    for tensor in tensors:
+        inner = tensor
+        while torch._C._functorch.is_functorch_wrapped_tensor(inner):
+            if torch._C._functorch.is_batchedtensor(inner):
+                raise ProblemError(
+                    "torch.func.vmap met a NeuralODE, whose steps depend on the numbers in the state; expected plain "
+                    'tensors: leading axes of the state are samples already (ode(states), error_norm="sample" for '
+                    "steps of their own), and models with parameters of their own go one by one, in a loop"
+                )
+            inner = torch._C._functorch.get_unwrapped(inner)
+
+
+def check_real(parameters: Iterable[Tensor]) -> None:
+    """Refuse complex parameters, whose gradients the continuous adjoint does not integrate."""
+    kinds = [str(parameter.dtype) for parameter in parameters if parameter.is_complex()]
+    if kinds:
+        raise ProblemError(
+            f'adjoint="continuous" met a field with parameters of {kinds[0]}; expected real ones: '
+            'torch.view_as_complex of a real parameter, or adjoint="discrete"'
+        )
+
+
 def check_not_observed(observers: object) -> None:
     """Refuse to let a pass go by unseen: in forward mode there is no backward pass of ours to watch."""
     if observers:

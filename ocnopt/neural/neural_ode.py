@@ -27,9 +27,11 @@ from ocnopt.neural.checks import (
     as_tensors,
     check_error_norm,
     check_field,
+    check_not_mapped,
     check_not_observed,
     check_one_step_for_all,
     check_options,
+    check_real,
     check_times,
     check_without_tangent,
     in_forward_mode,
@@ -327,7 +329,10 @@ class NeuralODE(nn.Module):
 
     def _evaluation(self, layout: StateLayout, x: Tensor, moving: Tensor | None) -> Evaluation:
         surroundings = Surroundings(self.field, x.device)
+        check_not_mapped((x, *surroundings.parameters))
         parameters = self._differentiated(surroundings.parameters)
+        if self.adjoint == "continuous":
+            check_real(parameters)
         evaluation = Evaluation(self.field, layout, parameters, surroundings, moving is not None, self._weights)
         self.statistics = evaluation.statistics
         return evaluation
