@@ -1,7 +1,7 @@
 """What a Neural ODE is given, checked at the door, and what the graph of its field leads to and holds."""
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,22 +20,18 @@ ADJOINTS = ("discrete", "continuous", "backprop")
 NODE = 1024
 
 
-def check_field(field: object) -> None:
-    """Refuse what is not a module called as field(t, x)."""
-    if not isinstance(field, nn.Module):
-        raise ProblemError(
-            f"field is {type(field).__name__}; expected an nn.Module called as field(t, x): put the function into the "
-            "forward method of a module, with its parameters"
-        )
+def check_field(field: Callable[..., Any]) -> None:
+    """Refuse what is not called as field(t, x)."""
     try:
-        signature = inspect.signature(field.forward)
+        signature = inspect.signature(field.forward if isinstance(field, nn.Module) else field)
     except (TypeError, ValueError):
         return  # not written in Python
     try:
         signature.bind(None, None)
     except TypeError:
+        what = "field's forward" if isinstance(field, nn.Module) else "field"
         raise ProblemError(
-            f"the field's forward takes {signature}; expected field(t, x), with the time first: wrap a network of x "
+            f"the {what} takes {signature}; expected field(t, x), with the time first: wrap a network of x "
             "alone in a module whose forward(self, t, x) returns self.net(x)"
         ) from None
 

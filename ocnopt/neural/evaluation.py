@@ -245,7 +245,7 @@ class Evaluation:
                 f"the field uses {self._name(stray) or 'a tensor'} of shape {tuple(stray.shape)}, which requires "
                 "gradients and is neither its input nor one of its parameters: its gradient would be lost; make it an "
                 "nn.Parameter of the field, hand it over as adjoint_params=[...] (or a function that returns such a "
-                'list), detach it, or use adjoint="backprop"'
+                'list; parameters=[...] for a function as field), detach it, or use adjoint="backprop"'
             )
         self.surroundings.note_buffers()
         if not joins:

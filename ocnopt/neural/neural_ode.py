@@ -23,6 +23,7 @@ from ocnopt.integrate.events import Watch
 from ocnopt.integrate.runge_kutta import closed
 from ocnopt.integrate.tableaus import TABLEAUS, Tableau
 from ocnopt.integrate.walk import Walk
+from ocnopt.neural import foreign
 from ocnopt.neural.checks import (
     as_tensors,
     check_error_norm,
@@ -38,6 +39,7 @@ from ocnopt.neural.checks import (
     without_repeats,
 )
 from ocnopt.neural.evaluation import Evaluation, State, StateLayout, Statistics, Surroundings
+from ocnopt.neural.function_field import FunctionField, as_field
 from ocnopt.neural.meeting import meet
 from ocnopt.neural.samples import (
     SampleDiscrete,
@@ -55,7 +57,8 @@ class NeuralODE(nn.Module):
     """The flow of ``dx/dt = field(t, x)`` over a horizon, as a layer.
 
     Args:
-        field: any module ``field(t, x) -> dx/dt`` with t a 0-d tensor; x a tensor of any shape or a tuple of tensors.
+        field: any module or function ``field(t, x) -> dx/dt`` with t a 0-d tensor; x a tensor of any shape or a tuple
+            of tensors.
         horizon: the end time T (from 0), ``Horizon(t0, t1)``, also backwards, or ``FreeHorizon``: then T is the buffer
             ``T``, saved with the module and moved by a horizon policy.
         method: with error control ``"dopri5"``, ``"tsit5"``, ``"dopri8"`` (tight tolerances), ``"bosh3"``,
@@ -79,6 +82,8 @@ class NeuralODE(nn.Module):
             leading axis of the state, has its own step sizes and comes out as it would alone; the field is called with
             a time for each, of shape ``(B, 1, ..., 1)`` with as many axes as the state (``(B, 1)`` for a tuple), and
             samples must not meet in it. For the adjoints "discrete" and "backprop".
+        parameters: what a function as field depends on: leaf tensors that require gradients, nn.Parameters, modules; an
+            iterable, a dict, or one. They are registered as they are, not copied.
 
     Raises:
         ProblemError: an argument is wrong, or the field's output does not fit the state.
@@ -117,9 +122,11 @@ class NeuralODE(nn.Module):
         max_evaluations: int | Any | None = 100_000,
         dense: bool = False,
         error_norm: str = "batch",
+        parameters: Any = None,
     ) -> None:
         super().__init__()
-        check_field(field)
+        field = as_field(field, parameters)
+        check_field(field._function if isinstance(field, FunctionField) else field)
         check_options(method, adjoint, steps, checkpoint_bytes)
         check_error_norm(error_norm, method, adjoint, steps=steps, dense=dense)
         check_number("rtol", rtol, "a finite number >= 0")
@@ -297,7 +304,11 @@ class NeuralODE(nn.Module):
         evaluation = self._evaluation(layout, x, moving)
         step_size = abs(self._end() - self.horizon.t0) / (self.steps or DEFAULT_STEPS)
         if self.method not in TABLEAUS:
-            return self._through_torchdiffeq(evaluation, x, times, moving, step_size)
+            cap = None if self.method in torchdiffeq_bridge.GRID else self.max_evaluations
+            options = {"method": self.method, "rtol": self.rtol, "atol": self.atol, "step_size": step_size}
+            return foreign.solve(
+                evaluation, x, times, moving, continuous=self.adjoint == "continuous", cap=cap, **options
+            )
         at_end = math.isclose(times[-1], self._end(), rel_tol=1e-6, abs_tol=1e-9)
         dense = self.dense and len(times) > 2
         tableau = closed(TABLEAUS[self.method]) if dense or watch is not None else TABLEAUS[self.method]
@@ -351,38 +362,6 @@ class NeuralODE(nn.Module):
                 'expected "discrete" or "continuous" in reverse mode, or detached times'
             )
         return True
-
-    def _through_torchdiffeq(
-        self, evaluation: Evaluation, x: Tensor, times: list[float], moving: Tensor | None, step_size: float
-    ) -> Sequence[Tensor]:
-        if not x.numel():  # torchdiffeq's error control divides by the number of entries
-            return fixed.integrate(evaluation, x, times, step_size=step_size).states
-        continuous = self.adjoint == "continuous" and torch.is_grad_enabled() and not in_forward_mode()
-        if continuous:
-            evaluation.root(times[0], x)
-        cap = None if self.method in torchdiffeq_bridge.GRID else self.max_evaluations
-
-        def field(t: Tensor, x: Tensor) -> Tensor:
-            if cap is not None and not evaluation.is_backward and evaluation.statistics.forward >= cap:
-                raise ConvergenceError(
-                    f"method={self.method!r} of torchdiffeq would spend more than its {cap} evaluations of the field "
-                    f"and stands at t = {t.item():.6g}; expected to reach the end within max_evaluations: the field "
-                    "has grown stiff or fast, the tolerance is too tight, or the cap too low"
-                )
-            return evaluation.at(t, x)
-
-        states = torchdiffeq_bridge.integrate(
-            field,
-            x,
-            torch.tensor(times, dtype=x.dtype, device=x.device) if moving is None else moving,
-            method=self.method,
-            rtol=self.rtol,
-            atol=self.atol,
-            step_size=step_size,
-            adjoint_parameters=evaluation.parameters if continuous else None,
-        )
-        evaluation.is_backward = True
-        return states.unbind(0)
 
     def _integrator(self, tableau: Tableau, step_size: float) -> partial[Walk]:
         if self.steps is not None or tableau.b_error is None:
