@@ -21,6 +21,7 @@ from ocnopt.integrate.runge_kutta import closed
 from ocnopt.integrate.samples import SampleStep, SampleWalk, column
 from ocnopt.integrate.walk import Step
 from ocnopt.neural.evaluation import Evaluation, StateLayout
+from ocnopt.neural.second import take_again
 from ocnopt.neural.solve import Walked
 
 
@@ -183,3 +184,21 @@ class SampleDiscrete:
         times = job.times if job.evaluation.moving else None
         step = SampleBack(self._tableau, job.evaluation, jumps, self._arrivals, times)
         return sweep(step, Replays(self._trajectory, states, end), value)[0]
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """The field."""
+        return self.job.evaluation
+
+    def again(self, x: Tensor, saved: Sequence[Tensor]) -> dict[int, Tensor]:
+        """The outputs with the graph of all steps: see :class:`ocnopt.neural.second.Repeatable`."""
+        outputs: dict[int, Tensor] = {}
+        steps, evaluation = self._trajectory.steps, self.job.evaluation
+        for taken, (interval, arrived) in zip(steps, self._arrivals, strict=True):
+            _, x = take_again(self._tableau, evaluation, [taken], (), x)
+            if arrived is None:
+                continue
+            for i in interval[arrived].unique().tolist():
+                outputs[i] = torch.where(column(arrived & interval.eq(i), x), x, outputs.get(i, x))
+        evaluation.require_same(x, saved[0])
+        return outputs

@@ -33,7 +33,7 @@ from ocnopt.integrate.tableaus import Tableau
 from ocnopt.integrate.walk import StageLog, Step, Walk
 from ocnopt.neural.checks import check_not_transformed
 from ocnopt.neural.evaluation import Evaluation, Noise, Root
-from ocnopt.neural.second import Last
+from ocnopt.neural.second import Last, Repeatable, Twice, take_again
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,18 @@ class Discrete:
         times, outputs = job.times if job.evaluation.moving else None, job.times if job.dense else ()
         step = DiscreteStep(job.tableau, job.evaluation, jumps, job.observer, times, outputs)
         return sweep(step, Replays(self._trajectory, states, end), value)[0]
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """The field."""
+        return self.job.evaluation
+
+    def again(self, x: Tensor, saved: Sequence[Tensor]) -> dict[int, Tensor]:
+        """The outputs with the graph of all steps: see :class:`ocnopt.neural.second.Repeatable`."""
+        job, steps = self.job, self._trajectory.steps
+        outputs, end = take_again(job.tableau, job.evaluation, steps, job.times, x)
+        job.evaluation.require_same(end, saved[0], (x, *job.evaluation.parameters))
+        return outputs
 
 
 class Interval(NamedTuple):
@@ -354,7 +366,11 @@ class _Node(torch.autograd.Function):
             *costate.parameters,
         )
         if torch.is_grad_enabled():
-            gradients = Last.apply(len(gradients), *gradients, x, *parameters)
+            felt = {i: c for i, c in enumerate(cotangents, start=ctx.joined + 1) if c is not None}
+            if isinstance(ctx.adjoint, Repeatable) and not job.evaluation.moving:
+                gradients = Twice.apply(ctx.adjoint, [*felt], gradients, kept, x, *parameters, *felt.values())
+            else:
+                gradients = Last.apply(len(gradients), *gradients, x, *parameters, *felt.values())
         return None, None, None, None, *gradients
 
 

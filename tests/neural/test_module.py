@@ -330,17 +330,6 @@ def test_backprop_has_no_gradient_for_times_and_says_so():
         NeuralODE(Tanh(), adjoint="backprop")(start(4, 3), times)
 
 
-@pytest.mark.parametrize("adjoint", ["discrete", "continuous"])
-def test_second_derivatives_are_refused(adjoint):
-    """Where there is no graph."""
-    field, x = Tanh(), start(4, 3).requires_grad_()
-    ode = NeuralODE(field, adjoint=adjoint, checkpoint_bytes=0)
-    # A linear loss: its gradient does not depend on the output, and still must not pass for a constant.
-    (gradient,) = torch.autograd.grad(ode(x).sum(), x, create_graph=True)
-    with pytest.raises(OcnoptError, match='differentiated once more.*use adjoint="backprop", or oc.hvp'):
-        gradient.sum().backward()
-
-
 @pytest.mark.parametrize("adjoint", ["discrete", "backprop"])
 def test_second_derivatives_through_a_graph(adjoint):
     field, x = Tanh(), start(3)
