@@ -19,7 +19,7 @@ from torch import Tensor
 from ocnopt.checks import times_in_order
 from ocnopt.errors import ConvergenceError, NonFiniteError, ProblemError
 from ocnopt.integrate.events import Watch
-from ocnopt.integrate.runge_kutta import Field, Outputs, Stages, Take, closed, step, weighted_sum
+from ocnopt.integrate.runge_kutta import Field, Outputs, Stages, Take, Time, closed, step, weighted_sum
 from ocnopt.integrate.tableaus import DOPRI5, TABLEAUS, Tableau
 from ocnopt.integrate.walk import OnStep, Step, Walk
 
@@ -116,7 +116,8 @@ class _Walker:
         watch: Watch | None,
     ) -> None:
         self.take, self.watch, self.has_met = take, watch, False
-        self.field, self.tableau, self.norm = field, tableau, norm
+        self.tableau, self.norm, self._field = tableau, norm, field
+        self.field = self._counted if tableau.is_implicit else field
         self.outputs, self.on_step = outputs, on_step
         self.rtol, self.atol, self.max_evaluations = rtol, atol, max_evaluations
         self.error_weights: Sequence[float] = tableau.b_error or ()
@@ -128,7 +129,7 @@ class _Walker:
         self.direction = math.copysign(1.0, times[1] - times[0])
         self.magnitude = x.detach().abs()
         if self.slope is None:
-            self.slope = self.field(self.t, x)
+            self.slope = self._field(self.t, x)
             self.evaluations += 1
         span = abs(times[-1] - times[0])
         self.size = self._first_size(self.slope.detach(), span) if size is None else abs(size)
@@ -146,7 +147,8 @@ class _Walker:
     def _attempt(self, length: float, end: float, arrives: bool) -> bool:
         """Try one step; whether it was accepted."""
         h = self.direction * length
-        self._charge(len(self.tableau.c) - (self.slope is not None), h)
+        if not self.tableau.is_implicit:
+            self._charge(len(self.tableau.c) - (self.slope is not None), h)
         x, seen = self.take(self.tableau, self.field, self.t, h, self.x, self.slope)
         error, magnitude = self._measure(h, x, seen)
         accepted = error <= 1.0
@@ -174,6 +176,11 @@ class _Walker:
             self.size = length * min(factor, 1.0)
             self._refuse_underflow(error, end)
         return accepted
+
+    def _counted(self, t: Time, x: Tensor) -> Tensor:
+        """The field, where nobody knows beforehand how often a step asks it."""
+        self._charge(1, 0.0 if self.steps + self.rejected == 0 else self.size)
+        return self._field(t, x)
 
     @torch.no_grad()
     def _measure(self, h: float, x: Tensor, seen: Stages) -> tuple[float, Tensor]:
@@ -210,7 +217,7 @@ class _Walker:
         h0 = min(span, 0.01 * max(d0, 10.0) / max(d1, 1e-15))
         self._charge(1, h0)
         h = self.direction * h0
-        bend = self.field(self.t + h, torch.add(x, slope, alpha=h)) - slope
+        bend = self._field(self.t + h, torch.add(x, slope, alpha=h)) - slope
         d2 = float(self.norm(bend / scale)) / h0
         if not math.isfinite(d2):
             return 0.01 * h0

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from ocnopt.checks import check_choice, float_tensor, is_whole
 from ocnopt.errors import OcnoptError, ProblemError
 from ocnopt.integrate import torchdiffeq_bridge
-from ocnopt.integrate.tableaus import TABLEAUS
+from ocnopt.integrate.tableaus import STIFF, TABLEAUS, WALKING
 
 ERROR_NORMS = ("batch", "sample")
 ADJOINTS = ("discrete", "continuous", "backprop")
@@ -39,8 +39,13 @@ def check_field(field: Callable[..., Any]) -> None:
 def check_options(method: str, adjoint: str, steps: Any, checkpoint_bytes: Any) -> None:
     """Refuse options that are wrong, or do not go together."""
     check_choice("adjoint", adjoint, ADJOINTS)
-    if method not in TABLEAUS:
-        check_choice("method", method, [*dict.fromkeys((*TABLEAUS, *torchdiffeq_bridge.method_names()))])
+    if method in STIFF and adjoint == "continuous":
+        raise ProblemError(
+            f"method={method!r} met adjoint='continuous': going back, a stiff path runs away from itself; expected "
+            'adjoint="discrete", which takes the same steps back'
+        )
+    if method not in WALKING:
+        check_choice("method", method, [*dict.fromkeys((*WALKING, *torchdiffeq_bridge.method_names()))])
         if steps is not None and method not in torchdiffeq_bridge.GRID:
             raise ProblemError(
                 f"steps={steps!r} met method={method!r} of torchdiffeq, which chooses its own steps; expected "
@@ -212,6 +217,14 @@ def check_not_mapped(tensors: Iterable[Tensor]) -> None:
                     "steps of their own), and models with parameters of their own go one by one, in a loop"
                 )
             inner = torch._C._functorch.get_unwrapped(inner)
+
+
+def noisy_stages(method: str) -> ProblemError:
+    """What to say where an implicit method meets a field that draws random numbers."""
+    return ProblemError(
+        f"method={method!r} met a field that draws random numbers (dropout?): its stages are equations, which have no "
+        "solution then; expected a field that gives the same slope each time: ode.field.eval(), or another method"
+    )
 
 
 def check_real(parameters: Iterable[Tensor]) -> None:

@@ -21,9 +21,11 @@ from ocnopt.errors import ConvergenceError, ProblemError
 from ocnopt.integrate import adaptive, fixed, samples, torchdiffeq_bridge
 from ocnopt.integrate.events import Watch
 from ocnopt.integrate.runge_kutta import closed
-from ocnopt.integrate.tableaus import TABLEAUS, Tableau
+from ocnopt.integrate.samples import column
+from ocnopt.integrate.tableaus import STIFF, WALKING, Tableau
 from ocnopt.integrate.walk import Walk
 from ocnopt.neural import foreign
+from ocnopt.neural.apart import require_apart
 from ocnopt.neural.checks import (
     as_tensors,
     check_error_norm,
@@ -63,7 +65,9 @@ class NeuralODE(nn.Module):
             ``T``, saved with the module and moved by a horizon policy.
         method: with error control ``"dopri5"``, ``"tsit5"``, ``"dopri8"`` (tight tolerances), ``"bosh3"``,
             ``"adaptive_heun"`` (loose ones); on a grid ``"rk4"``, ``"kutta3"``, ``"heun"``, ``"midpoint"``,
-            ``"euler"``; or any other method of torchdiffeq by its name.
+            ``"euler"``; for stiff fields ``"kvaerno5"``, implicit, with error control or on a grid, for states of some
+            tens of numbers a sample (leading axis; a vector is one), which must not meet in the field; or any other
+            method of torchdiffeq by its name.
         rtol: relative tolerance of an adaptive method.
         atol: absolute tolerance.
         steps: cut the horizon into this many equal steps instead; 20 for a method without an error estimate.
@@ -201,9 +205,9 @@ class NeuralODE(nn.Module):
         (True, True)
         """
         check_one_step_for_all(self.error_norm, "until()", "one event ends the paths of all samples")
-        if self.method not in TABLEAUS:
+        if self.method not in WALKING:
             raise ProblemError(
-                f"until() met method={self.method!r} of torchdiffeq; expected one of {', '.join(TABLEAUS)}, which tell "
+                f"until() met method={self.method!r} of torchdiffeq; expected one of {', '.join(WALKING)}, which tell "
                 "their steps"
             )
         if direction not in (-1, 0, 1):
@@ -232,10 +236,10 @@ class NeuralODE(nn.Module):
                 "gradient_weight) and terminal(x, slope, costate): see ocnopt.differential.discrete.Observer"
             )
         check_one_step_for_all(self.error_norm, "observe()", "an observer weighs the evaluations of all samples alike")
-        if self.method not in TABLEAUS or self.adjoint == "backprop":
+        if self.method not in WALKING or self.adjoint == "backprop":
             raise ProblemError(
                 f"a solve with method={self.method!r}, adjoint={self.adjoint!r} cannot be observed; expected one of "
-                f'{", ".join(TABLEAUS)} with adjoint="discrete" or "continuous"'
+                f'{", ".join(WALKING)} with adjoint="discrete" or "continuous"'
             )
         handle = RemovableHandle(self._observers)
         self._observers[handle.id] = observer
@@ -303,15 +307,17 @@ class NeuralODE(nn.Module):
         """The states at ``times[1:]``, or at the event."""
         evaluation = self._evaluation(layout, x, moving)
         step_size = abs(self._end() - self.horizon.t0) / (self.steps or DEFAULT_STEPS)
-        if self.method not in TABLEAUS:
+        if self.method not in WALKING:
             cap = None if self.method in torchdiffeq_bridge.GRID else self.max_evaluations
             options = {"method": self.method, "rtol": self.rtol, "atol": self.atol, "step_size": step_size}
             return foreign.solve(
                 evaluation, x, times, moving, continuous=self.adjoint == "continuous", cap=cap, **options
             )
+        if self.method in STIFF and x.ndim > 1:
+            require_apart(evaluation, x.new_full((), times[0]), x, self._weights, f"method={self.method!r}")
         at_end = math.isclose(times[-1], self._end(), rel_tol=1e-6, abs_tol=1e-9)
         dense = self.dense and len(times) > 2
-        tableau = closed(TABLEAUS[self.method]) if dense or watch is not None else TABLEAUS[self.method]
+        tableau = closed(WALKING[self.method]) if dense or watch is not None else WALKING[self.method]
         integrate = self._integrator(tableau, step_size)
         if watch is not None:
             integrate, at_end = partial(integrate, watch=watch), False
@@ -330,10 +336,11 @@ class NeuralODE(nn.Module):
         times, moving = read_sample_times(given, (self.horizon.t0, self._end()), self._buffers.get("T"), x)
         job = SampleJob(
             self._evaluation(layout, x, moving),
-            self._adaptive(samples.integrate, TABLEAUS[self.method]),
+            self._adaptive(samples.integrate, WALKING[self.method]),
             times,
         )
-        job.require_apart(x, self._weights)
+        what = 'error_norm="sample"'
+        require_apart(job.evaluation, column(times[0], x), x, self._weights, what)
         if self._walks_alone(moving):
             return job.walk(x).states
         return solve(SampleDiscrete(job, self.checkpoint_bytes), x, moving)

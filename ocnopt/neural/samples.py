@@ -111,50 +111,6 @@ class SampleJob:
         self.evaluation.statistics.steps, self.evaluation.statistics.rejected = walk.steps, walk.rejected
         return walk
 
-    def require_apart(self, x: Tensor, known: dict[object, int]) -> None:
-        """Call the field once, and refuse one that fails on the samples' times or lets samples meet.
-
-        Args:
-            x: the state at the start.
-            known: remembers for which states that was done.
-        """
-        surroundings = self.evaluation.surroundings
-        surroundings.note_buffers()
-        key = ("apart", x.shape, x.dtype, self.evaluation.field.training)
-        transformed = torch._C._functorch.peek_interpreter_stack() is not None or torch.is_inference_mode_enabled()
-        if key in known or transformed or not x.numel():
-            return
-        t, leaf = column(self.times[0], x).to(x.dtype).requires_grad_(), x.detach().requires_grad_()
-        with torch.enable_grad(), surroundings.restored():
-            try:
-                slope = self.evaluation.at(t, leaf)
-            except (RuntimeError, ValueError, IndexError, TypeError) as error:
-                raise ProblemError(
-                    f'with error_norm="sample" the field was called with times of shape {tuple(t.shape)}, one for each '
-                    f"sample, and failed: {error}; expected a field that takes them as it takes a 0-d t: by "
-                    "broadcasting, t * x or t.expand(x.shape[0], 1), without item(), float(t) or reshape"
-                ) from error
-            noise = surroundings.noise()
-        self.evaluation.statistics.forward -= 1
-        if surroundings.moved(noise):
-            raise ProblemError(
-                'error_norm="sample" met a field that draws random numbers (dropout?), which differ with the steps of '
-                "the other samples; expected a field that gives a sample the same slope each time: ode.field.eval(), "
-                'or error_norm="batch"'
-            )
-        if slope.requires_grad and len(x) > 1:
-            felt = torch.zeros_like(slope)
-            felt[::2] = 1.0
-            found: Any = torch.autograd.grad(slope, (t, leaf), felt, allow_unused=True)
-            if any(g is not None and bool((g[1::2].abs() > 0).any()) for g in found):
-                raise ProblemError(
-                    'error_norm="sample" met a field in which samples meet, though their times differ; expected '
-                    "samples along the leading axis of the state, each with a slope of its own time and state: eval() "
-                    "for batch normalisation, x[None] for a state without samples, times that are not paired with "
-                    'other axes (x[:, :1] * t for x[:, 0] * t), or error_norm="batch"'
-                )
-        known[key] = 1
-
 
 class SampleDiscrete:
     """The exact gradient of the accepted steps, whose states are kept within ``budget`` bytes."""

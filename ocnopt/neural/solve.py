@@ -31,7 +31,7 @@ from ocnopt.integrate.runge_kutta import Take, Time
 from ocnopt.integrate.runge_kutta import step as take_step
 from ocnopt.integrate.tableaus import Tableau
 from ocnopt.integrate.walk import StageLog, Step, Walk
-from ocnopt.neural.checks import check_not_transformed
+from ocnopt.neural.checks import check_not_transformed, noisy_stages
 from ocnopt.neural.evaluation import Evaluation, Noise, Root
 from ocnopt.neural.second import Last, Repeatable, Twice, take_again
 
@@ -109,8 +109,11 @@ class Discrete:
         evaluation, surroundings = self.job.evaluation, self.job.evaluation.surroundings
         before = surroundings.noise()
         joins = self.job.observer is None and not evaluation.moving and (x.requires_grad or evaluation.parameters)
-        root = evaluation.root(self.job.times[0], x, joins=bool(joins))
+        implicit = self.job.tableau.is_implicit
+        root = evaluation.root(self.job.times[0], x, joins=bool(joins) and not implicit)
         noisy = surroundings.moved(before)
+        if noisy and implicit:
+            raise noisy_stages(self.job.tableau.name)
         walk = self._walk(root, before if noisy else None)
         if not noisy and self._trajectory.steps and surroundings.moved(before):
             # The field drew its first random numbers on the way: walk again and note their states.
