@@ -248,7 +248,8 @@ class NeuralODE(nn.Module):
     def extra_repr(self) -> str:
         """What ``print(module)`` shows of the solve."""
         control = f"steps={self.steps}" if self.steps else f"rtol={self.rtol}, atol={self.atol}"
-        return f"{self.horizon}, method={self.method!r}, {control}, adjoint={self.adjoint!r}"
+        norm = ', error_norm="sample"' if self.error_norm == "sample" else ""
+        return f"{self.horizon}, method={self.method!r}, {control}, adjoint={self.adjoint!r}{norm}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NeuralODE":
         # T keeps single precision at least, and its value, where the rest is cast to half.
