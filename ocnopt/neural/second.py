@@ -31,7 +31,8 @@ class Last(torch.autograd.Function):
         """Refuse."""
         raise OcnoptError(
             "the gradient of a NeuralODE was differentiated once more; the continuous adjoint, times that need "
-            "gradients and the time of an event give first derivatives only, the discrete adjoint second ones: use "
+            "gradients, and the time of an event with any adjoint, give first derivatives only, the discrete adjoint "
+            "second ones: use "
             'adjoint="discrete" with plain times, or "backprop", or oc.hvp and oc.differentiate'
         )
 
