@@ -121,10 +121,10 @@ class Costate(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """An accepted step, without its tensors; ``output`` is i where it ends at ``times[i]``, others may be inside."""
+    """An accepted step, without its states; ``output`` is i where it ends at ``times[i]``, others may be inside."""
 
-    time: float
-    size: float
+    time: Any
+    size: Any
     notes: Sequence[Any]
     output: int | None
     inside: range = range(0)
@@ -248,7 +248,7 @@ class Replays:
 @cache
 def shortened(tableau: Tableau) -> Tableau:
     """The method without a last stage that serves the next step alone: nothing flows back through it."""
-    if not tableau.first_same_as_last:
+    if not tableau.first_same_as_last or tableau.is_implicit:
         return tableau
     c, a, b, quadrature = tableau.c[:-1], tableau.a[:-1], tableau.b[:-1], tableau.quadrature[:-1]
     return replace(tableau, c=c, a=a, b=b, quadrature=quadrature, b_error=None, first_same_as_last=False)
@@ -317,13 +317,14 @@ class DiscreteStep:
         # Interpolation needs the slope at the end, nothing else does.
         tableau = self._tableau if inside else shortened(self._tableau)
         field, moves = self._field.noted(taken.notes, self._stages(taken, tableau)), []
+        inner = self._field.noted(())
         if self._times is not None:
             moves = [_leaf((1.0,), start), _leaf((0.0,), start), _leaf([self._outputs[i] for i in inside], start)]
-            field = _moved(field, taken.time, *moves[:2])
+            field, inner = (_moved(f, taken.time, *moves[:2]) for f in (field, inner))
         inputs = (*self._field.parameters, *moves)
 
         def advance(start: Tensor) -> list[Tensor]:
-            end, seen = step(tableau, field, taken.time, taken.size, start)
+            end, seen = step(tableau, field, taken.time, taken.size, start, None, inner)
             if replay.expected is not None:
                 self._field.require_same(end, replay.expected, (start, *inputs))
             if not inside:

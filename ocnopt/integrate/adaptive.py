@@ -19,7 +19,7 @@ from torch import Tensor
 from ocnopt.checks import times_in_order
 from ocnopt.errors import ConvergenceError, NonFiniteError, ProblemError
 from ocnopt.integrate.events import Watch
-from ocnopt.integrate.runge_kutta import Field, Outputs, Stages, Take, closed, step, weighted_sum
+from ocnopt.integrate.runge_kutta import Field, Outputs, Stages, Take, Time, closed, step, weighted_sum
 from ocnopt.integrate.tableaus import DOPRI5, TABLEAUS, Tableau
 from ocnopt.integrate.walk import OnStep, Step, Walk
 
@@ -116,7 +116,8 @@ class _Walker:
         watch: Watch | None,
     ) -> None:
         self.take, self.watch, self.has_met = take, watch, False
-        self.field, self.tableau, self.norm = field, tableau, norm
+        self.tableau, self.norm, self._field = tableau, norm, field
+        self.field = self._counted if tableau.is_implicit else field
         self.outputs, self.on_step = outputs, on_step
         self.rtol, self.atol, self.max_evaluations = rtol, atol, max_evaluations
         self.error_weights: Sequence[float] = tableau.b_error or ()
@@ -128,7 +129,7 @@ class _Walker:
         self.direction = math.copysign(1.0, times[1] - times[0])
         self.magnitude = x.detach().abs()
         if self.slope is None:
-            self.slope = self.field(self.t, x)
+            self.slope = self._field(self.t, x)
             self.evaluations += 1
         span = abs(times[-1] - times[0])
         self.size = self._first_size(self.slope.detach(), span) if size is None else abs(size)
@@ -146,7 +147,8 @@ class _Walker:
     def _attempt(self, length: float, end: float, arrives: bool) -> bool:
         """Try one step; whether it was accepted."""
         h = self.direction * length
-        self._charge(len(self.tableau.c) - (self.slope is not None), h)
+        if not self.tableau.is_implicit:
+            self._charge(len(self.tableau.c) - (self.slope is not None), h)
         x, seen = self.take(self.tableau, self.field, self.t, h, self.x, self.slope)
         error, magnitude = self._measure(h, x, seen)
         accepted = error <= 1.0
@@ -175,6 +177,11 @@ class _Walker:
             self._refuse_underflow(error, end)
         return accepted
 
+    def _counted(self, t: Time, x: Tensor) -> Tensor:
+        """The field, where nobody knows beforehand how often a step asks it."""
+        self._charge(1, 0.0 if self.steps + self.rejected == 0 else self.size)
+        return self._field(t, x)
+
     @torch.no_grad()
     def _measure(self, h: float, x: Tensor, seen: Stages) -> tuple[float, Tensor]:
         """The error in units of the tolerance, and |x_next|."""
@@ -194,12 +201,7 @@ class _Walker:
     def _charge(self, evaluations: int, h: float) -> None:
         self.evaluations += evaluations
         if self.max_evaluations is not None and self.evaluations > self.max_evaluations:
-            raise ConvergenceError(
-                f"the integration would spend more than its {self.max_evaluations} evaluations of the field and stands "
-                f"at t = {self.t:.6g} with step {h:.3g}; expected to reach the end within max_evaluations: the field "
-                "has grown stiff or fast (watch the evaluations beside the loss, lower the learning rate, add weight "
-                "decay), the tolerance is too tight, or the cap too low"
-            )
+            raise ConvergenceError(spent(self.max_evaluations, f"t = {self.t:.6g}", h))
 
     @torch.no_grad()
     def _first_size(self, slope: Tensor, span: float) -> float:
@@ -211,11 +213,11 @@ class _Walker:
         scale = self.magnitude * self.rtol + self.atol
         d0, d1 = float(self.norm(x / scale)), float(self.norm(slope / scale))
         if not math.isfinite(d1):
-            raise NonFiniteError(_non_finite(self.t, "at the very start"))
+            raise NonFiniteError(non_finite(self.t, "at the very start"))
         h0 = min(span, 0.01 * max(d0, 10.0) / max(d1, 1e-15))
         self._charge(1, h0)
         h = self.direction * h0
-        bend = self.field(self.t + h, torch.add(x, slope, alpha=h)) - slope
+        bend = self._field(self.t + h, torch.add(x, slope, alpha=h)) - slope
         d2 = float(self.norm(bend / scale)) / h0
         if not math.isfinite(d2):
             return 0.01 * h0
@@ -225,16 +227,32 @@ class _Walker:
         if self.size > 1e-13 * max(abs(self.t), abs(end)):
             return
         if not math.isfinite(error):
-            raise NonFiniteError(_non_finite(self.t, f"for steps down to {self.size:.1e}"))
-        raise ConvergenceError(
-            f"underflow in dt: at t = {self.t:.6g} a step of {self.size:.1e} still has {error:.1e} times the error "
-            f"that rtol={self.rtol}, atol={self.atol} allow; expected a smooth field: it is discontinuous, explodes in "
-            "finite time or is extremely stiff there, or it is noisy (dropout under an adaptive method: use a fixed "
-            "grid, steps=), or the tolerance is below the rounding of the state's dtype"
-        )
+            raise NonFiniteError(non_finite(self.t, f"for steps down to {self.size:.1e}"))
+        raise ConvergenceError(underflow(f"t = {self.t:.6g}", self.size, error, self.rtol, self.atol))
 
 
-def _non_finite(t: float, when: str) -> str:
+def spent(most: int, where: str, h: float) -> str:
+    """The words for a walk that has spent its evaluations."""
+    return (
+        f"the integration would spend more than its {most} evaluations of the field and stands "
+        f"at {where} with step {h:.3g}; expected to reach the end within max_evaluations: the field "
+        "has grown stiff or fast (watch the evaluations beside the loss, lower the learning rate, add weight "
+        "decay), the tolerance is too tight, or the cap too low"
+    )
+
+
+def underflow(where: str, size: float, error: float, rtol: float, atol: float) -> str:
+    """The words for steps that have become too short."""
+    return (
+        f"underflow in dt: at {where} a step of {size:.1e} still has {error:.1e} times the error "
+        f"that rtol={rtol}, atol={atol} allow; expected a smooth field: it is discontinuous, explodes in "
+        "finite time or is extremely stiff there, or it is noisy (dropout under an adaptive method: use a fixed "
+        "grid, steps=), or the tolerance is below the rounding of the state's dtype"
+    )
+
+
+def non_finite(t: float, when: str) -> str:
+    """The words for a field that is NaN or infinite."""
     return (
         f"the field returned NaN or infinity near t = {t:.6g} {when}; expected finite values: check the field's "
         "parameters for NaN (a diverged optimiser: lower the learning rate, clip gradients), its input, and divisions, "

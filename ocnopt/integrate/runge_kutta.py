@@ -1,4 +1,4 @@
-"""One explicit Runge-Kutta step.
+"""One Runge-Kutta step; explicit here, implicit in :mod:`ocnopt.integrate.stiff`.
 
 x_next = x + h sum_i b_i k_i with k_i = F(t + c_i h, x + h sum_{j<i} a_ij k_j). The state x is one tensor of any shape,
 h a number, or a tensor that broadcasts against x and may need gradients; the field F(t, x) returns a tensor shaped like
@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from ocnopt.integrate.stiff import solve_stages
 from ocnopt.integrate.tableaus import Tableau
 
 Time = float | Tensor
@@ -64,12 +65,16 @@ def stages(tableau: Tableau, field: Field, t: Time, h: Size, x: Tensor, first: T
 
 
 def step(
-    tableau: Tableau, field: Field, t: Time, h: Size, x: Tensor, first: Tensor | None = None
+    tableau: Tableau, field: Field, t: Time, h: Size, x: Tensor, first: Tensor | None = None, inner: Field | None = None
 ) -> tuple[Tensor, Stages]:
     """Take one step of size h from x at time t: the next state and the stages.
 
-    With ``first_same_as_last`` the next state is the last stage's point, its slope the ``first`` of the next step.
+    With ``first_same_as_last`` the next state is the last stage's point, its slope the ``first`` of the next step. An
+    implicit method may be given the field of its Newton iterations apart, as ``inner``.
     """
+    if tableau.is_implicit:
+        seen = Stages(*solve_stages(tableau, field, t, h, x, first, inner))
+        return seen.points[-1], seen
     seen = stages(tableau, field, t, h, x, first)
     if tableau.first_same_as_last:
         return seen.points[-1], seen

@@ -33,6 +33,11 @@ class Tableau:
     first_same_as_last: bool = False
     dense: tuple[tuple[float, ...], ...] | None = None
 
+    @property
+    def is_implicit(self) -> bool:
+        """Whether its stages are equations to be solved."""
+        return len(self.a[0]) > 0
+
 
 EULER = Tableau(
     name="euler", order=1, c=(0.0,), a=((),), b=(1.0,), quadrature=(1.0,), source="Euler, 1768"
@@ -266,6 +271,31 @@ RADAU2 = Tableau(
     source="Radau IIA of two stages; Hairer and Wanner 1996, IV.5",
 )
 
+_KVAERNO5_A = (
+    (0.0,),
+    (0.26, 0.26),
+    (0.13, 0.84033320996790809, 0.26),
+    (0.22371961478320505, 0.47675532319799699, -0.06470895363112615, 0.26),
+    (0.16648564323248321, 0.10450018841591720, 0.03631482272098715, -0.13090704451073998, 0.26),
+    (0.13855640231268224, 0.0, -0.04245337201752043, 0.02446657898003141, 0.61943039072480676, 0.26),
+    (0.13659751177640291, 0.0, -0.05496908796538376, -0.04118626728321046, 0.62993304899016403, 0.06962479448202728,
+     0.26),
+)  # fmt: skip
+
+# One implicit equation of the size of the state per stage but the first, which the last of the step before has solved.
+KVAERNO5 = Tableau(
+    name="kvaerno5",
+    order=5,
+    c=(0.0, 0.52, 1.230333209967908, 0.8957659843500759, 0.43639360985864756, 1.0, 1.0),
+    a=tuple((*row, *(0.0,) * (7 - len(row))) for row in _KVAERNO5_A),
+    b=_KVAERNO5_A[6],
+    # The stages at 0, 0.436 and 1: exact for parabolas.
+    quadrature=(0.1180817892346046, 0.0, 0.0, 0.0, 0.6776328612413538, 0.0, 0.2042853495240416),
+    b_error=tuple(b - low for b, low in zip(_KVAERNO5_A[6], (*_KVAERNO5_A[5], 0.0), strict=True)),
+    first_same_as_last=True,
+    source="Kvaerno, Singly diagonally implicit Runge-Kutta methods with an explicit first stage, BIT 2004",
+)
+
 TABLEAUS: Mapping[str, Tableau] = MappingProxyType(
     {
         tableau.name: tableau
@@ -276,6 +306,11 @@ TABLEAUS: Mapping[str, Tableau] = MappingProxyType(
 IMPLICIT: Mapping[str, Tableau] = MappingProxyType(
     {tableau.name: tableau for tableau in (IMPLICIT_EULER, IMPLICIT_MIDPOINT, RADAU2)}
 )
+
+STIFF: Mapping[str, Tableau] = MappingProxyType({KVAERNO5.name: KVAERNO5})
+
+# What walks along the path of a Neural ODE.
+WALKING: Mapping[str, Tableau] = MappingProxyType({**TABLEAUS, **STIFF})
 
 
 def get_tableau(name: str) -> Tableau:

@@ -7,7 +7,7 @@ h carry the sign of the direction.
 
 from collections import deque
 from collections.abc import Callable
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -18,13 +18,13 @@ T = TypeVar("T")
 
 
 class Step(NamedTuple):
-    """One accepted step of length ``size`` from ``time`` to ``state``.
+    """One accepted step of length ``size`` from ``time`` to ``state``; of each sample, where these are tensors.
 
     ``output`` is i if it ends at ``times[i]``; the outputs ``inside`` are interpolated.
     """
 
-    time: float
-    size: float
+    time: Any
+    size: Any
     stages: Stages
     output: int | None
     state: Tensor

@@ -1,7 +1,7 @@
 """What a Neural ODE is given, checked at the door, and what the graph of its field leads to and holds."""
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,29 +12,26 @@ from torch.autograd import forward_ad
 from ocnopt.checks import check_choice, float_tensor, is_whole
 from ocnopt.errors import OcnoptError, ProblemError
 from ocnopt.integrate import torchdiffeq_bridge
-from ocnopt.integrate.tableaus import TABLEAUS
+from ocnopt.integrate.tableaus import STIFF, TABLEAUS, WALKING
 
+ERROR_NORMS = ("batch", "sample")
 ADJOINTS = ("discrete", "continuous", "backprop")
 # Bytes of a node of a graph besides what it saves, measured on small networks: there the nodes weigh more than tensors.
 NODE = 1024
 
 
-def check_field(field: object) -> None:
-    """Refuse what is not a module called as field(t, x)."""
-    if not isinstance(field, nn.Module):
-        raise ProblemError(
-            f"field is {type(field).__name__}; expected an nn.Module called as field(t, x): put the function into the "
-            "forward method of a module, with its parameters"
-        )
+def check_field(field: Callable[..., Any]) -> None:
+    """Refuse what is not called as field(t, x)."""
     try:
-        signature = inspect.signature(field.forward)
+        signature = inspect.signature(field.forward if isinstance(field, nn.Module) else field)
     except (TypeError, ValueError):
         return  # not written in Python
     try:
         signature.bind(None, None)
     except TypeError:
+        what = "field's forward" if isinstance(field, nn.Module) else "field"
         raise ProblemError(
-            f"the field's forward takes {signature}; expected field(t, x), with the time first: wrap a network of x "
+            f"the {what} takes {signature}; expected field(t, x), with the time first: wrap a network of x "
             "alone in a module whose forward(self, t, x) returns self.net(x)"
         ) from None
 
@@ -42,8 +39,13 @@ def check_field(field: object) -> None:
 def check_options(method: str, adjoint: str, steps: Any, checkpoint_bytes: Any) -> None:
     """Refuse options that are wrong, or do not go together."""
     check_choice("adjoint", adjoint, ADJOINTS)
-    if method not in TABLEAUS:
-        check_choice("method", method, [*dict.fromkeys((*TABLEAUS, *torchdiffeq_bridge.method_names()))])
+    if method in STIFF and adjoint == "continuous":
+        raise ProblemError(
+            f"method={method!r} met adjoint='continuous': going back, a stiff path runs away from itself; expected "
+            'adjoint="discrete", which takes the same steps back'
+        )
+    if method not in WALKING:
+        check_choice("method", method, [*dict.fromkeys((*WALKING, *torchdiffeq_bridge.method_names()))])
         if steps is not None and method not in torchdiffeq_bridge.GRID:
             raise ProblemError(
                 f"steps={steps!r} met method={method!r} of torchdiffeq, which chooses its own steps; expected "
@@ -60,6 +62,34 @@ def check_options(method: str, adjoint: str, steps: Any, checkpoint_bytes: Any) 
         raise ProblemError(
             f"checkpoint_bytes is {checkpoint_bytes!r}; expected a whole number of bytes, 0 to keep little"
         )
+
+
+def check_error_norm(error_norm: str, method: str, adjoint: str, *, steps: object, dense: bool) -> None:
+    """Refuse options that do not go with a step size for each sample."""
+    check_choice("error_norm", error_norm, ERROR_NORMS)
+    if error_norm == "batch":
+        return
+    controlled = [name for name, tableau in TABLEAUS.items() if tableau.b_error is not None]
+    if method not in controlled or steps is not None:
+        raise ProblemError(
+            f'error_norm="sample" met method={method!r}, steps={steps!r}; expected error control, which gives each '
+            f"sample steps of its own: one of {', '.join(controlled)} with steps=None"
+        )
+    if adjoint == "continuous":
+        raise ProblemError(
+            'error_norm="sample" met adjoint="continuous", whose gradient of the parameters is one integral over one '
+            'time of all samples; expected adjoint="discrete" or "backprop"'
+        )
+    if dense:
+        raise ProblemError(
+            'error_norm="sample" met dense=True; expected dense=False: each sample ends a step at each of its times'
+        )
+
+
+def check_one_step_for_all(error_norm: str, what: str, why: str) -> None:
+    """Refuse what does not go with a step size for each sample."""
+    if error_norm == "sample":
+        raise ProblemError(f'{what} met error_norm="sample": {why}; expected error_norm="batch"')
 
 
 def check_state(state: object) -> None:
@@ -86,7 +116,8 @@ def check_times(times: Any) -> Tensor:
     if given.ndim != 1 or not given.numel() or not given.is_floating_point():
         raise ProblemError(
             f"times has shape {tuple(given.shape)} and dtype {given.dtype}; expected a vector of one or more "
-            "floating-point times: torch.linspace(0.0, 1.0, 5)"
+            "floating-point times: torch.linspace(0.0, 1.0, 5); times for each sample, (K, B), need "
+            'error_norm="sample"'
         )
     if given.requires_grad and bool((given.diff() == 0).any()):
         raise ProblemError(
@@ -165,6 +196,44 @@ def check_not_transformed(cotangents: Iterable[Tensor | None] = ()) -> None:
             "torch.func (grad, vjp, jacrev), is_grads_batched or forward mode met a NeuralODE whose backward pass is "
             'a solve of its own: adjoint="continuous", or "discrete" beyond checkpoint_bytes, watched, or with times '
             'that need gradients; expected the graph of all steps: raise checkpoint_bytes, or use adjoint="backprop"'
+        )
+
+
+def check_not_mapped(tensors: Iterable[Tensor]) -> None:
+    """Refuse torch.func.vmap: a walk reads numbers (errors, finiteness), which differ from one mapped state to another.
+
+    Args:
+        tensors: the state and what the field depends on.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return
+    for tensor in tensors:
+        inner = tensor
+        while torch._C._functorch.is_functorch_wrapped_tensor(inner):
+            if torch._C._functorch.is_batchedtensor(inner):
+                raise ProblemError(
+                    "torch.func.vmap met a NeuralODE, whose steps depend on the numbers in the state; expected plain "
+                    'tensors: leading axes of the state are samples already (ode(states), error_norm="sample" for '
+                    "steps of their own), and models with parameters of their own go one by one, in a loop"
+                )
+            inner = torch._C._functorch.get_unwrapped(inner)
+
+
+def noisy_stages(method: str) -> ProblemError:
+    """What to say where an implicit method meets a field that draws random numbers."""
+    return ProblemError(
+        f"method={method!r} met a field that draws random numbers (dropout?): its stages are equations, which have no "
+        "solution then; expected a field that gives the same slope each time: ode.field.eval(), or another method"
+    )
+
+
+def check_real(parameters: Iterable[Tensor]) -> None:
+    """Refuse complex parameters, whose gradients the continuous adjoint does not integrate."""
+    kinds = [str(parameter.dtype) for parameter in parameters if parameter.is_complex()]
+    if kinds:
+        raise ProblemError(
+            f'adjoint="continuous" met a field with parameters of {kinds[0]}; expected real ones: '
+            'torch.view_as_complex of a real parameter, or adjoint="discrete"'
         )
 
 

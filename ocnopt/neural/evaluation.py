@@ -155,13 +155,14 @@ def _autocast(kind: str) -> tuple[bool, torch.dtype, bool]:
 class Statistics:
     """What one solve cost: evaluations of the field forward and in its backward pass, steps taken and steps rejected.
 
-    Steps are counted for methods of ours alone.
+    Steps are counted for methods of ours alone; with ``error_norm="sample"`` for each sample ``(B,)``, while an
+    evaluation is of all samples.
     """
 
     forward: int = 0
     backward: int = 0
-    steps: int = 0
-    rejected: int = 0
+    steps: int | Tensor = 0
+    rejected: int | Tensor = 0
 
 
 class Root(NamedTuple):
@@ -244,7 +245,7 @@ class Evaluation:
                 f"the field uses {self._name(stray) or 'a tensor'} of shape {tuple(stray.shape)}, which requires "
                 "gradients and is neither its input nor one of its parameters: its gradient would be lost; make it an "
                 "nn.Parameter of the field, hand it over as adjoint_params=[...] (or a function that returns such a "
-                'list), detach it, or use adjoint="backprop"'
+                'list; parameters=[...] for a function as field), detach it, or use adjoint="backprop"'
             )
         self.surroundings.note_buffers()
         if not joins:

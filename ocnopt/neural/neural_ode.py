@@ -18,23 +18,38 @@ from torch.utils.hooks import RemovableHandle
 from ocnopt.checks import check_count, check_number, times_in_order
 from ocnopt.differential.discrete import EndObserver, Observer, Observers
 from ocnopt.errors import ConvergenceError, ProblemError
-from ocnopt.integrate import adaptive, fixed, torchdiffeq_bridge
+from ocnopt.integrate import adaptive, fixed, samples, torchdiffeq_bridge
 from ocnopt.integrate.events import Watch
 from ocnopt.integrate.runge_kutta import closed
-from ocnopt.integrate.tableaus import TABLEAUS, Tableau
+from ocnopt.integrate.samples import column
+from ocnopt.integrate.tableaus import STIFF, WALKING, Tableau
 from ocnopt.integrate.walk import Walk
+from ocnopt.neural import foreign
+from ocnopt.neural.apart import require_apart
 from ocnopt.neural.checks import (
     as_tensors,
+    check_error_norm,
     check_field,
+    check_not_mapped,
     check_not_observed,
+    check_one_step_for_all,
     check_options,
+    check_real,
     check_times,
     check_without_tangent,
     in_forward_mode,
     without_repeats,
 )
 from ocnopt.neural.evaluation import Evaluation, State, StateLayout, Statistics, Surroundings
-from ocnopt.neural.solve import Continuous, Discrete, Job, meet, solve
+from ocnopt.neural.function_field import FunctionField, as_field
+from ocnopt.neural.meeting import meet
+from ocnopt.neural.samples import (
+    SampleDiscrete,
+    SampleJob,
+    check_samples,
+    read_sample_times,
+)
+from ocnopt.neural.solve import Continuous, Discrete, Job, solve
 from ocnopt.ocp import FreeHorizon, Horizon, read_horizon
 
 DEFAULT_STEPS = 20
@@ -44,12 +59,15 @@ class NeuralODE(nn.Module):
     """The flow of ``dx/dt = field(t, x)`` over a horizon, as a layer.
 
     Args:
-        field: any module ``field(t, x) -> dx/dt`` with t a 0-d tensor; x a tensor of any shape or a tuple of tensors.
+        field: any module or function ``field(t, x) -> dx/dt`` with t a 0-d tensor; x a tensor of any shape or a tuple
+            of tensors.
         horizon: the end time T (from 0), ``Horizon(t0, t1)``, also backwards, or ``FreeHorizon``: then T is the buffer
             ``T``, saved with the module and moved by a horizon policy.
         method: with error control ``"dopri5"``, ``"tsit5"``, ``"dopri8"`` (tight tolerances), ``"bosh3"``,
             ``"adaptive_heun"`` (loose ones); on a grid ``"rk4"``, ``"kutta3"``, ``"heun"``, ``"midpoint"``,
-            ``"euler"``; or any other method of torchdiffeq by its name.
+            ``"euler"``; for stiff fields ``"kvaerno5"``, implicit, with error control or on a grid, for states of some
+            tens of numbers a sample (leading axis; a vector is one), which must not meet in the field; or any other
+            method of torchdiffeq by its name.
         rtol: relative tolerance of an adaptive method.
         atol: absolute tolerance.
         steps: cut the horizon into this many equal steps instead; 20 for a method without an error estimate.
@@ -64,6 +82,12 @@ class NeuralODE(nn.Module):
         dense: whether outputs on the way are interpolated (order 4 for "dopri5" and "tsit5", 5 for "dopri8", else the
             cubic of Hermite) instead of ending a step each: that is more exact, but dear where there are many of them.
             The methods of torchdiffeq always interpolate.
+        error_norm: ``"batch"``: one step size for all samples, whose error is one norm. ``"sample"``: each sample, the
+            leading axis of the state, has its own step sizes and comes out as it would alone; the field is called with
+            a time for each, of shape ``(B, 1, ..., 1)`` with as many axes as the state (``(B, 1)`` for a tuple), and
+            samples must not meet in it. For the adjoints "discrete" and "backprop".
+        parameters: what a function as field depends on: leaf tensors that require gradients, nn.Parameters, modules; an
+            iterable, a dict, or one. They are registered as they are, not copied.
 
     Raises:
         ProblemError: an argument is wrong, or the field's output does not fit the state.
@@ -101,10 +125,14 @@ class NeuralODE(nn.Module):
         adjoint_params: Iterable[Tensor] | Callable[[], Iterable[Tensor]] | Any | None = None,
         max_evaluations: int | Any | None = 100_000,
         dense: bool = False,
+        error_norm: str = "batch",
+        parameters: Any = None,
     ) -> None:
         super().__init__()
-        check_field(field)
+        field = as_field(field, parameters)
+        check_field(field._function if isinstance(field, FunctionField) else field)
         check_options(method, adjoint, steps, checkpoint_bytes)
+        check_error_norm(error_norm, method, adjoint, steps=steps, dense=dense)
         check_number("rtol", rtol, "a finite number >= 0")
         check_number("atol", atol, "a finite number >= 0")
         if max_evaluations is not None:
@@ -112,6 +140,7 @@ class NeuralODE(nn.Module):
         self.field = field
         self.horizon = read_horizon(horizon)
         self.method, self.rtol, self.atol, self.adjoint, self.dense = method, rtol, atol, adjoint, dense
+        self.error_norm = error_norm
         self.steps, self.checkpoint_bytes, self.max_evaluations = steps, checkpoint_bytes, max_evaluations
         is_function = callable(adjoint_params) and not isinstance(adjoint_params, nn.Module)
         self.adjoint_params: Any = (
@@ -129,7 +158,8 @@ class NeuralODE(nn.Module):
         Args:
             x: the state at the start: a tensor, or a tuple of tensors.
             times: where to report instead of at the end, in one direction, equal ones side by side; from the horizon's
-                start, or, where they run against the horizon, from its end. Their gradients are exact too.
+                start, or, where they run against the horizon, from its end. Their gradients are exact too. With
+                ``error_norm="sample"`` also ``(K, B)``, times for each sample: ``ends[None]`` for one end each.
 
         Raises:
             ProblemError: the state, the times or the field's output do not fit.
@@ -137,6 +167,9 @@ class NeuralODE(nn.Module):
             ConvergenceError: the step underflowed, or ``max_evaluations`` were spent.
         """
         layout = StateLayout.of(x)
+        if self.error_norm == "sample":
+            states = self._solve_samples(layout, layout.join(x), times)
+            return layout.split(states[-1] if times is None else torch.stack([*states]))
         values, moving, wanted = self._read_times(times)
         path = [layout.join(x)]
         if len(values) > 1:
@@ -171,9 +204,10 @@ class NeuralODE(nn.Module):
         >>> bool(abs(time - (20 / 9.81) ** 0.5) < 1e-12), bool(abs(start.grad[0] - (20 * 9.81) ** -0.5) < 1e-12)
         (True, True)
         """
-        if self.method not in TABLEAUS:
+        check_one_step_for_all(self.error_norm, "until()", "one event ends the paths of all samples")
+        if self.method not in WALKING:
             raise ProblemError(
-                f"until() met method={self.method!r} of torchdiffeq; expected one of {', '.join(TABLEAUS)}, which tell "
+                f"until() met method={self.method!r} of torchdiffeq; expected one of {', '.join(WALKING)}, which tell "
                 "their steps"
             )
         if direction not in (-1, 0, 1):
@@ -202,10 +236,11 @@ class NeuralODE(nn.Module):
                 "costate), and stage(input_weight, gradient_weight) to watch the steps: see "
                 "ocnopt.differential.discrete.Observer"
             )
-        if self.method not in TABLEAUS or self.adjoint == "backprop":
+        check_one_step_for_all(self.error_norm, "observe()", "an observer weighs the evaluations of all samples alike")
+        if self.method not in WALKING or self.adjoint == "backprop":
             raise ProblemError(
                 f"a solve with method={self.method!r}, adjoint={self.adjoint!r} cannot be observed; expected one of "
-                f'{", ".join(TABLEAUS)} with adjoint="discrete" or "continuous"'
+                f'{", ".join(WALKING)} with adjoint="discrete" or "continuous"'
             )
         handle = RemovableHandle(self._observers)
         self._observers[handle.id] = observer
@@ -214,7 +249,8 @@ class NeuralODE(nn.Module):
     def extra_repr(self) -> str:
         """What ``print(module)`` shows of the solve."""
         control = f"steps={self.steps}" if self.steps else f"rtol={self.rtol}, atol={self.atol}"
-        return f"{self.horizon}, method={self.method!r}, {control}, adjoint={self.adjoint!r}"
+        norm = ', error_norm="sample"' if self.error_norm == "sample" else ""
+        return f"{self.horizon}, method={self.method!r}, {control}, adjoint={self.adjoint!r}{norm}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NeuralODE":
         # T keeps single precision at least, and its value, where the rest is cast to half.
@@ -231,9 +267,7 @@ class NeuralODE(nn.Module):
 
     def _read_times(self, times: Sequence[float] | Tensor | None) -> tuple[list[float], Tensor | None, list[int]]:
         """Start and outputs as numbers, as a tensor if they need gradients, and which of them are wanted."""
-        for moved in (times, self._buffers.get("T")):
-            if isinstance(moved, Tensor):
-                check_without_tangent(moved)
+        self._check_tangents(times)
         start, end, moving = self.horizon.t0, self._end(), None
         if times is None:
             if isinstance(self.horizon, FreeHorizon) and self.T.requires_grad:
@@ -257,6 +291,11 @@ class NeuralODE(nn.Module):
             moving = given if from_start else torch.cat([given.new_full((1,), start), given])
         return values, moving, wanted
 
+    def _check_tangents(self, times: object) -> None:
+        for moved in (times, self._buffers.get("T")):
+            if isinstance(moved, Tensor):
+                check_without_tangent(moved)
+
     def _end(self) -> float:
         return self.T.item() if isinstance(self.horizon, FreeHorizon) else self.horizon.t1
 
@@ -268,76 +307,79 @@ class NeuralODE(nn.Module):
         self, layout: StateLayout, x: Tensor, times: list[float], moving: Tensor | None, watch: Watch | None = None
     ) -> Sequence[Tensor]:
         """The states at ``times[1:]``, or at the event."""
-        surroundings = Surroundings(self.field, x.device)
-        parameters = self._differentiated(surroundings.parameters)
-        evaluation = Evaluation(self.field, layout, parameters, surroundings, moving is not None, self._weights)
-        self.statistics = evaluation.statistics
+        evaluation = self._evaluation(layout, x, moving)
         step_size = abs(self._end() - self.horizon.t0) / (self.steps or DEFAULT_STEPS)
-        if self.method not in TABLEAUS:
-            return self._through_torchdiffeq(evaluation, x, times, moving, step_size)
+        if self.method not in WALKING:
+            cap = None if self.method in torchdiffeq_bridge.GRID else self.max_evaluations
+            options = {"method": self.method, "rtol": self.rtol, "atol": self.atol, "step_size": step_size}
+            return foreign.solve(
+                evaluation, x, times, moving, continuous=self.adjoint == "continuous", cap=cap, **options
+            )
+        if self.method in STIFF and x.ndim > 1:
+            require_apart(evaluation, x.new_full((), times[0]), x, self._weights, f"method={self.method!r}")
         at_end = math.isclose(times[-1], self._end(), rel_tol=1e-6, abs_tol=1e-9)
         dense = self.dense and len(times) > 2
-        tableau = closed(TABLEAUS[self.method]) if dense or watch is not None else TABLEAUS[self.method]
+        tableau = closed(WALKING[self.method]) if dense or watch is not None else WALKING[self.method]
         integrate = self._integrator(tableau, step_size)
         if watch is not None:
             integrate, at_end = partial(integrate, watch=watch), False
         job = Job(evaluation, tableau, integrate, times, self._observer(), at_end, dense, [*self._observers.values()])
-        if not torch.is_grad_enabled():
-            return job.walk(x).states
-        if self.adjoint == "backprop" or in_forward_mode():
-            if in_forward_mode():
-                check_not_observed(self._observers)
-            if moving is not None:
-                raise ProblemError(
-                    'times that need gradients met adjoint="backprop" or forward mode, whose steps are plain numbers; '
-                    'expected "discrete" or "continuous" in reverse mode, or detached times'
-                )
+        if self._walks_alone(moving):
             return job.walk(x).states
         adjoint = Discrete(job, self.checkpoint_bytes) if self.adjoint == "discrete" else Continuous(job)
         return solve(adjoint, x, moving)
 
-    def _through_torchdiffeq(
-        self, evaluation: Evaluation, x: Tensor, times: list[float], moving: Tensor | None, step_size: float
+    def _solve_samples(
+        self, layout: StateLayout, x: Tensor, given: Sequence[float] | Tensor | None
     ) -> Sequence[Tensor]:
-        if not x.numel():  # torchdiffeq's error control divides by the number of entries
-            return fixed.integrate(evaluation, x, times, step_size=step_size).states
-        continuous = self.adjoint == "continuous" and torch.is_grad_enabled() and not in_forward_mode()
-        if continuous:
-            evaluation.root(times[0], x)
-        cap = None if self.method in torchdiffeq_bridge.GRID else self.max_evaluations
-
-        def field(t: Tensor, x: Tensor) -> Tensor:
-            if cap is not None and not evaluation.is_backward and evaluation.statistics.forward >= cap:
-                raise ConvergenceError(
-                    f"method={self.method!r} of torchdiffeq would spend more than its {cap} evaluations of the field "
-                    f"and stands at t = {t.item():.6g}; expected to reach the end within max_evaluations: the field "
-                    "has grown stiff or fast, the tolerance is too tight, or the cap too low"
-                )
-            return evaluation.at(t, x)
-
-        states = torchdiffeq_bridge.integrate(
-            field,
-            x,
-            torch.tensor(times, dtype=x.dtype, device=x.device) if moving is None else moving,
-            method=self.method,
-            rtol=self.rtol,
-            atol=self.atol,
-            step_size=step_size,
-            adjoint_parameters=evaluation.parameters if continuous else None,
+        """The states at the output times, each sample with steps of its own."""
+        self._check_tangents(given)
+        check_samples(layout, x)
+        times, moving = read_sample_times(given, (self.horizon.t0, self._end()), self._buffers.get("T"), x)
+        job = SampleJob(
+            self._evaluation(layout, x, moving),
+            self._adaptive(samples.integrate, WALKING[self.method]),
+            times,
         )
-        evaluation.is_backward = True
-        return states.unbind(0)
+        what = 'error_norm="sample"'
+        require_apart(job.evaluation, column(times[0], x), x, self._weights, what)
+        if self._walks_alone(moving):
+            return job.walk(x).states
+        return solve(SampleDiscrete(job, self.checkpoint_bytes), x, moving)
+
+    def _evaluation(self, layout: StateLayout, x: Tensor, moving: Tensor | None) -> Evaluation:
+        surroundings = Surroundings(self.field, x.device)
+        check_not_mapped((x, *surroundings.parameters))
+        parameters = self._differentiated(surroundings.parameters)
+        if self.adjoint == "continuous":
+            check_real(parameters)
+        evaluation = Evaluation(self.field, layout, parameters, surroundings, moving is not None, self._weights)
+        self.statistics = evaluation.statistics
+        return evaluation
+
+    def _walks_alone(self, moving: Tensor | None) -> bool:
+        """Whether nobody differentiates, or autograd by itself."""
+        if not torch.is_grad_enabled():
+            return True
+        if in_forward_mode():
+            check_not_observed(self._observers)
+        elif self.adjoint != "backprop":
+            return False
+        if moving is not None:
+            raise ProblemError(
+                'times that need gradients met adjoint="backprop" or forward mode, whose steps are plain numbers; '
+                'expected "discrete" or "continuous" in reverse mode, or detached times'
+            )
+        return True
 
     def _integrator(self, tableau: Tableau, step_size: float) -> partial[Walk]:
         if self.steps is not None or tableau.b_error is None:
             return partial(fixed.integrate, tableau=tableau, step_size=step_size)
-        return partial(
-            adaptive.integrate,
-            tableau=tableau,
-            rtol=self.rtol,
-            atol=self.atol,
-            max_evaluations=self.max_evaluations,
-        )
+        return self._adaptive(adaptive.integrate, tableau)
+
+    def _adaptive(self, integrate: Callable[..., Any], tableau: Tableau) -> partial[Any]:
+        options = {"rtol": self.rtol, "atol": self.atol, "max_evaluations": self.max_evaluations}
+        return partial(integrate, tableau=tableau, **options)
 
     def _observer(self) -> Observer | None:
         observers = [each for each in self._observers.values() if isinstance(each, Observer)]

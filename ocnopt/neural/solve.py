@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,15 +20,14 @@ from ocnopt.differential.discrete import Costate, DiscreteStep, EndObserver, Obs
 from ocnopt.differential.flow import Pulled
 from ocnopt.differential.stretches import Packing, blocks_of, carry
 from ocnopt.differential.sweep import sweep
-from ocnopt.errors import OcnoptError
 from ocnopt.integrate import adaptive
-from ocnopt.integrate.events import Met, Watch
 from ocnopt.integrate.runge_kutta import Take, Time
 from ocnopt.integrate.runge_kutta import step as take_step
 from ocnopt.integrate.tableaus import Tableau
 from ocnopt.integrate.walk import StageLog, Step, Walk
-from ocnopt.neural.checks import check_not_transformed
+from ocnopt.neural.checks import check_not_transformed, noisy_stages
 from ocnopt.neural.evaluation import Evaluation, Noise, Root
+from ocnopt.neural.second import Last, Repeatable, Twice, take_again
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,11 @@ class Job:
         walk = self.integrate(self.evaluation, x, self.times, first=first, on_step=on_step, take=take, dense=self.dense)
         self.evaluation.statistics.steps, self.evaluation.statistics.rejected = walk.steps, walk.rejected
         return walk
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of dL/dtimes."""
+        return (len(self.times),)
 
     def ending(self, end: float) -> "Job":
         """The job as its walk has ended."""
@@ -101,8 +105,11 @@ class Discrete:
         evaluation, surroundings = self.job.evaluation, self.job.evaluation.surroundings
         before = surroundings.noise()
         joins = self.job.observer is None and not evaluation.moving and (x.requires_grad or evaluation.parameters)
-        root = evaluation.root(self.job.times[0], x, joins=bool(joins))
+        implicit = self.job.tableau.is_implicit
+        root = evaluation.root(self.job.times[0], x, joins=bool(joins) and not implicit)
         noisy = surroundings.moved(before)
+        if noisy and implicit:
+            raise noisy_stages(self.job.tableau.name)
         walk = self._walk(root, before if noisy else None)
         if not noisy and self._trajectory.steps and surroundings.moved(before):
             # The field drew its first random numbers on the way: walk again and note their states.
@@ -152,6 +159,18 @@ class Discrete:
         times, outputs = job.times if job.evaluation.moving else None, job.times if job.dense else ()
         step = DiscreteStep(job.tableau, job.evaluation, jumps, job.observer, times, outputs)
         return sweep(step, Replays(self._trajectory, states, end), value)[0]
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """The field."""
+        return self.job.evaluation
+
+    def again(self, x: Tensor, saved: Sequence[Tensor]) -> dict[int, Tensor]:
+        """The outputs with the graph of all steps: see :class:`ocnopt.neural.second.Repeatable`."""
+        job, steps = self.job, self._trajectory.steps
+        outputs, end = take_again(job.tableau, job.evaluation, steps, job.times, x)
+        job.evaluation.require_same(end, saved[0], (x, *job.evaluation.parameters))
+        return outputs
 
 
 class Interval(NamedTuple):
@@ -297,11 +316,39 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).sum(dtype=torch.float64)
 
 
+@runtime_checkable
+class Solved(Protocol):
+    """What an adjoint has to do."""
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """The field."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of dL/dtimes."""
+
+
+@runtime_checkable
+class Adjoint(Protocol):
+    """A way to walk, and to go back."""
+
+    @property
+    def job(self) -> Solved:
+        """The solve."""
+
+    def forward(self, x: Tensor) -> Walked:
+        """Walk from x, without a graph but for what is joined."""
+
+    def backward(self, saved: Sequence[Tensor], value: Costate, jumps: dict[int, Tensor]) -> Costate:
+        """Go back from cotangents of the outputs, by their index; the value begins at zero."""
+
+
 class _Node(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        adjoint: Discrete | Continuous,
+        adjoint: Adjoint,
         joined: int,
         outputs: Sequence[Tensor],
         saved: Sequence[Tensor],
@@ -322,7 +369,7 @@ class _Node(torch.autograd.Function):
         job = ctx.adjoint.job
         jumps = {i: jump.detach() for i, jump in enumerate(cotangents, start=ctx.joined + 1) if jump is not None}
         # The sweep starts from zero, so that the last output's cotangent is a jump like any other.
-        nothing = Costate(torch.zeros_like(x), [None] * ctx.count, x.new_zeros(len(job.times), dtype=torch.float64))
+        nothing = Costate(torch.zeros_like(x), [None] * ctx.count, x.new_zeros(job.shape, dtype=torch.float64))
         with job.evaluation.replaying():
             costate = ctx.adjoint.backward(kept, nothing, jumps)
         gradients: tuple[Tensor | None, ...] = (
@@ -331,27 +378,15 @@ class _Node(torch.autograd.Function):
             *costate.parameters,
         )
         if torch.is_grad_enabled():
-            gradients = _Last.apply(len(gradients), *gradients, x, *parameters)
+            felt = {i: c for i, c in enumerate(cotangents, start=ctx.joined + 1) if c is not None}
+            if isinstance(ctx.adjoint, Repeatable) and not job.evaluation.moving:
+                gradients = Twice.apply(ctx.adjoint, [*felt], gradients, kept, x, *parameters, *felt.values())
+            else:
+                gradients = Last.apply(len(gradients), *gradients, x, *parameters, *felt.values())
         return None, None, None, None, *gradients
 
 
-class _Last(torch.autograd.Function):
-    """Passes gradients on and refuses to be differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> Any:
-        return tuple(None if tensor is None else tensor.clone() for tensor in tensors[:count])
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
-        raise OcnoptError(
-            "the gradient of a NeuralODE was differentiated once more; its adjoint solve, and the time of an event "
-            'with any adjoint, gives first derivatives only: use adjoint="backprop", or oc.hvp and oc.differentiate '
-            "for second derivatives"
-        )
-
-
-def solve(adjoint: Discrete | Continuous, x: Tensor, moving: Tensor | None) -> tuple[Tensor, ...]:
+def solve(adjoint: Adjoint, x: Tensor, moving: Tensor | None) -> tuple[Tensor, ...]:
     """The output states of the adjoint's job, differentiable by it.
 
     Args:
@@ -369,28 +404,3 @@ def solve(adjoint: Discrete | Continuous, x: Tensor, moving: Tensor | None) -> t
     evaluation.surroundings.note_buffers()
     rest = _Node.apply(adjoint, joined, outputs[joined:], saved, start, moving, *evaluation.parameters)
     return (*outputs[:joined], *rest)
-
-
-class _Meeting(torch.autograd.Function):
-    """The time of an event and the state there, which moves with it."""
-
-    @staticmethod
-    def forward(ctx: Any, g: Tensor, x: Tensor, met: Met) -> tuple[Tensor, Tensor]:
-        ctx.met = met
-        ctx.save_for_backward(g, x)
-        return x.new_full((), met.time), x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, by_time: Tensor, by_state: Tensor) -> Any:
-        felt = by_time + (by_state * ctx.met.slope).sum()
-        gradients = (-felt / ctx.met.along, by_state)
-        return (*(_Last.apply(2, *gradients, *ctx.saved_tensors) if torch.is_grad_enabled() else gradients), None)
-
-
-def meet(watch: Watch, met: Met, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The time of an event and the state there, differentiable by the implicit function theorem.
-
-    With x differentiable at a fixed time: dt = -(g_x dx + dg) / (g_t + g_x F), dx_event = dx + F dt, dg the change of g
-    by what it depends on besides.
-    """
-    return _Meeting.apply(watch.value(met.time, x), x, met)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from ocnopt.errors import ProblemError
 from ocnopt.integrate.tableaus import TABLEAUS
 from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.ocp import FreeHorizon, Horizon
@@ -368,3 +369,18 @@ def test_shared_field_in_two_solves():
     found, expected = (torch.autograd.grad(loss(model(x)), [*field.parameters()]) for model in (both, plain))
     for ours, right in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, right, rtol=1e-12, atol=1e-14)
+
+
+def test_complex_parameters():
+    """A real state may pass through complex numbers; the continuous adjoint integrates real gradients."""
+    weight = torch.randn(3, 3, dtype=torch.complex128)
+    field = Plain(lambda t, x: torch.view_as_real(torch.tanh(torch.complex(x, x**2) @ field.w)).sum(-1), w=weight)
+    found = []
+    for options in ({"adjoint": "backprop"}, {"checkpoint_bytes": 0}, {}, {"error_norm": "sample"}):
+        ode = NeuralODE(field, rtol=1e-6, atol=1e-6, **options)
+        found.append(torch.autograd.grad(loss(ode(start(1, 3) * 0 + 0.3)), field.w)[0])
+    for gradient in found[1:]:
+        torch.testing.assert_close(gradient, found[0], rtol=1e-10, atol=1e-12)
+    for method in ("dopri5", "bosh3"):
+        with pytest.raises(ProblemError, match=r"parameters of torch.complex128; expected real ones: torch.view_as_c"):
+            NeuralODE(field, adjoint="continuous", method=method)(start(2, 3))

@@ -133,3 +133,22 @@ def test_a_checkpoint_around_a_module_that_was_never_called(reentrant, options):
     expected = torch.autograd.grad(model(x).sin().sum(), parameters)
     for p, right in zip(parameters, expected, strict=True):
         assert torch.equal(p.grad, right)
+
+
+@pytest.mark.parametrize("options", [*WAYS, {"steps": 4}, {"error_norm": "sample"}])
+def test_vmap_over_states_or_parameters_is_refused(options):
+    ode, x = NeuralODE(Tanh(), **options), start(4, 3)
+    several = {name: torch.stack([p, p]).detach() for name, p in ode.named_parameters()}
+    with pytest.raises(ProblemError, match="torch.func.vmap met a NeuralODE, .* leading axes of the state are samples"):
+        torch.func.vmap(ode)(x)
+    with pytest.raises(ProblemError, match="torch.func.vmap met"), torch.no_grad():
+        torch.func.vmap(torch.func.jacfwd(ode))(x)
+    with pytest.raises(ProblemError, match="parameters of their own go one by one"):
+        torch.func.vmap(lambda p: torch.func.functional_call(ode, p, (x,)))(several)
+
+
+def test_hessians_by_torch_func():
+    ode, x = NeuralODE(Tanh(), steps=3), start(1, 3)
+    found = torch.func.hessian(lambda x: ode(x).sin().sum())(x)
+    right = torch.autograd.functional.hessian(lambda x: ode(x).sin().sum(), x)
+    torch.testing.assert_close(found, right, rtol=1e-11, atol=1e-12)

@@ -1,0 +1,34 @@
+"""The time of an event and the state there, for autograd."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ocnopt.integrate.events import Met, Watch
+from ocnopt.neural.second import Last
+
+
+class _Meeting(torch.autograd.Function):
+    """The time of an event and the state there, which moves with it."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor, met: Met) -> tuple[Tensor, Tensor]:
+        ctx.met = met
+        ctx.save_for_backward(g, x)
+        return x.new_full((), met.time), x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, by_time: Tensor, by_state: Tensor) -> Any:
+        felt = by_time + (by_state * ctx.met.slope).sum()
+        gradients = (-felt / ctx.met.along, by_state)
+        return (*(Last.apply(2, *gradients, *ctx.saved_tensors) if torch.is_grad_enabled() else gradients), None)
+
+
+def meet(watch: Watch, met: Met, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The time of an event and the state there, differentiable by the implicit function theorem.
+
+    With x differentiable at a fixed time: dt = -(g_x dx + dg) / (g_t + g_x F), dx_event = dx + F dt, dg the change of g
+    by what it depends on besides.
+    """
+    return _Meeting.apply(watch.value(met.time, x), x, met)

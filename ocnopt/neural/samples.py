@@ -1,0 +1,160 @@
+"""Solves in which each sample has its own error control, and perhaps its own end times.
+
+The field is called with times ``(B, 1, ..., 1)``, one for each sample, which broadcast against the state where a 0-d
+time does. Samples that met in the field would do so at different times: that is looked for and refused.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ocnopt.checks import float_tensor
+from ocnopt.differential.discrete import Costate, Replays, Trajectory
+from ocnopt.differential.samples import Arrival, SampleBack
+from ocnopt.differential.sweep import sweep
+from ocnopt.errors import ProblemError
+from ocnopt.integrate.runge_kutta import closed
+from ocnopt.integrate.samples import SampleStep, SampleWalk, column
+from ocnopt.integrate.walk import Step
+from ocnopt.neural.evaluation import Evaluation, StateLayout
+from ocnopt.neural.second import take_again
+from ocnopt.neural.solve import Walked
+
+
+def check_samples(layout: StateLayout, x: Tensor) -> None:
+    """Refuse a state whose leading axis does not hold the samples."""
+    shared = layout.shapes is None or {shape[:1] for shape in layout.shapes} == {x.shape[:1]}
+    if x.ndim == 0 or not shared:
+        came = "no axis" if layout.shapes is None else f"parts of shapes {[tuple(shape) for shape in layout.shapes]}"
+        raise ProblemError(
+            f'error_norm="sample" met a state with {came}; expected the samples along the leading axis of every part: '
+            "write x[None] for a single one"
+        )
+
+
+def read_sample_times(
+    given: Sequence[float] | Tensor | None, span: tuple[float, float], T: Tensor | None, x: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Start and outputs of each sample ``(1 + K, B)``, float64, and the same with its graph if gradients are wanted.
+
+    Args:
+        given: what the user gave.
+        span: start and end of the horizon.
+        T: the end as a tensor that moves, if there is one.
+        x: the state at the start.
+    """
+    start, end = span
+    count = len(x)
+    if given is None:
+        end_times = (torch.tensor(end, dtype=torch.float64) if T is None else T).to(x.device, torch.float64)
+        wanted = end_times.expand(1, count)
+    else:
+        wanted = _as_table(given, count).to(x.device, torch.float64).expand(-1, count)
+    times, horizon = wanted.detach(), end - start
+    turns = (times[-1] - times[0]) * horizon
+    against = bool((turns <= 0).all() and (turns < 0).any())
+    first = end if against else start
+    # A first output that is the start but for rounding is the start.
+    near = (times[0] - first).abs() <= 1e-6 * max(abs(first), 1e-3)
+    origin = torch.where(near, wanted[0], first)
+    moving = torch.cat([origin[None], wanted])
+    times = moving.detach()
+    ahead = (-horizon if against else horizon) * times.diff(dim=0)
+    wrong = ~((ahead >= 0) & times[1:].isfinite()).all(0)
+    if bool(wrong.any()):
+        sample = int(wrong.nonzero()[0])
+        raise ProblemError(
+            f"the times of sample {sample}, {times[1:, sample].tolist()}, do not lead on from the start {first} of the "
+            f"path towards {start if against else end}; expected times in that direction, equal ones side by side: "
+            "sort them, or set horizon=oc.Horizon(start, end)"
+        )
+    return times, moving if moving.requires_grad else None
+
+
+def _as_table(given: Sequence[float] | Tensor, count: int) -> Tensor:
+    """Output times as ``(K, B)`` or ``(K, 1)``."""
+    times = given if isinstance(given, Tensor) else float_tensor("times", given, torch.float64)
+    if isinstance(given, Tensor) and times.shape == (count,) and count > 1:
+        raise ProblemError(
+            f"times has shape ({count},) for {count} samples: an end for each of them, or {count} times for all; "
+            "expected one of both to be said: times[None, :] for ends of their own, times[:, None] for common times"
+        )
+    table = times[:, None] if times.ndim == 1 else times
+    if table.ndim != 2 or not table.numel() or not times.is_floating_point() or table.shape[1] not in (1, count):
+        raise ProblemError(
+            f"times has shape {tuple(times.shape)} and dtype {times.dtype}; expected floating-point times (K,) for all "
+            f"samples, or (K, {count}) with a column for each of them: ends[None, :] for one end each"
+        )
+    return table
+
+
+@dataclass(frozen=True)
+class SampleJob:
+    """One solve: the field, the walk with method and tolerances bound, start and output times ``(1 + K, B)``."""
+
+    evaluation: Evaluation
+    integrate: partial[SampleWalk]
+    times: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of dL/dtimes."""
+        return tuple(self.times.shape)
+
+    def walk(self, x: Tensor, first: Tensor | None = None, on_step: Any = None) -> SampleWalk:
+        """Walk the paths and note their statistics."""
+        walk = self.integrate(self.evaluation, x, self.times, first=first, on_step=on_step)
+        self.evaluation.statistics.steps, self.evaluation.statistics.rejected = walk.steps, walk.rejected
+        return walk
+
+
+class SampleDiscrete:
+    """The exact gradient of the accepted steps, whose states are kept within ``budget`` bytes."""
+
+    def __init__(self, job: SampleJob, budget: int) -> None:
+        self.job, self._budget = job, budget
+
+    def forward(self, x: Tensor) -> Walked:
+        """Walk; saved is x(T), then the trajectory's states."""
+        evaluation = self.job.evaluation
+        root = evaluation.root(column(self.job.times[0], x), x)
+        self._tableau = closed(self.job.integrate.keywords["tableau"])
+        self._trajectory = Trajectory(self._tableau, evaluation, self._budget)
+        self._arrivals: list[Arrival] = []
+        walk = self.job.walk(root.x, root.slope, self._append)
+        evaluation.note_attributes()
+        # The last output is the caller's, who may work on it in place.
+        return Walked(walk.states, x, [walk.states[-1].clone(), *self._trajectory.release()])
+
+    def _append(self, taken: SampleStep) -> None:
+        self._arrivals.append(Arrival(taken.interval, taken.arrived))
+        self._trajectory.append(Step(taken.times, taken.sizes, taken.stages, None, taken.state))
+
+    def backward(self, saved: Sequence[Tensor], value: Costate, jumps: dict[int, Tensor]) -> Costate:
+        """Pull the steps back from the last to the first."""
+        job, (end, *states) = self.job, saved
+        times = job.times if job.evaluation.moving else None
+        step = SampleBack(self._tableau, job.evaluation, jumps, self._arrivals, times)
+        return sweep(step, Replays(self._trajectory, states, end), value)[0]
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """The field."""
+        return self.job.evaluation
+
+    def again(self, x: Tensor, saved: Sequence[Tensor]) -> dict[int, Tensor]:
+        """The outputs with the graph of all steps: see :class:`ocnopt.neural.second.Repeatable`."""
+        outputs: dict[int, Tensor] = {}
+        steps, evaluation = self._trajectory.steps, self.job.evaluation
+        for taken, (interval, arrived) in zip(steps, self._arrivals, strict=True):
+            _, x = take_again(self._tableau, evaluation, [taken], (), x)
+            if arrived is None:
+                continue
+            for i in interval[arrived].unique().tolist():
+                outputs[i] = torch.where(column(arrived & interval.eq(i), x), x, outputs.get(i, x))
+        evaluation.require_same(x, saved[0])
+        return outputs
