@@ -40,6 +40,7 @@ from ocnopt.neural.checks import (
     in_forward_mode,
     without_repeats,
 )
+from ocnopt.neural.continuous import Continuous
 from ocnopt.neural.evaluation import Evaluation, State, StateLayout, Statistics, Surroundings
 from ocnopt.neural.function_field import FunctionField, as_field
 from ocnopt.neural.meeting import meet
@@ -49,7 +50,7 @@ from ocnopt.neural.samples import (
     check_samples,
     read_sample_times,
 )
-from ocnopt.neural.solve import Continuous, Discrete, Job, solve
+from ocnopt.neural.solve import Discrete, Job, solve
 from ocnopt.ocp import FreeHorizon, Horizon, read_horizon
 
 DEFAULT_STEPS = 20
