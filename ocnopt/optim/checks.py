@@ -16,7 +16,7 @@ from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.ocp import FreeHorizon
 
 WIDEST = 2048  # outputs of a layer (in a group) up to which B and its eigenbasis are affordable
-CURVATURES = ("gradient", "costate")
+CURVATURES = ("gradient", "costate", "mixed", "sampled", "gauss_newton")
 # what a group may hold beside options: what torch and its schedulers write, and what it is called
 _SCHEDULED = ("initial_lr", "swa_lr", "max_lr", "min_lr", "max_momentum", "base_momentum")
 _BESIDE_OPTIONS = frozenset(("params", "param_names", "name", "layer", *_SCHEDULED))
@@ -237,8 +237,9 @@ def check_recipe(options: Mapping[str, Any]) -> None:
     """Refuse options of SNOpt as a whole that are out of range, given or loaded."""
     check_choice("curvature", options["curvature"], CURVATURES)
     check_number("power", options["power"], "a number >= 0, 0.75 by default")
-    check_number("adaptation", options["adaptation"], "a number >= 0, 0.3 by default")
+    check_number("adaptation", options["adaptation"], "a number >= 0, 1 by default")
     check_count("refresh_every", options["refresh_every"], default=10)
+    check_choice("length", options["length"], ("noise", "division"))
     check_choice("reduction", options["reduction"], ("mean", "sum"))
 
 

@@ -10,7 +10,7 @@ one second moment per row. The rule as a whole is in :mod:`ocnopt.optim.snopt`.
 Source: George et al., arXiv 1806.03884.
 """
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -184,24 +184,24 @@ def newest(count: Any, decay: float) -> float:
 
 
 def take_in(
-    group: Mapping[str, Any],
-    states: Mapping[Tensor, State],
-    names: Mapping[Tensor, str],
-    gradients: dict[Tensor, Tensor],
-    momenta: dict[Tensor, Tensor],
-) -> None:
-    """Add the gradients of a group, with weight decay, and their running means, in working precision."""
-    parameters = [p for p in group["params"] if p.grad is not None and is_live(p)]
-    if not parameters:
-        return
-    found = [parameter.grad.to(working_dtype(parameter)) for parameter in parameters]
-    if group["weight_decay"]:
-        decayed = [parameter.to(gradient) for parameter, gradient in zip(parameters, found, strict=True)]
-        found = [*torch._foreach_add(found, decayed, alpha=group["weight_decay"])]
-    means = [_momentum(states[p], names[p], gradient) for p, gradient in zip(parameters, found, strict=True)]
-    average(means, found, [newest(states[parameter]["step"], group["momentum"]) for parameter in parameters])
-    gradients.update(zip(parameters, found, strict=True))
-    momenta.update(zip(parameters, means, strict=True))
+    groups: Iterable[Mapping[str, Any]], states: Mapping[Tensor, State], names: Mapping[Tensor, str]
+) -> tuple[dict[Tensor, Tensor], dict[Tensor, Tensor]]:
+    """The gradients, with weight decay, and their running means, in working precision."""
+    gradients: dict[Tensor, Tensor] = {}
+    momenta: dict[Tensor, Tensor] = {}
+    for group in groups:
+        parameters = [p for p in group["params"] if p.grad is not None and is_live(p)]
+        if not parameters:
+            continue
+        found = [parameter.grad.to(working_dtype(parameter)) for parameter in parameters]
+        if group["weight_decay"]:
+            decayed = [parameter.to(gradient) for parameter, gradient in zip(parameters, found, strict=True)]
+            found = [*torch._foreach_add(found, decayed, alpha=group["weight_decay"])]
+        means = [_momentum(states[p], names[p], gradient) for p, gradient in zip(parameters, found, strict=True)]
+        average(means, found, [newest(states[parameter]["step"], group["momentum"]) for parameter in parameters])
+        gradients.update(zip(parameters, found, strict=True))
+        momenta.update(zip(parameters, means, strict=True))
+    return gradients, momenta
 
 
 def _momentum(state: State, name: str, gradient: Tensor) -> Tensor:
@@ -217,6 +217,16 @@ def _momentum(state: State, name: str, gradient: Tensor) -> Tensor:
     check_same_shape(name, "momentum", momentum.shape, gradient.shape)
     state["step"] += 1
     return momentum
+
+
+def restore(groups: Iterable[Mapping[str, Any]], states: Mapping[Tensor, State], saved: Mapping[str, Any]) -> None:
+    """States as they were saved: torch has cast them to the parameter's precision, theirs may be finer."""
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    indices = [index for group in saved["param_groups"] for index in group["params"]]
+    for index, parameter in zip(indices, parameters, strict=True):
+        for key, value in saved["state"].get(index, {}).items():
+            place = value.device if key == "step" else parameter.device
+            states[parameter][key] = value.to(place, copy=True)
 
 
 def first_order(state: State, gradient: Tensor, momentum: Tensor) -> Tensor:
@@ -254,15 +264,18 @@ class Pair(NamedTuple):
     damping: float
 
 
-def refresh(due: Mapping[int, tuple[Pair, Samples | None]], shared: Shared | None) -> None:
-    """Go over to new eigenbases, of samples or of the gradients, each made by the rank that it was shared out to."""
+def refresh(due: Mapping[int, tuple[Pair, Samples | None]], shared: Shared | None, *, mixed: bool) -> None:
+    """Go over to new eigenbases, each made by the rank that it was shared out to.
+
+    They are of the samples, where there are some, else of the gradients; ``mixed``: B of samples, A of gradients.
+    """
     made: dict[int, Basis] = {}
     for i, (pair, samples) in due.items():
         if shared is None:
-            _go_over(pair, _new_basis(pair, samples))
+            _go_over(pair, _new_basis(pair, samples, mixed=mixed))
         elif shared.is_mine(i):
             with suppress(torch.linalg.LinAlgError):  # the others wait: all hear of it together
-                made[i] = _new_basis(pair, samples)
+                made[i] = _new_basis(pair, samples, mixed=mixed)
     if shared is not None:
         for i, (UA, EA, UB, EB) in shared.spread(
             {i: [*new.input, *new.output] for i, new in made.items()}, due
@@ -270,12 +283,14 @@ def refresh(due: Mapping[int, tuple[Pair, Samples | None]], shared: Shared | Non
             _go_over(due[i][0], Basis(Eigen(UA, EA), Eigen(UB, EB)))
 
 
-def _new_basis(pair: Pair, samples: Samples | None) -> Basis:
+def _new_basis(pair: Pair, samples: Samples | None, *, mixed: bool) -> Basis:
     state, gradient, momentum, _ = pair
-    if samples is None and gradient.shape[-1] <= WIDEST:
+    is_whole = gradient.shape[-1] <= WIDEST
+    if samples is None and is_whole:
         return Basis(_complete(state["input_factor"]), _complete(state["output_factor"]))
     old = _basis(state) if fits(state, gradient) else None
-    return eigenbasis(samples or Samples(momentum, momentum.mT), RANK, old, KEEP)
+    found = eigenbasis(samples or Samples(momentum, momentum.mT), RANK, old, KEEP)
+    return Basis(_complete(state["input_factor"]), found.output) if mixed and is_whole else found
 
 
 def _go_over(pair: Pair, new: Basis) -> None:
@@ -286,8 +301,8 @@ def _go_over(pair: Pair, new: Basis) -> None:
     (state["input_vectors"], state["input_values"]), (state["output_vectors"], state["output_values"]) = new
 
 
-def turn(pairs: Sequence[Pair], power: float) -> list[Tensor]:
-    """The steps of some matrices, without lr."""
+def turn(pairs: Sequence[Pair], power: float, length: str) -> list[Tensor]:
+    """The steps of some matrices, without lr, as long as ``length`` says ("noise" or "division")."""
     if not pairs:
         return []
     bases = [_basis(pair.state) for pair in pairs]
@@ -305,6 +320,8 @@ def turn(pairs: Sequence[Pair], power: float) -> list[Tensor]:
         basis.precondition(whole[1], part[1], moment, floor, power)
         for basis, (whole, part), moment, floor in zip(bases, turned, moments, floors, strict=True)
     ]
+    if length == "division":
+        return steps
     norms = torch._foreach_norm(steps)
     torch._foreach_add_(norms, tiny)
     torch._foreach_sqrt_(means)

@@ -13,12 +13,16 @@ gradients agree, and noise shortens the step. All other parameters move by Adam'
 
 Where A and B come from:
 
-    gradient   A = mean G^T G, B = mean G G^T, running means with the decay beta
-    costate    from single samples, gathered by the backward passes of the Neural ODEs and of the layers around them
-               (:mod:`ocnopt.differential.kronecker`); no path is stored. Matrices of other modules keep to "gradient".
+    gradient      A = mean G^T G, B = mean G G^T, running means with the decay beta
+    costate       from single samples, gathered by the backward passes of the Neural ODEs and of the layers around them
+                  (:mod:`ocnopt.differential.kronecker`); no path is stored. Other matrices keep to "gradient".
+    mixed         A of gradients, B of the costate's samples
+    sampled       as costate, of targets drawn from the model's own output (:mod:`ocnopt.optim.sampling`)
+    gauss_newton  likewise, of all columns of the output's curvature: as many backward passes as outputs
 
 With power 1/2 and l = |D| the first is SOAP (Vyas et al., arXiv 2409.11321), the second the rule of George et al.
-(arXiv 1806.03884). The power is no higher than 1: the empirical Fisher falls with the square of the gradient.
+(arXiv 1806.03884). The power is no higher than 1: the empirical Fisher falls with the square of the gradient. As
+published: ``curvature="costate", power=1, length="division", adaptation=0``.
 """
 
 import math
@@ -54,17 +58,15 @@ from ocnopt.optim.checks import (
     warn_unseen,
 )
 from ocnopt.optim.ranks import Ranks, Shared, beside, unwrapped
+from ocnopt.optim.sampling import check_drawn, check_draws, cotangents, gather, joined
 
 FIRST_GAPS = (1, 3, 5)  # further refreshes at the start, where the curvature changes fastest
 FACTORS = (0.01, 2.0)  # between which the factor of lr stays: losses near zero blow up above
 EXPLOSION = 3  # times the most evaluations of the field so far, above which a step is taken back
 RECENT = 50  # iterations that count as so far
 
-_OPTIONS_OF_GROUPS = ("lr", "momentum", "weight_decay", "damping")
 # What a state brings back besides the options of the groups.
-_OPTIONS = ("refresh_every", "curvature", "power", "adaptation", "reduction", "everywhere")
-
-Groups = Mapping[Tensor, dict[str, Any]]
+_OPTIONS = ("refresh_every", "curvature", "power", "adaptation", "length", "reduction", "everywhere")
 
 
 class SNOpt(torch.optim.Optimizer):
@@ -81,11 +83,13 @@ class SNOpt(torch.optim.Optimizer):
         weight_decay: gamma of the term (gamma/2) |p|^2 added to the loss.
         damping: relative to the mean of the second moments, which is the trace of the curvature over its size.
         refresh_every: iterations from one refresh of the eigenbases to the next; the first ones come sooner.
-        curvature: "gradient" or "costate": where the Kronecker factors come from.
+        curvature: "gradient", "costate", "mixed", "sampled" or "gauss_newton": where the Kronecker factors come from,
+            the last two by :meth:`sample`.
         power: of the division by the second moments.
         adaptation: kappa of the factor f of lr, f <- f exp(kappa c), with c in [-1, 1] the cosine of the gradient and
             the last step: lr grows while steps lead on in the direction of the last one, and shrinks where they turn
             back. f stays within 0.01 and 2; adaptation=0 keeps lr as it is given.
+        length: "noise" makes the step l long, "division" leaves it as the division has it.
         reduction: "mean" or "sum": how the loss of a backward pass combines its samples, so that batches of different
             size weigh alike. Chunks of unequal size whose losses are sums over the size of the whole batch are "sum":
             "mean" takes the size of each chunk for what its loss was divided by.
@@ -136,7 +140,8 @@ class SNOpt(torch.optim.Optimizer):
         refresh_every: int | Any = 10,
         curvature: str | Any = "gradient",
         power: float | Any = 0.75,
-        adaptation: float | Any = 0.3,
+        adaptation: float | Any = 1.0,
+        length: str | Any = "noise",
         reduction: str = "mean",
         everywhere: bool = True,
         process_group: Any | None = None,
@@ -145,7 +150,7 @@ class SNOpt(torch.optim.Optimizer):
         model, self._group = unwrapped(model, process_group) if is_distributed() else (model, process_group)
         self._model, self._step_count, self.factor = model, 0, 1.0
         self.refresh_every, self.curvature, self.power, self.adaptation = refresh_every, curvature, power, adaptation
-        self.reduction, self.everywhere = reduction, everywhere
+        self.length, self.reduction, self.everywhere = length, reduction, everywhere
         check_recipe({name: getattr(self, name) for name in _OPTIONS})
         self._spent: list[int] = []  # evaluations of the last iterations
         self._unseen: set[str] = set()
@@ -221,6 +226,22 @@ class SNOpt(torch.optim.Optimizer):
             self._watch(True)
         return loss
 
+    def sample(self, outputs: Tensor | Any, likelihood: str | Any, *, draws: int = 1) -> None:
+        """Gather the curvature of the model's likelihood, where this iteration needs it; gradients are left alone.
+
+        Args:
+            outputs: of the model for this batch ``(B, ..., C)``, before ``loss.backward()``, which may follow.
+            likelihood: "categorical" for logits, "gaussian" for means.
+            draws: backward passes of ``curvature="sampled"``.
+
+        Raises:
+            ProblemError: another curvature, no such outputs, or several processes.
+        """
+        check_draws(self.curvature, outputs, likelihood, draws)
+        if self._is_refresh():
+            columns = cotangents(outputs, likelihood, draws=None if self.curvature == "gauss_newton" else draws)
+            self._drawn += gather(self._collector, outputs, columns, self._model.parameters(), self.reduction)
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on besides the parameters: tensors and plain numbers."""
         options = {name: getattr(self, name) for name in _OPTIONS}
@@ -237,13 +258,7 @@ class SNOpt(torch.optim.Optimizer):
         options = {name: state_dict.get(name, getattr(self, name)) for name in _OPTIONS}
         check_recipe(options)
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-        for index, parameter in zip(indices, parameters, strict=True):
-            # torch has cast everything to the parameter's precision; moments of half-precision parameters are finer.
-            for key, value in state_dict["state"].get(index, {}).items():
-                place = value.device if key == "step" else parameter.device
-                self.state[parameter][key] = value.to(place, copy=True)
+        matrices.restore(self.param_groups, self.state, state_dict)
         course = {"factor": state_dict.get("factor", 1.0), "_spent": [*state_dict.get("spent", ())]}
         self.__dict__.update(options, _step_count=state_dict["step_count"], **course)
         self._find_blocks()
@@ -251,6 +266,7 @@ class SNOpt(torch.optim.Optimizer):
     def _start(self) -> None:
         """Begin to watch, for as long as this optimiser is used."""
         self._handles, self._is_ready = [], True
+        self._drawn: list[dict[nn.Module, Samples]] = []  # by sample(), for this step
         weakref.finalize(self, release, self._handles)
         self._find_blocks()
 
@@ -266,7 +282,7 @@ class SNOpt(torch.optim.Optimizer):
         if not self.everywhere:
             check_fields(self._odes)
         self._blocks = [b for b in find_blocks(self._model, self._trained) if self.everywhere or b.layer in timed]
-        watched = [b for b in self._blocks if is_layer(b.layer)] if self.curvature == "costate" else []
+        watched = [b for b in self._blocks if is_layer(b.layer)] if self.curvature != "gradient" else []
         layers: dict[nn.Module, bool] = {block.layer: block.bias is not None for block in watched}
         self._collector = Collector(layers, timed & layers.keys(), mean=self.reduction == "mean")
         self._watched = [ode for ode in self._odes if not layers.keys().isdisjoint(ode.field.modules())]
@@ -286,17 +302,16 @@ class SNOpt(torch.optim.Optimizer):
     def _plan(self) -> list[Any]:
         """What must be the same in all processes."""
         present = [p.grad is not None for p in self._trained if is_live(p)]
-        options = [[group[name] for name in _OPTIONS_OF_GROUPS] for group in self.param_groups]
+        options = [[group[name] for name in self.defaults] for group in self.param_groups]
         return [self._step_count, present, self._liveness, options, *(getattr(self, name) for name in _OPTIONS)]
 
     def _update(self, ranks: Ranks | None) -> None:
         """Refresh the eigenbases if it is time, and move all parameters that have gradients."""
-        samples = self._collector.take()
+        check_drawn(self.curvature, any_drawn=bool(self._drawn) or not self._is_refresh())
+        seen, drawn, self._drawn = self._collector.take(), self._drawn, []
+        samples = joined(drawn) if drawn else seen
         groups = {parameter: group for group in self.param_groups for parameter in group["params"]}
-        gradients: dict[Tensor, Tensor] = {}
-        momenta: dict[Tensor, Tensor] = {}
-        for group in self.param_groups:
-            matrices.take_in(group, self.state, self._trained, gradients, momenta)
+        gradients, momenta = matrices.take_in(self.param_groups, self.state, self._trained)
         self._adapt(gradients)
         pairs: list[tuple[Block, matrices.Pair]] = []
         for block in self._blocks:
@@ -306,7 +321,8 @@ class SNOpt(torch.optim.Optimizer):
         self._learn(pairs, samples, ranks)
         ready = [(block, pair) for block, pair in pairs if matrices.fits(pair.state, pair.gradient)]
         steps: dict[Tensor, Tensor] = {}
-        for (block, _), move in zip(ready, matrices.turn([pair for _, pair in ready], self.power), strict=True):
+        moves = matrices.turn([pair for _, pair in ready], float(self.power), self.length)
+        for (block, _), move in zip(ready, moves, strict=True):
             steps.update(block.parts(move))
         for parameter, gradient in gradients.items():
             if parameter not in steps:
@@ -346,7 +362,7 @@ class SNOpt(torch.optim.Optimizer):
             self.factor = min(most, max(least, self.factor * math.exp(-self.adaptation * cosine)))
 
     def _has_samples(self, block: Block) -> bool:
-        return self.curvature == "costate" and is_layer(block.layer)
+        return self.curvature != "gradient" and is_layer(block.layer)
 
     def _learn(
         self,
@@ -358,7 +374,7 @@ class SNOpt(torch.optim.Optimizer):
         due = []
         for block, pair in pairs:
             is_gathered = self._has_samples(block)
-            if not is_gathered:
+            if not is_gathered or self.curvature == "mixed":
                 matrices.observe(pair.state, pair.gradient)
             if self._is_refresh() or not (is_gathered or matrices.fits(pair.state, pair.gradient)):
                 due.append((block, pair))
@@ -367,10 +383,10 @@ class SNOpt(torch.optim.Optimizer):
         found = [samples.get(block.layer) if self._has_samples(block) else None for block, _ in due]
         shared = None if ranks is None else Shared(ranks, [pair.gradient for _, pair in due])
         seen = [one is not None for one in found]
-        if shared is not None and self.curvature == "costate":
+        if shared is not None and self.curvature != "gradient":
             found, seen = shared.pool(found)
         wanted = [i for i, (block, _) in enumerate(due) if self._is_shown(block, seen=seen[i])]
-        matrices.refresh({i: (due[i][1], found[i]) for i in wanted}, shared)
+        matrices.refresh({i: (due[i][1], found[i]) for i in wanted}, shared, mixed=self.curvature == "mixed")
 
     def _is_shown(self, block: Block, *, seen: bool) -> bool:
         """Whether there is something to make an eigenbasis of, given whether there are samples."""

@@ -115,7 +115,7 @@ def test_the_lines_of_metrics(digits):
 
 
 def test_a_policy_moves_the_horizon(digits):
-    trainer = Trainer(digits, replace(CONFIG, horizon="feedback", horizon_every=1))
+    trainer = Trainer(digits, replace(CONFIG, horizon="feedback", horizon_every=1, horizon_lr=0.01))
     assert trainer.step()["T"] != trainer.step()["T"]
 
 
@@ -125,7 +125,9 @@ def test_every_neural_ode_of_a_model_has_a_policy(digits):
         one.ode = torch.nn.Sequential(one.ode, two.ode)
         return one
 
-    trainer = Trainer(replace(digits, make_model=twice), replace(CONFIG, horizon="feedback", horizon_every=1))
+    trainer = Trainer(
+        replace(digits, make_model=twice), replace(CONFIG, horizon="feedback", horizon_every=1, horizon_lr=0.01)
+    )
     trainer.step()
     ends = [float(block.T) for block in trainer.model.ode]
     assert 1.0 not in ends

@@ -1,0 +1,121 @@
+"""Curvature of a model's likelihood instead of its loss: backward passes of targets that the model itself would draw.
+
+For outputs z ``(..., C)`` and the likelihood of one sample, H = d^2 (-log p)/dz^2 is sum_c h_c h_c^T, exactly
+
+    categorical   h_c = sqrt(p_c) (e_c - p),  p = softmax(z), c = 1..C       (cross entropy, the last axis the classes)
+    gaussian      h_c = e_c                                                  (half the squared error, unit variance)
+
+and in the mean over draws h h^T with h = e_y - p, y drawn from p, or h standard normal. A backward pass from h gives
+the rows of J^T h, so that its samples make the Gauss-Newton matrix J^T H J, which is the Fisher information; the
+"costate" of the loss makes the empirical Fisher instead, which vanishes with the loss.
+
+Source: Martens, arXiv 1412.1193, section 9; Kunstner, Balles, Hennig, arXiv 1905.12558.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ocnopt.checks import check_choice, check_count
+from ocnopt.differential.kronecker import Collector, Samples
+from ocnopt.errors import ProblemError
+from ocnopt.optim.checks import is_distributed
+
+LIKELIHOODS = ("categorical", "gaussian")
+DRAWN = ("sampled", "gauss_newton")  # curvatures that need such passes
+
+
+def cotangents(outputs: Tensor, likelihood: str, *, draws: int | None) -> Iterator[Tensor]:
+    """The columns h: all of them, scaled so that their mean is H, or some draws.
+
+    Args:
+        outputs: ``(..., C)``; a gaussian's may have any shape, whose entries behind the samples count as one axis.
+        likelihood: one of ``LIKELIHOODS``.
+        draws: how many; all columns if None.
+    """
+    z = outputs.detach()
+    if likelihood == "categorical":
+        p, width = z.softmax(-1), z.shape[-1]
+        unit = torch.eye(width, dtype=z.dtype, device=z.device)
+        if draws is None:
+            yield from ((width * p[..., c, None]).sqrt() * (unit[c] - p) for c in range(width))
+        else:
+            for _ in range(draws):
+                drawn = torch.multinomial(p.flatten(0, -2).float(), 1)
+                yield unit[drawn.reshape(p.shape[:-1])] - p
+    elif draws is None:
+        flat = z.reshape(len(z), -1)
+        for c in range(flat.shape[1]):
+            column = torch.zeros_like(flat)
+            column[:, c] = flat.shape[1] ** 0.5
+            yield column.reshape(z.shape)
+    else:
+        yield from (torch.randn_like(z) for _ in range(draws))
+
+
+def gather(
+    collector: Collector, outputs: Tensor, columns: Iterable[Tensor], parameters: Iterable[Tensor], reduction: str
+) -> list[dict[nn.Module, Samples]]:
+    """The samples of a backward pass from each column; gradients are left as they were.
+
+    Args:
+        collector: that watches.
+        outputs: with their graph, which is kept.
+        columns: each of the shape of the outputs.
+        parameters: whose ``.grad`` the passes may write to.
+        reduction: "mean" or "sum": what the collector takes a loss for.
+    """
+    kept = [(parameter, parameter.grad) for parameter in parameters]
+    found: list[dict[nn.Module, Samples]] = []
+    try:
+        for column in columns:
+            for parameter, _ in kept:
+                parameter.grad = None
+            outputs.backward(column / len(outputs) if reduction == "mean" else column, retain_graph=True)
+            found.append(collector.take())
+    finally:
+        for parameter, gradient in kept:
+            parameter.grad = gradient
+    return found
+
+
+def joined(found: Sequence[Mapping[nn.Module, Samples]]) -> dict[nn.Module, Samples]:
+    """All samples of each layer."""
+    layers = {layer: None for each in found for layer in each}
+    parts = {layer: [each[layer] for each in found if layer in each] for layer in layers}
+    return {layer: Samples(*(torch.cat(pair, 1) for pair in zip(*own, strict=True))) for layer, own in parts.items()}
+
+
+def check_drawn(curvature: str, *, any_drawn: bool) -> None:
+    """Refuse a step whose curvature has not been sampled."""
+    if not any_drawn and curvature in DRAWN:
+        raise ProblemError(
+            f"curvature={curvature!r} met a step without sample(); expected optimizer.sample(outputs, likelihood) "
+            "between the forward and the backward pass of every iteration, or another curvature"
+        )
+
+
+def check_draws(curvature: str, outputs: Any, likelihood: Any, draws: Any) -> None:
+    """Refuse what no column can be made for."""
+    if curvature not in DRAWN:
+        raise ProblemError(
+            f"sample() met curvature={curvature!r}, which takes nothing from it; expected one of {', '.join(DRAWN)}: "
+            "leave the call out, or choose such a curvature"
+        )
+    if is_distributed():
+        raise ProblemError(
+            f"curvature={curvature!r} met several processes, whose DistributedDataParallel takes one backward pass a "
+            'forward pass; expected "gradient", "costate" or "mixed" there'
+        )
+    check_choice("likelihood", likelihood, LIKELIHOODS)
+    check_count("draws", draws, default=1)
+    is_tensor = isinstance(outputs, Tensor)
+    if not is_tensor or not outputs.requires_grad or outputs.ndim < 2:
+        came = type(outputs).__name__ if not is_tensor else f"a tensor of shape {tuple(outputs.shape)}"
+        raise ProblemError(
+            f"outputs are {came}{' without a graph' if is_tensor and not outputs.requires_grad else ''}; expected what "
+            f"the model returned for a batch, (B, ..., C): optimizer.sample(outputs, {likelihood!r}) before "
+            "loss.backward()"
+        )
