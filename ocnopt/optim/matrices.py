@@ -335,7 +335,7 @@ def cosine(gradients: Sequence[Tensor], changes: Sequence[Tensor]) -> float:
     """Of the angle between all gradients and all changes."""
     sums = [product.sum() for product in torch._foreach_mul([*gradients], [*changes])]
     along = float(torch.stack([part.to(sums[0]) for part in sums]).sum())
-    size = float(sizes(gradients).norm() * sizes(changes).norm())
+    size = float(torch.linalg.vector_norm(sizes(gradients)) * torch.linalg.vector_norm(sizes(changes)))
     return along / size if size > 0.0 else 0.0
 
 
