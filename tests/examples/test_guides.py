@@ -15,6 +15,10 @@ def test_there_are_guides():
         "first-problem",
         "batches",
         "staged-problems",
+        "from-torchdiffeq",
+        "snopt",
+        "adjoints",
+        "evaluations",
     }
 
 
