@@ -17,6 +17,10 @@ def test_there_are_guides():
         "staged-problems",
         "density-estimation",
         "time-series",
+        "from-torchdiffeq",
+        "snopt",
+        "adjoints",
+        "evaluations",
     }
 
 
