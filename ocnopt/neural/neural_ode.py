@@ -225,6 +225,11 @@ class NeuralODE(nn.Module):
         time, end = meet(watch, watch.met, end)
         return time, layout.split(end)
 
+    @property
+    def observers(self) -> list[Any]:
+        """Those that watch at present."""
+        return [*self._observers.values()]
+
     def observe(self, observer: Observer | EndObserver) -> RemovableHandle:
         """Let ``observer`` watch the backward pass of every solve from now on, until ``handle.remove()``.
 

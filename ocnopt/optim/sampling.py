@@ -1,11 +1,12 @@
 """Curvature of a model's likelihood instead of its loss: backward passes of targets that the model itself would draw.
 
-For outputs z ``(..., C)`` and the likelihood of one sample, H = d^2 (-log p)/dz^2 is sum_c h_c h_c^T, exactly
+For the output z of a sample and its likelihood, H = d^2 (-log p)/dz^2 is sum_c h_c h_c^T, exactly
 
-    categorical   h_c = sqrt(p_c) (e_c - p),  p = softmax(z), c = 1..C       (cross entropy, the last axis the classes)
-    gaussian      h_c = e_c                                                  (half the squared error, unit variance)
+    categorical   h_c = sqrt(p_c) (e_c - p),  p = softmax(z), c = 1..C       (cross entropy; one label a sample)
+    gaussian      h_c = e_c, c over all entries of z                         (half the squared error, unit variance)
 
-and in the mean over draws h h^T with h = e_y - p, y drawn from p, or h standard normal. A backward pass from h gives
+and in the mean over draws h h^T with h = e_y - p, y drawn from p, at each place where there are several, or h standard
+normal. A backward pass from h gives
 the rows of J^T h, so that its samples make the Gauss-Newton matrix J^T H J, which is the Fisher information; the
 "costate" of the loss makes the empirical Fisher instead, which vanishes with the loss.
 
@@ -19,9 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from ocnopt.checks import check_choice, check_count
-from ocnopt.differential.kronecker import Collector, Samples
+from ocnopt.differential.kronecker import Collector, Samples, is_gone
 from ocnopt.errors import ProblemError
+from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.optim.checks import is_distributed
+from ocnopt.optim.ranks import beside
 
 LIKELIHOODS = ("categorical", "gaussian")
 DRAWN = ("sampled", "gauss_newton")  # curvatures that need such passes
@@ -31,7 +34,7 @@ def cotangents(outputs: Tensor, likelihood: str, *, draws: int | None) -> Iterat
     """The columns h: all of them, scaled so that their mean is H, or some draws.
 
     Args:
-        outputs: ``(..., C)``; a gaussian's may have any shape, whose entries behind the samples count as one axis.
+        outputs: ``(B, C)``, with draws ``(B, ..., C)``; a gaussian's ``(B, ...)``.
         likelihood: one of ``LIKELIHOODS``.
         draws: how many; all columns if None.
     """
@@ -56,7 +59,12 @@ def cotangents(outputs: Tensor, likelihood: str, *, draws: int | None) -> Iterat
 
 
 def gather(
-    collector: Collector, outputs: Tensor, columns: Iterable[Tensor], parameters: Iterable[Tensor], reduction: str
+    collector: Collector,
+    outputs: Tensor,
+    columns: Iterable[Tensor],
+    parameters: Iterable[Tensor],
+    reduction: str,
+    before: Sequence[dict[nn.Module, Samples]],
 ) -> list[dict[nn.Module, Samples]]:
     """The samples of a backward pass from each column; gradients are left as they were.
 
@@ -64,16 +72,18 @@ def gather(
         collector: that watches.
         outputs: with their graph, which is kept.
         columns: each of the shape of the outputs.
-        parameters: whose ``.grad`` the passes may write to.
+        parameters: that are trained.
         reduction: "mean" or "sum": what the collector takes a loss for.
+        before: gathered for the same step, which counts while a gradient does.
     """
-    kept = [(parameter, parameter.grad) for parameter in parameters]
-    found: list[dict[nn.Module, Samples]] = []
+    kept = [(parameter, parameter.grad) for parameter in parameters if parameter.requires_grad]
+    found = [] if all(is_gone(gradient) for _, gradient in kept) else [*before]
     try:
         for column in columns:
             for parameter, _ in kept:
                 parameter.grad = None
-            outputs.backward(column / len(outputs) if reduction == "mean" else column, retain_graph=True)
+            weighed = column / len(outputs) if reduction == "mean" else column
+            outputs.backward(weighed, retain_graph=True, inputs=[parameter for parameter, _ in kept])
             found.append(collector.take())
     finally:
         for parameter, gradient in kept:
@@ -97,18 +107,25 @@ def check_drawn(curvature: str, *, any_drawn: bool) -> None:
         )
 
 
-def check_draws(curvature: str, outputs: Any, likelihood: Any, draws: Any) -> None:
+def check_drawable(curvature: str) -> None:
+    """Refuse curvatures that need passes of their own beside other processes."""
+    if curvature in DRAWN and is_distributed() and beside(None) is not None:
+        raise ProblemError(
+            f"curvature={curvature!r} met several processes, whose DistributedDataParallel takes one backward pass a "
+            'forward pass; expected "gradient", "costate" or "mixed" there'
+        )
+
+
+def check_draws(
+    curvature: str, outputs: Any, likelihood: Any, draws: Any, odes: Iterable[NeuralODE], collector: Collector
+) -> None:
     """Refuse what no column can be made for."""
     if curvature not in DRAWN:
         raise ProblemError(
             f"sample() met curvature={curvature!r}, which takes nothing from it; expected one of {', '.join(DRAWN)}: "
             "leave the call out, or choose such a curvature"
         )
-    if is_distributed():
-        raise ProblemError(
-            f"curvature={curvature!r} met several processes, whose DistributedDataParallel takes one backward pass a "
-            'forward pass; expected "gradient", "costate" or "mixed" there'
-        )
+    check_drawable(curvature)
     check_choice("likelihood", likelihood, LIKELIHOODS)
     check_count("draws", draws, default=1)
     is_tensor = isinstance(outputs, Tensor)
@@ -118,4 +135,14 @@ def check_draws(curvature: str, outputs: Any, likelihood: Any, draws: Any) -> No
             f"outputs are {came}{' without a graph' if is_tensor and not outputs.requires_grad else ''}; expected what "
             f"the model returned for a batch, (B, ..., C): optimizer.sample(outputs, {likelihood!r}) before "
             "loss.backward()"
+        )
+    if curvature == "gauss_newton" and likelihood == "categorical" and outputs.ndim > 2:
+        raise ProblemError(
+            f"outputs have shape {tuple(outputs.shape)}: several labels a sample, whose columns would be as many as "
+            'places times classes; expected (B, C): use curvature="sampled", which draws a label at every place'
+        )
+    if any(observer is not collector for ode in odes for observer in ode.observers):
+        raise ProblemError(
+            f"curvature={curvature!r} met a NeuralODE that something else observes, as a HorizonPolicy does, which "
+            'would take its passes for those of the loss; expected "gradient", "costate" or "mixed" beside it'
         )

@@ -21,8 +21,8 @@ Where A and B come from:
     gauss_newton  likewise, of all columns of the output's curvature: as many backward passes as outputs
 
 With power 1/2 and l = |D| the first is SOAP (Vyas et al., arXiv 2409.11321), the second the rule of George et al.
-(arXiv 1806.03884). The power is no higher than 1: the empirical Fisher falls with the square of the gradient. As
-published: ``curvature="costate", power=1, length="division", adaptation=0``.
+(arXiv 1806.03884). The power is no higher than 1: the empirical Fisher falls with the square of the gradient. Close to
+what was published: ``curvature="costate", power=1, length="division", adaptation=0``.
 """
 
 import math
@@ -58,7 +58,7 @@ from ocnopt.optim.checks import (
     warn_unseen,
 )
 from ocnopt.optim.ranks import Ranks, Shared, beside, unwrapped
-from ocnopt.optim.sampling import check_drawn, check_draws, cotangents, gather, joined
+from ocnopt.optim.sampling import check_drawable, check_drawn, check_draws, cotangents, gather, joined
 
 FIRST_GAPS = (1, 3, 5)  # further refreshes at the start, where the curvature changes fastest
 FACTORS = (0.01, 2.0)  # between which the factor of lr stays: losses near zero blow up above
@@ -73,8 +73,8 @@ class SNOpt(torch.optim.Optimizer):
     """Preconditions every matrix of a model in the eigenbasis of its Kronecker factors.
 
     Args:
-        model: the module that is trained, or the DistributedDataParallel around it. With ``curvature="costate"`` its
-            NeuralODEs need ``adjoint="discrete"`` or ``"continuous"``.
+        model: the module that is trained, or the DistributedDataParallel around it. With any curvature but "gradient"
+            its NeuralODEs need ``adjoint="discrete"`` or ``"continuous"``.
         lr: learning rate; 0.01 is a good start.
         param_groups: parameters to train with options of their own, as in every torch optimiser; all of the model's
             parameters if left out, frozen ones as soon as they are set free. A layer takes its damping from the group
@@ -86,9 +86,9 @@ class SNOpt(torch.optim.Optimizer):
         curvature: "gradient", "costate", "mixed", "sampled" or "gauss_newton": where the Kronecker factors come from,
             the last two by :meth:`sample`.
         power: of the division by the second moments.
-        adaptation: kappa of the factor f of lr, f <- f exp(kappa c), with c in [-1, 1] the cosine of the gradient and
-            the last step: lr grows while steps lead on in the direction of the last one, and shrinks where they turn
-            back. f stays within 0.01 and 2; adaptation=0 keeps lr as it is given.
+        adaptation: kappa of the factor f of lr, f <- f exp(kappa c), with c in [-1, 1] the cosine of the negative
+            gradient and the last step: lr grows while steps lead on in the direction of the last one, and shrinks where
+            they turn back. f stays within 0.01 and 2; adaptation=0 keeps it.
         length: "noise" makes the step l long, "division" leaves it as the division has it.
         reduction: "mean" or "sum": how the loss of a backward pass combines its samples, so that batches of different
             size weigh alike. Chunks of unequal size whose losses are sums over the size of the whole batch are "sum":
@@ -100,8 +100,8 @@ class SNOpt(torch.optim.Optimizer):
     Attributes:
         factor: of lr, as it stands.
 
-    A step after which the NeuralODEs spend three times as many evaluations as in any of the last 50 iterations is taken
-    back, with a warning for the first, and lr counts a quarter from then on.
+    A step after which the last solves of the NeuralODEs spend three times as many evaluations as in any of the last 50
+    iterations is taken back, with a warning for the first, and f becomes a quarter.
 
     A ``torch.amp.GradScaler`` is used as with every torch optimiser: only directions and proportions of the samples
     enter, so that the scale of a loss does not matter, and a step that the scaler skips leaves no trace. What enters
@@ -152,11 +152,12 @@ class SNOpt(torch.optim.Optimizer):
         self.refresh_every, self.curvature, self.power, self.adaptation = refresh_every, curvature, power, adaptation
         self.length, self.reduction, self.everywhere = length, reduction, everywhere
         check_recipe({name: getattr(self, name) for name in _OPTIONS})
+        check_drawable(curvature)
         self._spent: list[int] = []  # evaluations of the last iterations
         self._unseen: set[str] = set()
-        self._is_whole = param_groups is None
         self._handles: list[RemovableHandle] = []
-        self._is_ready = False
+        self._drawn: list[dict[nn.Module, Samples]] = []  # by sample(), for this step
+        self._is_whole, self._is_ready = param_groups is None, False
         # All parameters: one that is frozen gets no gradient, and takes part once it is set free.
         groups = [{"params": model.parameters()}] if param_groups is None else read_groups(param_groups)
         options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "damping": damping}
@@ -230,17 +231,17 @@ class SNOpt(torch.optim.Optimizer):
         """Gather the curvature of the model's likelihood, where this iteration needs it; gradients are left alone.
 
         Args:
-            outputs: of the model for this batch ``(B, ..., C)``, before ``loss.backward()``, which may follow.
+            outputs: of the model for this batch ``(B, ..., C)``, before ``loss.backward()``.
             likelihood: "categorical" for logits, "gaussian" for means.
             draws: backward passes of ``curvature="sampled"``.
 
         Raises:
             ProblemError: another curvature, no such outputs, or several processes.
         """
-        check_draws(self.curvature, outputs, likelihood, draws)
+        check_draws(self.curvature, outputs, likelihood, draws, self._odes, self._collector)
         if self._is_refresh():
             columns = cotangents(outputs, likelihood, draws=None if self.curvature == "gauss_newton" else draws)
-            self._drawn += gather(self._collector, outputs, columns, self._model.parameters(), self.reduction)
+            self._drawn = gather(self._collector, outputs, columns, self._trained, self.reduction, self._drawn)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on besides the parameters: tensors and plain numbers."""
@@ -265,8 +266,7 @@ class SNOpt(torch.optim.Optimizer):
 
     def _start(self) -> None:
         """Begin to watch, for as long as this optimiser is used."""
-        self._handles, self._is_ready = [], True
-        self._drawn: list[dict[nn.Module, Samples]] = []  # by sample(), for this step
+        self._handles, self._is_ready, self._drawn = [], True, []
         weakref.finalize(self, release, self._handles)
         self._find_blocks()
 
@@ -309,7 +309,7 @@ class SNOpt(torch.optim.Optimizer):
         """Refresh the eigenbases if it is time, and move all parameters that have gradients."""
         check_drawn(self.curvature, any_drawn=bool(self._drawn) or not self._is_refresh())
         seen, drawn, self._drawn = self._collector.take(), self._drawn, []
-        samples = joined(drawn) if drawn else seen
+        samples = joined(drawn) or seen
         groups = {parameter: group for group in self.param_groups for parameter in group["params"]}
         gradients, momenta = matrices.take_in(self.param_groups, self.state, self._trained)
         self._adapt(gradients)

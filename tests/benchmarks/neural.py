@@ -3,7 +3,7 @@
 from statistics import mean
 
 from tests.benchmarks import engines, horizon, memory, race
-from tests.benchmarks.table import Options, most, show
+from tests.benchmarks.table import ABSENT, Options, most, show
 
 
 def show_memory(options: Options) -> None:
@@ -38,13 +38,14 @@ def show_race(options: Options) -> None:
                     *(f"{mean(part):.4g}" for part in zip(*(course[4:] for course in courses), strict=True)),
                 ]
             )
+        rows += [[method, ABSENT, *[""] * 7] for method in race.RATES if method not in found]
         show(
             f"{name}: {workload.problem}, {workload.iterations} iterations of Adam",
             ["method", "lr", "iterations", "time", "mean", "wanted", "loss", "test", "evaluations"],
             rows,
             f"until the loss that Adam ends with (means of {race.WINDOW} batches), a number a seed; time: of the "
             "processor, over Adam's whole run; loss, first metric of the test part and evaluations in all at the end; "
-            "lr: of Adam and the opponents the best of three on seed 0",
+            "lr: of Adam and the opponents the best of three on seed 0, of L-BFGS 1",
         )
 
 

@@ -1,11 +1,16 @@
-"""Time until the loss that tuned Adam ends with, for SNOpt as it comes and for tuned opponents, on six workloads."""
+"""Time until the loss that tuned Adam ends with, for SNOpt as it comes and for tuned opponents, on six workloads.
+
+L-BFGS sees the whole training part at every iteration, on flows with new noise at every evaluation of its line search.
+"""
 
 from collections.abc import Iterator, Sequence
 from functools import cache
-from math import exp, inf, log
+from math import exp, inf, log, nan
 from statistics import mean
 from time import process_time
 from typing import NamedTuple
+
+import torch
 
 from ocnopt.errors import OcnoptError
 from ocnopt.neural.neural_ode import NeuralODE
@@ -56,7 +61,7 @@ class Course(NamedTuple):
 
     @property
     def means(self) -> list[float]:
-        """The mean of the last losses; L-BFGS sees the whole set, and one is enough."""
+        """After each iteration the mean of the last losses."""
         return [mean(self.losses[max(0, k - WINDOW) : k]) for k in range(1, len(self.losses) + 1)]
 
     @property
@@ -100,7 +105,7 @@ def race(
     """
     wanted, record = iterations or workload.iterations, learning_task(workload.problem)
     data = task(workload.problem)
-    courses = {pair: Course([], [], [], 0.0, lost=False) for pair in rates}
+    courses = {pair: Course([], [], [], nan, lost=False) for pair in rates}
     runs = {pair: _start(data, record.batch_size, seed, pair, wanted, courses[pair]) for pair in rates}
     lost = set()
     while runs:
@@ -112,7 +117,7 @@ def race(
             except StopIteration:
                 del runs[pair]
                 courses[pair] = courses[pair]._replace(metric=_metric(data, trainer))
-            except OcnoptError:
+            except (OcnoptError, torch.linalg.LinAlgError):
                 del runs[pair]
                 lost.add(pair)
             else:
@@ -150,7 +155,7 @@ def _metric(data: Task, trainer: Trainer) -> float:
     try:
         return next(iter(data.evaluate(trainer.model).values()))
     except OcnoptError:
-        return float("nan")
+        return nan
 
 
 def race_all(workload: Workload, seeds: int, iterations: int | None = None) -> dict[str, list[Finish]]:
@@ -170,11 +175,15 @@ def race_all(workload: Workload, seeds: int, iterations: int | None = None) -> d
             pairs = [min((p for p in pairs if p[0] == name), key=lambda pair: courses[pair].end) for name in names]
         adam = courses[pairs[0]]
         for pair in pairs:
-            course = courses[pair]
-            k = course.first(adam.end)
-            ratio = None if k is None else course.seconds[k - 1] / adam.seconds[-1]
-            found[pair[0]].append(Finish(*pair, k, ratio, course.end, course.metric, course.evaluations[-1]))
+            found[pair[0]].append(finish(pair, courses[pair], adam))
     return found
+
+
+def finish(pair: tuple[str, float], course: Course, adam: Course) -> Finish:
+    """What came of one run, against Adam's."""
+    k = course.first(adam.end)
+    ratio = None if k is None else course.seconds[k - 1] / adam.seconds[-1]
+    return Finish(*pair, k, ratio, course.end, course.metric, (course.evaluations or [0])[-1])
 
 
 def geometric_mean(ratios: Sequence[float | None]) -> float:

@@ -32,9 +32,23 @@ def test_memory():
 
 def test_race():
     found = race.race_all(race.WORKLOADS["mlp"], seeds=1, iterations=race.WINDOW)
-    assert found["adam"][0].iterations == race.WINDOW
-    assert found["adam"][0].ratio == 1.0
     assert all(finish.evaluations > 0 for (finish,) in found.values())
+
+
+def test_when_a_race_is_over():
+    falling = [float(k) for k in range(20, 0, -1)]
+    adam = race.Course(falling, [k + 1.0 for k in range(20)], [10] * 20, 0.5, lost=False)
+    assert adam.end == 4.5
+    quick = race.Course([2.0 * loss for loss in falling[10:]], [k / 2 for k in range(10)], [7] * 10, 0.9, lost=False)
+    assert quick.first(adam.end) is None
+    assert quick.first(11.0) == 9  # the mean of 16, 14, .., 4 is 10, of 20, 18, .., 6 it is 13
+    ended = race.finish(("snopt", 0.1), quick, adam._replace(losses=[11.0] * 20))
+    assert ended.ratio == 4.0 / 20.0
+    assert ended.evaluations == 7
+    lost = race.finish(("sgd", 1.0), race.Course([], [], [], float("nan"), lost=True), adam)
+    assert lost.iterations is None
+    assert lost.loss == float("inf")
+    assert lost.evaluations == 0
     assert race.geometric_mean([0.5, 2.0]) == 1.0
     assert race.geometric_mean([0.5, None]) == float("inf")
 

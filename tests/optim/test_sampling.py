@@ -37,10 +37,9 @@ def test_columns_make_the_curvature_of_the_likelihood(likelihood):
 
 def test_columns_of_logits_at_places():
     z = torch.randn(2, 5, 3)
-    for draws in (None, 2):
-        columns = [*cotangents(z, "categorical", draws=draws)]
-        assert [column.shape for column in columns] == [z.shape] * (draws or 3)
-        torch.testing.assert_close(torch.stack(columns).sum(-1), torch.zeros(draws or 3, 2, 5))
+    drawn = torch.stack([*cotangents(z, "categorical", draws=6000)]).flatten(2)
+    dense = torch.stack([torch.block_diag(*hessian(one, "categorical")) for one in z])
+    torch.testing.assert_close(torch.einsum("cbi,cbj->bij", drawn, drawn) / 6000, dense, rtol=0, atol=0.05)
 
 
 @pytest.mark.parametrize(("likelihood", "loss"), [("categorical", "cross"), ("gaussian", "square")])
@@ -140,6 +139,48 @@ def test_the_published_division_is_kfac_with_second_moments():
     torch.testing.assert_close(layer.weight.detach(), expected)
 
 
+def test_leaves_outside_of_the_model_get_no_gradient():
+    net, x = nn.Linear(3, 2), torch.randn(4, 3, requires_grad=True)
+    optimizer = oc.SNOpt(net, curvature="sampled")
+    optimizer.sample(net(x), "categorical")
+    assert x.grad is None
+
+
+def test_draws_of_a_batch_that_was_thrown_away_are_forgotten():
+    net, x = nn.Linear(3, 2), torch.randn(4, 3)
+    optimizer = oc.SNOpt(net, curvature="sampled")
+
+    def draw(backward=True):
+        z = net(x)
+        optimizer.sample(z, "gaussian")
+        if backward:
+            z.square().mean().backward()
+        return len(optimizer._drawn)
+
+    assert draw() == 1
+    assert draw() == 2  # accumulated
+    optimizer.zero_grad()
+    assert draw(backward=False) == 1
+    assert draw() == 1
+    net.weight.grad.fill_(float("nan"))
+    with pytest.raises(oc.NonFiniteError):
+        optimizer.step()
+    optimizer.zero_grad()
+    assert draw() == 1
+    optimizer.step()
+    assert not optimizer._drawn
+
+
+def test_a_policy_would_take_drawn_passes_for_those_of_the_loss():
+    net = Net(horizon=oc.FreeHorizon(1.0, 0.5, 2.0))
+    policy = oc.HorizonPolicy(net.ode)
+    optimizer = oc.SNOpt(net, curvature="sampled")
+    outputs = net(torch.randn(4, 2, 5, 5))
+    with pytest.raises(oc.ProblemError, match="that something else observes"):
+        optimizer.sample(outputs, "gaussian")
+    assert policy is not None
+
+
 def test_what_cannot_be_sampled():
     net, x = nn.Linear(3, 2), torch.randn(4, 3)
     with pytest.raises(oc.ProblemError, match="takes nothing from it; expected one of sampled, gauss_newton"):
@@ -152,6 +193,9 @@ def test_what_cannot_be_sampled():
         optimizer.sample(net(x), "poisson")
     with pytest.raises(oc.ProblemError, match="draws"):
         optimizer.sample(net(x), "gaussian", draws=0)
+    exact = oc.SNOpt(net, curvature="gauss_newton")
+    with pytest.raises(oc.ProblemError, match="several labels a sample"):
+        exact.sample(net(x)[:, None], "categorical")
     before = net.weight.detach().clone()
     net(x).sum().backward()
     with pytest.raises(oc.ProblemError, match="without sample"):
