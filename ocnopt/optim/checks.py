@@ -16,7 +16,8 @@ from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.ocp import FreeHorizon
 
 WIDEST = 2048  # outputs of a layer (in a group) up to which B and its eigenbasis are affordable
-CURVATURES = ("gradient", "costate", "mixed", "sampled", "gauss_newton")
+DRAWN = ("sampled", "gauss_newton")  # curvatures that need backward passes of their own
+CURVATURES = ("gradient", "costate", "mixed", *DRAWN)
 # what a group may hold beside options: what torch and its schedulers write, and what it is called
 _SCHEDULED = ("initial_lr", "swa_lr", "max_lr", "min_lr", "max_momentum", "base_momentum")
 _BESIDE_OPTIONS = frozenset(("params", "param_names", "name", "layer", *_SCHEDULED))

@@ -14,20 +14,11 @@ Source: Martens, arXiv 1412.1193, section 9; Kunstner, Balles, Hennig, arXiv 190
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ocnopt.checks import check_choice, check_count
 from ocnopt.differential.kronecker import Collector, Samples, is_gone
-from ocnopt.errors import ProblemError
-from ocnopt.neural.neural_ode import NeuralODE
-from ocnopt.optim.checks import is_distributed
-from ocnopt.optim.ranks import beside
-
-LIKELIHOODS = ("categorical", "gaussian")
-DRAWN = ("sampled", "gauss_newton")  # curvatures that need such passes
 
 
 def cotangents(outputs: Tensor, likelihood: str, *, draws: int | None) -> Iterator[Tensor]:
@@ -35,7 +26,7 @@ def cotangents(outputs: Tensor, likelihood: str, *, draws: int | None) -> Iterat
 
     Args:
         outputs: ``(B, C)``, with draws ``(B, ..., C)``; a gaussian's ``(B, ...)``.
-        likelihood: one of ``LIKELIHOODS``.
+        likelihood: "categorical" or "gaussian".
         draws: how many; all columns if None.
     """
     z = outputs.detach()
@@ -96,53 +87,3 @@ def joined(found: Sequence[Mapping[nn.Module, Samples]]) -> dict[nn.Module, Samp
     layers = {layer: None for each in found for layer in each}
     parts = {layer: [each[layer] for each in found if layer in each] for layer in layers}
     return {layer: Samples(*(torch.cat(pair, 1) for pair in zip(*own, strict=True))) for layer, own in parts.items()}
-
-
-def check_drawn(curvature: str, *, any_drawn: bool) -> None:
-    """Refuse a step whose curvature has not been sampled."""
-    if not any_drawn and curvature in DRAWN:
-        raise ProblemError(
-            f"curvature={curvature!r} met a step without sample(); expected optimizer.sample(outputs, likelihood) "
-            "between the forward and the backward pass of every iteration, or another curvature"
-        )
-
-
-def check_drawable(curvature: str) -> None:
-    """Refuse curvatures that need passes of their own beside other processes."""
-    if curvature in DRAWN and is_distributed() and beside(None) is not None:
-        raise ProblemError(
-            f"curvature={curvature!r} met several processes, whose DistributedDataParallel takes one backward pass a "
-            'forward pass; expected "gradient", "costate" or "mixed" there'
-        )
-
-
-def check_draws(
-    curvature: str, outputs: Any, likelihood: Any, draws: Any, odes: Iterable[NeuralODE], collector: Collector
-) -> None:
-    """Refuse what no column can be made for."""
-    if curvature not in DRAWN:
-        raise ProblemError(
-            f"sample() met curvature={curvature!r}, which takes nothing from it; expected one of {', '.join(DRAWN)}: "
-            "leave the call out, or choose such a curvature"
-        )
-    check_drawable(curvature)
-    check_choice("likelihood", likelihood, LIKELIHOODS)
-    check_count("draws", draws, default=1)
-    is_tensor = isinstance(outputs, Tensor)
-    if not is_tensor or not outputs.requires_grad or outputs.ndim < 2:
-        came = type(outputs).__name__ if not is_tensor else f"a tensor of shape {tuple(outputs.shape)}"
-        raise ProblemError(
-            f"outputs are {came}{' without a graph' if is_tensor and not outputs.requires_grad else ''}; expected what "
-            f"the model returned for a batch, (B, ..., C): optimizer.sample(outputs, {likelihood!r}) before "
-            "loss.backward()"
-        )
-    if curvature == "gauss_newton" and likelihood == "categorical" and outputs.ndim > 2:
-        raise ProblemError(
-            f"outputs have shape {tuple(outputs.shape)}: several labels a sample, whose columns would be as many as "
-            'places times classes; expected (B, C): use curvature="sampled", which draws a label at every place'
-        )
-    if any(observer is not collector for ode in odes for observer in ode.observers):
-        raise ProblemError(
-            f"curvature={curvature!r} met a NeuralODE that something else observes, as a HorizonPolicy does, which "
-            'would take its passes for those of the loss; expected "gradient", "costate" or "mixed" beside it'
-        )

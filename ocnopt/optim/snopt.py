@@ -57,8 +57,9 @@ from ocnopt.optim.checks import (
     warn_strangers,
     warn_unseen,
 )
+from ocnopt.optim.draw_checks import check_drawable, check_drawn, check_draws
 from ocnopt.optim.ranks import Ranks, Shared, beside, unwrapped
-from ocnopt.optim.sampling import check_drawable, check_drawn, check_draws, cotangents, gather, joined
+from ocnopt.optim.sampling import cotangents, gather, joined
 
 FIRST_GAPS = (1, 3, 5)  # further refreshes at the start, where the curvature changes fastest
 FACTORS = (0.01, 2.0)  # between which the factor of lr stays: losses near zero blow up above
@@ -290,8 +291,7 @@ class SNOpt(torch.optim.Optimizer):
 
     def _is_refresh(self) -> bool:
         """Whether this iteration refreshes the eigenbases."""
-        count = self._step_count
-        return count % self.refresh_every == 0 or count in FIRST_GAPS
+        return self._step_count % self.refresh_every == 0 or self._step_count in FIRST_GAPS
 
     def _watch(self, refreshes: bool) -> None:
         """Watch the next iteration if it refreshes the factors, and let go of it otherwise."""

@@ -24,6 +24,7 @@ ASIDE = (
     "solvers/endings.py",
     "ocnopt/neural/checks.py",
     "ocnopt/optim/checks.py",
+    "ocnopt/optim/draw_checks.py",
     "ocnopt/errors.py",
     "ocnopt/integrate/tableaus.py",
 )

@@ -130,7 +130,7 @@ def explode(rank, count):
     return result(model, optimizer)
 
 
-def fail(*_):
+def fail(*_, **options):
     raise torch.linalg.LinAlgError("no convergence")
 
 
