@@ -37,7 +37,7 @@ def solve_stages(
     first: Tensor | None = None,
     inner: Field | None = None,
 ) -> tuple[list[float | Tensor], list[Tensor], list[Tensor]]:
-    """Times, points and slopes of the stages of one step; NaN where no solution was found.
+    """Times, points and slopes of the stages of one step; all NaN from a stage on that has no solution for some sample.
 
     Args:
         tableau: singly diagonally implicit, its first stage explicit, its last one the next state.
@@ -98,7 +98,7 @@ class _Newton:
         return torch.linalg.lu_solve(*M, residual.reshape(self._rows)[..., None])[..., 0].reshape(self._shape)
 
     def solve(self, time: float | Tensor, step: float | Tensor, r: Tensor, y: Tensor) -> Tensor:
-        """The stage point, from a guess; NaN for samples where there is none nearby."""
+        """The stage point, from a guess; all NaN if some sample has none nearby, as the step is of all."""
         last = torch.inf
         if self._M is None:
             self._M = self.matrix(time, step, self._x)

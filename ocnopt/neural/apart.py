@@ -1,4 +1,4 @@
-"""Whether samples meet in a field, for solves that must not let them: a look at one evaluation and its gradient."""
+"""Whether samples meet in a field, for solves that must not let them: a look at one evaluation and its gradients."""
 
 from typing import Any
 
@@ -38,18 +38,34 @@ def require_apart(evaluation: Evaluation, t: Tensor, x: Tensor, known: dict[obje
             f"{what} met a field that draws random numbers (dropout?), while its solve asks for one slope at one time "
             "and state; expected such a field: ode.field.eval(), or a solve without"
         )
-    if slope.requires_grad and len(x) > 1:
-        felt = torch.zeros_like(slope)
-        felt[::2] = 1.0
-        found: Any = torch.autograd.grad(slope, (t, leaf), felt, allow_unused=True)
-        if any(g is not None and g.ndim and bool((g[1::2].abs() > 0).any()) for g in found):
-            raise ProblemError(
-                f"{what} met a field in which samples meet; expected "
-                "samples along the leading axis of the state, each with a slope of its own time and state: eval() "
-                "for batch normalisation, x[None] for a state without samples, times that are not paired with "
-                f"other axes (x[:, :1] * t for x[:, 0] * t), or a solve without {what}"
-            )
+    if _meet(slope, (t, leaf)):
+        raise ProblemError(
+            f"{what} met a field in which samples meet; expected "
+            "samples along the leading axis of the state, each with a slope of its own time and state: eval() "
+            "for batch normalisation, x[None] for a state without samples, times that are not paired with "
+            f"other axes (x[:, :1] * t for x[:, 0] * t), or a solve without {what}"
+        )
     known[key] = 1
+
+
+def _meet(slope: Tensor, inputs: tuple[Tensor, Tensor]) -> bool:
+    """Whether a slope depends on another sample's input.
+
+    Two samples differ in a bit of their indices: a group of those that have it, or of those that lack it, holds the
+    one sample and not the other.
+    """
+    if not slope.requires_grad:
+        return False
+    index = torch.arange(len(slope), device=slope.device)
+    for bit in range((len(slope) - 1).bit_length()):
+        for value in (0, 1):
+            others = (index >> bit & 1) != value
+            felt = torch.ones_like(slope)
+            felt[others] = 0.0
+            found: Any = torch.autograd.grad(slope, inputs, felt, retain_graph=True, allow_unused=True)
+            if any(g is not None and g.ndim and bool((g[others].abs() > 0).any()) for g in found):
+                return True
+    return False
 
 
 def _called(evaluation: Evaluation, t: Tensor, x: Tensor, what: str) -> Tensor:

@@ -55,16 +55,25 @@ class Divergence(nn.Module):
             if self.noise is None:
                 trace = _exact_trace(F, z, differentiable)
             else:
-                (along,) = torch.autograd.grad(F, z, self.noise, create_graph=differentiable)
+                along = _pulled(F, z, self.noise, differentiable)
                 trace = (along * self.noise).flatten(1).sum(1, keepdim=True)
         return F, trace
 
 
 def _exact_trace(F: Tensor, z: Tensor, differentiable: bool) -> Tensor:
     """One backward pass an entry, each for all samples at once."""
-    outputs = F.flatten(1).sum(0)
-    rows = (torch.autograd.grad(y, z, create_graph=differentiable, retain_graph=True)[0] for y in outputs)
+    rows = (_pulled(y, z, None, differentiable) for y in F.flatten(1).sum(0))
     return torch.stack([row.flatten(1)[:, i] for i, row in enumerate(rows)]).sum(0)[:, None]
+
+
+def _pulled(F: Tensor, z: Tensor, cotangent: Tensor | None, differentiable: bool) -> Tensor:
+    """cotangent^T dF/dz, which is zero for a field that does not see z."""
+    along: Tensor | None = None
+    if F.requires_grad:
+        (along,) = torch.autograd.grad(
+            F, z, cotangent, create_graph=differentiable, retain_graph=True, allow_unused=True
+        )
+    return torch.zeros_like(z) if along is None else along
 
 
 class CNF(nn.Module):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ocnopt.integrate.events import Met, Watch
-from ocnopt.neural.second import Last
+from ocnopt.neural.second import ONCE, Last
 
 
 class _Meeting(torch.autograd.Function):
@@ -22,7 +22,7 @@ class _Meeting(torch.autograd.Function):
     def backward(ctx: Any, by_time: Tensor, by_state: Tensor) -> Any:
         felt = by_time + (by_state * ctx.met.slope).sum()
         gradients = (-felt / ctx.met.along, by_state)
-        return (*(Last.apply(2, *gradients, *ctx.saved_tensors) if torch.is_grad_enabled() else gradients), None)
+        return (*(Last.apply(ONCE, 2, *gradients, *ctx.saved_tensors) if torch.is_grad_enabled() else gradients), None)
 
 
 def meet(watch: Watch, met: Met, x: Tensor) -> tuple[Tensor, Tensor]:

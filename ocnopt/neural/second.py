@@ -17,24 +17,32 @@ from ocnopt.integrate.runge_kutta import interpolate, step
 from ocnopt.integrate.tableaus import Tableau
 from ocnopt.neural.evaluation import Evaluation
 
+ONCE = (
+    "the gradient of a NeuralODE was differentiated once more; the continuous adjoint, times that need "
+    "gradients, and the time of an event with any adjoint, give first derivatives only, the discrete adjoint "
+    "second ones: use "
+    'adjoint="discrete" with plain times, or "backprop", or oc.hvp and oc.differentiate'
+)
+TWICE = (
+    'the second derivative of a NeuralODE with adjoint="discrete" was differentiated once more; expected two '
+    "derivatives at most of steps that keep no graph: use "
+    'adjoint="backprop", or leave out create_graph=True where the second is taken'
+)
+
 
 class Last(torch.autograd.Function):
     """Passes gradients on and refuses to be differentiated."""
 
     @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> Any:
+    def forward(ctx: Any, refusal: str, count: int, *tensors: Tensor | None) -> Any:
         """Copy the tensors before the inputs they depend on."""
+        ctx.refusal = refusal
         return tuple(None if tensor is None else tensor.clone() for tensor in tensors[:count])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
         """Refuse."""
-        raise OcnoptError(
-            "the gradient of a NeuralODE was differentiated once more; the continuous adjoint, times that need "
-            "gradients, and the time of an event with any adjoint, give first derivatives only, the discrete adjoint "
-            "second ones: use "
-            'adjoint="discrete" with plain times, or "backprop", or oc.hvp and oc.differentiate'
-        )
+        raise OcnoptError(ctx.refusal)
 
 
 @runtime_checkable
@@ -99,7 +107,7 @@ class Twice(torch.autograd.Function):
             if kept:
                 seconds = torch.autograd.grad([g for g, _ in kept], inputs, [v for _, v in kept], allow_unused=True)
         if torch.is_grad_enabled():
-            seconds = Last.apply(len(seconds), *seconds, start, *tensors[: count + len(places)], *directions)
+            seconds = Last.apply(TWICE, len(seconds), *seconds, start, *tensors[: count + len(places)], *directions)
         return None, None, None, None, *seconds
 
 

@@ -21,7 +21,7 @@ from ocnopt.integrate.tableaus import Tableau
 from ocnopt.integrate.walk import StageLog, Step, Walk
 from ocnopt.neural.checks import check_not_transformed, noisy_stages
 from ocnopt.neural.evaluation import Evaluation, Noise, Root
-from ocnopt.neural.second import Last, Repeatable, Twice, take_again
+from ocnopt.neural.second import ONCE, Last, Repeatable, Twice, take_again
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ class _Node(torch.autograd.Function):
             if isinstance(ctx.adjoint, Repeatable) and not job.evaluation.moving:
                 gradients = Twice.apply(ctx.adjoint, [*felt], gradients, kept, x, *parameters, *felt.values())
             else:
-                gradients = Last.apply(len(gradients), *gradients, x, *parameters, *felt.values())
+                gradients = Last.apply(ONCE, len(gradients), *gradients, x, *parameters, *felt.values())
         return None, None, None, None, *gradients
 
 

@@ -6,13 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ocnopt.errors import ProblemError
+
 
 class Muon(torch.optim.Optimizer):
     """``torch.optim.Muon`` for matrices and flattened kernels, steps as long as Adam's; Adam for all other parameters.
 
     Args:
-        params: of a model.
+        params: of a model, in one group.
         lr: of both.
+
+    Raises:
+        ProblemError: several groups.
 
     Source: Jordan et al., "Muon", 2024; the length of steps: Liu et al., arXiv 2502.16982.
 
@@ -25,7 +30,7 @@ class Muon(torch.optim.Optimizer):
     True
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float = 0.02) -> None:
+    def __init__(self, params: Iterable[nn.Parameter] | Iterable[dict[str, Any]], lr: float = 0.02) -> None:
         super().__init__([*params], {"lr": lr})
         own = [parameter for group in self.param_groups for parameter in group["params"]]
         self._kernels = [p for p in own if p.ndim > 1 and min(p.flatten(1).shape) > 1]
@@ -38,6 +43,22 @@ class Muon(torch.optim.Optimizer):
             self._parts.append(torch.optim.Muon(self._matrices, lr=lr, **options))
         if rest:
             self._parts.append(torch.optim.Adam(rest, lr=lr))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Take the one group of the constructor.
+
+        Args:
+            param_group: as in every torch optimiser.
+
+        Raises:
+            ProblemError: a second one.
+        """
+        if self.param_groups:
+            raise ProblemError(
+                "Muon met a second group of parameters; expected one, as all of them move by one lr: give all "
+                "parameters to the constructor, or make a Muon for each group"
+            )
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -82,6 +82,7 @@ class OptimizerRecord:
         arguments: ``arguments(model, lr)`` are those that its constructor takes of a model; it refuses models that do
             not fit.
         wants_loss: whether the closure of a step returns the loss alone, without backward.
+        wants_batch: whether a step takes its samples themselves, not the mean gradient alone.
         wants_all: whether its batches are the whole training part unless others are asked for.
     """
 
@@ -94,6 +95,7 @@ class OptimizerRecord:
     options: Mapping[str, Any] = field(default_factory=dict)
     arguments: Arguments = _parameters
     wants_loss: bool = False
+    wants_batch: bool = False
     wants_all: bool = False
 
     def build(self, model: nn.Module, lr: float) -> Optimizer:
@@ -123,7 +125,9 @@ def _momentum(name: str, label: str, summary: str, lr: float, class_name: str, *
 
 
 def _layerwise(name: str, label: str, summary: str, lr: float, **options: Any) -> OptimizerRecord:
-    return OptimizerRecord(name, label, summary, lr, "ocnopt.optim.ocnopt", "OCNOpt", options, _module)
+    return OptimizerRecord(
+        name, label, summary, lr, "ocnopt.optim.ocnopt", "OCNOpt", options, _module, wants_batch=True
+    )
 
 
 _KNOWN = (
@@ -217,6 +221,7 @@ _KNOWN = (
         "ocnopt.optim.msa",
         "MSA",
         arguments=_chain,
+        wants_batch=True,
     ),
     _layerwise("ocnopt", "OCNOpt", "layer-wise feedback around SGD, exact over the batch", 1.0),
     _layerwise("ocnopt-adaptive", "OCNOpt Adam", "the same around Adam", 0.01, curvature="adaptive"),
@@ -246,9 +251,15 @@ def optimizer(name: str) -> OptimizerRecord:
         name: of the registry.
 
     Raises:
-        ProblemError: no optimiser has this name; the message offers the nearest.
+        ProblemError: no optimiser has this name, and the message offers the nearest; or its package is missing.
     """
     if name not in OPTIMIZERS:
+        for record in _KNOWN:
+            if record.name == name:
+                raise ProblemError(
+                    f"optimizer is {name!r}, whose package {record.module} is not installed; expected to find it: "
+                    "pip install 'ocnopt[peers]', or take another optimiser"
+                )
         known = ", ".join(OPTIMIZERS)
         raise ProblemError(f"optimizer is {name!r}; expected one of {known}{nearest(name, OPTIMIZERS)}")
     return OPTIMIZERS[name]

@@ -48,7 +48,8 @@ def second_derivatives(neural_ode: NeuralODE, closure: Callable[[], Tensor], dir
         directions: pairs of a parameter and its change.
 
     Raises:
-        ProblemError: the closure returns no loss of one number, or its solves report at other times than T.
+        ProblemError: the closure returns no loss of one number with its graph, or its solves report at other times
+            than T.
     """
     start, factor = neural_ode.horizon.t0, torch.ones((), dtype=torch.float64, device=neural_ode.T.device)
     factor.requires_grad_()
@@ -60,17 +61,31 @@ def second_derivatives(neural_ode: NeuralODE, closure: Callable[[], Tensor], dir
                 f"the closure of policy.step() returned {came}; expected the loss, a tensor of one number with its "
                 "graph: compute it as before loss.backward(), and return it"
             )
-        (first,) = _gradient(loss.double().sum(), [factor], create_graph=True)
+        first = _slope(loss, factor)
         second, *mixed = _gradient(first, [factor, *(parameter for parameter, _ in directions)])
     length = neural_ode.T - start
     along = sum(dot(g, dp) for g, (_, dp) in zip(mixed, directions, strict=True))
     return Second(first.detach() / length, second / length**2, (along + torch.zeros_like(second)) / length)
 
 
-def _gradient(value: Tensor, inputs: Sequence[Tensor], create_graph: bool = False) -> tuple[Tensor, ...]:
+def _slope(loss: Tensor, factor: Tensor) -> Tensor:
+    """dL/dr with its graph."""
+    first: Tensor | None = None
+    if loss.requires_grad:
+        (first,) = torch.autograd.grad(loss.double().sum(), [factor], create_graph=True, allow_unused=True)
+    if first is None:
+        raise ProblemError(
+            "the closure of policy.step() returned a loss whose graph does not lead through the solve, and would hold "
+            "T still; expected the loss with its graph: leave out detach() and no_grad(), and call in it the "
+            "NeuralODE of the policy"
+        )
+    return first
+
+
+def _gradient(value: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     if not value.requires_grad:
         return tuple(torch.zeros_like(each) for each in inputs)
-    return torch.autograd.grad(value, inputs, create_graph=create_graph, allow_unused=True, materialize_grads=True)
+    return torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
 
 
 @contextmanager

@@ -23,8 +23,6 @@ from ocnopt.optim.registry import optimizer
 from ocnopt.runs import RunFolder
 from ocnopt.training.trainer import TrainConfig, read_trainer
 
-_APART = ("ocnopt.optim.msa", "ocnopt.optim.ocnopt")  # of whole batches, not of their gradients
-
 
 def check_processes(config: TrainConfig, count: int) -> None:
     """Refuse a number of processes that cannot train a run.
@@ -42,7 +40,7 @@ def check_processes(config: TrainConfig, count: int) -> None:
             f"nproc is {count} for batches of {config.batch_size} samples; expected a sample for each process: take "
             "fewer processes, or a larger batch_size"
         )
-    if count > 1 and (record.wants_loss or record.module in _APART):
+    if count > 1 and (record.wants_loss or record.wants_batch):
         raise ProblemError(
             f"nproc is {count} for the optimiser {record.name}, which needs more of a batch than its gradient; "
             f"expected one process: leave out nproc={count}, or take snopt, adam or another that steps by gradients"

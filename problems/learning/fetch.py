@@ -147,7 +147,8 @@ def fetch(name: str, report: Report = lambda file, done, total: None) -> Iterato
         report: told of the progress.
 
     Yields:
-        Each file and what is known of it: "there already", "checksum as published" or "checksum noted".
+        Each file and what is known of it: "there already", "checksum as published" or "checksum noted, none
+        is published".
 
     Raises:
         ProblemError: no data set has this name.

@@ -1,4 +1,4 @@
-"""Data sets in files: the folder that holds them, and readers of four formats. Nothing is ever unpickled.
+"""Data sets in files: the folder that holds them, and readers of six formats. Nothing is ever unpickled.
 
 The folder is the environment variable ``OCNOPT_DATA``, else ``data`` in the user's cache folder of ocnopt. A reader
 refuses a file that is not whole: it names the file, the bytes found and the bytes expected.

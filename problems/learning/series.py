@@ -51,7 +51,11 @@ class Still(nn.Module):
         self.net = nn.Sequential(*stack[:-1])
 
     def forward(self, t: Tensor, state: Any) -> Any:
-        """``(B, width) -> (B, width)``; of a pair (h, gap), gap ``(B, 1)``, the flow takes gap units of time."""
+        """``(B, width) -> (B, width)``; of a pair (h, gap), gap ``(B, 1)``, the flow takes gap units of time.
+
+        A field of h alone would do with ``NeuralODE(error_norm="sample")``, which takes times ``(K, B)`` of each
+        sample, here ``ode(h, gap.T)[-1]``; the pair lets a free horizon stretch all gaps.
+        """
         if isinstance(state, Tensor):
             return self.net(state)
         h, gap = state

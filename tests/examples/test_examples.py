@@ -187,7 +187,7 @@ def test_a_compiled_field(capsys, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore")  # Lightning's own advice about loaders, loggers and processes
 def test_train_with_lightning(capsys, monkeypatch):
-    pytest.importorskip("lightning", reason="the extra lightning is not installed")
+    pytest.importorskip("lightning", reason="lightning is not installed")
     monkeypatch.setattr("sys.argv", ["train_with_lightning.py", "1"])
     assert float(re.search(r"test accuracy ([\d.]+) %", run("train_with_lightning.py", capsys))[1]) > 60
 

@@ -54,6 +54,12 @@ def test_a_linear_field_is_damped_however_stiff(name, shape):
     assert sizes[0] > 10 * sizes[1] > 100 * sizes[2]
 
 
+def test_a_sample_without_a_solution_leaves_none():
+    x = torch.tensor([[0.0], [-1.0]], dtype=torch.float64)
+    end, _ = step(STIFF["kvaerno5"], lambda t, x: x**2 + torch.tensor([[1.0], [0.0]]), 0.0, 1.5, x)
+    assert end.isnan().all()
+
+
 def test_a_step_without_a_solution_is_rejected_until_there_is_one():
     """An equation of a stage has no real solution where the step is long."""
     walk = integrate(

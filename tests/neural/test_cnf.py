@@ -88,6 +88,26 @@ def test_gradients_are_those_of_back_propagation(trace, options):
         assert_close(found, wanted, atol=1e-3 if options.get("adjoint") else 1e-10)
 
 
+@pytest.mark.parametrize("trace", ["hutchinson", "exact"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_field_that_does_not_see_the_state_keeps_volumes(trained, trace):
+    class Drift(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.speed = nn.Parameter(torch.ones(2), requires_grad=trained)
+
+        def forward(self, t, z):
+            return self.speed.expand_as(z)
+
+    model, x = CNF(Drift(), 2, trace=trace), torch.randn(3, 2, requires_grad=True)
+    z, log_determinant = model.encode(x)
+    assert_close(z.detach(), x.detach() - 1, atol=1e-5)
+    assert not log_determinant.any()
+    model(x).sum().backward()
+    assert_close(x.grad, 1 - x.detach(), atol=1e-5)
+    assert not trained or model.ode.field.net.speed.grad.abs().sum() > 0
+
+
 @pytest.mark.usefixtures("float64")
 def test_samples_follow_the_density():
     """F = -z over one unit makes the standard deviation e; a path ends where the sample is."""

@@ -175,9 +175,11 @@ def test_what_does_not_go_together(options, match):
 def test_fields_that_cannot_be_solved_sample_by_sample():
     for function, match in (
         (lambda t, x: x - x.mean(0), "method='kvaerno5' met a field in which samples meet"),
+        (lambda t, x: torch.tanh(x.roll(2, 0)), "method='kvaerno5' met a field in which samples meet"),
+        (lambda t, x: x - x.view(2, 4, 3).mean(0).repeat(2, 1), "method='kvaerno5' met a field in which samples meet"),
         (lambda t, x: x * torch.rand(()).double(), "method='kvaerno5' met a field that draws random numbers"),
     ):
         with pytest.raises(ProblemError, match=match):
-            NeuralODE(Plain(function), method="kvaerno5")(start(2, 3))
+            NeuralODE(Plain(function), method="kvaerno5")(start(8, 3))
     with pytest.raises(ProblemError, match="stages are equations, which have no solution"):
         NeuralODE(Plain(lambda t, x: x * torch.rand(()).double()), method="kvaerno5")(start(3).requires_grad_())

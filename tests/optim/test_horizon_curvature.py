@@ -189,6 +189,12 @@ def test_what_an_exact_update_needs():
         (None, r"came without a closure for curvature='exact'; expected policy.step\(closure\)"),
         (lambda: 1.0, r"the closure of policy.step\(\) returned 1.0; expected the loss, a tensor of one number"),
         (lambda: ode(x), r"returned a tensor of shape \(4, 3\); expected the loss"),
+        (lambda: plainly(ode, x).mean().detach(), "graph does not lead through the solve.*: leave out detach"),
+        (lambda: torch.no_grad()(plainly)(ode, x).mean(), "graph does not lead through the solve"),
+        (
+            lambda: (plainly(ode, x).detach() * next(ode.parameters()).sum()).mean(),
+            "graph does not lead through the solve",
+        ),
         (lambda: at_times(ode, x).mean(), r"curvature='exact' met a solve with output times; expected ode\(x\)"),
     ]:
         ode.zero_grad()

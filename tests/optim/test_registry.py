@@ -9,6 +9,7 @@ from torch import nn
 import ocnopt as oc
 from ocnopt.errors import ProblemError
 from ocnopt.optim.backtracking import descend
+from ocnopt.optim.muon import Muon
 from ocnopt.optim.registry import LARGEST, OPTIMIZERS, optimizer
 from ocnopt.problems import learning_task
 from ocnopt.problems.learning.networks import PlaneClassifier
@@ -88,6 +89,27 @@ def test_a_model_that_does_not_fit():
 def test_an_unknown_optimiser():
     with pytest.raises(ProblemError, match="optimizer is 'rmsprob'; expected one of adam, .*; did you mean 'rmsprop'"):
         optimizer("rmsprob")
+
+
+def test_an_optimiser_whose_package_is_missing(monkeypatch):
+    here = {name: record for name, record in OPTIMIZERS.items() if name != "soap"}
+    monkeypatch.setattr("ocnopt.optim.registry.OPTIMIZERS", here)
+    with pytest.raises(
+        ProblemError,
+        match=r"is 'soap', whose package pytorch_optimizer is not .*; expected .*install 'ocnopt\[peers\]'",
+    ):
+        optimizer("soap")
+
+
+def test_muon_has_one_group():
+    groups = [{"params": layer.parameters(), "lr": 0.1} for layer in (nn.Linear(2, 2), nn.Linear(2, 2))]
+    refused = pytest.raises(ProblemError, match="Muon met a second group of parameters; expected one, .*: give all")
+    with refused:
+        Muon(groups)
+    single = Muon(groups[:1])
+    with refused:
+        single.add_param_group(groups[1])
+    assert len(single.param_groups) == 1
 
 
 def test_plain_gradient_descent_has_no_momentum():

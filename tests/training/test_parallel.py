@@ -67,7 +67,7 @@ def test_ctrl_c_ends_all(tmp_path):
 def test_runs_that_cannot_be_shared():
     with pytest.raises(ProblemError, match=r"nproc is 16 for batches of 15 samples; expected a sample for each"):
         check_processes(CONFIG, 16)
-    for name in ("backtracking", "msa", "ocnopt"):
+    for name in ("backtracking", "msa", "ocnopt", "kfac"):
         with pytest.raises(
             ProblemError, match=f"nproc is 2 for the optimiser {name}, which needs more .* expected one"
         ):
