@@ -309,7 +309,7 @@ class SNOpt(torch.optim.Optimizer):
         """Refresh the eigenbases if it is time, and move all parameters that have gradients."""
         check_drawn(self.curvature, any_drawn=bool(self._drawn) or not self._is_refresh())
         seen, drawn, self._drawn = self._collector.take(), self._drawn, []
-        samples = joined(drawn) or seen
+        samples = joined(drawn) if drawn else seen
         groups = {parameter: group for group in self.param_groups for parameter in group["params"]}
         gradients, momenta = matrices.take_in(self.param_groups, self.state, self._trained)
         self._adapt(gradients)

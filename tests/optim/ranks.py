@@ -182,7 +182,7 @@ def alone(rank, count):
 def share_out(rank, count):
     """How many eigenbases a rank has made."""
     made, new_basis = [], matrices._new_basis
-    matrices._new_basis = lambda *arguments: made.append(1) or new_basis(*arguments)
+    matrices._new_basis = lambda *arguments, **options: made.append(1) or new_basis(*arguments, **options)
     train(rank, count, steps=range(1))
     matrices._new_basis = new_basis
     return len(made)
