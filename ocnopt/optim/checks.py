@@ -216,8 +216,14 @@ def check_same_shape(name: str, key: str, came: torch.Size, expected: torch.Size
         )
 
 
-def check_groups(groups: Iterable[Mapping[str, Any]]) -> None:
-    """Refuse groups without any parameter."""
+def check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse groups without any parameter, and complex ones."""
+    for parameter in (parameter for group in groups for parameter in group["params"]):
+        if parameter.is_complex():
+            raise ProblemError(
+                f"a parameter of shape {tuple(parameter.shape)} is {parameter.dtype}; expected real ones: hold real and "
+                "imaginary part in two parameters, or in one through torch.view_as_complex"
+            )
     if not any(group["params"] for group in groups):
         raise ProblemError(
             "param_groups holds no parameter; expected one at least, as nothing would be trained: leave param_groups "

@@ -113,3 +113,8 @@ def test_long_lists_of_names_are_cut():
     model = nn.Sequential(*[nn.Embedding(2, 2) for _ in range(9)])
     with pytest.warns(UserWarning, match=r"and 1 more$"):
         SNOpt(model, 0.01)
+
+
+def test_complex_parameters():
+    with pytest.raises(ProblemError, match=r"a parameter of shape \(3, 2\) is torch.complex64; expected real ones"):
+        SNOpt(nn.Linear(2, 3, dtype=torch.complex64))
