@@ -221,8 +221,8 @@ def check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
     for parameter in (parameter for group in groups for parameter in group["params"]):
         if parameter.is_complex():
             raise ProblemError(
-                f"a parameter of shape {tuple(parameter.shape)} is {parameter.dtype}; expected real ones: hold real and "
-                "imaginary part in two parameters, or in one through torch.view_as_complex"
+                f"a parameter of shape {tuple(parameter.shape)} is {parameter.dtype}; expected real ones: hold "
+                "real and imaginary part in two parameters, or in one through torch.view_as_complex"
             )
     if not any(group["params"] for group in groups):
         raise ProblemError(
