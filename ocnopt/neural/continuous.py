@@ -86,7 +86,10 @@ class Continuous:
         unit = 10.0 * float(torch.linalg.vector_norm(x)) / max(1, x.numel()) ** 0.5 or 1.0
         column = replace(blank, q=x / unit, unit=unit)
         packing = Packing.of((state, *blocks_of(column)), ())
-        integrate = partial(job.integrate, first_size=self._size, norm=_norm) if self._adaptive else job.integrate
+        # An event has ended the path; there is none on the way back, where the walk sees the column besides.
+        integrate = partial(job.integrate, watch=None)
+        if self._adaptive:
+            integrate = partial(integrate, first_size=self._size, norm=_norm)
         column = carry(
             column,
             field,

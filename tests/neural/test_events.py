@@ -90,6 +90,24 @@ def test_gradients_against_finite_differences(adjoint):
             assert float(gradient.view(-1)[0]) == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
 
+class Sinking(Tanh):
+    def forward(self, t, x):
+        return 0.1 * super().forward(t, x) - 1.0
+
+
+@pytest.mark.parametrize(("steps", "direction"), [(None, 0), (None, -1), (40, 0)])
+def test_the_way_back_of_the_costate_meets_no_event(direction, steps):
+    """There the walk carries the costate beside the state, which the event does not know."""
+    field, found = Sinking(2), []
+    x = torch.tensor([[1.0, 0.5], [0.8, 0.2]], dtype=torch.float64, requires_grad=True)
+    for adjoint in ("continuous", "discrete"):
+        ode = NeuralODE(field, 4.0, rtol=1e-9, atol=1e-9, adjoint=adjoint, steps=steps)
+        time, end = ode.until(lambda t, x: x[:, 0].mean() - 0.1, x, direction=direction)
+        gradient = torch.autograd.grad(time + end.square().sum(), [x, *field.parameters()])
+        found.append(torch.cat([g.flatten() for g in gradient]))
+    assert distance(*found) < 1e-6
+
+
 def test_the_discrete_gradient_is_that_of_back_propagation():
     field, x = Tanh(), start(4, 3)
     found = []
