@@ -75,7 +75,7 @@ class _Newton:
 
     def __init__(self, field: Field, x: Tensor) -> None:
         self._field, self._shape = field, x.shape
-        self._rows = (len(x), -1) if x.ndim > 1 and len(x) else (1, -1)
+        self._rows = (len(x), -1) if x.ndim > 1 and x.numel() else (1, -1)
         self._x, self._tolerance = x.detach(), 1e2 * torch.finfo(x.dtype).eps
         self._M: tuple[Tensor, Tensor] | None = None
 
@@ -99,6 +99,8 @@ class _Newton:
 
     def solve(self, time: float | Tensor, step: float | Tensor, r: Tensor, y: Tensor) -> Tensor:
         """The stage point, from a guess; all NaN if some sample has none nearby, as the step is of all."""
+        if not y.numel():
+            return y
         last = torch.inf
         if self._M is None:
             self._M = self.matrix(time, step, self._x)

@@ -88,6 +88,15 @@ def test_second_derivatives_times_and_events():
     assert float(time.detach()) == pytest.approx(0.6931 / 50, rel=1e-2)
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (0,), (2, 0)])
+@pytest.mark.parametrize("steps", [None, 2])
+def test_an_empty_batch_stays_empty(shape, steps):
+    x = start(*shape).requires_grad_()
+    y = NeuralODE(Plain(lambda t, x: -50 * x), method="kvaerno5", steps=steps)(x)
+    y.sum().backward()
+    assert y.shape == x.grad.shape == shape
+
+
 def test_van_der_pol():
     field = VanDerPol()
     ode = NeuralODE(field, 500.0, method="kvaerno5", rtol=1e-6, atol=1e-6)
