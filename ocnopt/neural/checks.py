@@ -261,7 +261,8 @@ def has_changed(names: Sequence[str | None]) -> OcnoptError:
     return OcnoptError(
         "the field has changed between the forward and the backward pass, which needs it as it was: "
         f"{named} is not what it was; expected the same field: call backward() before changing attributes, buffers "
-        'or adjoint_params, keep the forward pass in memory (raise checkpoint_bytes), or use adjoint="backprop"'
+        'or adjoint_params, keep the forward pass in memory (raise checkpoint_bytes), or use adjoint="backprop"; '
+        'with error_norm="sample" a field in which samples meet looks so too, though nobody has changed it'
     )
 
 

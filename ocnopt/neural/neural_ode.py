@@ -21,7 +21,6 @@ from ocnopt.errors import ConvergenceError, ProblemError
 from ocnopt.integrate import adaptive, fixed, samples, torchdiffeq_bridge
 from ocnopt.integrate.events import Watch
 from ocnopt.integrate.runge_kutta import closed
-from ocnopt.integrate.samples import column
 from ocnopt.integrate.tableaus import STIFF, WALKING, Tableau
 from ocnopt.integrate.walk import Walk
 from ocnopt.neural import foreign
@@ -86,7 +85,9 @@ class NeuralODE(nn.Module):
         error_norm: ``"batch"``: one step size for all samples, whose error is one norm. ``"sample"``: each sample, the
             leading axis of the state, has its own step sizes and comes out as it would alone; the field is called with
             a time for each, of shape ``(B, 1, ..., 1)`` with as many axes as the state (``(B, 1)`` for a tuple), and
-            samples must not meet in it. For the adjoints "discrete" and "backprop".
+            samples must not meet in it. Its values and gradients at the initial states and a time for each, spread
+            over the horizon, are looked at in the 1st, 2nd, 4th, 8th... solve of a shape; what makes samples meet only
+            elsewhere or between looks is not seen. For the adjoints "discrete" and "backprop".
         parameters: what a function as field depends on: leaf tensors that require gradients, nn.Parameters, modules; an
             iterable, a dict, or one. They are registered as they are, not copied.
 
@@ -322,7 +323,8 @@ class NeuralODE(nn.Module):
                 evaluation, x, times, moving, continuous=self.adjoint == "continuous", cap=cap, **options
             )
         if self.method in STIFF and x.ndim > 1:
-            require_apart(evaluation, x.new_full((), times[0]), x, self._weights, f"method={self.method!r}")
+            span = (times[0], times[-1])
+            require_apart(evaluation, span, x, self._weights, f"method={self.method!r}", each=False)
         at_end = math.isclose(times[-1], self._end(), rel_tol=1e-6, abs_tol=1e-9)
         dense = self.dense and len(times) > 2
         tableau = closed(WALKING[self.method]) if dense or watch is not None else WALKING[self.method]
@@ -347,8 +349,8 @@ class NeuralODE(nn.Module):
             self._adaptive(samples.integrate, WALKING[self.method]),
             times,
         )
-        what = 'error_norm="sample"'
-        require_apart(job.evaluation, column(times[0], x), x, self._weights, what)
+        span = (float(times.min()), float(times.max())) if len(x) else (0.0, 0.0)
+        require_apart(job.evaluation, span, x, self._weights, 'error_norm="sample"', each=True)
         if self._walks_alone(moving):
             return job.walk(x).states
         return solve(SampleDiscrete(job, self.checkpoint_bytes), x, moving)

@@ -192,6 +192,11 @@ def test_times_that_make_no_sense(times, match):
         (lambda t, x: x - x.view(2, 4, 3).mean(0).repeat(2, 1), (8, 3), "in which samples meet"),
         (lambda t, x: torch.tanh(x * x.roll(1)), (4,), r"samples meet.* x\[None\] for a state without samples"),
         (lambda t, x: x * torch.rand(1).double(), (2, 3), "draws random numbers"),
+        (lambda t, x: torch.sin(5 * x) * torch.cos(4 * t).squeeze(), (4, 4), "in which samples meet"),
+        (lambda t, x: torch.sin(5 * x) * (t * t).squeeze(), (4, 4), "in which samples meet"),
+        (lambda t, x: torch.sin(5 * x) * torch.relu(t - 0.3).squeeze(), (4, 4), "in which samples meet"),
+        (lambda t, x: torch.sin(5 * x) * (t > 0.5).squeeze(), (4, 4), "in which samples meet"),
+        (lambda t, x: x - (x.sum(0) > 0) * torch.ones_like(x), (4, 3), "in which samples meet"),
     ],
 )
 def test_fields_that_cannot_have_a_time_for_each_sample(field, shape, match):
@@ -200,6 +205,45 @@ def test_fields_that_cannot_have_a_time_for_each_sample(field, shape, match):
         ode(start(*shape))
     with pytest.raises(ProblemError, match=match), torch.no_grad():
         ode(start(*shape))
+
+
+def test_a_tuple_whose_times_meet_another_axis():
+    """The one time of the field has the axes of a state (B, 1), not those of each part."""
+    ode = made(Plain(lambda t, s: (torch.sin(5 * s[0]) * torch.cos(4 * t), -s[1])))
+    with pytest.raises(ProblemError, match="in which samples meet"):
+        ode((start(4, 4, 3), start(4, 1)))
+
+
+def test_a_field_that_begins_to_couple_samples_is_looked_at_again():
+    inner, outer = nn.Linear(3, 6).double(), nn.Linear(6, 3).double()
+    for p in outer.parameters():
+        nn.init.zeros_(p)
+    calls = []
+
+    def coupled(t, x):
+        calls.append(1)
+        h = inner(x)
+        return outer(torch.tanh(h - h.mean(0))) * torch.ones_like(t)
+
+    ode, x, costs = made(Plain(coupled)), start(4, 3), []
+    ode.field.layers = nn.ModuleList([inner, outer])
+    for _ in range(7):
+        calls.clear()
+        ode(x)
+        costs.append(len(calls) - ode.statistics.forward)
+    assert [i for i, cost in enumerate(costs, 1) if cost] == [1, 2, 4]
+    nn.init.normal_(outer.weight)
+    for _ in range(2):
+        with pytest.raises(ProblemError, match="in which samples meet"):
+            ode(x)
+
+
+def test_what_a_field_keeps_for_each_sample_may_stay():
+    """A condition for each place of the batch, and buffers that move in every call."""
+    condition, layer = start(5, 3), nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3).double())
+    ode = made(Plain(lambda t, x: torch.tanh(layer(x)) * condition + torch.sin(t)))
+    ode.field.layer = layer
+    assert ode(start(5, 3)).isfinite().all()
 
 
 def test_what_has_one_step_for_all_is_refused():
