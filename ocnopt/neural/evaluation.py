@@ -349,16 +349,19 @@ class Evaluation:
     def replaying(self) -> Iterator[None]:
         """The backward pass: surroundings as in the forward pass, evaluations counted apart."""
         self.is_backward, self.statistics.backward, self._is_searched = True, 0, False
-        # Hooks of the parameters act on their whole gradient, once, when autograd has it from us.
-        hooked = [(p, p._backward_hooks) for p in self.parameters if p._backward_hooks]
+        # When autograd has a whole gradient from us, hooks act on it, once; it drops that of frozen parameters.
+        touched = [p for p in self.parameters if p._backward_hooks or not p.requires_grad]
+        were = [(p, p._backward_hooks, p.requires_grad) for p in touched]
         try:
-            for p, _ in hooked:
+            for p in touched:
                 p._backward_hooks = None
+                p.requires_grad_()
             with torch.no_grad(), self.surroundings.restored():
                 yield
         finally:
-            for p, hooks in hooked:
+            for p, hooks, required in were:
                 p._backward_hooks = hooks
+                p.requires_grad_(required)
 
     def _require_own_parameters(self) -> None:
         now, owned = self.surroundings.parameters_now(), self.surroundings.parameters

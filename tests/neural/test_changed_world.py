@@ -154,3 +154,18 @@ def test_a_field_that_is_another_at_every_evaluation(adjoint, budget):
     else:
         with pytest.raises(OcnoptError, match="field has changed between"):
             backward(y, field)
+
+
+@pytest.mark.parametrize(
+    "options", [{"error_norm": "sample"}, {"adjoint": "continuous"}, {"checkpoint_bytes": 0}, {"adjoint": "backprop"}]
+)
+def test_parameters_frozen_before_the_backward_pass_get_no_gradient(options):
+    ode, x = NeuralODE(Tanh(), **options), start(2, 3).requires_grad_()
+    (right,) = torch.autograd.grad(ode(x).sum(), x)
+    y, frozen = ode(x).sum(), ode.field.inner.weight
+    frozen.register_hook(lambda g: 2 * g)
+    frozen.requires_grad_(False)
+    y.backward()
+    torch.testing.assert_close(x.grad, right)
+    assert (frozen.grad, frozen.requires_grad, len(frozen._backward_hooks)) == (None, False, 1)
+    assert ode.field.outer.weight.grad is not None
