@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ocnopt.errors import ConvergenceError, NonFiniteError, ProblemError
+from ocnopt.errors import ConvergenceError, NonFiniteError, OcnoptError, ProblemError
 from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.ocp import FreeHorizon, Horizon
 from tests.neural.cases import Plain, Tanh, distance, gradients, loss, start
@@ -236,6 +236,17 @@ def test_a_field_that_begins_to_couple_samples_is_looked_at_again():
     for _ in range(2):
         with pytest.raises(ProblemError, match="in which samples meet"):
             ode(x)
+
+
+def test_a_coupling_between_looks_is_named_in_the_backward_pass():
+    weight = torch.zeros((), dtype=torch.float64)
+    ode, x = made(Plain(lambda t, x: -x * (1 + weight * x.square().mean(0))), checkpoint_bytes=0), spread()
+    ode(x)
+    ode(x)
+    weight += 1.0
+    y = ode(x.requires_grad_())
+    with pytest.raises(OcnoptError, match='error_norm="sample" a field in which samples meet looks so too'):
+        y.sum().backward()
 
 
 def test_what_a_field_keeps_for_each_sample_may_stay():
