@@ -6,9 +6,8 @@ For the output z of a sample and its likelihood, H = d^2 (-log p)/dz^2 is sum_c 
     gaussian      h_c = e_c, c over all entries of z                         (half the squared error, unit variance)
 
 and in the mean over draws h h^T with h = e_y - p, y drawn from p, at each place where there are several, or h standard
-normal. A backward pass from h gives
-the rows of J^T h, so that its samples make the Gauss-Newton matrix J^T H J, which is the Fisher information; the
-"costate" of the loss makes the empirical Fisher instead, which vanishes with the loss.
+normal. A backward pass from h gives J^T h, so that its samples make the Gauss-Newton matrix J^T H J, the Fisher
+information; the "costate" of the loss makes the empirical Fisher instead, which vanishes with the loss.
 
 Source: Martens, arXiv 1412.1193, section 9; Kunstner, Balles, Hennig, arXiv 1905.12558.
 """
