@@ -289,8 +289,10 @@ def _new_basis(pair: Pair, samples: Samples | None, *, mixed: bool) -> Basis:
     if samples is None and is_whole:
         return Basis(_complete(state["input_factor"]), _complete(state["output_factor"]))
     old = _basis(state) if fits(state, gradient) else None
-    found = eigenbasis(samples or Samples(momentum, momentum.mT), RANK, old, KEEP)
-    return Basis(_complete(state["input_factor"]), found.output) if mixed and is_whole else found
+    if samples is not None and mixed and is_whole:
+        rows = samples.gradients
+        return Basis(_complete(state["input_factor"]), _leading(rows, rows.shape[-1], old and old.output, KEEP))
+    return eigenbasis(samples or Samples(momentum, momentum.mT), RANK, old, KEEP)
 
 
 def _go_over(pair: Pair, new: Basis) -> None:

@@ -1,15 +1,40 @@
-"""Fields of Neural ODEs that see the time: layers of vectors joined with t, or scaled and shifted by functions of t.
+"""Fields of Neural ODEs: layers of vectors that do not see t, are joined with it, or are scaled and shifted by it.
 
 Shapes: t ``()``, x ``(B, d)``.
 """
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 Activation = Callable[[Tensor], Tensor]
+
+
+class Still(nn.Module):
+    """A field that does not see the time: linear layers with tanh between them.
+
+    Args:
+        sizes: entries before the first layer, between layers, after the last.
+    """
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        super().__init__()
+        stack = [part for pair in pairwise(sizes) for part in (nn.Linear(*pair), nn.Tanh())]
+        self.net = nn.Sequential(*stack[:-1])
+
+    def forward(self, t: Tensor, state: Any) -> Any:
+        """``(B, d) -> (B, d)``; of a pair (h, gap), gap ``(B, 1)``, the flow takes gap units of time.
+
+        A field of h alone would do with ``NeuralODE(error_norm="sample")``, which takes times ``(K, B)`` of each
+        sample, here ``ode(h, gap.T)[-1]``; the pair lets a free horizon stretch all gaps.
+        """
+        if isinstance(state, Tensor):
+            return self.net(state)
+        h, gap = state
+        return gap * self.net(h), torch.zeros_like(gap)
 
 
 class TimeLinear(nn.Module):

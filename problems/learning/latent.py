@@ -23,6 +23,7 @@ from torch import Generator, Tensor, nn
 
 from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.ocp import FreeHorizon
+from ocnopt.problems.learning.fields import Still
 from ocnopt.problems.record import LearningRecord, Picture, Task
 
 TIMES, NOISE, SPAN = 40, 0.1, 4.0
@@ -55,7 +56,7 @@ class LatentOde(nn.Module):
         super().__init__()
         self.cell = nn.GRUCell(channels + 1, hidden)
         self.posterior = nn.Linear(hidden, 2 * latent)
-        self.ode = NeuralODE(Autonomous(latent, hidden), horizon, **{"dense": True, **options})
+        self.ode = NeuralODE(Still([latent, hidden, hidden, latent]), horizon, **{"dense": True, **options})
         self.decoder = nn.Sequential(nn.Linear(latent, hidden), nn.Tanh(), nn.Linear(hidden, channels))
 
     def forward(self, series: Tensor) -> Decoded:
@@ -89,24 +90,6 @@ class LatentOde(nn.Module):
         end = float(self.ode.T) if isinstance(horizon, FreeHorizon) else horizon.t1
         path = self.ode(z, torch.linspace(horizon.t0, end, count, dtype=torch.float64))
         return self.decoder(path).transpose(0, 1)
-
-
-class Autonomous(nn.Module):
-    """A field of three linear layers that does not see the time.
-
-    Args:
-        latent: entries of a state.
-        hidden: width.
-    """
-
-    def __init__(self, latent: int, hidden: int) -> None:
-        super().__init__()
-        layers = nn.Linear(latent, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, latent)
-        self.net = nn.Sequential(*layers)
-
-    def forward(self, t: Tensor, z: Tensor) -> Tensor:
-        """dz/dt."""
-        return self.net(z)
 
 
 def negative_elbo(outputs: Decoded, targets: Tensor) -> Tensor:

@@ -29,37 +29,13 @@ from torch import Tensor, nn
 from ocnopt.errors import DataError
 from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.ocp import FreeHorizon
+from ocnopt.problems.learning.fields import Still
 from ocnopt.problems.learning.files import Series, data_folder, find, read_arrays, read_series
 from ocnopt.problems.learning.tables import scikit_learn
 from ocnopt.problems.record import LearningRecord, Picture, Task
 
 HIDDEN, FIELD_LAYERS = 32, 4
 DIGITS_FILE, DIGITS_SHAPE, DIGITS_TEST = "spoken-digits-mfcc.npz", (3_000, 13), 600
-
-
-class Still(nn.Module):
-    """A field that does not see the time: linear layers of one width with tanh between them.
-
-    Args:
-        width: of all layers.
-        layers: linear ones.
-    """
-
-    def __init__(self, width: int, layers: int) -> None:
-        super().__init__()
-        stack = [part for _ in range(layers) for part in (nn.Linear(width, width), nn.Tanh())]
-        self.net = nn.Sequential(*stack[:-1])
-
-    def forward(self, t: Tensor, state: Any) -> Any:
-        """``(B, width) -> (B, width)``; of a pair (h, gap), gap ``(B, 1)``, the flow takes gap units of time.
-
-        A field of h alone would do with ``NeuralODE(error_norm="sample")``, which takes times ``(K, B)`` of each
-        sample, here ``ode(h, gap.T)[-1]``; the pair lets a free horizon stretch all gaps.
-        """
-        if isinstance(state, Tensor):
-            return self.net(state)
-        h, gap = state
-        return gap * self.net(h), torch.zeros_like(gap)
 
 
 class OdeRnn(nn.Module):
@@ -86,7 +62,7 @@ class OdeRnn(nn.Module):
     ) -> None:
         super().__init__()
         self.gaps = gaps
-        self.ode = NeuralODE(Still(hidden, FIELD_LAYERS), horizon, **options)
+        self.ode = NeuralODE(Still([hidden] * (FIELD_LAYERS + 1)), horizon, **options)
         self.cell = nn.GRUCell(channels, hidden)
         self.head = nn.Linear(hidden, classes)
 

@@ -113,18 +113,14 @@ def race(
         limit = PATIENCE * first[-1] if len(first) == wanted else inf
         for pair, (trainer, steps) in [*runs.items()]:
             try:
-                next(steps)
-            except StopIteration:
-                del runs[pair]
-                courses[pair] = courses[pair]._replace(metric=_metric(data, trainer))
+                is_over = next(steps, True) or courses[pair].seconds[-1] > limit
             except (OcnoptError, torch.linalg.LinAlgError):
                 del runs[pair]
                 lost.add(pair)
-            else:
-                if courses[pair].seconds[-1] > limit:
-                    steps.close()
-                    del runs[pair]
-                    courses[pair] = courses[pair]._replace(metric=_metric(data, trainer))
+                continue
+            if is_over:
+                del runs[pair]
+                courses[pair] = courses[pair]._replace(metric=_metric(data, trainer))
     return {pair: course._replace(lost=pair in lost) for pair, course in courses.items()}
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from ocnopt.errors import DataError, NonFiniteError, ProblemError
 from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.problems import learning_task
-from ocnopt.problems.learning.series import Still
+from ocnopt.problems.learning.fields import Still
 from ocnopt.runs import RunFolder
 from ocnopt.training.trainer import TrainConfig, Trainer, advance, open_trainer, train
 
@@ -180,7 +180,7 @@ def test_the_folder_of_another_command(tmp_path):
 
 def test_evaluations_of_every_solve_are_counted(digits):
     """A model that calls its Neural ODE twice in an iteration has twice the evaluations of one call."""
-    ode = NeuralODE(Still(64, 1), method="rk4", steps=3)
+    ode = NeuralODE(Still([64, 64]), method="rk4", steps=3)
 
     class Twice(nn.Module):
         def __init__(self):
