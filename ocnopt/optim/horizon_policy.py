@@ -74,7 +74,8 @@ class HorizonPolicy:
             update costs about three iterations.
         lr: eta; at most 1 is sensible for "feedback".
         penalty: c of the cost (c/2) T^2 on the integration time.
-        every: iterations from one update of T to the next.
+        every: iterations from one update of T to the next. The first update is that of the first iteration, before the
+            weights have learned to fill the old T.
         averaging: weight of the past in Q_TT, a running mean over updates, as shares have heavy tails. Q_T is the mean
             over all iterations since the last update. At zero both are those of the last iteration, as published, and
             nothing watches in between.
@@ -180,7 +181,7 @@ class HorizonPolicy:
 
     @property
     def _moves(self) -> bool:
-        return (self._count + 1) % self.every == 0
+        return self._count % self.every == 0
 
     def _watch(self) -> None:
         """Watch the next iteration if it counts."""

@@ -66,7 +66,7 @@ class TrainConfig:
     lr: float
     horizon: str = "fixed"
     horizon_lr: float = 1.0
-    horizon_penalty: float = 3.0
+    horizon_penalty: float = 10.0
     horizon_every: int = 10
     iterations: int = 143
     batch_size: int = 128

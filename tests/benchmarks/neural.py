@@ -51,6 +51,7 @@ def show_race(options: Options) -> None:
 
 def show_horizon(options: Options) -> None:
     """The feedback rule for T against a fixed T."""
+    ends = [end for seed in range(1 if options.quick else 3) for end in horizon.measure(seed)]
     rows = [
         [
             *(end.optimizer, str(end.seed), f"{end.start:g}", f"{end.T:.3f}", str(end.settled), f"{end.swing:.1%}"),
@@ -58,16 +59,29 @@ def show_horizon(options: Options) -> None:
             *(f"{end.evaluations:.1f}", f"{end.fixed_evaluations:.1f}", f"{end.accuracy:.3f}"),
             f"{end.fixed_accuracy:.3f}",
         ]
-        for seed in range(1 if options.quick else 3)
-        for end in horizon.measure(seed)
+        for end in ends
     ]
+    for name in horizon.OPTIMISERS:
+        for start in horizon.STARTS:
+            same = [end for end in ends if (end.optimizer, end.start) == (name, start)]
+            numbers = (
+                f"{race.geometric_mean([end.time_ratio for end in same]):.2f}",
+                f"{race.geometric_mean([end.whole_ratio for end in same]):.2f}",
+                *(
+                    f"{mean(part):.1f}"
+                    for part in zip(*((e.evaluations, e.fixed_evaluations) for e in same), strict=True)
+                ),
+                *(f"{mean(part):.3f}" for part in zip(*((e.accuracy, e.fixed_accuracy) for e in same), strict=True)),
+            )
+            rows.append([name, "mean", f"{start:g}", "", "", "", *numbers])
     show(
         "img: T by the feedback rule, moved every 10 iterations, against T = 1",
         ["optimiser", "seed", "start", "T", "settled", "swing", "time", "whole", "eval", "at 1", "acc", "at 1"],
         rows,
         f"T after {horizon.ITERATIONS} iterations; settled: the iteration when it first is within 5 % of that; swing: "
         "how far it is off at most from then on (wanted <= 10 %); time until the loss that Adam ends with at T = 1, "
-        "a mean over an epoch's batches, and of the whole run, over those at T = 1 (wanted <= 0.85)",
+        "a mean over an epoch's batches, and of the whole run, over those at T = 1 (wanted <= 0.85); means of ratios "
+        "are geometric",
     )
 
 

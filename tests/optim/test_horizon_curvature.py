@@ -204,9 +204,9 @@ def test_what_an_exact_update_needs():
         assert (float(ode.T), ode.adjoint) == (1.0, "discrete")
 
 
-def test_an_update_uses_the_means_since_the_last_one():
+def test_the_first_iteration_moves_T_and_later_updates_use_the_means_since():
     (ode, policy), (other, last) = make(every=3, lr=0.4), make(every=3, lr=0.4, averaging=0.0)
-    batches, shares, watched = torch.randn(3, 4, 3), [], []
+    batches, shares, watched, T = torch.randn(4, 4, 3), [], [], [torch.tensor(1.0)]
     for x in batches:
         s, _ = by_hand(ode, plainly, x)
         shares.append(s)
@@ -215,10 +215,15 @@ def test_an_update_uses_the_means_since_the_last_one():
             each.zero_grad()
             plainly(each, x).mean().backward()
             moves.step()
-    assert watched == [(True, False), (True, False), (True, True)]
+        T.append(ode.T.clone())
+    assert watched == [(True, True), (True, False), (True, False), (True, True)]
+    assert T[1] == T[2] == T[3]
     s = torch.stack(shares)
-    torch.testing.assert_close(ode.T, 1.0 - 0.4 * (c + s.mean()) / (c + s.square().mean()), rtol=1e-8, atol=0)
-    torch.testing.assert_close(other.T, 1.0 - 0.4 * (c + s[2].mean()) / (c + s[2].square().mean()), rtol=1e-8, atol=0)
+    torch.testing.assert_close(T[1], 1.0 - 0.4 * (c + s[0].mean()) / (c + s[0].square().mean()), rtol=1e-8, atol=0)
+    Q_TT = c + (0.9 * s[0].square().mean() + s[1:].square().mean()) / 1.9
+    torch.testing.assert_close(T[4], T[1] - 0.4 * (c * T[1] + s[1:].mean()) / Q_TT, rtol=1e-8, atol=0)
+    alone = T[1] - 0.4 * (c * T[1] + s[3].mean()) / (c + s[3].square().mean())
+    torch.testing.assert_close(other.T, alone, rtol=1e-8, atol=0)
 
 
 def test_Q_TT_is_a_running_mean_over_updates():
