@@ -51,7 +51,7 @@ def show_race(options: Options) -> None:
 
 def show_horizon(options: Options) -> None:
     """The feedback rule for T against a fixed T."""
-    ends = [end for seed in range(1 if options.quick else 3) for end in horizon.measure(seed)]
+    ends = [end for seed in range(1 if options.quick else 3 if options.full else 2) for end in horizon.measure(seed)]
     rows = [
         [
             *(end.optimizer, str(end.seed), f"{end.start:g}", f"{end.T:.3f}", str(end.settled), f"{end.swing:.1%}"),
