@@ -244,7 +244,7 @@ def check_recipe(options: Mapping[str, Any]) -> None:
     """Refuse options of SNOpt as a whole that are out of range, given or loaded."""
     check_choice("curvature", options["curvature"], CURVATURES)
     check_number("power", options["power"], "a number >= 0, 0.75 by default")
-    check_number("adaptation", options["adaptation"], "a number >= 0, 1 by default")
+    check_number("adaptation", options["adaptation"], "a number >= 0, 3 by default")
     check_count("refresh_every", options["refresh_every"], default=10)
     check_choice("length", options["length"], ("noise", "division"))
     check_choice("reduction", options["reduction"], ("mean", "sum"))
@@ -338,12 +338,12 @@ def warn_first_order(places: Iterable[nn.Module], blocks: Iterable[Block], train
         )
 
 
-def warn_explosion(step: int, usual: int, spent: int) -> None:
+def warn_explosion(step: int, objection: str) -> None:
     """Tell that a step was taken back."""
     warnings.warn(
-        f"the step before step {step} raised the evaluations of the field from at most {usual} to {spent} and was "
-        "taken back, as each will be that does so; lr is a quarter from here on. Expected a field that stays smooth: "
-        "lower lr, or raise weight_decay",
+        f"the step before step {step} raised {objection} and was taken back, as each will be that does so; lr is a "
+        "quarter from here on. Expected a step that shortens the way to go: lower lr, or raise weight_decay if "
+        "evaluations explode",
         stacklevel=5,
     )
 

@@ -58,13 +58,12 @@ from ocnopt.optim.checks import (
     warn_unseen,
 )
 from ocnopt.optim.draw_checks import check_drawable, check_drawn, check_draws
+from ocnopt.optim.guard import Guard
 from ocnopt.optim.ranks import Ranks, Shared, beside, unwrapped
 from ocnopt.optim.sampling import cotangents, gather, joined
 
 FIRST_GAPS = (1, 3, 5)  # further refreshes at the start, where the curvature changes fastest
-FACTORS = (0.01, 2.0)  # between which the factor of lr stays: losses near zero blow up above
-EXPLOSION = 3  # times the most evaluations of the field so far, above which a step is taken back
-RECENT = 50  # iterations that count as so far
+FACTORS = (0.01, 5.0)  # between which the factor of lr stays
 
 # What a state brings back besides the options of the groups.
 _OPTIONS = ("refresh_every", "curvature", "power", "adaptation", "length", "reduction", "everywhere")
@@ -89,7 +88,7 @@ class SNOpt(torch.optim.Optimizer):
         power: of the division by the second moments.
         adaptation: kappa of the factor f of lr, f <- f exp(kappa c), with c in [-1, 1] the cosine of the negative
             gradient and the last step: lr grows while steps lead on in the direction of the last one, and shrinks where
-            they turn back. f stays within 0.01 and 2; adaptation=0 keeps it.
+            they turn back. f stays within 0.01 and 5; adaptation=0 keeps it.
         length: "noise" makes the step l long, "division" leaves it as the division has it.
         reduction: "mean" or "sum": how the loss of a backward pass combines its samples, so that batches of different
             size weigh alike. Chunks of unequal size whose losses are sums over the size of the whole batch are "sum":
@@ -101,8 +100,9 @@ class SNOpt(torch.optim.Optimizer):
     Attributes:
         factor: of lr, as it stands.
 
-    A step after which the last solves of the NeuralODEs spend three times as many evaluations as in any of the last 50
-    iterations is taken back, with a warning for the first, and f becomes a quarter.
+    A step is taken back, with a warning for the first, and f becomes a quarter, if after it the last solves of the
+    NeuralODEs spend three times as many evaluations as in any of the last 50 iterations, or the gradient is ten times
+    as large as in any of them and points uphill along that step.
 
     A ``torch.amp.GradScaler`` is used as with every torch optimiser: only directions and proportions of the samples
     enter, so that the scale of a loss does not matter, and a step that the scaler skips leaves no trace. What enters
@@ -141,7 +141,7 @@ class SNOpt(torch.optim.Optimizer):
         refresh_every: int | Any = 10,
         curvature: str | Any = "gradient",
         power: float | Any = 0.75,
-        adaptation: float | Any = 1.0,
+        adaptation: float | Any = 3.0,
         length: str | Any = "noise",
         reduction: str = "mean",
         everywhere: bool = True,
@@ -149,12 +149,11 @@ class SNOpt(torch.optim.Optimizer):
     ) -> None:
         check_model(model)
         model, self._group = unwrapped(model, process_group) if is_distributed() else (model, process_group)
-        self._model, self._step_count, self.factor = model, 0, 1.0
+        self._model, self._guard, self._step_count, self.factor = model, Guard(), 0, 1.0
         self.refresh_every, self.curvature, self.power, self.adaptation = refresh_every, curvature, power, adaptation
         self.length, self.reduction, self.everywhere = length, reduction, everywhere
         check_recipe({name: getattr(self, name) for name in _OPTIONS})
         check_drawable(curvature)
-        self._spent: list[int] = []  # evaluations of the last iterations
         self._unseen: set[str] = set()
         self._handles: list[RemovableHandle] = []
         self._drawn: list[dict[nn.Module, Samples]] = []  # by sample(), for this step
@@ -168,7 +167,7 @@ class SNOpt(torch.optim.Optimizer):
         warn_first_order([model] if everywhere else self._odes, self._blocks, self._trained)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_model", "_step_count", "factor", "_spent", "_unseen", "_is_whole", *_OPTIONS)
+        kept = ("_model", "_step_count", "factor", "_guard", "_unseen", "_is_whole", *_OPTIONS)
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -210,8 +209,8 @@ class SNOpt(torch.optim.Optimizer):
             gradients = [gradient for _, gradient in check_dense(live)]
             compared = [parameter for _, parameter in live] if self._is_refresh() else []
             spent = ranks.agree(gradients, compared, self._plan(), spent, device)
-        check_gradients(live, self._step_count)
-        if self._takes_back(spent):
+        norm = float(check_gradients(live, self._step_count).norm())
+        if self._takes_back(spent, norm):
             self._step_count += 1
             return loss
         with torch.autocast(device.type, enabled=False):
@@ -247,7 +246,7 @@ class SNOpt(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on besides the parameters: tensors and plain numbers."""
         options = {name: getattr(self, name) for name in _OPTIONS}
-        course = {"step_count": self._step_count, "factor": self.factor, "spent": [*self._spent]}
+        course = {"step_count": self._step_count, "factor": self.factor, **self._guard.state()}
         return {**super().state_dict(), **course, **options}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -261,9 +260,9 @@ class SNOpt(torch.optim.Optimizer):
         check_recipe(options)
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         matrices.restore(self.param_groups, self.state, state_dict)
-        course = {"factor": state_dict.get("factor", 1.0), "_spent": [*state_dict.get("spent", ())]}
-        self.__dict__.update(options, _step_count=state_dict["step_count"], **course)
+        self.__dict__.update(options, _step_count=state_dict["step_count"], factor=state_dict.get("factor", 1.0))
         self._find_blocks()
+        self._guard = Guard(state_dict)
 
     def _start(self) -> None:
         """Begin to watch, for as long as this optimiser is used."""
@@ -336,12 +335,13 @@ class SNOpt(torch.optim.Optimizer):
                 for parameter, change in zip(moved, changes, strict=True):
                     self.state[parameter]["change"] = change
 
-    def _takes_back(self, spent: int) -> bool:
-        """Undo the last step, and shorten those that follow, if it made the fields explode."""
-        usual = max(self._spent, default=0)
+    def _takes_back(self, spent: int, norm: float) -> bool:
+        """Undo the last step, and shorten those that follow, if the guard objects to it."""
+        if [*map(is_live, self._trained)] != self._liveness:
+            self._guard.norms.clear()  # of other parameters
         changed = [(p, self.state[p]["change"]) for p in self._trained if "change" in self.state.get(p, ())]
-        if not changed or len(self._spent) < FIRST_GAPS[-1] or spent <= EXPLOSION * usual:
-            self._spent = [*self._spent[1 - RECENT :], spent]
+        objection = self._guard.objection(spent, norm, changed)
+        if objection is None:
             return False
         for parameter, change in changed:
             parameter.sub_(change)
@@ -349,7 +349,7 @@ class SNOpt(torch.optim.Optimizer):
         self.factor = max(FACTORS[0], self.factor / 4.0)
         if "explosion" not in self._unseen:
             self._unseen.add("explosion")
-            warn_explosion(self._step_count, usual, spent)
+            warn_explosion(self._step_count, objection)
         return True
 
     def _adapt(self, gradients: Mapping[Tensor, Tensor]) -> None:

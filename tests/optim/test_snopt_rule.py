@@ -1,6 +1,7 @@
 """SNOpt's rule: its steps in closed form, lr, which matrices it turns, steps that it takes back."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -89,6 +90,53 @@ def test_a_step_is_as_long_as_lr_says_where_gradients_agree():
             optimizer.step()
             change = (layer.weight.detach() - before).square().mean().sqrt()
             assert float(change) == pytest.approx(lr, rel=1e-6)
+
+
+@pytest.mark.parametrize(("size", "is_taken_back"), [(30.0, True), (-30.0, False), (8.0, False)])
+def test_a_step_after_which_the_gradient_jumps_uphill_is_taken_back(size, is_taken_back):
+    layer = nn.Linear(4, 3)
+    optimizer = SNOpt(layer, 0.1, adaptation=0.0)
+
+    def step(gradients):
+        for parameter, gradient in zip(layer.parameters(), gradients, strict=True):
+            parameter.grad = gradient.clone()
+        optimizer.step()
+
+    def unit(tensors):
+        norm = torch.cat([tensor.flatten() for tensor in tensors]).norm()
+        return [tensor / norm for tensor in tensors]
+
+    gradients = unit([torch.randn_like(parameter) for parameter in layer.parameters()])
+    step(gradients)
+    kept = [parameter.detach().clone() for parameter in layer.parameters()]
+    step(gradients)
+    last = unit([parameter.detach() - old for parameter, old in zip(layer.parameters(), kept, strict=True)])
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        step([size * change for change in last])
+    close = [torch.allclose(p, old, atol=1e-12) for p, old in zip(layer.parameters(), kept, strict=True)]
+    assert close == [is_taken_back] * 2
+    assert optimizer.factor == (0.25 if is_taken_back else 1.0)
+    said = "raised the norm of the gradient, uphill along that step, from at most 1 to 30 and was taken back"
+    assert [said in str(one.message) for one in heard] == [True] * is_taken_back
+    # what came with the jump is no part of what is usual
+    assert optimizer.state_dict()["norms"] == pytest.approx([1.0, 1.0] if is_taken_back else [1.0, 1.0, abs(size)])
+
+
+def test_gradients_of_parameters_that_are_set_free_are_no_jump():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    model[0].requires_grad_(False)
+    optimizer, x = SNOpt(model, 0.1), torch.randn(5, 4)
+    for _ in range(3):
+        backward(model, x)
+        optimizer.step()
+    model[0].requires_grad_(True)
+    for parameter in model[0].parameters():
+        parameter.grad = 1e3 * torch.ones_like(parameter)
+    for parameter in model[1].parameters():
+        parameter.grad = optimizer.state[parameter]["change"].clone()
+    optimizer.step()
+    assert "change" in optimizer.state[model[0].weight]
 
 
 class Mixed(nn.Module):
