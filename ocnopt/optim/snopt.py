@@ -203,7 +203,7 @@ class SNOpt(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         live = [(name, p) for p, name in self._trained.items() if is_live(p)]
-        spent = sum(ode.statistics.forward for ode in self._odes)
+        spent = sum(ode.read_most_evaluations() for ode in self._odes)
         device = next((parameter.device for parameter in self._trained), torch.device("cpu"))
         ranks = beside(self._group) if is_distributed() else None
         if ranks is not None:
