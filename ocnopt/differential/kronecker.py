@@ -115,7 +115,7 @@ def is_gone(gradient: Tensor | None) -> bool:
 
 
 def present_pass() -> int:
-    """The number of the backward pass that runs, -1 where none does; what begins later, or within it, has higher ones."""
+    """The number of the backward pass that runs, -1 where none does; later ones, and ones within it, have higher."""
     return torch._C._current_graph_task_id()
 
 

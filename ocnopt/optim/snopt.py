@@ -254,9 +254,9 @@ class SNOpt(torch.optim.Optimizer):
         """Go on from a state that :meth:`state_dict` returned; its options replace those of the constructor.
 
         Raises:
-            ProblemError: the state is another optimiser's, or an option in it is wrong.
+            ProblemError: the state is another optimiser's or model's, or an option in it is wrong.
         """
-        check_state(state_dict)
+        check_state(state_dict, self.param_groups, self._names())
         options = {name: state_dict.get(name, getattr(self, name)) for name in _OPTIONS}
         check_recipe(options)
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
