@@ -250,7 +250,9 @@ class NeuralODE(nn.Module):
                 "costate), and stage(input_weight, gradient_weight) to watch the steps: see "
                 "ocnopt.differential.discrete.Observer"
             )
-        check_one_step_for_all(self.error_norm, "observe()", "an observer weighs the evaluations of all samples alike")
+        if isinstance(observer, Observer):  # of the steps
+            why = "it weighs the evaluations of all samples alike"
+            check_one_step_for_all(self.error_norm, "an observer of the steps", why)
         if self.method not in WALKING or self.adjoint == "backprop":
             raise ProblemError(
                 f"a solve with method={self.method!r}, adjoint={self.adjoint!r} cannot be observed; expected one of "
@@ -335,10 +337,12 @@ class NeuralODE(nn.Module):
         self._check_tangents(given)
         check_samples(layout, x)
         times, moving = read_sample_times(given, (self.horizon.t0, self._end()), self._buffers.get("T"), x)
+        at_end = all(math.isclose(end, self._end(), rel_tol=1e-6, abs_tol=1e-9) for end in times[-1].tolist())
         job = SampleJob(
             self._evaluation(layout, x, moving),
             self._adaptive(samples.integrate, WALKING[self.method]),
             times,
+            [*self._observers.values()] if at_end else [],
         )
         span = (float(times.min()), float(times.max())) if len(x) else (0.0, 0.0)
         require_apart(job.evaluation, span, x, self._weights, 'error_norm="sample"', each=True)

@@ -181,7 +181,8 @@ class Shares:
         if is_within_backward():
             return
         if times is not None and torch.is_grad_enabled():
-            check_times(neural_ode._read_times(times)[0], float(neural_ode.T))
+            for row in times.T.tolist() if isinstance(times, Tensor) and times.ndim == 2 else [times]:
+                check_times(neural_ode._read_times(row)[0], float(neural_ode.T))
         self.take()
         new = [parameter for parameter in self._live() if parameter not in self._hooked]
         self._handles += [parameter.register_post_accumulate_grad_hook(self._arrive) for parameter in new]

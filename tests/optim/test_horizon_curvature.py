@@ -270,3 +270,34 @@ def test_an_event_before_T_leaves_T(rule):
     with pytest.raises(ProblemError, match="met no backward pass through the NeuralODE since the last step"):
         policy.step()
     assert float(ode.T) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("curvature", "times"),
+    [("published", None), ("gauss_newton", [[0.2, 0.4], [1.0, 1.0]]), ("gauss_newton", None), ("exact", None)],
+)
+def test_samples_with_steps_of_their_own(curvature, times):
+    field, x, ends = Field(), torch.randn(2, 3), []
+    for error_norm in ("batch", "sample"):
+        ode = NeuralODE(copy.deepcopy(field), FreeHorizon(1.0, 0.2, 3.0), rtol=1e-10, atol=1e-10, error_norm=error_norm)
+        policy = HorizonPolicy(ode, curvature=curvature, lr=ETA, penalty=c, max_change=1.0)
+
+        def evaluate(ode=ode):
+            path = ode(x) if times is None or ode.error_norm == "batch" else ode(x, torch.tensor(times))[-1]
+            return losses(path).mean()
+
+        evaluate().backward()
+        moved(ode)
+        policy.step(evaluate)
+        ends.append(ode.T)
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-8, atol=0)
+
+
+def test_ends_of_samples_with_steps_of_their_own():
+    ode, x = NeuralODE(Field(), FreeHorizon(1.0, 0.2, 3.0), error_norm="sample"), torch.randn(2, 3)
+    policy = HorizonPolicy(ode)
+    with pytest.raises(ProblemError, match="with T = .* before the last; expected T as the last, or not at all"):
+        ode(x, torch.tensor([[0.2, 0.4], [0.8, 1.0], [1.2, 1.2]]))
+    ode(x, torch.tensor([[0.7, 1.0]]))[-1].sum().backward()
+    with pytest.raises(ProblemError, match="none that ended at T"):
+        policy.step()
