@@ -1,6 +1,7 @@
 """How a command speaks to its user: two consoles, exit codes, and errors as one message each."""
 
 import functools
+import inspect
 import warnings
 from collections.abc import Callable
 from typing import ParamSpec
@@ -24,6 +25,7 @@ def explain_errors(command: Callable[Arguments, None]) -> Callable[Arguments, No
     Args:
         command: a command of the app.
     """
+    again = "continue with --resume" if "resume" in inspect.signature(command).parameters else "repeat the command"
 
     @functools.wraps(command)
     def wrapped(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
@@ -39,7 +41,7 @@ def explain_errors(command: Callable[Arguments, None]) -> Callable[Arguments, No
         except OSError as error:
             tell(
                 "[bold red]error:[/bold red]",
-                f"{error}; expected files that can be read and written: mend that, then continue with --resume",
+                f"{error}; expected files that can be read and written: mend that, then {again}",
             )
             raise typer.Exit(MISTAKE) from error
         except KeyboardInterrupt as interrupt:

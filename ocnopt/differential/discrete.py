@@ -248,7 +248,7 @@ class Replays:
 @cache
 def shortened(tableau: Tableau) -> Tableau:
     """The method without a last stage that serves the next step alone: nothing flows back through it."""
-    if not tableau.first_same_as_last or tableau.is_implicit:
+    if not tableau.first_same_as_last or tableau.is_solved_in_turn:
         return tableau
     c, a, b, quadrature = tableau.c[:-1], tableau.a[:-1], tableau.b[:-1], tableau.quadrature[:-1]
     return replace(tableau, c=c, a=a, b=b, quadrature=quadrature, b_error=None, first_same_as_last=False)

@@ -114,9 +114,14 @@ def is_gone(gradient: Tensor | None) -> bool:
     return gradient is None or not (gradient.is_sparse or bool(gradient.any()))
 
 
+def present_pass() -> int:
+    """The number of the backward pass that runs, -1 where none does; later ones, and ones within it, have higher."""
+    return torch._C._current_graph_task_id()
+
+
 def is_within_backward() -> bool:
     """Whether a backward pass is running, which evaluates modules again (replays, checkpoints)."""
-    return torch._C._current_graph_task_id() != -1
+    return present_pass() != -1
 
 
 def release(handles: list[RemovableHandle]) -> None:
@@ -125,27 +130,16 @@ def release(handles: list[RemovableHandle]) -> None:
         handles.pop().remove()
 
 
-class _Uses:
-    """What a layer met in one iteration: running sums over the uses by the present samples, and the samples before.
+class _Sum:
+    """Running sums over the uses of a layer by the same samples: inputs with weights, gradients with factors."""
 
-    Samples count once their gradient has reached the weight's ``.grad``, and for as long as it is there.
-    """
-
-    def __init__(self, parameter: Tensor, bias: bool, mean: bool) -> None:
-        self.parameter, self.bias, self.mean = parameter, bias, mean
-        self._before: list[Samples] = []
-        self._present: list[Samples] = []
-        self._counts = False
+    def __init__(self) -> None:
         self._inputs: Tensor | None = None
         self._gradients: Tensor | None = None
         self._weight = 0.0
 
     def add(self, inputs: Tensor | None, weight: float, gradients: Tensor, factor: float) -> None:
-        """Add one use: inputs with a weight in their mean over time, gradients with a factor in their integral."""
-        if (self._before or self._counts) and is_gone(self.parameter.grad):
-            self.take()
-        if self._gradients is not None and self._gradients.shape != gradients.shape:
-            self._complete()
+        """Add one use."""
         sums = self._gradients
         self._gradients = gradients * factor if sums is None else sums.add_(gradients, alpha=factor)
         if inputs is not None:
@@ -153,29 +147,58 @@ class _Uses:
             self._inputs = inputs * weight if means is None else means.add_(inputs, alpha=weight)
             self._weight += weight
 
+    def join(self, other: "_Sum") -> None:
+        """Add the uses that another pass found for the same samples."""
+        z, g, weight = other._inputs, other._gradients, other._weight
+        if g is not None:
+            self.add(None if z is None else z / weight, weight, g, 1.0)
+
+    def samples(self, mean: bool) -> list[Samples]:
+        """The samples, if there are any."""
+        z, g = self._inputs, self._gradients
+        return [] if z is None or g is None else [Samples(z / self._weight, g * g.shape[1] if mean else g)]
+
+
+class _Uses:
+    """What a layer met in one iteration, by the passes that found it, and the samples before.
+
+    Samples count once the pass that found them, or one around it, has reached the weight's ``.grad``, and for as long
+    as it is there: what torch.autograd.grad finds belongs to no step.
+    """
+
+    def __init__(self, parameter: Tensor, bias: bool, mean: bool) -> None:
+        self.parameter, self.bias, self.mean = parameter, bias, mean
+        self._before: list[Samples] = []
+        self._present: dict[torch.Size, _Sum] = {}
+        self._found: dict[tuple[int, torch.Size], _Sum] = {}
+
+    def add(self, found: int, inputs: Tensor | None, weight: float, gradients: Tensor, factor: float) -> None:
+        """Add one use, given the pass that found it; see :class:`_Sum`."""
+        if (self._before or self._present) and is_gone(self.parameter.grad):
+            self._before, self._present = [], {}
+        self._found.setdefault((found, gradients.shape), _Sum()).add(inputs, weight, gradients, factor)
+
     def count(self, _: Tensor) -> None:
-        """The present samples have reached ``.grad``."""
-        self._counts = True
+        """The present pass has reached ``.grad``: so has what was found since it began."""
+        present = present_pass()
+        for found, shape in [key for key in self._found if key[0] >= present]:
+            total = self._found.pop((found, shape))
+            if shape in self._present:
+                self._present[shape].join(total)
+            else:
+                self._present[shape] = total
 
     def close(self) -> None:
         """What follows are other samples."""
-        self._complete()
-        if self._counts:
-            self._before += self._present
-        self._present, self._counts = [], False
+        for total in self._present.values():
+            self._before += total.samples(self.mean)
+        self._present, self._found = {}, {}
 
     def take(self) -> list[Samples]:
         """Hand over all samples that count."""
         self.close()
         taken, self._before = self._before, []
         return [] if self.parameter.grad is None else taken
-
-    def _complete(self) -> None:
-        z, g = self._inputs, self._gradients
-        if z is not None and g is not None:
-            self._present.append(Samples(z / self._weight, g * g.shape[1] if self.mean else g))
-        self._inputs = self._gradients = None
-        self._weight = 0.0
 
 
 class Collector:
@@ -237,6 +260,7 @@ class Collector:
             return
         weight, factor = weights
         pending, means = [z.detach()] if weight > 0.0 else [], []
+        replay = present_pass()
 
         # Counted as its gradient arrives: a forward pass without a backward pass leaves no trace, and until then
         # autograd holds the input anyway. A retained graph may bring further gradients.
@@ -246,7 +270,9 @@ class Collector:
             with torch.autocast(g.device.type, enabled=False):
                 if pending:
                     means.append(input_samples(layer, pending.pop(), uses.bias))
-                uses.add(means[0] if means else None, weight, gradient_samples(layer, g), factor)
+                # a replayed stage is pulled back in a pass of its own, within that which replays it
+                found = replay if layer in self._timed else present_pass()
+                uses.add(found, means[0] if means else None, weight, gradient_samples(layer, g), factor)
 
         output.register_hook(arrive)
 

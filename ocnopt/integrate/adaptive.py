@@ -117,7 +117,7 @@ class _Walker:
     ) -> None:
         self.take, self.watch, self.has_met = take, watch, False
         self.tableau, self.norm, self._field = tableau, norm, field
-        self.field = self._counted if tableau.is_implicit else field
+        self.field = self._counted if tableau.is_solved_in_turn else field
         self.outputs, self.on_step = outputs, on_step
         self.rtol, self.atol, self.max_evaluations = rtol, atol, max_evaluations
         self.error_weights: Sequence[float] = tableau.b_error or ()
@@ -147,7 +147,7 @@ class _Walker:
     def _attempt(self, length: float, end: float, arrives: bool) -> bool:
         """Try one step; whether it was accepted."""
         h = self.direction * length
-        if not self.tableau.is_implicit:
+        if not self.tableau.is_solved_in_turn:
             self._charge(len(self.tableau.c) - (self.slope is not None), h)
         x, seen = self.take(self.tableau, self.field, self.t, h, self.x, self.slope)
         error, magnitude = self._measure(h, x, seen)

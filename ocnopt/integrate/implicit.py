@@ -7,6 +7,10 @@ constant too, are. The first makes first derivatives right, the second second on
 
     y' = y* - M^-1 G(y*),    y'' = y' - M^-1 G(y'),    G(y) = y - x - h A F(y),    M = G_y(y*).
 
+Control problems take this one: few states along the last axis, any axes in front, each with a fate of its own (NaN
+where there is no solution), and a new Jacobian in every iteration, which is cheap there. :mod:`ocnopt.integrate.stiff`
+is for walks of a Neural ODE: one stage at a time, samples as rows of any shape, a matrix kept as long as it serves.
+
 Source: Hairer and Wanner, Solving Ordinary Differential Equations II, 1996, IV.5 and IV.8 (methods, Newton's method).
 """
 

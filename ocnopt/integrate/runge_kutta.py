@@ -72,7 +72,7 @@ def step(
     With ``first_same_as_last`` the next state is the last stage's point, its slope the ``first`` of the next step. An
     implicit method may be given the field of its Newton iterations apart, as ``inner``.
     """
-    if tableau.is_implicit:
+    if tableau.is_solved_in_turn:
         seen = Stages(*solve_stages(tableau, field, t, h, x, first, inner))
         return seen.points[-1], seen
     seen = stages(tableau, field, t, h, x, first)

@@ -11,8 +11,8 @@ Newton's way is not recorded. From the solution y*, held constant, the step is o
 which is the implicit function theorem; a second one makes second derivatives right (:mod:`ocnopt.integrate.implicit`).
 
 A sample is what lies along the leading axis of the state, all of a state without one or of a vector; samples must not
-meet in the field, or M is not its derivative. Source: Hairer and Wanner, Solving Ordinary Differential Equations II,
-IV.8.
+meet in the field, or M is not its derivative. Stages that must be solved for together are those of
+:mod:`ocnopt.integrate.implicit`. Source: Hairer and Wanner, Solving Ordinary Differential Equations II, IV.8.
 """
 
 from collections.abc import Callable

@@ -34,9 +34,9 @@ class Tableau:
     dense: tuple[tuple[float, ...], ...] | None = None
 
     @property
-    def is_implicit(self) -> bool:
-        """Whether its stages are equations to be solved."""
-        return len(self.a[0]) > 0
+    def is_solved_in_turn(self) -> bool:
+        """Whether each stage but the first is an equation of its own: see :mod:`ocnopt.integrate.stiff`."""
+        return len(self.a[0]) > 0 and not any(self.a[0])
 
 
 EULER = Tableau(

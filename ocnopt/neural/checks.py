@@ -1,6 +1,7 @@
 """What a Neural ODE is given, checked at the door, and what the graph of its field leads to and holds."""
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ocnopt.checks import check_choice, float_tensor, is_whole
+from ocnopt.checks import check_choice, float_tensor, is_whole, times_in_order
 from ocnopt.errors import OcnoptError, ProblemError
 from ocnopt.integrate import torchdiffeq_bridge
 from ocnopt.integrate.tableaus import STIFF, TABLEAUS, WALKING
@@ -127,15 +128,30 @@ def check_times(times: Any) -> Tensor:
     return given
 
 
-def without_repeats(times: Sequence[float]) -> tuple[list[float], list[int]]:
-    """The times without those equal to the one before, and the place of each among them."""
-    values: list[float] = []
-    places = []
-    for time in times:
+def read_times(times: Any, t0: float, end: float) -> tuple[list[float], Tensor | None, list[int]]:
+    """Start and outputs as numbers, as a tensor if they need gradients, and which of them are wanted.
+
+    Of equal outputs side by side there is one; a path against the horizon from ``t0`` to ``end`` starts from its end.
+    """
+    given, values, wanted = check_times(times), list[float](), list[int]()
+    for time in given.tolist():
         if not values or time != values[-1]:
             values.append(time)
-        places.append(len(values) - 1)
-    return values, places
+        wanted.append(len(values) - 1)
+    against = len(values) > 1 and (values[1] - values[0]) * (end - t0) < 0
+    start = end if against else t0
+    from_start = math.isclose(values[0], start, rel_tol=1e-6, abs_tol=1e-9)
+    if not from_start and (values[0] - start) * (end - t0) * (-1 if against else 1) <= 0:
+        raise ProblemError(
+            f"times begin at {values[0]}, behind the start {start} of the path; expected times that lead on from "
+            "there: set horizon=oc.Horizon(start, end)"
+        )
+    if not from_start:
+        values, wanted = [start, *values], [i + 1 for i in wanted]
+    if len(values) > 1:
+        times_in_order(values)
+    moving = given if from_start else torch.cat([given.new_full((1,), start), given])
+    return values, moving if given.requires_grad else None, wanted
 
 
 def check_slope(slope: object, shapes: Sequence[Sequence[int]], *, is_tuple: bool) -> Any:

@@ -40,11 +40,23 @@ class FunctionField(nn.Module):
         """Call the function."""
         if any(now is not was for now, was in zip(self._parameters.values(), self._known, strict=True)):
             raise ProblemError(
-                f"the parameters of the function {self._name()} were exchanged (torch.func.functional_call, "
-                "load_state_dict(assign=True)), which it does not see; expected the tensors that it was made with: "
+                f"the parameters of the function {self._name()} were exchanged (torch.func.functional_call), "
+                "which it does not see; expected the tensors that it was made with: "
                 "write the field as an nn.Module that holds them"
             )
         return self._function(t, x)
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, *rest: Any
+    ) -> None:
+        # assign=True would put others in the place of the tensors that the function reads: they take the new data over
+        if local_metadata.get("assign_to_params_buffers"):
+            for name, parameter in self._parameters.items():
+                value = state_dict.get(prefix + name)
+                if parameter is not None and isinstance(value, Tensor) and value.shape == parameter.shape:
+                    parameter.data = value.detach()
+        local_metadata = {**local_metadata, "assign_to_params_buffers": False}
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     def extra_repr(self) -> str:
         """The function's name."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ocnopt.checks import check_count, check_number, times_in_order
+from ocnopt.checks import check_count, check_number
 from ocnopt.differential.discrete import EndObserver, Observer, Observers
 from ocnopt.errors import ConvergenceError, ProblemError
 from ocnopt.integrate import adaptive, fixed, samples, torchdiffeq_bridge
@@ -34,22 +34,17 @@ from ocnopt.neural.checks import (
     check_one_step_for_all,
     check_options,
     check_real,
-    check_times,
     check_without_tangent,
     in_forward_mode,
-    without_repeats,
+    read_times,
 )
 from ocnopt.neural.continuous import Continuous
 from ocnopt.neural.evaluation import Evaluation, State, StateLayout, Statistics, Surroundings
 from ocnopt.neural.function_field import FunctionField, as_field
 from ocnopt.neural.meeting import meet
-from ocnopt.neural.samples import (
-    SampleDiscrete,
-    SampleJob,
-    check_samples,
-    read_sample_times,
-)
+from ocnopt.neural.samples import SampleDiscrete, SampleJob, check_samples, read_sample_times
 from ocnopt.neural.solve import Discrete, Job, solve
+from ocnopt.neural.trees import mapped
 from ocnopt.ocp import FreeHorizon, Horizon, read_horizon
 
 DEFAULT_STEPS = 20
@@ -150,7 +145,8 @@ class NeuralODE(nn.Module):
         )
         if isinstance(self.horizon, FreeHorizon):
             self.register_buffer("T", torch.tensor(self.horizon.initial, dtype=torch.float64))
-        self.statistics = Statistics()
+        self.statistics = self._latest = Statistics()
+        self._most, self._is_read = 0, False
         self._weights: dict[object, int] = {}
         self._observers: OrderedDict[int, Observer | EndObserver] = OrderedDict()
 
@@ -168,6 +164,9 @@ class NeuralODE(nn.Module):
             NonFiniteError: the path left the finite numbers.
             ConvergenceError: the step underflowed, or ``max_evaluations`` were spent.
         """
+        if torch.is_inference_mode_enabled():  # a field that differentiates inside would find no graph
+            with torch.inference_mode(mode=False), torch.no_grad():
+                return self.forward(*mapped((x, times), Tensor.clone))
         layout = StateLayout.of(x)
         if self.error_norm == "sample":
             states = self._solve_samples(layout, layout.join(x), times)
@@ -206,6 +205,9 @@ class NeuralODE(nn.Module):
         >>> bool(abs(time - (20 / 9.81) ** 0.5) < 1e-12), bool(abs(start.grad[0] - (20 * 9.81) ** -0.5) < 1e-12)
         (True, True)
         """
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(mode=False), torch.no_grad():
+                return self.until(event, mapped(x, Tensor.clone), direction=direction)
         check_one_step_for_all(self.error_norm, "until()", "one event ends the paths of all samples")
         if self.method not in WALKING:
             raise ProblemError(
@@ -226,6 +228,11 @@ class NeuralODE(nn.Module):
         time, end = meet(watch, watch.met, end)
         return time, layout.split(end)
 
+    def read_most_evaluations(self) -> int:
+        """Of the field in one solve forwards: the most among solves with gradients since this was read before one."""
+        self._is_read = True
+        return max(self._most, self._latest.forward)
+
     @property
     def observers(self) -> list[Any]:
         """Those that watch at present."""
@@ -243,7 +250,9 @@ class NeuralODE(nn.Module):
                 "costate), and stage(input_weight, gradient_weight) to watch the steps: see "
                 "ocnopt.differential.discrete.Observer"
             )
-        check_one_step_for_all(self.error_norm, "observe()", "an observer weighs the evaluations of all samples alike")
+        if isinstance(observer, Observer):  # of the steps
+            why = "it weighs the evaluations of all samples alike"
+            check_one_step_for_all(self.error_norm, "an observer of the steps", why)
         if self.method not in WALKING or self.adjoint == "backprop":
             raise ProblemError(
                 f"a solve with method={self.method!r}, adjoint={self.adjoint!r} cannot be observed; expected one of "
@@ -280,23 +289,7 @@ class NeuralODE(nn.Module):
             if isinstance(self.horizon, FreeHorizon) and self.T.requires_grad:
                 moving = torch.stack([torch.full_like(self.T, start), self.T])
             return [start, end], moving, [1]
-        given = check_times(times)
-        values, wanted = without_repeats(given.tolist())
-        against = len(values) > 1 and (values[1] - values[0]) * (end - start) < 0
-        start = end if against else start
-        from_start = math.isclose(values[0], start, rel_tol=1e-6, abs_tol=1e-9)
-        if not from_start and (values[0] - start) * (end - self.horizon.t0) * (-1 if against else 1) <= 0:
-            raise ProblemError(
-                f"times begin at {values[0]}, behind the start {start} of the path; expected times that lead on from "
-                "there: set horizon=oc.Horizon(start, end)"
-            )
-        if not from_start:
-            values, wanted = [start, *values], [i + 1 for i in wanted]
-        if len(values) > 1:
-            times_in_order(values)
-        if given.requires_grad:
-            moving = given if from_start else torch.cat([given.new_full((1,), start), given])
-        return values, moving, wanted
+        return read_times(times, start, end)
 
     def _check_tangents(self, times: object) -> None:
         for moved in (times, self._buffers.get("T")):
@@ -344,10 +337,12 @@ class NeuralODE(nn.Module):
         self._check_tangents(given)
         check_samples(layout, x)
         times, moving = read_sample_times(given, (self.horizon.t0, self._end()), self._buffers.get("T"), x)
+        at_end = all(math.isclose(end, self._end(), rel_tol=1e-6, abs_tol=1e-9) for end in times[-1].tolist())
         job = SampleJob(
             self._evaluation(layout, x, moving),
             self._adaptive(samples.integrate, WALKING[self.method]),
             times,
+            [*self._observers.values()] if at_end else [],
         )
         span = (float(times.min()), float(times.max())) if len(x) else (0.0, 0.0)
         require_apart(job.evaluation, span, x, self._weights, 'error_norm="sample"', each=True)
@@ -363,6 +358,9 @@ class NeuralODE(nn.Module):
             check_real(parameters)
         evaluation = Evaluation(self.field, layout, parameters, surroundings, moving is not None, self._weights)
         self.statistics = evaluation.statistics
+        if torch.is_grad_enabled():
+            self._most = 0 if self._is_read else max(self._most, self._latest.forward)
+            self._latest, self._is_read = self.statistics, False
         return evaluation
 
     def _walks_alone(self, moving: Tensor | None) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ocnopt.checks import float_tensor
-from ocnopt.differential.discrete import Costate, Replays, Trajectory
+from ocnopt.differential.discrete import Costate, EndObserver, Replays, Trajectory
 from ocnopt.differential.samples import Arrival, SampleBack
 from ocnopt.differential.sweep import sweep
 from ocnopt.errors import ProblemError
@@ -94,11 +94,15 @@ def _as_table(given: Sequence[float] | Tensor, count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class SampleJob:
-    """One solve: the field, the walk with method and tolerances bound, start and output times ``(1 + K, B)``."""
+    """One solve: the field, the walk with method and tolerances bound, start and output times ``(1 + K, B)``.
+
+    ``ends`` are told about the last of them.
+    """
 
     evaluation: Evaluation
     integrate: partial[SampleWalk]
     times: Tensor
+    ends: Sequence[EndObserver] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -137,6 +141,11 @@ class SampleDiscrete:
     def backward(self, saved: Sequence[Tensor], value: Costate, jumps: dict[int, Tensor]) -> Costate:
         """Pull the steps back from the last to the first."""
         job, (end, *states) = self.job, saved
+        if job.ends:
+            costate = jumps.get(len(job.times) - 1, torch.zeros_like(end))
+            slope = job.evaluation(column(job.times[-1], end), end)
+            for observer in job.ends:
+                observer.terminal(end, slope, costate)
         times = job.times if job.evaluation.moving else None
         step = SampleBack(self._tableau, job.evaluation, jumps, self._arrivals, times)
         return sweep(step, Replays(self._trajectory, states, end), value)[0]

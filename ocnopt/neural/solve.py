@@ -99,10 +99,10 @@ class Discrete:
         evaluation, surroundings = self.job.evaluation, self.job.evaluation.surroundings
         before = surroundings.noise()
         joins = self.job.observer is None and not evaluation.moving and (x.requires_grad or evaluation.parameters)
-        implicit = self.job.tableau.is_implicit
-        root = evaluation.root(self.job.times[0], x, joins=bool(joins) and not implicit)
+        solved = self.job.tableau.is_solved_in_turn
+        root = evaluation.root(self.job.times[0], x, joins=bool(joins) and not solved)
         noisy = surroundings.moved(before)
-        if noisy and implicit:
+        if noisy and solved:
             raise noisy_stages(self.job.tableau.name)
         walk = self._walk(root, before if noisy else None)
         if not noisy and self._trajectory.steps and surroundings.moved(before):

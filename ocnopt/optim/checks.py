@@ -15,7 +15,7 @@ from ocnopt.errors import NonFiniteError, ProblemError
 from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.ocp import FreeHorizon
 
-WIDEST = 2048  # outputs of a layer (in a group) up to which B and its eigenbasis are affordable
+MOST_OUTPUTS = 2048  # outputs of a layer (in a group) up to which B and its eigenbasis are affordable
 DRAWN = ("sampled", "gauss_newton")  # curvatures that need backward passes of their own
 CURVATURES = ("gradient", "costate", "mixed", *DRAWN)
 # what a group may hold beside options: what torch and its schedulers write, and what it is called
@@ -80,7 +80,7 @@ def find_blocks(model: nn.Module, trained: Collection[Tensor]) -> list[Block]:
                 bias = module.bias if is_weight and is_own(module.bias) else None
                 called = name if is_weight else f"{name}.{key}".lstrip(".")
                 found.append(Block(called, module, parameter, bias, _groups(module, parameter, key)))
-    return [block for block in found if len(block.weight) // block.groups <= WIDEST]
+    return [block for block in found if len(block.weight) // block.groups <= MOST_OUTPUTS]
 
 
 def _is_matrix(parameter: Tensor) -> bool:
@@ -250,12 +250,29 @@ def check_recipe(options: Mapping[str, Any]) -> None:
     check_choice("reduction", options["reduction"], ("mean", "sum"))
 
 
-def check_state(state: Mapping[str, Any]) -> None:
-    """Refuse the state of another optimiser than SNOpt."""
+def check_state(state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], names: Mapping[Tensor, str]) -> None:
+    """Refuse the state of another optimiser than SNOpt, and that of another model."""
     if "step_count" not in state:
         raise ProblemError(
             f"the state holds {sorted(state)}; expected the state of an SNOpt, with its 'step_count': "
             "load the state of another optimiser into that one"
+        )
+    cure = "load it into an optimiser of the model, and with the groups, that it was saved of"
+    saved, own = ([len(group["params"]) for group in each] for each in (state["param_groups"], groups))
+    if saved != own:
+        raise ProblemError(
+            f"the state holds groups of {saved} parameters; expected {own} as here, {listed([*names.values()])}: {cure}"
+        )
+    indices, parameters = ([p for group in each for p in group["params"]] for each in (state["param_groups"], groups))
+    momenta = [state["state"].get(index, {}).get("momentum") for index in indices]
+    differ = [
+        f"{names.get(p)} {tuple(momentum.shape)} instead of {tuple(p.shape)}"
+        for momentum, p in zip(momenta, parameters, strict=True)
+        if momentum is not None and momentum.shape != p.shape
+    ]
+    if differ:
+        raise ProblemError(
+            f"the state is of another model: {', '.join(differ[:8])}; expected the shapes of this one: {cure}"
         )
 
 
@@ -333,7 +350,7 @@ def warn_first_order(places: Iterable[nn.Module], blocks: Iterable[Block], train
     if names:
         warnings.warn(
             "SNOpt preconditions matrices that belong to one module; these are embeddings, shared by several modules "
-            f"or of more than {WIDEST} outputs, and get the first-order update: {listed(names)}",
+            f"or of more than {MOST_OUTPUTS} outputs, and get the first-order update: {listed(names)}",
             stacklevel=3,
         )
 

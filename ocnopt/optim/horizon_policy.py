@@ -37,7 +37,7 @@ from ocnopt.optim.checks import (
     is_distributed,
 )
 from ocnopt.optim.ranks import beside, unwrapped
-from ocnopt.optim.shares import Pair, Samples, Shares, dot
+from ocnopt.optim.shares import Pair, Seen, Shares, dot
 from ocnopt.optim.stretched import Second, second_derivatives
 
 # What torch's optimisers call the options of a group: they come back with the state.
@@ -226,7 +226,7 @@ class HorizonPolicy:
         T.sub_(max(-longest, min(longest, change))).clamp_(self._bounds.lower, self._bounds.upper)
         return True
 
-    def _change(self, samples: Sequence[Samples], closure: Callable[[], Tensor] | None) -> float:
+    def _change(self, samples: Sequence[Seen], closure: Callable[[], Tensor] | None) -> float:
         """What the rule takes from T."""
         Q_T, Q_TT = (sum(column) / len(self._seen) for column in zip(*self._seen, strict=True))
         Q_T += self.penalty * float(self._ode.T)
@@ -259,7 +259,7 @@ class HorizonPolicy:
             return numbers
         return ranks.sum(torch.tensor(numbers, dtype=torch.float64, device=self._ode.T.device)).tolist()
 
-    def _response(self, samples: Sequence[Samples], directions: Sequence[Pair]) -> float:
+    def _response(self, samples: Sequence[Seen], directions: Sequence[Pair]) -> float:
         """B sum_i s_i (g_i . dp)."""
         products = [0.0]
         if any(bool(dp.any()) for _, dp in directions):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ocnopt.differential.kronecker import is_gone, is_within_backward
+from ocnopt.differential.kronecker import is_gone, is_within_backward, present_pass
 from ocnopt.neural.evaluation import State, StateLayout, Surroundings
 from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.optim.checks import check_times
@@ -72,8 +72,8 @@ def _weigh(cotangent: Tensor, weights: Tensor, axis: int) -> Tensor:
 
 
 @dataclass(eq=False)
-class Samples:
-    """Samples that one pass saw: their shares ``(B,)``, none if T is no end of theirs, and their solves, if noted.
+class Seen:
+    """Samples that passes saw: their shares ``(B,)``, none if T is no end of theirs, and their solves, if noted.
 
     Of each solve the cotangents of its outputs are kept.
     """
@@ -81,12 +81,30 @@ class Samples:
     shares: Tensor | None = None
     solves: dict[Solve, list[Tensor | None]] = field(default_factory=dict)
 
+    def add(self, shares: Tensor) -> None:
+        """Add the shares of a solve."""
+        self.shares = shares if self.shares is None else self.shares + shares
+
+    def feel(self, solve: Solve, cotangents: Sequence[Tensor | None]) -> None:
+        """Add to the cotangents of a solve."""
+        old = self.solves.get(solve, [None] * len(cotangents))
+        pairs = zip(old, cotangents, strict=True)
+        self.solves[solve] = [y if x is None else x if y is None else x + y for x, y in pairs]
+
+    def join(self, other: "Seen") -> None:
+        """Add what another pass saw of the same samples."""
+        if other.shares is not None:
+            self.add(other.shares)
+        for solve, cotangents in other.solves.items():
+            self.feel(solve, cotangents)
+
 
 class Shares:
     """The samples of one iteration, and the parameters that they belong to: watches one Neural ODE.
 
-    Samples count once a gradient has reached ``.grad``, and for as long as it is there. Further solves of as many
-    samples in the same pass are of the same ones; a new forward pass, after a backward pass, is of others.
+    Samples count once the pass that saw them has reached a parameter's ``.grad``, and for as long as it is there: what
+    torch.autograd.grad sees belongs to no step. Further solves of as many samples in the same pass are of the same
+    ones; a new forward pass, after a backward pass, is of others.
 
     Args:
         parameters: of the Neural ODE.
@@ -102,10 +120,10 @@ class Shares:
         self._handles: list[RemovableHandle] = []
         self._hooked: set[Tensor] = set()
         self.before: list[Pair] = []
-        self._closed: list[Samples] = []
-        self._present: dict[int, Samples] = {}
+        self._closed: list[Seen] = []
+        self._present: dict[int, Seen] = {}
+        self._found: dict[tuple[int, int], Seen] = {}  # by pass and number of samples
         self._pending: Solve | None = None
-        self._arrived = False
         self.witness: Pair | None = None  # a parameter, and the norm of its gradient as it arrived
 
     def attach(self, neural_ode: NeuralODE, handles: list[RemovableHandle]) -> None:
@@ -119,26 +137,31 @@ class Shares:
         """Note the shares, and the parameters before they move."""
         products = slope.double() * costate.double()
         products = products.flatten(1).sum(1) if x.ndim > 1 else products.sum()[None]
-        samples, products = self._samples(len(products)), self._unscaled(products)
-        samples.shares = products if samples.shares is None else samples.shares + products
+        self._found_of(len(products)).add(self._unscaled(products))
 
-    def take(self) -> list[Samples]:
+    def take(self) -> list[Seen]:
         """The samples that count."""
-        if self._arrived or not self._live():
-            self._closed += [samples for samples in self._present.values() if samples.shares is not None]
+        if not self._live():
+            self._count(-1)
+        self._closed += [seen for seen in self._present.values() if seen.shares is not None]
         if not self._closed:
             self.before = []
-        self._present, self._arrived = {}, False
+        self._present, self._found = {}, {}
         return self._closed
 
-    def _samples(self, rows: int) -> Samples:
-        """The present samples, after those whose gradients are gone have been forgotten."""
+    def _found_of(self, rows: int) -> Seen:
+        """What the present pass sees, after those whose gradients are gone have been forgotten."""
         live = self._live()
-        if live and (self._closed or self._arrived) and all(is_gone(parameter.grad) for parameter in live):
-            self._closed, self._present, self._arrived, self.before = [], {}, False, []
+        if live and (self._closed or self._present) and all(is_gone(parameter.grad) for parameter in live):
+            self._closed, self._present, self.before = [], {}, []
         if self._keep and not self.before:
             self.before = [(parameter, parameter.detach().clone()) for parameter in live]
-        return self._present.setdefault(rows, Samples())
+        return self._found.setdefault((present_pass(), rows), Seen())
+
+    def _count(self, since: int) -> None:
+        """What was found from a pass on has reached ``.grad``."""
+        for found, rows in [key for key in self._found if key[0] >= since]:
+            self._present.setdefault(rows, Seen()).join(self._found.pop((found, rows)))
 
     def _unscaled(self, gradient: Tensor) -> Tensor:
         return gradient if self._scaler is None else gradient / self._scaler.scale(gradient.new_ones(()))
@@ -147,7 +170,7 @@ class Shares:
         return [parameter for parameter in self._parameters if parameter.requires_grad]
 
     def _arrive(self, parameter: Tensor) -> None:
-        self._arrived = True
+        self._count(present_pass())
         gradient = parameter.grad
         if gradient is not None and (self.witness is None or self.witness[0] is parameter):
             self.witness = parameter, gradient.norm()
@@ -158,7 +181,8 @@ class Shares:
         if is_within_backward():
             return
         if times is not None and torch.is_grad_enabled():
-            check_times(neural_ode._read_times(times)[0], float(neural_ode.T))
+            for row in times.T.tolist() if isinstance(times, Tensor) and times.ndim == 2 else [times]:
+                check_times(neural_ode._read_times(row)[0], float(neural_ode.T))
         self.take()
         new = [parameter for parameter in self._live() if parameter not in self._hooked]
         self._handles += [parameter.register_post_accumulate_grad_hook(self._arrive) for parameter in new]
@@ -174,9 +198,9 @@ class Shares:
 
     def _receiver(self, solve: Solve, i: int, parts: int) -> Callable[[Tensor], None]:
         def receive(cotangent: Tensor) -> None:
-            cotangents = self._samples(solve.rows).solves.setdefault(solve, [None] * parts)
-            old, new = cotangents[i], self._unscaled(cotangent.detach())
-            cotangents[i] = new.clone() if old is None else old + new
+            felt: list[Tensor | None] = [None] * parts
+            felt[i] = self._unscaled(cotangent.detach()).clone()
+            self._found_of(solve.rows).feel(solve, felt)
 
         return receive
 

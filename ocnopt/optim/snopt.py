@@ -202,7 +202,7 @@ class SNOpt(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         live = [(name, p) for p, name in self._trained.items() if is_live(p)]
-        spent = sum(ode.statistics.forward for ode in self._odes)
+        spent = sum(ode.read_most_evaluations() for ode in self._odes)
         device = next((parameter.device for parameter in self._trained), torch.device("cpu"))
         ranks = beside(self._group) if is_distributed() else None
         if ranks is not None:
@@ -253,9 +253,9 @@ class SNOpt(torch.optim.Optimizer):
         """Go on from a state that :meth:`state_dict` returned; its options replace those of the constructor.
 
         Raises:
-            ProblemError: the state is another optimiser's, or an option in it is wrong.
+            ProblemError: the state is another optimiser's or model's, or an option in it is wrong.
         """
-        check_state(state_dict)
+        check_state(state_dict, self.param_groups, self._names())
         options = {name: state_dict.get(name, getattr(self, name)) for name in _OPTIONS}
         check_recipe(options)
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})

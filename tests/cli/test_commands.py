@@ -332,9 +332,11 @@ def test_a_full_disk(run, monkeypatch):
         raise OSError(28, "No space left on device", "here/metrics.jsonl")
 
     monkeypatch.setattr("ocnopt.cli.control.solve", lambda *_, **__: full())
-    code, output = run("solve", "scalar_lqr")
-    assert code == main.MISTAKE
-    assert "No space left on device: 'here/metrics.jsonl'; expected files that can be read and written" in output
+    monkeypatch.setattr("ocnopt.cli.data.fetch", lambda *_: full())
+    for command, again in [(("solve", "scalar_lqr"), "continue with --resume"), (("data", "fetch", "mnist"), "repeat")]:
+        code, output = run(*command)
+        assert code == main.MISTAKE
+        assert f"'here/metrics.jsonl'; expected files that can be read and written: mend that, then {again}" in output
 
 
 def test_a_warning_is_a_note(run, monkeypatch):

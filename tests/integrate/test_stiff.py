@@ -7,7 +7,7 @@ import torch
 
 from ocnopt.integrate.adaptive import integrate
 from ocnopt.integrate.runge_kutta import step
-from ocnopt.integrate.tableaus import STIFF
+from ocnopt.integrate.tableaus import IMPLICIT, STIFF, TABLEAUS
 
 METHODS = sorted(STIFF)
 
@@ -15,7 +15,8 @@ METHODS = sorted(STIFF)
 @pytest.mark.parametrize("name", METHODS)
 def test_the_tableau(name):
     tableau = STIFF[name]
-    assert tableau.is_implicit
+    assert tableau.is_solved_in_turn
+    assert not any(other.is_solved_in_turn for other in (*IMPLICIT.values(), *TABLEAUS.values()))
     assert sum(tableau.b) == pytest.approx(1.0, abs=1e-15)
     assert sum(tableau.b_error) == pytest.approx(0.0, abs=1e-15)
     assert tableau.a[-1] == tableau.b

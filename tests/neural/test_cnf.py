@@ -49,6 +49,18 @@ def test_the_density_is_that_of_the_map(horizon):
 
 
 @pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_the_density_is_the_same_without_gradients(mode):
+    model, x = flow(2), torch.randn(4, 2)
+    expected = model(x)
+    with mode():
+        found, (time, _) = model(x + 0.0), model.ode.until(lambda t, z: t - 0.5, x + 0.0)
+    assert_close(found, expected.detach(), atol=1e-12)
+    assert float(time) == pytest.approx(0.5)
+    assert not found.requires_grad
+
+
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("dimension", [1, 2])
 def test_the_density_integrates_to_one(dimension):
     model = flow(dimension, method="dopri5", rtol=1e-6, atol=1e-6)

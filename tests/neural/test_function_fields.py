@@ -53,6 +53,13 @@ def test_a_closure_is_trained_where_its_tensors_live(options):
         weight.zero_()
     ode.load_state_dict(saved)
     assert torch.equal(weight, saved["field.weight"])
+    single = {name: value.float() for name, value in saved.items()}
+    assert not any(ode.load_state_dict(single, assign=True))
+    assert torch.equal(weight, single["field.weight"])
+    assert {name: id(p) for name, p in ode.named_parameters()} == {"field.weight": id(weight), "field.bias": id(bias)}
+    assert ode(x.float()).dtype == torch.float32
+    with pytest.raises(RuntimeError, match=r"size mismatch for field.weight(.|\n)*Missing|Missing(.|\n)*size mismatch"):
+        ode.load_state_dict({"field.weight": torch.zeros(1)}, assign=True)
     ode.float()
     assert weight.dtype == bias.dtype == torch.float32
     assert ode(x.float()).dtype == torch.float32

@@ -273,7 +273,7 @@ def test_any_method_of_torchdiffeq(adjoint, method):
     pytest.importorskip("torchdiffeq")
     field, x = Tanh(), start(4, 3)
     _, expected = gradients(NeuralODE(field, rtol=1e-10, atol=1e-10), x, [0.5, 1.0])
-    steps = 200 if method == "implicit_adams" else None
+    steps = 50 if method == "implicit_adams" else None
     ode = NeuralODE(field, method=method, rtol=1e-7, atol=1e-7, steps=steps, adjoint=adjoint)
     _, gradient = gradients(ode, x, [0.5, 1.0])
     assert distance(gradient, expected) < 1e-3

@@ -96,7 +96,7 @@ RUNS = [plainly, twice, at_times, beside_an_early_end, of_a_tuple]
 @pytest.mark.parametrize("curvature", ["gauss_newton", "published"])
 def test_the_rule_equals_brute_force(run, curvature):
     ode, policy = make(curvature=curvature)
-    x = torch.randn(4, 3)
+    x = torch.randn(2, 3)
     s, along = by_hand(ode, run, x)
     run(ode, x).mean().backward()
     moved(ode)
@@ -113,7 +113,7 @@ def test_the_rule_equals_brute_force(run, curvature):
 def test_any_way_of_keeping_a_path_gives_the_same(dense, checkpoint_bytes):
     options = {"method": "dopri5", "dense": dense, "checkpoint_bytes": checkpoint_bytes}
     ode, policy = make(**options)
-    x = torch.randn(4, 3)
+    x = torch.randn(2, 3)
     s, along = by_hand(ode, at_times, x)
     at_times(ode, x).mean().backward()
     moved(ode)
@@ -184,11 +184,11 @@ def losses_of_ends(t, x):
 
 def test_what_an_exact_update_needs():
     ode, policy = make(curvature="exact")
-    x = torch.randn(4, 3)
+    x = torch.randn(2, 3)
     for closure, message in [
         (None, r"came without a closure for curvature='exact'; expected policy.step\(closure\)"),
         (lambda: 1.0, r"the closure of policy.step\(\) returned 1.0; expected the loss, a tensor of one number"),
-        (lambda: ode(x), r"returned a tensor of shape \(4, 3\); expected the loss"),
+        (lambda: ode(x), r"returned a tensor of shape \(2, 3\); expected the loss"),
         (lambda: plainly(ode, x).mean().detach(), "graph does not lead through the solve.*: leave out detach"),
         (lambda: torch.no_grad()(plainly)(ode, x).mean(), "graph does not lead through the solve"),
         (
@@ -206,7 +206,7 @@ def test_what_an_exact_update_needs():
 
 def test_the_first_iteration_moves_T_and_later_updates_use_the_means_since():
     (ode, policy), (other, last) = make(every=3, lr=0.4), make(every=3, lr=0.4, averaging=0.0)
-    batches, shares, watched, T = torch.randn(4, 4, 3), [], [], [torch.tensor(1.0)]
+    batches, shares, watched, T = torch.randn(4, 2, 3), [], [], [torch.tensor(1.0)]
     for x in batches:
         s, _ = by_hand(ode, plainly, x)
         shares.append(s)
@@ -229,7 +229,7 @@ def test_the_first_iteration_moves_T_and_later_updates_use_the_means_since():
 def test_Q_TT_is_a_running_mean_over_updates():
     ode, policy = make(averaging=0.75)
     total = weight = 0.0
-    for x in torch.randn(3, 4, 3):
+    for x in torch.randn(3, 2, 3):
         T, (s, _) = ode.T.clone(), by_hand(ode, plainly, x)
         total, weight = 0.75 * total + 0.25 * s.square().mean(), 0.75 * weight + 0.25
         ode.zero_grad()
@@ -239,7 +239,7 @@ def test_Q_TT_is_a_running_mean_over_updates():
 
 
 def test_each_of_several_blocks_has_a_policy_of_its_own():
-    x = torch.randn(4, 3)
+    x = torch.randn(2, 3)
     blocks = [make()[0] for _ in range(2)]
     policies = [HorizonPolicy(block, curvature="gauss_newton", lr=ETA, penalty=c, max_change=1.0) for block in blocks]
     model = nn.Sequential(blocks[0], nn.Tanh(), blocks[1])
@@ -265,8 +265,39 @@ def test_each_of_several_blocks_has_a_policy_of_its_own():
 @pytest.mark.parametrize("rule", ["feedback", "adjoint"])
 def test_an_event_before_T_leaves_T(rule):
     ode, policy = make(rule=rule)
-    time, _ = ode.until(lambda t, x: t - 0.4, torch.randn(4, 3))
+    time, _ = ode.until(lambda t, x: t - 0.4, torch.randn(2, 3))
     time.backward()
     with pytest.raises(ProblemError, match="met no backward pass through the NeuralODE since the last step"):
         policy.step()
     assert float(ode.T) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("curvature", "times"),
+    [("published", None), ("gauss_newton", [[0.2, 0.4], [1.0, 1.0]]), ("gauss_newton", None), ("exact", None)],
+)
+def test_samples_with_steps_of_their_own(curvature, times):
+    field, x, ends = Field(), torch.randn(2, 3), []
+    for error_norm in ("batch", "sample"):
+        ode = NeuralODE(copy.deepcopy(field), FreeHorizon(1.0, 0.2, 3.0), rtol=1e-10, atol=1e-10, error_norm=error_norm)
+        policy = HorizonPolicy(ode, curvature=curvature, lr=ETA, penalty=c, max_change=1.0)
+
+        def evaluate(ode=ode):
+            path = ode(x) if times is None or ode.error_norm == "batch" else ode(x, torch.tensor(times))[-1]
+            return losses(path).mean()
+
+        evaluate().backward()
+        moved(ode)
+        policy.step(evaluate)
+        ends.append(ode.T)
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-8, atol=0)
+
+
+def test_ends_of_samples_with_steps_of_their_own():
+    ode, x = NeuralODE(Field(), FreeHorizon(1.0, 0.2, 3.0), error_norm="sample"), torch.randn(2, 3)
+    policy = HorizonPolicy(ode)
+    with pytest.raises(ProblemError, match="with T = .* before the last; expected T as the last, or not at all"):
+        ode(x, torch.tensor([[0.2, 0.4], [0.8, 1.0], [1.2, 1.2]]))
+    ode(x, torch.tensor([[0.7, 1.0]]))[-1].sum().backward()
+    with pytest.raises(ProblemError, match="none that ended at T"):
+        policy.step()

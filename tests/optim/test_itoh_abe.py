@@ -141,7 +141,7 @@ def test_on_a_manifold_it_falls_too_and_stays(shape, manifold, retraction):
 
     for tau in (1e-3, 1.0, 1e3):
         optimizer = ItohAbe([U], tau, manifold=manifold, retraction=retraction)
-        for _ in range(4):
+        for _ in range(2):
             before = optimizer.step(loss).item()
             squares = optimizer.state[U]["steps"].square().sum().item() / tau
             assert before - loss().item() == pytest.approx(squares, rel=1e-7, abs=1e-12)

@@ -98,7 +98,7 @@ def test_successive_approximations_solve_a_linear_quadratic_problem():
     x, target = torch.tensor([[1.0, -2.0]]), torch.tensor([[0.5, 0.5]])
     optimizer = MSA(chain, rho=6.0, weight_decay=gamma)
     losses = []
-    for _ in range(60):
+    for _ in range(40):
 
         def evaluate():
             loss = (chain(x) - target).square().sum() / 2

@@ -48,8 +48,10 @@ OPTIONS = pytest.mark.parametrize(
 
 
 @OPTIONS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("steps", [0, 3, 12])
+@pytest.mark.parametrize(
+    ("dtype", "steps"),
+    [(torch.float32, 0), (torch.float32, 12), (torch.float64, 3), (torch.float64, 12), (torch.bfloat16, 3)],
+)
 def test_a_resumed_run_goes_on_bit_for_bit(options, steps, dtype):
     def batch(seed):
         x, y = data(seed=seed)

@@ -110,7 +110,7 @@ def test_without_feedback_it_is_the_first_order_method_bit_for_bit(curvature, op
     one, two = new().to(dtype), new().to(dtype)
     ours = OCNOpt(one, 0.01, curvature=curvature, feedback=False, **options)
     batch = lambda seed: (data(seed=seed)[0].to(dtype), data(seed=seed)[1])  # noqa: E731
-    assert train(one, ours, 30, batch=batch) == train(two, base(two.parameters(), 0.01, **theirs), 30, batch=batch)
+    assert train(one, ours, 12, batch=batch) == train(two, base(two.parameters(), 0.01, **theirs), 12, batch=batch)
     assert same(one, two)
 
 

@@ -102,9 +102,9 @@ def test_every_curvature_trains_and_resumes(curvature):
     resumed = oc.SNOpt(again)
     resumed.load_state_dict(optimizer.state_dict())
     assert resumed.curvature == curvature
-    last = train(net, optimizer, 8)
+    last = train(net, optimizer, 5)
     assert last < first
-    assert train(again, resumed, 8) == pytest.approx(last, rel=1e-9)
+    assert train(again, resumed, 5) == pytest.approx(last, rel=1e-9)
 
 
 def test_mixed_factors_are_of_both_kinds():

@@ -105,6 +105,19 @@ def test_the_state_of_another_optimiser_is_refused():
     layer = nn.Linear(3, 2)
     with pytest.raises(ProblemError, match=r"holds \['param_groups', 'state'\]; expected the state of an SNOpt"):
         gathering(layer, 0.01).load_state_dict(torch.optim.Adam(layer.parameters()).state_dict())
+    optimizer = SNOpt(layer)
+    backward(layer, torch.randn(4, 3))
+    optimizer.step()
+    others = [
+        (nn.Linear(3, 5), r"another model: weight \(2, 3\) instead of \(5, 3\), bias .*; expected .*: load it into an"),
+        (
+            nn.Linear(3, 2, bias=False),
+            r"the state holds groups of \[2\] parameters; expected \[1\] as here, 'weight': load",
+        ),
+    ]
+    for other, message in others:
+        with pytest.raises(ProblemError, match=message):
+            SNOpt(other).load_state_dict(optimizer.state_dict())
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 65536.0])
@@ -268,7 +281,7 @@ def test_weights_shared_by_modules_get_the_first_order_update():
 
 
 def test_very_wide_layers_get_the_first_order_update(monkeypatch):
-    monkeypatch.setattr("ocnopt.optim.checks.WIDEST", 3)
+    monkeypatch.setattr("ocnopt.optim.checks.MOST_OUTPUTS", 3)
     model = nn.Sequential(nn.Linear(3, 4), nn.Conv1d(4, 6, 1, groups=2))
     with pytest.warns(UserWarning, match=r"more than 3 outputs, and get the first-order update: '0.weight'$"):
         gathering(model, 0.01)

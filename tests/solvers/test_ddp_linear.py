@@ -22,7 +22,7 @@ from tests.solvers.cases import assert_converged
 
 
 class TestAffineQuadratic:
-    @settings(max_examples=10)
+    @settings(max_examples=7)
     @given(seed=st.integers(0, 10_000), n=st.integers(1, 3), m=st.integers(1, 3), q=st.integers(0, 2))
     def test_one_iteration_is_the_solution(self, seed, n, m, q):
         lq = random_affine_quadratic(seed, 8, n, m, q)

@@ -116,11 +116,11 @@ class TestFreeHorizon:
         )
 
     def test_against_the_best_of_all_fixed_horizons(self):
-        free = solve(self.fixed_or_free(FreeHorizon(1.0, 0.2, 8.0)), steps=15)
+        free = solve(self.fixed_or_free(FreeHorizon(1.0, 0.2, 8.0)), steps=6)
         assert_converged(free)
 
         def cost(end):
-            return solve(self.fixed_or_free(float(end)), steps=15, kernel="torch").cost.item()
+            return solve(self.fixed_or_free(float(end)), steps=6, kernel="torch").cost.item()
 
         best = scipy.optimize.minimize_scalar(cost, bracket=(1.5, 2.0, 3.0), tol=1e-9)
         assert_close(free.cost, best.fun, rtol=1e-10)

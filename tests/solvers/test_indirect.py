@@ -178,9 +178,9 @@ def test_multipliers_are_those_of_the_other_solvers():
 
 def test_bounds_on_the_control():
     problem = swing(control_bounds=(-1.0, 1.0))
-    solution = oc.solve(problem, "indirect", steps=50)
+    solution = oc.solve(problem, "indirect", steps=30)
     check(solution)
-    fine = [float(oc.solve(problem, steps=steps).cost) for steps in (200, 400)]
+    fine = [float(oc.solve(problem, steps=steps).cost) for steps in (60, 120)]
     assert abs(float(solution.cost) - fine[1]) < abs(fine[0] - fine[1])
     assert float(solution.controls.abs().max()) == 1.0
 

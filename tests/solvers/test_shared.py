@@ -91,7 +91,7 @@ def test_one_gauss_newton_sweep_is_the_dense_step():
 
 def test_a_network_is_trained_by_the_same_call():
     problem, _ = training()
-    solution = solve(problem, steps=4, curvature="gauss_newton", max_iterations=60, shared_parameters=True)
+    solution = solve(problem, steps=4, curvature="gauss_newton", max_iterations=25, shared_parameters=True)
     history = solution.history["cost"]
     assert float(solution.cost.sum()) < 0.05 * float(history[0, 0])
     torch.testing.assert_close(history[-1, 0], solution.cost.sum())
