@@ -1,6 +1,6 @@
 """Run the measurements and print them.
 
-python -m tests.benchmarks [PART ...] [--quick] [--full] [--against PATH], where PART is one of
+python -m tests.benchmarks [PART ...] [--quick] [--full] [--against PATH] [--keep FILE], where PART is one of
 
     iterations memory race horizon engines layerwise control starts batch scaling mpc_pytorch gradients mpc versions
 
@@ -274,14 +274,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; all of them if none is named")
     parser.add_argument("--quick", action="store_true", help="fewer repeats, one seed, small N")
-    parser.add_argument("--full", action="store_true", help="batches of 8192 too")
+    parser.add_argument("--full", action="store_true", help="batches of 8192 too, more seeds")
     parser.add_argument("--against", type=Path, metavar="PATH", help="a checkout of another version, for `versions`")
+    parser.add_argument("--keep", type=Path, metavar="FILE", help="of ended runs, with which `race` goes on")
     found = parser.parse_args()
     if unknown := [part for part in found.parts if part not in PARTS]:
         parser.error(f"no part is called {', '.join(unknown)}; expected any of {', '.join(PARTS)}")
     torch.set_num_threads(1)
     for name in found.parts or PARTS:
-        PARTS[name](Options(found.quick, found.full, found.against))
+        PARTS[name](Options(found.quick, found.full, found.against, found.keep))
 
 
 if __name__ == "__main__":

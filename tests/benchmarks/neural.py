@@ -22,10 +22,11 @@ def show_memory(options: Options) -> None:
 
 def show_race(options: Options) -> None:
     """Time to Adam's final loss: SNOpt as it comes against tuned opponents."""
+    kept = race.Kept(options.kept)
     for name, workload in race.WORKLOADS.items():
         if options.quick and name not in race.QUICK:
             continue
-        found = race.race_all(workload, 1 if options.quick else 5 if options.full else 2)
+        found = race.race_all(workload, 1 if options.quick else 5 if options.full else 2, kept=kept)
         rows = []
         for method, courses in found.items():
             ratios = [course.ratio for course in courses]
@@ -47,6 +48,33 @@ def show_race(options: Options) -> None:
             "processor, over Adam's whole run; loss, first metric of the test part and evaluations in all at the end; "
             "lr: of Adam and the opponents the best of three on seed 0, of L-BFGS 1",
         )
+        if options.full:
+            _show_further(name, workload, found, kept)
+
+
+def _show_further(name: str, workload: race.Workload, found: dict[str, list[race.Finish]], kept: race.Kept) -> None:
+    show(
+        f"{name}: with three times the iterations, seed 0",
+        ["method", "lr", "time", "loss", "test", "evaluations"],
+        [
+            [
+                *(end.optimizer, f"{end.lr:g}", "-" if end.ratio is None else f"{end.ratio:.2f}"),
+                *(f"{end.loss:.3g}", f"{end.metric:.4g}", str(end.evaluations)),
+            ]
+            for end in race.go_on(workload, found, kept)
+        ],
+        "time: until the loss that Adam ends with, over Adam's",
+    )
+    ends = race.repeat(workload, 10, kept)
+    show(
+        f"{name}: SNOpt on ten seeds",
+        ["", "lowest", "highest"],
+        [
+            ["loss", *(f"{limit(end.loss for end in ends):.3g}" for limit in (min, max))],
+            ["test", *(f"{limit(end.metric for end in ends):.4g}" for limit in (min, max))],
+        ],
+        "infinite where a run diverged",
+    )
 
 
 def show_horizon(options: Options) -> None:

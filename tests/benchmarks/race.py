@@ -3,9 +3,11 @@
 L-BFGS sees the whole training part at every iteration, on flows with new noise at every evaluation of its line search.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from functools import cache
 from math import exp, inf, log, nan
+from pathlib import Path
 from statistics import mean
 from time import process_time
 from typing import NamedTuple
@@ -74,6 +76,22 @@ class Course(NamedTuple):
         return next((k for k, loss in enumerate(self.means, 1) if k >= WINDOW and loss <= target), None)
 
 
+class Kept:
+    """Runs that have ended, a line of a file for each, so that a measurement that was interrupted goes on."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        lines = path.read_text().splitlines() if path is not None and path.exists() else []
+        self.courses = {tuple(key): Course(*course) for key, course in map(json.loads, lines)}
+
+    def add(self, key: tuple[str | float, ...], course: Course) -> None:
+        """Remember one more."""
+        self.courses[key] = course
+        if self.path is not None:
+            with self.path.open("a") as file:
+                file.write(json.dumps([key, course]) + "\n")
+
+
 class Finish(NamedTuple):
     """One optimiser on one seed: when it first was as low as Adam in the end (None: never), and where it ended."""
 
@@ -93,7 +111,7 @@ def task(problem: str) -> Task:
 
 
 def race(
-    workload: Workload, seed: int, rates: Sequence[tuple[str, float]], iterations: int | None = None
+    workload: Workload, seed: int, rates: Sequence[tuple[str, float]], iterations: int, kept: Kept
 ) -> dict[tuple[str, float], Course]:
     """Train from the same weights, an iteration of each in turn.
 
@@ -101,27 +119,31 @@ def race(
         workload: what to train.
         seed: of weights and order.
         rates: optimisers and learning rates; the times of those behind the first are limited by its own.
-        iterations: the workload's own if None.
+        iterations: of all but those whose time is up.
+        kept: those that it has are taken from there.
     """
-    wanted, record = iterations or workload.iterations, learning_task(workload.problem)
-    data = task(workload.problem)
-    courses = {pair: Course([], [], [], nan, lost=False) for pair in rates}
-    runs = {pair: _start(data, record.batch_size, seed, pair, wanted, courses[pair]) for pair in rates}
-    lost = set()
+    record, data = learning_task(workload.problem), task(workload.problem)
+    keys = {pair: (workload.problem, iterations, seed, *pair) for pair in rates}
+    courses = {pair: kept.courses.get(key, Course([], [], [], nan, lost=False)) for pair, key in keys.items()}
+    first = courses[rates[0]].seconds
+    runs = {
+        pair: _start(data, record.batch_size, seed, pair, iterations, courses[pair])
+        for pair, key in keys.items()
+        if key not in kept.courses
+    }
     while runs:
-        first = courses[rates[0]].seconds
-        limit = PATIENCE * first[-1] if len(first) == wanted else inf
+        limit = PATIENCE * first[-1] if len(first) == iterations else inf
         for pair, (trainer, steps) in [*runs.items()]:
             try:
-                is_over = next(steps, True) or courses[pair].seconds[-1] > limit
+                is_over, is_lost = next(steps, True) or courses[pair].seconds[-1] > limit, False
             except (OcnoptError, torch.linalg.LinAlgError):
-                del runs[pair]
-                lost.add(pair)
-                continue
+                is_over = is_lost = True
             if is_over:
                 del runs[pair]
-                courses[pair] = courses[pair]._replace(metric=_metric(data, trainer))
-    return {pair: course._replace(lost=pair in lost) for pair, course in courses.items()}
+                metric = nan if is_lost else _metric(data, trainer)
+                courses[pair] = courses[pair]._replace(metric=metric, lost=is_lost)
+                kept.add(keys[pair], courses[pair])
+    return courses
 
 
 def _start(
@@ -154,25 +176,45 @@ def _metric(data: Task, trainer: Trainer) -> float:
         return nan
 
 
-def race_all(workload: Workload, seeds: int, iterations: int | None = None) -> dict[str, list[Finish]]:
+def race_all(
+    workload: Workload, seeds: int, iterations: int | None = None, kept: Kept | None = None
+) -> dict[str, list[Finish]]:
     """Every optimiser that is installed on every seed, at the learning rate that was best on the first.
 
     Args:
         workload: what to train.
         seeds: how many of them.
         iterations: the workload's own if None.
+        kept: runs that have ended before.
     """
+    budget, kept = iterations or workload.iterations, kept or Kept()
     names = [name for name in RATES if name in OPTIMIZERS]
     pairs = [(name, lr) for name in names for lr in RATES[name]]
     found: dict[str, list[Finish]] = {name: [] for name in names}
     for seed in range(seeds):
-        courses = race(workload, seed, pairs, iterations)
+        courses = race(workload, seed, pairs, budget, kept)
         if not seed:
             pairs = [min((p for p in pairs if p[0] == name), key=lambda pair: courses[pair].end) for name in names]
         adam = courses[pairs[0]]
         for pair in pairs:
             found[pair[0]].append(finish(pair, courses[pair], adam))
     return found
+
+
+def go_on(workload: Workload, found: dict[str, list[Finish]], kept: Kept) -> list[Finish]:
+    """Adam, SNOpt and the opponent that ended lowest, with three times the iterations, on the first seed."""
+    rivals = [name for name in found if name not in {"adam", "snopt", "lbfgs"}]
+    names = ["adam", "snopt", *([min(rivals, key=lambda name: found[name][0].loss)] if rivals else [])]
+    pairs = [(name, found[name][0].lr) for name in names]
+    courses = race(workload, 0, pairs, 3 * workload.iterations, kept)
+    return [finish(pair, courses[pair], courses[pairs[0]]) for pair in pairs]
+
+
+def repeat(workload: Workload, seeds: int, kept: Kept) -> list[Finish]:
+    """SNOpt as it comes, on many seeds; ratios are of its own time."""
+    pair = ("snopt", RATES["snopt"][0])
+    courses = [race(workload, seed, [pair], workload.iterations, kept)[pair] for seed in range(seeds)]
+    return [finish(pair, course, course) for course in courses]
 
 
 def finish(pair: tuple[str, float], course: Course, adam: Course) -> Finish:

@@ -19,6 +19,7 @@ class Options(NamedTuple):
     quick: bool = False
     full: bool = False
     against: Path | None = None
+    kept: Path | None = None
 
 
 def most(limit: float | None) -> str:

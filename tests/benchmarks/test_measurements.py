@@ -30,9 +30,14 @@ def test_memory():
     assert min(memory.measure(iterations=1).values()) > 1_000_000
 
 
-def test_race():
-    found = race.race_all(race.WORKLOADS["mlp"], seeds=1, iterations=race.WINDOW)
+def test_race(tmp_path):
+    kept = race.Kept(tmp_path / "runs")
+    found = race.race_all(race.WORKLOADS["mlp"], seeds=1, iterations=race.WINDOW, kept=kept)
     assert all(finish.evaluations > 0 for (finish,) in found.values())
+    again = race.Kept(tmp_path / "runs")
+    assert again.courses.keys() == kept.courses.keys()
+    # goes on where it was interrupted: the times of a second run would be others
+    assert race.race_all(race.WORKLOADS["mlp"], seeds=1, iterations=race.WINDOW, kept=again) == found
 
 
 def test_when_a_race_is_over():
