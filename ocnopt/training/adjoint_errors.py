@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from statistics import median
 from time import process_time
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -88,18 +88,21 @@ class Case:
         problem = from_module(self.field, lambda t, x: each(x), initial_state=self.x, horizon=1.0)
         return [hvp(problem, None, self.direction, rtol=tolerance, atol=tolerance)]
 
-    def factors(self, layer: NeuralODE) -> list[Tensor]:
+    def factors(self, layer: nn.Module) -> list[Tensor]:
         """Both factors of every linear layer of the field."""
-        linear = {module: True for module in self.field.modules() if isinstance(module, nn.Linear)}
+        linear: dict[nn.Module, bool] = {
+            module: True for module in self.field.modules() if isinstance(module, nn.Linear)
+        }
         collector = Collector(linear, linear)
-        handles = [*collector.attach(), layer.observe(collector)]
+        handles = [*collector.attach(), cast(NeuralODE, layer).observe(collector)]
         self.loss(layer(self.x)).backward()
         samples = collector.take()
         for handle in handles:
             handle.remove()
         for parameter in self.p:
             parameter.grad = None
-        return [part[0].mT @ part[0] / part.shape[1] for layer_ in linear for part in samples[layer_]]
+        seen = [part[0] for module in linear for part in samples[module]]  # of one group each
+        return [part.mT @ part / len(part) for part in seen]
 
 
 class Backward(nn.Module):

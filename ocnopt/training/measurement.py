@@ -130,7 +130,7 @@ def middle(lines: Lines, key: str, **wanted: Any) -> float | None:
         (2.0, None)
     """
     values = [line[key] for line in chosen(lines, **wanted) if line.get(key) is not None]
-    return median(values) if values else None
+    return float(median(values)) if values else None
 
 
 def cell(value: float | None, form: str = ".3g") -> str:

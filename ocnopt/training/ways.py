@@ -82,11 +82,11 @@ def by(
     return NeuralODE(field, method=method, adjoint=way, steps=steps, rtol=rtol, atol=atol, **options)
 
 
-def parts(model: nn.Sequential) -> tuple[nn.Sequential, NeuralODE, nn.Sequential]:
+def parts(model: Any) -> tuple[Any, NeuralODE, Any]:
     """What comes before the one Neural ODE of a chain, itself, and what follows.
 
     Args:
-        model: a chain.
+        model: an ``nn.Sequential``.
     """
     place, ode = next((i, module) for i, module in enumerate(model) if isinstance(module, NeuralODE))
     return model[:place], ode, model[place + 1 :]
