@@ -15,6 +15,7 @@ from torch import nn
 from ocnopt.optim.snopt import SNOpt
 from ocnopt.problems import Task, learning_task
 from ocnopt.solvers.plotting import finish, legend, panels, styled
+from ocnopt.training.curves import plain_numbers
 from ocnopt.training.measurement import Drawn, Line, Lines, Measurement, Sheet, cell, distinct, middle
 from ocnopt.training.memory import PeakMemory
 from ocnopt.training.ways import CONTINUOUS, DISCRETE, ODEINT, ODEINT_ADJOINT, by, parts
@@ -125,6 +126,7 @@ def draw(lines: Lines) -> list[Drawn]:
         axis.loglog(steps, values, **look, marker="o", ms=4, label=way)
     axis.set_xticks(steps, [str(count) for count in steps])
     axis.minorticks_off()
+    plain_numbers(axis.yaxis)
     finish(axis, "steps of the solve", "peak memory of an iteration (MB)")
     legend(figure, axis)
     return [Drawn("memory", figure, "Peak memory of a training iteration against the depth of its solve.")]

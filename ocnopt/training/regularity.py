@@ -75,7 +75,7 @@ def regularity(ode: NeuralODE, x: Tensor, *, nodes: int = 8, seed: int = 0) -> R
         (along,) = torch.autograd.grad(slope, point, signs)
         kinetic += weight * slope.detach().square().mean().item()
         jacobian += weight * along.square().mean().item()
-    return Regularity(evaluations, kinetic, jacobian)
+    return Regularity(evaluations, float(kinetic), float(jacobian))
 
 
 def measure(seed: int, quick: bool) -> Iterator[Line]:
