@@ -52,7 +52,11 @@ _ALL = (
         "integration-time",
         "T fixed, by the adjoint baseline, and by the feedback rule",
         ("digits",),
-        (Method("snopt"), Method("snopt", "adjoint", settings={"horizon_lr": 0.03}), Method("snopt", "feedback")),
+        (
+            *_methods("adam", "snopt"),
+            Method("snopt", "adjoint", settings={"horizon_lr": 0.03}),
+            Method("snopt", "feedback"),
+        ),
         seeds=2,
     ),
     Study(
