@@ -11,7 +11,6 @@ Liu, Chen, Theodorou, arXiv 2109.14158.
 
 from collections.abc import Iterator
 from dataclasses import replace
-from math import exp
 from typing import Any, NamedTuple
 
 import numpy as np

@@ -42,7 +42,7 @@ _ALL = (
     ),
     Study(
         "optimizers",
-        "SNOpt against Adam, SGD, Muon, SOAP and L-BFGS on five workloads, over a factor 30 of learning rates",
+        "SNOpt against Adam, SGD, Muon, SOAP, L-BFGS and its published settings, over a factor 30 of learning rates",
         ("digits_ode", "breast_cancer_flow", "circles_flow", "digits", "japanese_vowels"),
         (*_methods("adam", "snopt", "soap", "muon", "sgd", "lbfgs"), PUBLISHED),
         SPAN,
