@@ -212,6 +212,7 @@ def train(
     epilog=_examples(
         "ocnopt study",
         "ocnopt study digits-feedback --quick",
+        "ocnopt study adjoints --seeds 1",
         "ocnopt study tables-feedback --optimizer adam --optimizer snopt --jobs 2 --out runs/tables",
         "ocnopt study --resume runs/tables",
     )
@@ -229,7 +230,7 @@ def study(
         int | None, typer.Option(min=1, help="The problems' own if not given.", show_default=False)
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Two seeds, two learning rates and one epoch, unless said otherwise.")
+        bool, typer.Option("--quick", help="Two seeds, two learning rates, one epoch; a small measurement.")
     ] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Processes; each takes a task and a seed at a time.")] = 1,
     out: Out = None,

@@ -11,16 +11,18 @@ from typing import Any
 from rich.console import Console
 
 from ocnopt.cli.learning import draw_model, draw_training, progress_bar
+from ocnopt.cli.measured import measurement_request, run_measured
 from ocnopt.cli.report import Image, Section, write_report
-from ocnopt.cli.tables import BREAK, Table, show
+from ocnopt.cli.tables import BREAK, Table, show, to_markdown
 from ocnopt.errors import DataError
 from ocnopt.optim.registry import OPTIMIZERS
 from ocnopt.problems import learning_task
-from ocnopt.runs import RunFolder
+from ocnopt.runs import RunFolder, write_atomically
 from ocnopt.training import Outcome, Study, curves, open_trainer, run_study
+from ocnopt.training.measurement import Measurement
 from ocnopt.training.memory import peak_bytes
 from ocnopt.training.metrics import metric_scale, metric_title, reaches, tested
-from ocnopt.training.studies import STUDIES, study, with_methods
+from ocnopt.training.studies import MEASUREMENTS, STUDIES, study, with_methods
 from ocnopt.training.study import Progress, best, run_folder, spread
 
 
@@ -39,6 +41,9 @@ def study_request(
     Raises:
         ProblemError: no such study or optimiser.
     """
+    if name in MEASUREMENTS:
+        others = {"optimizers": optimizers, "epochs": epochs}
+        return measurement_request(MEASUREMENTS[name], quick=quick, seeds=seeds, **others)
     asked = study(name) if optimizers is None else with_methods(study(name), optimizers)
     asked = asked.quick() if quick else asked
     asked = replace(asked, seeds=seeds or asked.seeds, epochs=epochs or asked.epochs)
@@ -49,6 +54,7 @@ def study_request(
 def study_tables() -> list[Table]:
     """The studies and the optimisers that there are."""
     studies = [(each.name, f"{each.summary}: {', '.join(each.problems)}") for each in STUDIES.values()]
+    studies += [(each.name, f"{each.summary}: {each.problem}") for each in MEASUREMENTS.values()]
     optimizers = [(each.name, each.summary) for each in OPTIMIZERS.values()]
     return [
         Table("", ("study", "what"), studies, text=True),
@@ -70,6 +76,11 @@ def run_by_folder(folder: RunFolder, console: Console, jobs: int) -> dict[str, A
     Raises:
         DataError: the folder was made by another version.
     """
+    if folder.config.get("problem") in MEASUREMENTS:
+        measured = MEASUREMENTS[folder.config["problem"]]
+        sections, answer = run_measured(measured, folder, console, jobs)
+        _write(folder, measured, sections)
+        return answer
     asked = folder.entry("study", Study.read)
     if folder.config.get("rates") != asked.rates:
         raise DataError(
@@ -77,11 +88,18 @@ def run_by_folder(folder: RunFolder, console: Console, jobs: int) -> dict[str, A
             "those of this version: start a new study, or continue with the version of ocnopt that began this one"
         )
     sections, found = report(asked, folder, console, jobs)
-    write_report(folder.path, f"Study {asked.name}", asked.summary, sections)
+    _write(folder, asked, sections)
     leaders = [leader for problem in asked.problems for leader in best(found, problem)]
     rates = [{"problem": each.problem, "method": each.method.name, "lr": each.config.lr} for each in leaders]
     runs = [line for outcome in found for line in outcome.lines()]
     return {"study": asked.name, "best": rates, "runs": runs, "folder": str(folder.path)}
+
+
+def _write(folder: RunFolder, asked: Study | Measurement, sections: Sequence[Section]) -> None:
+    """The page, and its tables as text that can be pasted."""
+    write_report(folder.path, f"Study {asked.name}", asked.summary, sections)
+    tables = [to_markdown(table) for section in sections for table in section.tables]
+    write_atomically(folder.path / "tables.md", "\n".join(tables).encode())
 
 
 def report(asked: Study, folder: RunFolder, console: Console, jobs: int = 1) -> tuple[list[Section], list[Outcome]]:

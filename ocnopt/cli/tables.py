@@ -128,6 +128,32 @@ def to_html(table: Table) -> str:
     return f"<div class=scroll><table{kind}>\n{f'<tr>{head}</tr>' if head else ''}\n{rows}\n</table></div>{note}"
 
 
+def to_markdown(table: Table) -> str:
+    """The table as markdown, with its title and its note.
+
+    Args:
+        table: what.
+
+    Example:
+        >>> print(to_markdown(Table("sums", ("of", "is"), [("1 + 1", "2")], note="Exact.")))
+        **sums**
+        <BLANKLINE>
+        | of | is |
+        |---|---:|
+        | 1 + 1 | 2 |
+        <BLANKLINE>
+        Exact.
+        <BLANKLINE>
+    """
+
+    def row(cells: Sequence[str]) -> str:
+        return f"| {' | '.join(text.replace(BREAK, ' ').replace('|', chr(92) + '|') for text in cells)} |"
+
+    kinds = ["---", *(["---"] if table.text else ["---:"]) * (len(table.head) - 1)]
+    lines = [f"**{table.title}**", "", row(table.head), f"|{'|'.join(kinds)}|", *map(row, table.rows), ""]
+    return BREAK.join([*lines, *([table.note, ""] if table.note else [])])
+
+
 def to_json(value: Any) -> str:
     """Plain values as JSON, which has no NaN and no infinity; null stands for them.
 

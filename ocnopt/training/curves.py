@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
@@ -122,7 +123,7 @@ def draw_rates(losses: Mapping[str, Mapping[float, Sequence[float]]]) -> Figure:
         lost = [rate for rate, mean in zip(rates, means, strict=True) if np.isnan(mean)]
         edge = axis.get_xaxis_transform()
         axis.plot(lost, [1.0] * len(lost), "x", color=look["color"], transform=edge, clip_on=False)
-    _plain_numbers(axis)
+    plain_numbers(axis.yaxis)
     finish(axis, "learning rate", "final training loss")
     legend(figure, axis)
     return figure
@@ -131,7 +132,7 @@ def draw_rates(losses: Mapping[str, Mapping[float, Sequence[float]]]) -> Figure:
 def _loss_curves(axis: Axes, runs: Runs, window: int, against: str) -> None:
     _draw(axis, runs, lambda metrics: (_column(metrics, against), smooth(_column(metrics, "loss"), window)))
     axis.set_yscale("log")
-    _plain_numbers(axis)
+    plain_numbers(axis.yaxis)
     axis.set_xlim(left=0)
 
 
@@ -154,11 +155,15 @@ def _any_line(runs: Runs) -> Mapping[str, Any]:
     return next(iter(lines), {})
 
 
-def _plain_numbers(axis: Axes) -> None:
-    """A logarithmic loss axis with 1, 2, 5 instead of powers of ten."""
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axis.yaxis.set_minor_formatter(NullFormatter())
+def plain_numbers(axis: Axis) -> None:
+    """A logarithmic axis with 1, 2, 5 instead of powers of ten.
+
+    Args:
+        axis: the x or the y of a panel.
+    """
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _column(metrics: Metrics, name: str) -> list[int | float]:

@@ -7,6 +7,9 @@ from ocnopt.checks import nearest
 from ocnopt.errors import ProblemError
 from ocnopt.optim.registry import OPTIMIZERS, optimizer
 from ocnopt.problems import names
+from ocnopt.training.adjoint_errors import ADJOINTS
+from ocnopt.training.memory_depth import MEMORY
+from ocnopt.training.regularity import PUBLISHED, REGULARITY
 from ocnopt.training.study import SPAN, Method, Study
 
 FIRST_ORDER = ("adam", "sgd-plain", "sgd", "rmsprop")
@@ -39,11 +42,22 @@ _ALL = (
     ),
     Study(
         "optimizers",
-        "SNOpt against Adam, SGD, Muon, SOAP and L-BFGS on five workloads, over a factor 30 of learning rates",
+        "SNOpt against Adam, SGD, Muon, SOAP, L-BFGS and its published settings, over a factor 30 of learning rates",
         ("digits_ode", "breast_cancer_flow", "circles_flow", "digits", "japanese_vowels"),
-        _methods("adam", "snopt", "soap", "muon", "sgd", "lbfgs"),
+        (*_methods("adam", "snopt", "soap", "muon", "sgd", "lbfgs"), PUBLISHED),
         SPAN,
         seeds=3,
+    ),
+    Study(
+        "integration-time",
+        "T fixed, by the adjoint baseline, and by the feedback rule",
+        ("digits",),
+        (
+            *_methods("adam", "snopt"),
+            Method("snopt", "adjoint", settings={"horizon_lr": 0.03}),
+            Method("snopt", "feedback"),
+        ),
+        seeds=2,
     ),
     Study(
         "digits-feedback",
@@ -97,6 +111,7 @@ def _known(study: Study) -> Study:
     )
 
 
+MEASUREMENTS = {measured.name: measured for measured in (ADJOINTS, MEMORY, REGULARITY)}
 STUDIES = {study.name: study for study in map(_known, _ALL) if study.problems}
 
 
@@ -114,8 +129,8 @@ def study(name: str) -> Study:
         ('digits_sigmoid',)
     """
     if name not in STUDIES:
-        known = ", ".join(STUDIES)
-        raise ProblemError(f"no study is called {name!r}{nearest(name, STUDIES)}; expected one of: {known}")
+        known = (*STUDIES, *MEASUREMENTS)
+        raise ProblemError(f"no study is called {name!r}{nearest(name, known)}; expected one of: {', '.join(known)}")
     return STUDIES[name]
 
 

@@ -40,6 +40,8 @@ class Method:
         model: options of the problem's model.
         lr: learning rate; the problem's tuned one, else the optimiser's own, if None.
         title: in tables and legends; made of the rest if empty.
+        variant: a word that tells it from others by the same optimiser.
+        settings: further fields of :class:`ocnopt.training.trainer.TrainConfig`, such as ``options``.
     """
 
     optimizer: str
@@ -47,6 +49,8 @@ class Method:
     model: Mapping[str, Any] = field(default_factory=dict)
     lr: float | None = None
     title: str = ""
+    variant: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -56,8 +60,8 @@ class Method:
             >>> Method("snopt", "feedback").name
             'snopt-feedback'
         """
-        rule = () if self.horizon == "fixed" else (self.horizon,)
-        return "-".join([self.optimizer, *rule, *map(str, self.model.values())])
+        words = (self.variant, "" if self.horizon == "fixed" else self.horizon)
+        return "-".join([self.optimizer, *filter(None, words), *map(str, self.model.values())])
 
     @property
     def label(self) -> str:
@@ -67,8 +71,9 @@ class Method:
             >>> Method("snopt", "feedback").label
             'SNOpt + feedback T'
         """
-        rule = "" if self.horizon == "fixed" else f" + {self.horizon} T"
-        return self.title or " ".join([f"{optimizer(self.optimizer).label}{rule}", *map(str, self.model.values())])
+        rule = "" if self.horizon == "fixed" else f"+ {self.horizon} T"
+        words = filter(None, [optimizer(self.optimizer).label, self.variant, rule])
+        return self.title or " ".join([*words, *map(str, self.model.values())])
 
 
 @dataclass(frozen=True)
@@ -144,6 +149,7 @@ class Study:
                     checkpoint_every=max(20, epoch),
                     seed=seed,
                     model=dict(method.model),
+                    **method.settings,
                 ),
             )
             for method in self.methods

@@ -13,7 +13,7 @@ left out.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from time import perf_counter
 from typing import Any, cast
 
@@ -56,6 +56,7 @@ class TrainConfig:
         checkpoint_every: iterations between checkpoints.
         seed: of the weights, the order of the samples and whatever the model draws.
         model: options of the problem's model.
+        options: of the optimiser, beside those that its name stands for.
 
     Raises:
         ProblemError: an unknown name or a number out of range.
@@ -73,6 +74,7 @@ class TrainConfig:
     checkpoint_every: int = 20
     seed: int = 0
     model: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         optimizer(self.optimizer)
@@ -119,7 +121,7 @@ class Trainer:
             self.model = _make_model(task, {**config.model, **moves})
             self._random_state = torch.get_rng_state()
         self._solves = _Solves(self.model)
-        self.optimizer = optimizer(config.optimizer).build(self.model, config.lr)
+        self.optimizer = _make_optimizer(self.model, config)
         self.policies = _policies(self.model, task, config)
 
     @property
@@ -275,6 +277,19 @@ def _make_model(task: Task, options: dict[str, Any]) -> nn.Module:
         raise ProblemError(
             f"the model of {task.name} does not take the options {', '.join(options)} ({error}); expected options of "
             "its constructor: leave out what it does not know"
+        ) from error
+
+
+def _make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    record = optimizer(config.optimizer)
+    try:
+        return replace(record, options={**record.options, **config.options}).build(model, config.lr)
+    except TypeError as error:
+        if not config.options:
+            raise
+        raise ProblemError(
+            f"{record.label} does not take the options {', '.join(config.options)} ({error}); expected options of "
+            f"{record.class_name}: leave out what it does not know"
         ) from error
 
 

@@ -11,8 +11,8 @@ from ocnopt.errors import NonFiniteError
 from ocnopt.optim.registry import OPTIMIZERS
 from ocnopt.problems import Picture, Task, learning_task
 from ocnopt.runs import RunFolder
-from ocnopt.training import Method
-from ocnopt.training.studies import STUDIES
+from ocnopt.training import Method, memory_depth
+from ocnopt.training.studies import MEASUREMENTS, STUDIES
 
 STUDY = ["study", "tables-feedback", "--quick", "--epochs=2", "--optimizer=adam", "--optimizer=sgd-plain"]
 
@@ -20,7 +20,7 @@ STUDY = ["study", "tables-feedback", "--quick", "--epochs=2", "--optimizer=adam"
 def test_without_a_name_all_are_listed(narrow):
     code, output = narrow("study")
     assert code == 0
-    assert all(name in output for name in (*STUDIES, *OPTIMIZERS))
+    assert all(name in output for name in (*STUDIES, *MEASUREMENTS, *OPTIMIZERS))
     assert all(len(line) <= 60 for line in output.splitlines())
 
 
@@ -169,4 +169,71 @@ def test_a_rule_for_no_horizon(run, tmp_path, problem):
     assert f"T came for the model of {problem}, which has 0 Neural ODEs; expected one at least: use --horizon" in words
     assert "run folder" not in words
     assert "unexpected keyword" not in words
+    assert not (tmp_path / "here").exists()
+
+
+CANNED = {
+    "adjoints": [
+        {"method": method, "quantity": quantity, "way": way, "to_solve": off, "to_flow": 1e-4, "ms": 12.3456}
+        for method in ("rk4", "implicit_adams", "dopri5")
+        for quantity, way, off in (
+            ("gradient", "torchdiffeq odeint_adjoint", 2e-5),
+            ("gradient", "discrete", 0.0),
+            ("Hessian times v", "recursive", 0.1),
+            ("Hessian times v", "discrete", 0.0),
+            ("Hessian times v", "single", None),
+            ("Kronecker factors", "single", None),
+        )
+    ],
+    "memory": [
+        {"steps": steps, "way": way, "bytes": 1_000_000 * steps, "ms": 1.0}
+        for steps in (10, 160)
+        for way in memory_depth.WAYS
+    ],
+    "regularity": [
+        {"method": method, "iteration": i, "evaluations": 14, "tight": 50 + i, "kinetic": 0.5 * i, "jacobian": 0.25}
+        | {"loss": i or None, "accuracy": 0.5}
+        for i in (0, 11, 22)
+        for method in ("Adam", "SNOpt")
+    ],
+}
+SAID = {
+    "adjoints": "off by 1.0e-04 in second derivatives, 1 times its error in the gradient",
+    "memory": "From 10 to 160 steps the memory of back-propagation grows 16 times",
+    "regularity": "a solve at 1e-06 takes Adam 72, SNOpt 72 evaluations; kinetic energy: Adam 11",
+}
+
+
+@pytest.mark.parametrize("name", CANNED)
+def test_a_study_that_measures(narrow, monkeypatch, tmp_path, name):
+    asked = replace(MEASUREMENTS[name], measure=lambda seed, quick: iter(CANNED[name]))
+    monkeypatch.setitem(MEASUREMENTS, name, asked)
+    code, output = narrow("study", name, "--quick", "--out=here")
+    assert code == 0
+    assert SAID[name] in " ".join(output.split())
+    assert all(len(line) <= 80 or line.startswith("report:") for line in output.splitlines())
+    drawn = [f"plots/{path.name}" for path in (tmp_path / "here" / "plots").iterdir()]
+    assert len(drawn) == 1
+    assert drawn[0] in (tmp_path / "here" / "report.html").read_text()
+    written = (tmp_path / "here" / "tables.md").read_text()
+    assert all(f"**{sheet.title}**" in written for sheet in asked.sheets(CANNED[name]))
+
+    assert narrow("study", "--resume=here", "--json")[0] == 0
+    result = json.loads(narrow.stdout)
+    assert result["lines"] == [{"seed": 0, **line} for line in CANNED[name]]
+    assert SAID[name] in result["says"]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--optimizer=adam", "--optimizer came with the study adjoints, which measures what it names; expected none"),
+        ("--epochs=2", "--epochs came with the study adjoints"),
+        ("--jobs=2", "--jobs 2 came with the study adjoints, whose times would disturb one another; expected one"),
+    ],
+)
+def test_what_a_study_that_measures_does_not_take(run, tmp_path, option, message):
+    code, output = run("study", "adjoints", option, "--out=here")
+    assert code == main.MISTAKE
+    assert message in " ".join(output.split())
     assert not (tmp_path / "here").exists()
