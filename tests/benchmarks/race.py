@@ -21,7 +21,7 @@ from ocnopt.problems import Task, learning_task
 from ocnopt.training import TrainConfig, Trainer
 
 WINDOW = 8  # batches whose mean loss is looked at
-PATIENCE = 2.5  # times of Adam's, after which an opponent is stopped
+PATIENCE = 2.5  # times of Adam's, which no opponent gets more of
 MOST = 2000  # evaluations of a solve, which fields that explode pass soon
 
 
@@ -132,10 +132,12 @@ def race(
         if key not in kept.courses
     }
     while runs:
-        limit = PATIENCE * first[-1] if len(first) == iterations else inf
         for pair, (trainer, steps) in [*runs.items()]:
+            is_late = sum(courses[pair].seconds[-1:]) > PATIENCE * sum(first[-1:]) and pair != rates[0]
+            if is_late and rates[0] in runs:
+                continue  # until Adam has caught up
             try:
-                is_over, is_lost = next(steps, True) or courses[pair].seconds[-1] > limit, False
+                is_over, is_lost = is_late or bool(next(steps, True)), False
             except (OcnoptError, torch.linalg.LinAlgError):
                 is_over = is_lost = True
             if is_over:
