@@ -55,6 +55,11 @@ class Block(NamedTuple):
         return {self.weight: weight.contiguous(), self.bias: bias.contiguous()}
 
 
+def names_of(model: nn.Module) -> dict[Tensor, str]:
+    """The names of a model's parameters."""
+    return {parameter: name for name, parameter in model.named_parameters()}
+
+
 def is_live(parameter: Tensor) -> bool:
     """Whether a parameter is trained at present."""
     return parameter.requires_grad

@@ -10,6 +10,7 @@ one second moment per row. The rule as a whole is in :mod:`ocnopt.optim.snopt`.
 Source: George et al., arXiv 1806.03884.
 """
 
+import math
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ocnopt.differential.kronecker import Samples, working_dtype
-from ocnopt.optim.checks import check_same_shape, is_live, sizes
+from ocnopt.optim.checks import check_same_shape, is_live
 from ocnopt.optim.ranks import Shared
 
 DECAY = 0.95  # beta, of second moments and of factors made of gradients
@@ -335,9 +336,12 @@ def turn(pairs: Sequence[Pair], power: float, length: str) -> list[Tensor]:
 
 def cosine(gradients: Sequence[Tensor], changes: Sequence[Tensor]) -> float:
     """Of the angle between all gradients and all changes."""
-    sums = [product.sum() for product in torch._foreach_mul([*gradients], [*changes])]
-    along = float(torch.stack([part.to(sums[0]) for part in sums]).sum())
-    size = float(torch.linalg.vector_norm(sizes(gradients)) * torch.linalg.vector_norm(sizes(changes)))
+    parts = [
+        [torch.cat([one.flatten() for one in found if one.device == device]) for found in (gradients, changes)]
+        for device in dict.fromkeys(gradient.device for gradient in gradients)
+    ]
+    along = sum(float(gradient @ change) for gradient, change in parts)
+    size = math.prod(math.hypot(*map(float, map(torch.linalg.vector_norm, part))) for part in zip(*parts, strict=True))
     return along / size if size > 0.0 else 0.0
 
 

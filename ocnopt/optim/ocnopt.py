@@ -27,6 +27,7 @@ from ocnopt.optim.checks import (
     check_groups,
     check_not_parallel,
     check_one_process,
+    names_of,
     read_groups,
 )
 from ocnopt.optim.game import FORMS, GAMES, LOSSES, Game, Rules, Terminal, Turn, ends, gathered, play, uncast, unscale
@@ -188,7 +189,7 @@ class OCNOpt(torch.optim.Optimizer):
         Raises:
             ProblemError: an option is out of range, or a parameter is not one of the model's.
         """
-        add_group(self, param_group, {p: name for name, p in self._model.named_parameters()})
+        add_group(self, param_group, names_of(self._model))
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a state that :meth:`state_dict` returned.

@@ -28,6 +28,7 @@ what was published: ``curvature="costate", power=1, length="division", adaptatio
 import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ from ocnopt.optim.checks import (
     find_blocks,
     is_distributed,
     is_live,
+    names_of,
     read_groups,
     strangers,
     warn_explosion,
@@ -182,7 +184,7 @@ class SNOpt(torch.optim.Optimizer):
         Raises:
             ProblemError: an option is out of range, or a parameter is not one of the model's.
         """
-        add_group(self, param_group, self._names())
+        add_group(self, param_group, names_of(self._model))
         if self._is_ready:
             self._find_blocks()
 
@@ -206,20 +208,20 @@ class SNOpt(torch.optim.Optimizer):
         device = next((parameter.device for parameter in self._trained), torch.device("cpu"))
         ranks = beside(self._group) if is_distributed() else None
         if ranks is not None:
-            gradients = [gradient for _, gradient in check_dense(live)]
             compared = [parameter for _, parameter in live] if self._is_refresh() else []
-            spent = ranks.agree(gradients, compared, self._plan(), spent, device)
+            spent = ranks.agree([gradient for _, gradient in check_dense(live)], compared, self._plan(), spent, device)
         norm = float(check_gradients(live, self._step_count).norm())
         if self._takes_back(spent, norm):
             self._step_count += 1
             return loss
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext():
             self._update(ranks)
+        if self._is_refresh():
+            found = strangers(self._model, {*map(id, self._trained)}, whole=self._is_whole)
+            if not self._unseen.issuperset(found):
+                self._unseen.update(found)
+                warn_strangers(found)
         self._step_count += 1
-        new = strangers(self._model, {*map(id, self._trained)}, whole=self._is_whole)
-        if not self._unseen.issuperset(new):
-            self._unseen.update(new)
-            warn_strangers(new)
         if [*map(is_live, self._trained)] == self._liveness:
             self._watch(self._is_refresh())
         else:  # a parameter was frozen or set free
@@ -255,7 +257,7 @@ class SNOpt(torch.optim.Optimizer):
         Raises:
             ProblemError: the state is another optimiser's or model's, or an option in it is wrong.
         """
-        check_state(state_dict, self.param_groups, self._names())
+        check_state(state_dict, self.param_groups, names_of(self._model))
         options = {name: state_dict.get(name, getattr(self, name)) for name in _OPTIONS}
         check_recipe(options)
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
@@ -270,11 +272,8 @@ class SNOpt(torch.optim.Optimizer):
         weakref.finalize(self, release, self._handles)
         self._find_blocks()
 
-    def _names(self) -> dict[Tensor, str]:
-        return {parameter: name for name, parameter in self._model.named_parameters()}
-
     def _find_blocks(self) -> None:
-        names = self._names()
+        names = names_of(self._model)
         self._trained = {p: names.get(p, "no longer in the model") for g in self.param_groups for p in g["params"]}
         self._liveness = [*map(is_live, self._trained)]
         self._odes = [module for module in self._model.modules() if isinstance(module, NeuralODE)]
