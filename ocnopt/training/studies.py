@@ -16,6 +16,15 @@ FIRST_ORDER = ("adam", "sgd-plain", "sgd", "rmsprop")
 SECOND_ORDER = ("snopt", "kfac")
 LAYERWISE = ("gauss-newton", "ocnopt", "ocnopt-adaptive", "ocnopt-kronecker")
 GAMES = ("adam", "sgd-plain", "gauss-newton", "ocnopt-open-loop", "ocnopt-past", "ocnopt")
+INGREDIENTS: dict[str, dict[str, object]] = {
+    "without adaptation": {"adaptation": 0.0},
+    "adaptation 1": {"adaptation": 1.0},
+    "power 1/2": {"power": 0.5},
+    "power 1": {"power": 1.0},
+    "length by division, power 1/2": {"length": "division", "power": 0.5},
+    "factors from samples": {"curvature": "costate"},
+    "factors of both": {"curvature": "mixed"},
+}
 TOY_SETS = ("donut1d", "donut2d", "squares", "spiral")
 TABLEAUS = {"euler": "Euler", "improved_euler": "improved Euler", "kutta3": "Kutta 3", "kutta4": "Kutta 4"}
 STEPS = {"fixed": "fixed", "free": "learned", "simplex": "simplex"}
@@ -46,6 +55,16 @@ _ALL = (
         ("digits_ode", "breast_cancer_flow", "circles_flow", "digits", "japanese_vowels"),
         (*_methods("adam", "snopt", "soap", "muon", "sgd", "lbfgs"), PUBLISHED),
         SPAN,
+        seeds=3,
+    ),
+    Study(
+        "ingredients",
+        "SNOpt's rule with one part of it changed at a time",
+        ("digits_ode", "breast_cancer_flow", "circles_flow"),
+        (
+            *_methods("adam", "snopt"),
+            *(Method("snopt", variant=name, settings={"options": options}) for name, options in INGREDIENTS.items()),
+        ),
         seeds=3,
     ),
     Study(
