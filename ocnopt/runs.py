@@ -257,13 +257,14 @@ class RunFolder:
                 ) from error
         return records
 
-    def keep_metrics(self, iterations: int) -> list[dict[str, Any]]:
+    def keep_metrics(self, last: int, key: str = "iteration") -> list[dict[str, Any]]:
         """Cut the metrics back to those that a checkpoint knows of, and return them.
 
         Args:
-            iterations: lines with a greater ``iteration`` are dropped; -1 drops all.
+            last: lines with a greater number are dropped; -1 drops all.
+            key: of that number.
         """
-        kept = [record for record in self.metrics() if record.get("iteration", 0) <= iterations]
+        kept = [record for record in self.metrics() if record.get(key, 0) <= last]
         write_atomically(self.path / METRICS, "".join(json.dumps(record) + "\n" for record in kept).encode())
         return kept
 

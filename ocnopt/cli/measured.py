@@ -1,5 +1,6 @@
 """Studies that measure on the terminal: a bar while they run, then tables, figures and a sentence."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -13,27 +14,29 @@ from ocnopt.runs import RunFolder
 from ocnopt.training.measurement import Line, Measurement, run_measurement
 
 
-def measurement_request(asked: Measurement, *, quick: bool | None, seeds: int | None, **others: Any) -> dict[str, Any]:
+def measurement_request(
+    asked: Measurement, *, optimizers: Sequence[str] | None, quick: bool | None, seeds: int | None, epochs: int | None
+) -> dict[str, Any]:
     """What ``ocnopt study`` was asked.
 
     Args:
         asked: a study that measures.
+        optimizers: for studies that race.
         quick: whether its small size is wanted.
         seeds: instead of its own number.
-        others: options of studies that race.
+        epochs: for studies that race.
 
     Raises:
-        ProblemError: one of those came.
+        ProblemError: an option of studies that race came.
     """
-    for name, value in others.items():
+    for option, value in (("--optimizer", optimizers), ("--epochs", epochs)):
         if value is not None:
-            option = f"--{name.removesuffix('s') if name == 'optimizers' else name}"
             raise ProblemError(
                 f"{option} came with the study {asked.name}, which measures what it names; expected none of it: "
                 f"leave {option} out, or choose a study that races"
             )
     counted = seeds or (1 if quick else asked.seeds)
-    given = {"optimizers": None, "epochs": None, "quick": quick, "seeds": seeds}
+    given = {"optimizers": None, "quick": quick, "seeds": seeds, "epochs": None}
     return {"problem": asked.name, **given, "measurement": counted}
 
 

@@ -41,13 +41,12 @@ def study_request(
     Raises:
         ProblemError: no such study or optimiser.
     """
+    given: dict[str, Any] = {"optimizers": optimizers, "quick": quick, "seeds": seeds, "epochs": epochs}
     if name in MEASUREMENTS:
-        others = {"optimizers": optimizers, "epochs": epochs}
-        return measurement_request(MEASUREMENTS[name], quick=quick, seeds=seeds, **others)
+        return measurement_request(MEASUREMENTS[name], **given)
     asked = study(name) if optimizers is None else with_methods(study(name), optimizers)
     asked = asked.quick() if quick else asked
     asked = replace(asked, seeds=seeds or asked.seeds, epochs=epochs or asked.epochs)
-    given = {"optimizers": optimizers, "quick": quick, "seeds": seeds, "epochs": epochs}
     return {"problem": name, **given, "study": asdict(asked), "rates": asked.rates}
 
 

@@ -229,7 +229,10 @@ class NeuralODE(nn.Module):
         return time, layout.split(end)
 
     def read_most_evaluations(self) -> int:
-        """Of the field in one solve forwards: the most among solves with gradients since this was read before one."""
+        """The most evaluations of the field by one solve forwards, of those with gradients since this was last read.
+
+        Until there is another such solve it reads the same again.
+        """
         self._is_read = True
         return max(self._most, self._latest.forward)
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
+from ocnopt.differential.kronecker import present_pass
 from ocnopt.errors import ProblemError
 from ocnopt.neural.evaluation import Noise, Surroundings
 from ocnopt.neural.trees import like, mapped, tensors
@@ -165,7 +166,7 @@ class Tape:
         """Note the gradient of a slot, or of one of its edges, in the present backward pass."""
         if gradient is None:
             return
-        present = torch._C._current_graph_task_id()
+        present = present_pass()
         if present != self._pass:
             self._pass, self._arriving = present, []
             begun(self)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ocnopt.differential.kronecker import present_pass
 from ocnopt.differential.layers import Gradients, Scaled
 from ocnopt.optim.checks import sizes
 
@@ -33,7 +34,7 @@ class Received:
 
     def begin(self) -> None:
         """A backward pass has begun; called within it."""
-        present = torch._C._current_graph_task_id()
+        present = present_pass()
         if present != self._pass:
             self._pass = present
             self.look()

@@ -14,8 +14,6 @@ Source: Liu, Chen, Theodorou, arXiv 2109.14158, Table 1 and Algorithm 1.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from statistics import median
-from time import process_time
 from typing import Any, cast
 
 import torch
@@ -29,11 +27,22 @@ from ocnopt.problems import learning_task
 from ocnopt.solvers.plotting import COLOURS, finish, legend, panels
 from ocnopt.training.curves import plain_numbers
 from ocnopt.training.measurement import Drawn, Line, Lines, Measurement, Sheet, cell, chosen, distinct, middle
-from ocnopt.training.ways import BACKPROP, CONTINUOUS, DISCRETE, ODEINT, ODEINT_ADJOINT, Foreign, by, parts, trained
+from ocnopt.training.ways import (
+    BACKPROP,
+    CONTINUOUS,
+    DISCRETE,
+    ODEINT,
+    ODEINT_ADJOINT,
+    Foreign,
+    by,
+    parts,
+    timed,
+    trained,
+)
 
 STEPS, TOLERANCE = 10, 1e-3
 METHODS: dict[str, dict[str, Any]] = {"rk4": {"steps": STEPS}, "implicit_adams": {"steps": STEPS}, "dopri5": {}}
-PUBLISHED = {"rk4": 7.63e-5, "implicit_adams": 2.11e-3, "dopri5": 3.44e-4}
+QUOTED = {"rk4": 7.63e-5, "implicit_adams": 2.11e-3, "dopri5": 3.44e-4}
 GRADIENT, HESSIAN, FACTORS = "gradient", "Hessian times v", "Kronecker factors"
 RECURSIVE, SINGLE = "recursive", "single"
 LABELS = {
@@ -49,11 +58,14 @@ Ways = dict[str, Callable[[], list[Tensor]]]
 
 @dataclass(frozen=True)
 class Case:
-    """A field with what lies around it: the loss is ``loss(x(1))`` from the states x."""
+    """A field with what lies around it: ``each(x(1))`` are the losses of the samples, from the states x.
+
+    For the single pass ``each`` takes further leading axes too.
+    """
 
     field: nn.Module
     x: Tensor
-    loss: Callable[[Tensor], Tensor]
+    each: Callable[[Tensor], Tensor]
 
     @property
     def p(self) -> list[nn.Parameter]:
@@ -65,6 +77,10 @@ class Case:
         """v."""
         v = torch.randn(sum(w.numel() for w in self.p), generator=torch.Generator().manual_seed(0), dtype=self.x.dtype)
         return v / v.norm()
+
+    def loss(self, end: Tensor) -> Tensor:
+        """L, the mean over samples."""
+        return self.each(end).mean()
 
     def gradient(self, layer: nn.Module) -> list[Tensor]:
         """dL/dp."""
@@ -84,9 +100,9 @@ class Case:
         *_, total = layer.solve(back, (end, costate, none), [1.0, 0.0], adjoint_params=tuple(self.p))
         return [*torch.autograd.grad(total[-1] @ self.direction, self.p)]
 
-    def single(self, each: Callable[[Tensor], Tensor], tolerance: float) -> list[Tensor]:
-        """(d2L/dp2) v by one solve forward and one backward; ``each`` is the loss of each sample."""
-        problem = from_module(self.field, lambda t, x: each(x), initial_state=self.x, horizon=1.0)
+    def single(self, tolerance: float) -> list[Tensor]:
+        """(d2L/dp2) v by one solve forward and one backward."""
+        problem = from_module(self.field, lambda t, x: self.each(x), initial_state=self.x, horizon=1.0)
         return [hvp(problem, None, self.direction, rtol=tolerance, atol=tolerance)]
 
     def factors(self, layer: nn.Module) -> list[Tensor]:
@@ -124,8 +140,8 @@ class Backward(nn.Module):
             return slope, -in_x, -_flat(in_p)
 
 
-def cases(seed: int, *, quick: bool = False) -> tuple[Case, Callable[[Tensor], Tensor]]:
-    """The field of digits_ode after some epochs of training, on test images, and the loss of each sample.
+def trained_case(seed: int, *, quick: bool = False) -> Case:
+    """The field of digits_ode after some epochs of training, on test images.
 
     Args:
         seed: of weights and order.
@@ -141,7 +157,7 @@ def cases(seed: int, *, quick: bool = False) -> tuple[Case, Callable[[Tensor], T
     def each(end: Tensor) -> Tensor:
         return -(after(end).log_softmax(-1) * chosen_class).sum(-1)
 
-    return Case(ode.field, x, lambda end: each(end).mean()), each
+    return Case(ode.field, x, each)
 
 
 def measure(seed: int, quick: bool) -> Iterator[Line]:
@@ -149,9 +165,9 @@ def measure(seed: int, quick: bool) -> Iterator[Line]:
 
     Args:
         seed: of weights and order.
-        quick: see :func:`cases`; two steps, and each way is taken once.
+        quick: see :func:`trained_case`; two steps, and each way is taken once.
     """
-    case, each = cases(seed, quick=quick)
+    case = trained_case(seed, quick=quick)
     tight = 1e-7 if quick else 1e-10
     exact = by(BACKPROP, case.field, "dopri8", rtol=tight, atol=tight)
     watched = by(DISCRETE, case.field, "dopri8", rtol=tight, atol=tight)
@@ -162,11 +178,11 @@ def measure(seed: int, quick: bool) -> Iterator[Line]:
             way: by(way, case.field, method, rtol=TOLERANCE, atol=TOLERANCE, **settings)
             for way in (ODEINT, ODEINT_ADJOINT, DISCRETE, CONTINUOUS, BACKPROP)
         }
-        for quantity, ways in _ways(case, each, method, layers).items():
-            graphs = {layers[_graph(way)] for way in ways if way != SINGLE and quantity != FACTORS}
+        for quantity, ways in _ways(case, method, layers).items():
+            graphs = {layers[_graph(way)] for way in ways if way != SINGLE}
             derive = case.gradient if quantity == GRADIENT else case.twice
             own = {graph: derive(graph) for graph in graphs}
-            for way, (found, milliseconds) in _timed(ways, 0 if quick else 5).items():
+            for way, (found, milliseconds) in timed(ways, 0 if quick else 5).items():
                 same = own.get(layers[_graph(way)]) if way != SINGLE else None
                 yield {
                     "method": method,
@@ -178,7 +194,7 @@ def measure(seed: int, quick: bool) -> Iterator[Line]:
                 }
 
 
-def _ways(case: Case, each: Callable[[Tensor], Tensor], method: str, layers: dict[str, Any]) -> dict[str, Ways]:
+def _ways(case: Case, method: str, layers: dict[str, Any]) -> dict[str, Ways]:
     """Quantity -> way -> what finds it."""
     ours = (DISCRETE, CONTINUOUS) if method != "implicit_adams" else ()  # which is torchdiffeq's in our layer too
     found: dict[str, Ways] = {
@@ -192,25 +208,13 @@ def _ways(case: Case, each: Callable[[Tensor], Tensor], method: str, layers: dic
         found[HESSIAN][DISCRETE] = partial(case.twice, layers[DISCRETE])
         found[FACTORS] = {SINGLE: partial(case.factors, layers[DISCRETE])}
     if method == "dopri5":
-        found[HESSIAN][SINGLE] = partial(case.single, each, TOLERANCE)
+        found[HESSIAN][SINGLE] = partial(case.single, TOLERANCE)
     return found
 
 
 def _graph(way: str) -> str:
     """The way of back-propagation through the steps that a way takes."""
     return BACKPROP if way in (DISCRETE, CONTINUOUS) else ODEINT
-
-
-def _timed(ways: Ways, repeats: int) -> dict[str, tuple[list[Tensor], float]]:
-    """What each way finds, and the median of its CPU time in milliseconds; in turn, once to warm up."""
-    spent: dict[str, list[float]] = {way: [] for way in ways}
-    found: dict[str, list[Tensor]] = {}
-    for _ in range(repeats + 1):
-        for way, work in ways.items():
-            began = process_time()
-            found[way] = work()
-            spent[way].append(1e3 * (process_time() - began))
-    return {way: (found[way], median(spent[way][1:] or spent[way])) for way in ways}
 
 
 def error(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
@@ -251,12 +255,13 @@ def sheets(lines: Lines) -> list[Sheet]:
     return found
 
 
-_FIRST = ", ".join(f"{value:.2e} {method}" for method, value in PUBLISHED.items())
+_FIRST = ", ".join(f"{value:.2e} {method}" for method, value in QUOTED.items())
 _NOTES = {
     GRADIENT: (
         "Relative errors, medians over seeds: to back-propagation through the same steps, and to that through a solve "
         f"at 1e-10. ms: CPU time forward and backward. rk4, implicit_adams: {STEPS} steps; dopri5: tolerance "
-        f"{TOLERANCE:g}. Published for a larger model on CIFAR10 (arXiv 2109.14158, Table 1): {_FIRST}."
+        f"{TOLERANCE:g}. Published for a larger model on CIFAR10 (arXiv 2109.14158, Table 1; quoted from notes, not "
+        f"checked against the paper): {_FIRST}."
     ),
     HESSIAN: (
         "As above, for a fixed v. Recursive: the adjoint of the costate equation, by odeint_adjoint. Single pass: "

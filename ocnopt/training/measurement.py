@@ -82,10 +82,7 @@ def run_measurement(
         The lines of all seeds, each with its ``seed``.
     """
     done = (folder.load_checkpoint() or {}).get("seeds", 0)
-    lines = [line for line in folder.metrics() if line["seed"] < done]
-    folder.keep_metrics(-1)  # a seed that a kill cut short is measured again
-    for line in lines:
-        folder.log(line)
+    lines = folder.keep_metrics(done - 1, "seed")  # a seed that a kill cut short is measured again
     for seed in range(done, seeds):
         for figures in asked.measure(seed, quick):
             line = {"seed": seed, **figures}

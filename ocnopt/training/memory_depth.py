@@ -5,8 +5,6 @@ counts them; Runge-Kutta steps of order 4 on a batch of digit images.
 """
 
 from collections.abc import Callable, Iterator
-from statistics import median
-from time import process_time
 from typing import Any
 
 import torch
@@ -18,11 +16,11 @@ from ocnopt.solvers.plotting import finish, legend, panels, styled
 from ocnopt.training.curves import plain_numbers
 from ocnopt.training.measurement import Drawn, Line, Lines, Measurement, Sheet, cell, distinct, middle
 from ocnopt.training.memory import PeakMemory
-from ocnopt.training.ways import CONTINUOUS, DISCRETE, ODEINT, ODEINT_ADJOINT, by, parts
+from ocnopt.training.ways import CONTINUOUS, DISCRETE, ODEINT, ODEINT_ADJOINT, by, parts, timed
 
 STEPS, BATCH = (10, 20, 40, 80, 160), 128
 BUDGET = 2**20
-SNOPT, FLAT = "SNOpt, discrete", "SNOpt, continuous"
+SNOPT, SNOPT_CONTINUOUS = "SNOpt, discrete", "SNOpt, continuous"
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     ODEINT: (ODEINT, {}),
     ODEINT_ADJOINT: (ODEINT_ADJOINT, {}),
@@ -31,7 +29,7 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "discrete, 0 bytes": (DISCRETE, {"checkpoint_bytes": 0}),
     CONTINUOUS: (CONTINUOUS, {}),
     SNOPT: (DISCRETE, {}),
-    FLAT: (CONTINUOUS, {}),
+    SNOPT_CONTINUOUS: (CONTINUOUS, {}),
 }
 
 
@@ -45,16 +43,10 @@ def measure(seed: int, quick: bool) -> Iterator[Line]:
     task = learning_task("digits_ode").build()
     batch = task.batch(0, size=16 if quick else BATCH, seed=seed)
     for steps in (2, 4) if quick else STEPS:
-        spent: dict[str, list[float]] = {way: [] for way in WAYS}
-        for way in WAYS:
-            iterate = _iteration(task, way, steps, batch, seed)
-            for _ in range(2 if quick else 3):
-                began = process_time()
-                iterate()
-                spent[way].append(1e3 * (process_time() - began))
-        for way in WAYS:
+        iterations = {way: _iteration(task, way, steps, batch, seed) for way in WAYS}
+        for way, (_, milliseconds) in timed(iterations, 1 if quick else 3).items():
             peak = _peak(task, way, steps, batch, seed)
-            yield {"steps": steps, "way": way, "bytes": peak, "ms": median(spent[way][1:])}
+            yield {"steps": steps, "way": way, "bytes": peak, "ms": milliseconds}
 
 
 def _peak(task: Task, way: str, steps: int, batch: Any, seed: int) -> int:
@@ -74,7 +66,7 @@ def _iteration(task: Task, way: str, steps: int, batch: Any, seed: int) -> Calla
     before, ode, after = parts(made)
     model = nn.Sequential(*before, by(kind, ode.field, "rk4", steps=steps, **options), *after)
     optimizer: torch.optim.Optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    if way in (SNOPT, FLAT):
+    if way in (SNOPT, SNOPT_CONTINUOUS):
         optimizer = SNOpt(model, lr=1e-3, curvature="costate", refresh_every=1)
     inputs, targets = batch
 
@@ -148,7 +140,7 @@ def says(lines: Lines) -> str:
         f"From {steps[0]} to {steps[-1]} steps the memory of back-propagation grows {growth(ODEINT)} times, of the "
         f"discrete adjoint {growth('discrete, as it is')} while its graph fits the budget, {growth('discrete, 1 MiB')} "
         f"with 1 MiB and {growth('discrete, 0 bytes')} with none, of the continuous one {growth(CONTINUOUS)}, of "
-        f"SNOpt's refresh {growth(SNOPT)} by the discrete and {growth(FLAT)} by the continuous adjoint."
+        f"SNOpt's refresh {growth(SNOPT)} by the discrete and {growth(SNOPT_CONTINUOUS)} by the continuous adjoint."
     )
 
 

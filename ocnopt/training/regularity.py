@@ -9,6 +9,7 @@ by Gauss-Legendre quadrature. Source: Finlay et al., arXiv 2002.02798; evaluatio
 Liu, Chen, Theodorou, arXiv 2109.14158.
 """
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ocnopt.errors import ProblemError
 from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.ocp import FreeHorizon
 from ocnopt.problems import Task, learning_task
@@ -41,7 +43,7 @@ class Regularity(NamedTuple):
     jacobian: float
 
 
-def regularity(ode: NeuralODE, x: Tensor, *, nodes: int = 8, seed: int = 0) -> Regularity:
+def regularity(ode: NeuralODE, x: Tensor | Any, *, nodes: int = 8, seed: int = 0) -> Regularity:
     """Measure the field of a layer along its paths.
 
     Args:
@@ -50,14 +52,23 @@ def regularity(ode: NeuralODE, x: Tensor, *, nodes: int = 8, seed: int = 0) -> R
         nodes: of the quadrature.
         seed: of the signs.
 
+    Raises:
+        ProblemError: the state is a tuple.
+
     Example:
         With dx/dt = -x from 1 both integrands are known: exp(-2 t) and 1.
 
         >>> ode = NeuralODE(lambda t, x: -x, rtol=1e-9, atol=1e-9)
         >>> found = regularity(ode, torch.ones(1, 3, dtype=torch.float64))
+        >>> from math import exp
         >>> round(found.kinetic, 6) == round((1 - exp(-2)) / 2, 6), round(found.jacobian, 6)
         (True, 1.0)
     """
+    if not isinstance(x, Tensor):
+        raise ProblemError(
+            f"x is a {type(x).__name__}; expected a state of one tensor, over whose dimension means are taken: "
+            "join its parts along the last axis"
+        )
     horizon = ode.horizon
     start, end = horizon.t0, float(ode.T) if isinstance(horizon, FreeHorizon) else horizon.t1
     places, weights = np.polynomial.legendre.leggauss(nodes)
@@ -71,7 +82,7 @@ def regularity(ode: NeuralODE, x: Tensor, *, nodes: int = 8, seed: int = 0) -> R
     for time, weight, state in zip(times[1:], weights / 2, states, strict=True):
         signs = torch.randint(0, 2, state.shape, generator=generator).to(state) * 2 - 1
         point = state.detach().requires_grad_()
-        slope = ode.field(torch.as_tensor(time).to(state), point)
+        slope = ode.field(torch.as_tensor(time).to(state), point) + 0 * point  # fields that do not see x too
         (along,) = torch.autograd.grad(slope, point, signs)
         kinetic += weight * slope.detach().square().mean().item()
         jacobian += weight * along.square().mean().item()
@@ -113,13 +124,11 @@ def _of_model(model: nn.Module, images: Tensor) -> dict[str, Any]:
     with torch.no_grad():
         model(images)
     handle.remove()
-    kept = ode.rtol, ode.atol
-    ode.rtol = ode.atol = TIGHT
+    tight = copy.copy(ode)
+    tight.rtol = tight.atol = TIGHT
     with torch.no_grad():
-        ode(starts[0])
-    tight = ode.statistics.forward
-    ode.rtol, ode.atol = kept
-    return {**regularity(ode, starts[0])._asdict(), "tight": tight}
+        tight(starts[0])
+    return {**regularity(ode, starts[0])._asdict(), "tight": tight.statistics.forward}
 
 
 @torch.no_grad()

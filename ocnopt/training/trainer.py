@@ -288,8 +288,8 @@ def _make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         if not config.options:
             raise
         raise ProblemError(
-            f"{record.label} does not take the options {', '.join(config.options)} ({error}); expected options of "
-            f"{record.class_name}: leave out what it does not know"
+            f"the options {', '.join(config.options)} came for {record.label} ({error}); expected options of "
+            f"{record.class_name} that its name and lr do not settle: leave out what it does not take"
         ) from error
 
 

@@ -1,8 +1,10 @@
 """Ways through the solve of a Neural ODE and back, which studies compare: ours by adjoint, and torchdiffeq's two."""
 
 import copy
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from statistics import median
+from time import process_time
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from ocnopt.training.trainer import TrainConfig, Trainer
 
 ODEINT, ODEINT_ADJOINT = "torchdiffeq odeint", "torchdiffeq odeint_adjoint"
 DISCRETE, CONTINUOUS, BACKPROP = "discrete", "continuous", "backprop"
+Found = TypeVar("Found")
 
 
 class Foreign(nn.Module):
@@ -80,6 +83,23 @@ def by(
     if way in (ODEINT, ODEINT_ADJOINT):
         return Foreign(field, method, adjoint=way == ODEINT_ADJOINT, steps=steps, rtol=rtol, atol=atol)
     return NeuralODE(field, method=method, adjoint=way, steps=steps, rtol=rtol, atol=atol, **options)
+
+
+def timed(ways: Mapping[str, Callable[[], Found]], repeats: int) -> dict[str, tuple[Found, float]]:
+    """What each way finds, and the median of its CPU time in milliseconds.
+
+    Args:
+        ways: name -> work, which are done in turn.
+        repeats: that count; one more goes before to warm up, and counts where there are none.
+    """
+    spent: dict[str, list[float]] = {way: [] for way in ways}
+    found: dict[str, Found] = {}
+    for _ in range(repeats + 1):
+        for way, work in ways.items():
+            began = process_time()
+            found[way] = work()
+            spent[way].append(1e3 * (process_time() - began))
+    return {way: (found[way], median(spent[way][1:] or spent[way])) for way in ways}
 
 
 def parts(model: Any) -> tuple[Any, NeuralODE, Any]:

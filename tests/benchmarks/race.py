@@ -67,6 +67,11 @@ class Course(NamedTuple):
         return [mean(self.losses[max(0, k - WINDOW) : k]) for k in range(1, len(self.losses) + 1)]
 
     @property
+    def time(self) -> float:
+        """CPU seconds so far."""
+        return self.seconds[-1] if self.seconds else 0.0
+
+    @property
     def end(self) -> float:
         """The last mean."""
         return inf if self.lost or not self.losses else self.means[-1]
@@ -125,7 +130,7 @@ def race(
     record, data = learning_task(workload.problem), task(workload.problem)
     keys = {pair: (workload.problem, iterations, seed, *pair) for pair in rates}
     courses = {pair: kept.courses.get(key, Course([], [], [], nan, lost=False)) for pair, key in keys.items()}
-    first = courses[rates[0]].seconds
+    first = courses[rates[0]]  # keeps its lists to the end
     runs = {
         pair: _start(data, record.batch_size, seed, pair, iterations, courses[pair])
         for pair, key in keys.items()
@@ -133,7 +138,7 @@ def race(
     }
     while runs:
         for pair, (trainer, steps) in [*runs.items()]:
-            is_late = sum(courses[pair].seconds[-1:]) > PATIENCE * sum(first[-1:]) and pair != rates[0]
+            is_late = pair != rates[0] and courses[pair].time > PATIENCE * first.time
             if is_late and rates[0] in runs:
                 continue  # until Adam has caught up
             try:
@@ -222,7 +227,7 @@ def repeat(workload: Workload, seeds: int, kept: Kept) -> list[Finish]:
 def finish(pair: tuple[str, float], course: Course, adam: Course) -> Finish:
     """What came of one run, against Adam's."""
     k = course.first(adam.end)
-    ratio = None if k is None else course.seconds[k - 1] / adam.seconds[-1]
+    ratio = None if k is None else course.seconds[k - 1] / adam.time
     return Finish(*pair, k, ratio, course.end, course.metric, (course.evaluations or [0])[-1])
 
 

@@ -40,6 +40,25 @@ def test_race(tmp_path):
     assert race.race_all(race.WORKLOADS["mlp"], seeds=1, iterations=race.WINDOW, kept=again) == found
 
 
+def test_no_opponent_gets_more_than_its_share_of_time(monkeypatch):
+    cost = {"adam": 1.0, "snopt": 2.0, "sgd": 4.0}
+
+    def start(data, size, seed, pair, iterations, course):
+        def steps():
+            for k in range(iterations):
+                course.losses.append(1.0)
+                course.seconds.append(cost[pair[0]] * (k + 1))
+                yield
+
+        return None, steps()
+
+    monkeypatch.setattr(race, "_start", start)
+    monkeypatch.setattr(race, "_metric", lambda data, trainer: 0.0)
+    courses = race.race(race.WORKLOADS["mlp"], 0, [(name, 0.1) for name in cost], 8, race.Kept())
+    # of sgd the sixth iteration ends after 24 seconds, the first beyond two and a half times the 8 of adam
+    assert [len(course.losses) for course in courses.values()] == [8, 8, 6]
+
+
 def test_when_a_race_is_over():
     falling = [float(k) for k in range(20, 0, -1)]
     adam = race.Course(falling, [k + 1.0 for k in range(20)], [10] * 20, 0.5, lost=False)
