@@ -29,7 +29,11 @@ class Guard:
         """Plain numbers to go on from."""
         return {"spent": [*self.spent], "norms": [*self.norms]}
 
-    def objection(self, spent: int, norm: float, changed: Sequence[tuple[Tensor, Tensor]]) -> str | None:
+    def forget_gradients(self) -> None:
+        """Begin anew with what is usual of gradients."""
+        self.norms.clear()
+
+    def judge(self, spent: int, norm: float, changed: Sequence[tuple[Tensor, Tensor]]) -> str | None:
         """What the last step raised too much; None takes the iteration in as a usual one.
 
         A loss that jumps shows in its gradient, which is at hand without a closure. One that is large because its batch

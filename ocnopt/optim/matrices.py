@@ -213,7 +213,7 @@ def _momentum(state: State, name: str, gradient: Tensor) -> Tensor:
         state["momentum"] = momentum
     elif momentum.dtype != gradient.dtype or momentum.device != gradient.device:
         for key, value in state.items():
-            state[key] = value if key == "step" else value.to(gradient)
+            state[key] = value if key.endswith("step") else value.to(gradient)
         momentum = state["momentum"]
     check_same_shape(name, "momentum", momentum.shape, gradient.shape)
     state["step"] += 1
@@ -226,21 +226,37 @@ def restore(groups: Iterable[Mapping[str, Any]], states: Mapping[Tensor, State],
     indices = [index for group in saved["param_groups"] for index in group["params"]]
     for index, parameter in zip(indices, parameters, strict=True):
         for key, value in saved["state"].get(index, {}).items():
-            place = value.device if key == "step" else parameter.device
+            place = value.device if key.endswith("step") else parameter.device
             states[parameter][key] = value.to(place, copy=True)
 
 
 def first_order(state: State, gradient: Tensor, momentum: Tensor) -> Tensor:
-    """The step of a parameter that is no such matrix, without lr: Adam's rule."""
-    squares = state.setdefault("squares", torch.zeros_like(gradient))
-    squares.lerp_(gradient.square(), newest(state["step"], DECAY))
-    return momentum / (squares.sqrt() + EPSILON)
+    """The step of a parameter that is no such matrix, without lr: Adam's rule.
+
+    A parameter may come to it late, with a momentum of other gradients: its squares count as one of them.
+    """
+    if "squares" not in state:
+        state["squares"] = torch.maximum(gradient.square(), momentum.square())
+        state["squares_step"] = torch.ones((), dtype=torch.float32)
+    else:
+        state["squares_step"] += 1
+        state["squares"].lerp_(gradient.square(), newest(state["squares_step"], DECAY))
+    return momentum / (state["squares"].sqrt() + EPSILON)
+
+
+def forget_squares(state: State) -> None:
+    """Let go of what :func:`first_order` knows of a parameter that moves as a matrix now."""
+    state.pop("squares", None)
+    state.pop("squares_step", None)
 
 
 def fits(state: Mapping[str, Any], gradient: Tensor) -> bool:
     """Whether there is an eigenbasis for a matrix, which changes as a bias is frozen or set free."""
-    vectors = state.get("input_vectors")
-    return vectors is not None and vectors.shape[-2] == gradient.shape[-1]
+    if "input_vectors" not in state:
+        return False
+    groups, rows, columns = gradient.shape
+    came = [state[f"{side}_vectors"].shape[:2] for side in ("output", "input")]
+    return came == [(groups, rows), (groups, columns)]
 
 
 def observe(state: State, gradient: Tensor) -> None:
@@ -248,7 +264,7 @@ def observe(state: State, gradient: Tensor) -> None:
     groups, rows, columns = gradient.shape
     if columns > WIDEST:
         return
-    if "input_factor" not in state or state["input_factor"].shape[-1] != columns:
+    if "input_factor" not in state or state["input_factor"].shape[:2] != (groups, columns):
         state["input_factor"] = gradient.new_zeros(groups, columns, columns)
         state["output_factor"] = gradient.new_zeros(groups, rows, rows)
     weight = newest(state["step"], DECAY)
@@ -332,6 +348,22 @@ def turn(pairs: Sequence[Pair], power: float, length: str) -> list[Tensor]:
     lengths = torch._foreach_norm([pair.momentum for pair in pairs])
     torch._foreach_mul_(steps, [*torch._foreach_div(lengths, norms)])
     return steps
+
+
+def move(
+    groups: Iterable[Mapping[str, Any]], states: Mapping[Tensor, State], steps: Mapping[Tensor, Tensor], factor: float
+) -> None:
+    """Move parameters by their steps, factor lr long, and remember the changes, of this iteration alone."""
+    for group in groups:
+        moved = [parameter for parameter in group["params"] if parameter in steps]
+        for parameter in group["params"]:
+            states.get(parameter, {}).pop("change", None)
+        if moved:
+            changes = [steps[parameter] for parameter in moved]
+            torch._foreach_mul_(changes, -group["lr"] * factor)
+            torch._foreach_add_(moved, changes)
+            for parameter, change in zip(moved, changes, strict=True):
+                states[parameter]["change"] = change
 
 
 def cosine(gradients: Sequence[Tensor], changes: Sequence[Tensor]) -> float:

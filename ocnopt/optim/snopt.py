@@ -37,6 +37,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ocnopt.checks import check_model
 from ocnopt.differential.kronecker import Collector, Samples, is_layer, release
+from ocnopt.errors import OcnoptError
 from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.optim import matrices
 from ocnopt.optim.checks import (
@@ -102,9 +103,9 @@ class SNOpt(torch.optim.Optimizer):
     Attributes:
         factor: of lr, as it stands.
 
-    A step is taken back, with a warning for the first, and f becomes a quarter, if after it the last solves of the
-    NeuralODEs spend three times as many evaluations as in any of the last 50 iterations, or the gradient is ten times
-    as large as in any of them and points uphill along that step.
+    A step is taken back, with a warning for the first, and f becomes a quarter, if after it the dearest solves of the
+    NeuralODEs spend three times as many evaluations as in any of the last 50 iterations (of five at least), or the
+    gradient is ten times as large as in any of them and points uphill along that step.
 
     A ``torch.amp.GradScaler`` is used as with every torch optimiser: only directions and proportions of the samples
     enter, so that the scale of a loss does not matter, and a step that the scaler skips leaves no trace. What enters
@@ -203,6 +204,11 @@ class SNOpt(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        check_drawn(self.curvature, any_drawn=bool(self._drawn) or not self._is_refresh())
+        self._is_new = [*map(is_live, self._trained)] != self._liveness
+        if self._is_new:  # what was gathered is of other matrices
+            self._find_blocks()
+            self._guard.forget_gradients()
         live = [(name, p) for p, name in self._trained.items() if is_live(p)]
         spent = sum(ode.read_most_evaluations() for ode in self._odes)
         device = next((parameter.device for parameter in self._trained), torch.device("cpu"))
@@ -212,7 +218,6 @@ class SNOpt(torch.optim.Optimizer):
             spent = ranks.agree([gradient for _, gradient in check_dense(live)], compared, self._plan(), spent, device)
         norm = float(check_gradients(live, self._step_count).norm())
         if self._takes_back(spent, norm):
-            self._step_count += 1
             return loss
         with torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext():
             self._update(ranks)
@@ -222,11 +227,7 @@ class SNOpt(torch.optim.Optimizer):
                 self._unseen.update(found)
                 warn_strangers(found)
         self._step_count += 1
-        if [*map(is_live, self._trained)] == self._liveness:
-            self._watch(self._is_refresh())
-        else:  # a parameter was frozen or set free
-            self._find_blocks()
-            self._watch(True)
+        self._watch()
         return loss
 
     def sample(self, outputs: Tensor | Any, likelihood: str | Any, *, draws: int = 1) -> None:
@@ -260,15 +261,20 @@ class SNOpt(torch.optim.Optimizer):
         check_state(state_dict, self.param_groups, names_of(self._model))
         options = {name: state_dict.get(name, getattr(self, name)) for name in _OPTIONS}
         check_recipe(options)
+        before = {**self.__dict__}
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         matrices.restore(self.param_groups, self.state, state_dict)
         self.__dict__.update(options, _step_count=state_dict["step_count"], factor=state_dict.get("factor", 1.0))
-        self._find_blocks()
         self._guard = Guard(state_dict)
+        try:
+            self._find_blocks()
+        except OcnoptError:
+            self.__dict__.update(before)
+            raise
 
     def _start(self) -> None:
         """Begin to watch, for as long as this optimiser is used."""
-        self._handles, self._is_ready, self._drawn = [], True, []
+        self._handles, self._is_ready, self._is_new = [], True, False
         weakref.finalize(self, release, self._handles)
         self._find_blocks()
 
@@ -285,16 +291,17 @@ class SNOpt(torch.optim.Optimizer):
         layers: dict[nn.Module, bool] = {block.layer: block.bias is not None for block in watched}
         self._collector = Collector(layers, timed & layers.keys(), mean=self.reduction == "mean")
         self._watched = [ode for ode in self._odes if not layers.keys().isdisjoint(ode.field.modules())]
-        self._watch(self._is_refresh())
+        self._drawn = []
+        self._watch()
 
     def _is_refresh(self) -> bool:
         """Whether this iteration refreshes the eigenbases."""
         return self._step_count % self.refresh_every == 0 or self._step_count in FIRST_GAPS
 
-    def _watch(self, refreshes: bool) -> None:
+    def _watch(self) -> None:
         """Watch the next iteration if it refreshes the factors, and let go of it otherwise."""
         release(self._handles)
-        if refreshes:
+        if self._is_refresh():
             self._handles += [*self._collector.attach(), *(ode.observe(self._collector) for ode in self._watched)]
 
     def _plan(self) -> list[Any]:
@@ -305,7 +312,6 @@ class SNOpt(torch.optim.Optimizer):
 
     def _update(self, ranks: Ranks | None) -> None:
         """Refresh the eigenbases if it is time, and move all parameters that have gradients."""
-        check_drawn(self.curvature, any_drawn=bool(self._drawn) or not self._is_refresh())
         seen, drawn, self._drawn = self._collector.take(), self._drawn, []
         samples = joined(drawn) if drawn else seen
         groups = {parameter: group for group in self.param_groups for parameter in group["params"]}
@@ -322,30 +328,25 @@ class SNOpt(torch.optim.Optimizer):
         moves = matrices.turn([pair for _, pair in ready], float(self.power), self.length)
         for (block, _), move in zip(ready, moves, strict=True):
             steps.update(block.parts(move))
+            for parameter in block.parameters:
+                matrices.forget_squares(self.state[parameter])
         for parameter, gradient in gradients.items():
             if parameter not in steps:
                 steps[parameter] = matrices.first_order(self.state[parameter], gradient, momenta[parameter])
-        for group in self.param_groups:
-            moved = [parameter for parameter in group["params"] if parameter in steps]
-            if moved:
-                changes = [steps[parameter] for parameter in moved]
-                torch._foreach_mul_(changes, -group["lr"] * self.factor)
-                torch._foreach_add_(moved, changes)
-                for parameter, change in zip(moved, changes, strict=True):
-                    self.state[parameter]["change"] = change
+        matrices.move(self.param_groups, self.state, steps, self.factor)
 
     def _takes_back(self, spent: int, norm: float) -> bool:
         """Undo the last step, and shorten those that follow, if the guard objects to it."""
-        if [*map(is_live, self._trained)] != self._liveness:
-            self._guard.norms.clear()  # of other parameters
-        changed = [(p, self.state[p]["change"]) for p in self._trained if "change" in self.state.get(p, ())]
-        objection = self._guard.objection(spent, norm, changed)
+        changed = [
+            (p, self.state[p]["change"]) for p in self._trained if is_live(p) and "change" in self.state.get(p, ())
+        ]
+        objection = self._guard.judge(spent, norm, changed)
         if objection is None:
             return False
         for parameter, change in changed:
             parameter.sub_(change)
             del self.state[parameter]["change"]
-        self.factor = max(FACTORS[0], self.factor / 4.0)
+        self.factor, self._drawn = max(FACTORS[0], self.factor / 4.0), []
         if "explosion" not in self._unseen:
             self._unseen.add("explosion")
             warn_explosion(self._step_count, objection)
@@ -389,11 +390,11 @@ class SNOpt(torch.optim.Optimizer):
 
     def _is_shown(self, block: Block, *, seen: bool) -> bool:
         """Whether there is something to make an eigenbasis of, given whether there are samples."""
-        # an empty batch has a gradient of zeros, which says nothing
-        received = block.weight.grad is not None and bool(block.weight.grad.any())
+        received = block.weight.grad is not None and bool(block.weight.grad.any())  # zeros are of an empty batch
         if not self._has_samples(block):
             return received
-        if not seen and received and "moments" not in self.state[block.weight] and block.name not in self._unseen:
+        is_told = "moments" in self.state[block.weight] or block.name in self._unseen or self._is_new
+        if not seen and received and not is_told:
             self._unseen.add(block.name)
             warn_unseen(block.name)
         return seen

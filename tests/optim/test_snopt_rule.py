@@ -1,5 +1,6 @@
 """SNOpt's rule: its steps in closed form, lr, which matrices it turns, steps that it takes back."""
 
+import copy
 import math
 import warnings
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from ocnopt.errors import ProblemError
 from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.optim.snopt import FACTORS, SNOpt
 from tests.optim.cases import backward
@@ -235,3 +237,105 @@ def test_a_step_that_makes_the_field_explode_is_taken_back():
         backward(ode, x)
         optimizer.step()
     assert optimizer.factor < 0.25
+
+
+def lengths(optimizer, parameters):
+    """Root mean square changes of the last step, over lr."""
+    changes = [optimizer.state[parameter]["change"] for parameter in parameters]
+    return [float(change.square().mean().sqrt()) / optimizer.param_groups[0]["lr"] for change in changes]
+
+
+@pytest.mark.parametrize("curvature", ["gradient", "costate"])
+def test_what_is_frozen_and_set_free_late_moves_by_steps_of_usual_length(curvature):
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    optimizer, x = SNOpt(model, 1e-3, curvature=curvature, adaptation=0.0), torch.randn(200, 4)
+    biases, weights = [model[0].bias, model[2].bias], [model[0].weight, model[2].weight]
+    for i in range(90):
+        for parameters, is_free in ((biases, not 30 <= i < 50), (weights, not 60 <= i < 80)):
+            for parameter in parameters:
+                parameter.requires_grad_(is_free)
+        backward(model, x[torch.randint(200, (20,))])
+        optimizer.step()
+        free = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        assert max(lengths(optimizer, free)) < 2.0, i  # 5 to 80 where squares begin late
+        assert not any("change" in optimizer.state[p] for p in model.parameters() if not p.requires_grad)
+    assert "input_vectors" in optimizer.state[weights[0]]
+
+
+def jump(model, optimizer, x):
+    """A step after which the gradient is a thousand times as large and points along the last change."""
+    backward(model, x)
+    for parameter in model.parameters():
+        if "change" in optimizer.state[parameter]:
+            parameter.grad = 1e6 * optimizer.state[parameter]["change"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer.step()
+
+
+def test_what_is_frozen_stays_where_it_is_when_a_step_is_taken_back():
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    optimizer, x = SNOpt(model, 0.01), torch.randn(20, 4)
+    for i in range(8):
+        model[0].requires_grad_(i < 4)
+        backward(model, x)
+        optimizer.step()
+    kept, moved = model[0].weight.detach().clone(), model[2].weight.detach().clone()
+    factor = optimizer.factor
+    jump(model, optimizer, x)
+    assert optimizer.factor == factor / 4.0
+    assert torch.equal(model[0].weight, kept)
+    assert not torch.equal(model[2].weight, moved)
+
+
+@pytest.mark.parametrize("at", [9, 10])
+def test_a_step_taken_back_counts_for_nothing(at):
+    """The refresh that was due comes next, and a run resumed there goes on alike."""
+
+    def make():
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+
+    model, x = make(), torch.randn(20, 4)
+    optimizer, renewed = SNOpt(model, 0.01, curvature="costate"), []
+    for i in range(14):
+        before = optimizer.state[model[0].weight].get("input_vectors")
+        if i == at:
+            jump(model, optimizer, x)
+            twin = make()
+            twin.load_state_dict(model.state_dict())
+            resumed = SNOpt(twin, 0.01, curvature="costate")
+            resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            continue
+        backward(model, x)
+        optimizer.step()
+        if optimizer.state[model[0].weight]["input_vectors"] is not before:
+            renewed.append(i)
+        if i > at:
+            backward(twin, x)
+            resumed.step()
+            assert torch.equal(twin[0].weight, model[0].weight)
+    assert renewed == [0, 1, 3, 5, 11]
+
+
+def test_a_state_that_cannot_be_used_changes_nothing():
+    ode = NeuralODE(Stiffening(), adjoint="backprop")
+    optimizer = SNOpt(ode, 0.5)
+    saved = SNOpt(NeuralODE(Stiffening()), 0.1, curvature="costate").state_dict()
+    with pytest.raises(ProblemError, match="adjoint"):
+        optimizer.load_state_dict(saved)
+    assert (optimizer.curvature, optimizer.param_groups[0]["lr"]) == ("gradient", 0.5)
+    backward(ode, torch.ones(2, 1))
+    optimizer.step()
+
+
+def test_a_basis_of_other_groups_is_made_anew():
+    one, other = nn.Conv1d(4, 8, 3, groups=2), nn.Conv1d(2, 8, 3)
+    first, second = SNOpt(one, 0.01), SNOpt(other, 0.01)
+    backward(one, torch.randn(5, 4, 7))
+    first.step()
+    second.load_state_dict(first.state_dict())
+    for _ in range(2):
+        backward(other, torch.randn(5, 2, 7))
+        second.step()
+    assert second.state[other.weight]["input_vectors"].shape == (1, 7, 7)
