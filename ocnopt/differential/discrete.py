@@ -55,7 +55,10 @@ class EndObserver(Protocol):
     """Watches the end of the path alone, for which a solve gives up nothing."""
 
     def terminal(self, x: Tensor, slope: Tensor, costate: Tensor) -> None:
-        """Receive x(T), F(T, x(T)) and dL/dx(T) once, if the path ends there; samples along the leading axis."""
+        """Receive x(T), F(T, x(T)) and dL/dx(T) once, if the path ends there; samples along the leading axis.
+
+        Where samples have times of their own, those that end elsewhere come with their end, and with zero for dL/dx.
+        """
 
 
 class Observers(tuple[Observer, ...]):

@@ -63,6 +63,8 @@ def solve_stages(
             y = newton.solve(time, step, r.detach(), guess)
         if torch.is_grad_enabled():
             M = newton.matrix(time, step, y)
+            # Still constant, with a derivative of zero: a field that differentiates inside needs a graph to start from.
+            y = torch.where(torch.zeros((), dtype=torch.bool, device=y.device), r, y)
             for _ in range(1 if inner is not None else 2):
                 y = y - newton.apply(M, y - step * field(time, y) - r)
         points.append(y)

@@ -48,9 +48,9 @@ class StateLayout(NamedTuple):
         return StateLayout(shapes, shapes[0][0] if together else 1, sizes)
 
     def join(self, state: State) -> Tensor:
-        """A state as one tensor."""
+        """A state as one tensor; one of inference mode is copied, as no graph may keep it."""
         if isinstance(state, Tensor):
-            return state
+            return state.clone() if state.is_inference() else state
         return torch.cat([part.reshape(self.rows, size) for part, size in zip(state, self.sizes, strict=True)], dim=1)
 
     def split(self, x: Tensor) -> State:

@@ -340,12 +340,13 @@ class NeuralODE(nn.Module):
         self._check_tangents(given)
         check_samples(layout, x)
         times, moving = read_sample_times(given, (self.horizon.t0, self._end()), self._buffers.get("T"), x)
-        at_end = all(math.isclose(end, self._end(), rel_tol=1e-6, abs_tol=1e-9) for end in times[-1].tolist())
+        at_end = [math.isclose(end, self._end(), rel_tol=1e-6, abs_tol=1e-9) for end in times[-1].tolist()]
         job = SampleJob(
             self._evaluation(layout, x, moving),
             self._adaptive(samples.integrate, WALKING[self.method]),
             times,
-            [*self._observers.values()] if at_end else [],
+            torch.tensor(at_end, dtype=torch.bool, device=x.device),
+            [*self._observers.values()] if any(at_end) or not at_end else [],
         )
         span = (float(times.min()), float(times.max())) if len(x) else (0.0, 0.0)
         require_apart(job.evaluation, span, x, self._weights, 'error_norm="sample"', each=True)

@@ -96,12 +96,13 @@ def _as_table(given: Sequence[float] | Tensor, count: int) -> Tensor:
 class SampleJob:
     """One solve: the field, the walk with method and tolerances bound, start and output times ``(1 + K, B)``.
 
-    ``ends`` are told about the last of them.
+    ``ends`` are told about the last of them, with no costate for samples that are not ``at_end`` ``(B,)`` there.
     """
 
     evaluation: Evaluation
     integrate: partial[SampleWalk]
     times: Tensor
+    at_end: Tensor
     ends: Sequence[EndObserver] = ()
 
     @property
@@ -143,6 +144,7 @@ class SampleDiscrete:
         job, (end, *states) = self.job, saved
         if job.ends:
             costate = jumps.get(len(job.times) - 1, torch.zeros_like(end))
+            costate = torch.where(column(job.at_end, end), costate, 0.0)
             slope = job.evaluation(column(job.times[-1], end), end)
             for observer in job.ends:
                 observer.terminal(end, slope, costate)

@@ -8,9 +8,11 @@ moved by dp, is the feedback rule T <- T - eta (Q_T + Q_Tp . dp) / Q_TT with Q_T
     "published"       Q_TT the same,               Q_Tp . dp = (sum_i s_i) (Q_p . dp), a product of means,
     "exact"           the second derivatives of Phi themselves.
 
-All belong to the parameters that dp starts from: the policy notes them during the backward pass, before the optimiser
-moves. F and dPhi/dx at T are handed over by that pass itself. The first takes the solves of that pass again at an
-update, with cotangents weighed by s_i; the last evaluates the loss once more and differentiates it twice.
+All belong to the parameters of the Neural ODE that dp starts from: the policy notes them during the backward pass,
+before the optimiser moves. F and dPhi/dx at T are handed over by that pass itself. The first takes the solves of that
+pass again at an update, with cotangents weighed by s_i. The last evaluates the loss once more and differentiates it
+twice, which also makes s_i anew: the Neural ODE has its noted parameters for that while, but layers around it are
+already where the optimiser has moved them, so that its derivatives are those at their new weights.
 
 Source: Liu, Chen, Theodorou, arXiv 2109.14158.
 """
@@ -25,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ocnopt.checks import is_number, is_whole
 from ocnopt.differential.kronecker import release
 from ocnopt.errors import NonFiniteError, ProblemError
 from ocnopt.neural.neural_ode import NeuralODE
@@ -53,7 +56,8 @@ class HorizonPolicy:
     while all solves within one forward and backward pass are of the same samples.
 
     A solve with output times counts where the last of them is T, the others being held. Where T is none of them it adds
-    nothing, as nothing depends on T; where it is one before the last (they start from T, or go on) it is refused.
+    nothing, as nothing depends on T; where it is one before the last (they start from T, or go on) it is refused. With
+    times for each sample those that end at T have shares, the others, held, shares of zero.
 
     With a ``torch.amp.GradScaler`` say ``HorizonPolicy(ode, lr=0.1, scaler=scaler)`` and call, in this order,
     ``scaler.scale(loss).backward()``, ``scaler.step(optimizer)``, ``policy.step()``, ``scaler.update()``. The scale is
@@ -70,8 +74,8 @@ class HorizonPolicy:
         curvature: of the feedback rule. "published": shares of the samples and a product of means, which costs nothing.
             "gauss_newton": the mean of products of shares and gradients; an update takes the solves of its iteration
             again, forward and backward. It is consistent, but that of a single batch, and swings more. "exact": second
-            derivatives of the loss, for which ``policy.step(closure)`` needs a function that computes it again; an
-            update costs about three iterations.
+            derivatives of the loss, for which ``policy.step(closure)`` needs a function that computes it again, with
+            layers around the Neural ODE as they are by then; an update costs about three iterations.
         lr: eta; at most 1 is sensible for "feedback".
         penalty: c of the cost (c/2) T^2 on the integration time.
         every: iterations from one update of T to the next. The first update is that of the first iteration, before the
@@ -157,13 +161,19 @@ class HorizonPolicy:
         """What the next step depends on besides T, which is saved with the module."""
         return {"count": self._count, "seen": [*self._seen], "past": self._past} | self._options()
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any] | Any) -> None:
         """Go on from a state that :meth:`state_dict` returned.
 
         Raises:
-            ProblemError: the state is something else.
+            ProblemError: the state is something else, or numbers in it cannot be right; nothing is loaded then.
         """
+        if not isinstance(state_dict, Mapping):
+            came = type(state_dict).__name__
+            raise ProblemError(
+                f"the state is {came}; expected a dict: load what state_dict() of a HorizonPolicy returned"
+            )
         check_policy_state(state_dict, _OPTIONS)
+        _check_progress(state_dict["count"], state_dict.get("seen", []), state_dict.get("past", (0.0, 0.0)))
         options = {name: state_dict.get(name, value) for name, value in self._options().items()}
         check_policy_options(options)
         self.__dict__.update(options, _count=state_dict["count"], _seen=[*state_dict.get("seen", ())])
@@ -299,6 +309,25 @@ class HorizonPolicy:
                 "optimizer.zero_grad() after policy.step()"
             )
         return moved
+
+
+def _check_progress(count: object, seen: object, past: object) -> None:
+    """Refuse what no policy has counted, seen or averaged."""
+    cure = "load what the state_dict() of a HorizonPolicy returned"
+    if not is_whole(count) or count < 0:
+        raise ProblemError(f"the state's 'count' is {count!r}; expected a whole number >= 0: {cure}")
+    for name, pairs in (("seen", seen), ("past", [past])):
+        if not isinstance(pairs, (list, tuple)) or not all(map(_is_pair, pairs)):
+            came = past if name == "past" else seen
+            what = "a list of pairs" if name == "seen" else "a pair"
+            raise ProblemError(
+                f"the state's {name!r} is {came!r}; expected {what} of finite numbers, the second >= 0: {cure}"
+            )
+
+
+def _is_pair(value: Any) -> bool:
+    is_pair = isinstance(value, (list, tuple)) and len(value) == 2
+    return is_pair and all(is_number(each) and math.isfinite(each) for each in value) and value[1] >= 0.0
 
 
 @contextmanager

@@ -184,6 +184,9 @@ class Shares:
             for row in times.T.tolist() if isinstance(times, Tensor) and times.ndim == 2 else [times]:
                 check_times(neural_ode._read_times(row)[0], float(neural_ode.T))
         self.take()
+        now = [*neural_ode.parameters()]
+        if all(isinstance(parameter, nn.Parameter) for parameter in now):  # torch.func lends tensors for one call
+            self._parameters = now  # load_state_dict(assign=True) may have exchanged them
         new = [parameter for parameter in self._live() if parameter not in self._hooked]
         self._handles += [parameter.register_post_accumulate_grad_hook(self._arrive) for parameter in new]
         self._hooked.update(new)

@@ -143,6 +143,18 @@ def test_no_grad_and_eval(adjoint):
     assert not ode(x).requires_grad
 
 
+@pytest.mark.parametrize(
+    "options", [{"adjoint": "discrete"}, {"adjoint": "continuous"}, {"adjoint": "backprop"}, {"error_norm": "sample"}]
+)
+def test_a_state_of_inference_mode_is_a_constant(options):
+    field, x = Plain(lambda t, x: -field.rate * x, rate=torch.tensor(0.5).double()), start(4, 3)
+    ode = NeuralODE(field, **options)
+    with torch.inference_mode():
+        frozen = x.clone()
+    found = [torch.autograd.grad(ode(each).square().sum(), field.rate)[0] for each in (frozen, x)]
+    assert torch.equal(*found)
+
+
 def test_statistics_are_those_of_the_last_call():
     ode, x = NeuralODE(Tanh()), start(4, 3)
     first = ode(x)

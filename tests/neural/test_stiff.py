@@ -73,6 +73,35 @@ def test_gradients_of_a_grid_are_differences_of_it(shape):
     assert float((ends[0] - ends[1]) / (2 * eps)) == pytest.approx(float(found[x.numel() :] @ direction), rel=1e-7)
 
 
+class Descent(nn.Module):
+    """Goes down the energy log cosh(A x); by autograd, as the code of a user would, or by hand."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.A = way, nn.Parameter(torch.tensor([[1.0, 0.3], [-0.7, 0.2]], dtype=torch.float64))
+
+    def forward(self, t, x):
+        if self.way == "by hand":
+            return -torch.tanh(x @ self.A) @ self.A.mT
+        with torch.enable_grad():
+            if self.way == "with a leaf of its own" and not x.requires_grad:
+                x = x.detach().requires_grad_()
+            return -torch.autograd.grad(torch.cosh(x @ self.A).log().sum(), x, create_graph=True)[0]
+
+
+@pytest.mark.parametrize("adjoint", ["discrete", "backprop"])
+def test_a_field_that_differentiates_inside(adjoint):
+    rows, x = [], start(2, 2)
+    for way in ("by hand", "on what it is given", "with a leaf of its own"):
+        ode = NeuralODE(Descent(way), method="kvaerno5", steps=1, adjoint=adjoint)
+        wanted = [leaf := x.clone().requires_grad_(), ode.field.A]
+        first = torch.autograd.grad(loss(ode(leaf)), wanted, create_graph=True)
+        second = torch.autograd.grad(sum(torch.sin(g).sum() for g in first), wanted)
+        rows.append(torch.cat([g.detach().flatten() for g in (*first, *second)]))
+    assert distance(rows[1], rows[0]) < 1e-10
+    assert distance(rows[2], rows[0]) < 1e-10
+
+
 def test_second_derivatives_times_and_events():
     field, x = Fast(), start(2, 3)
     rows = []

@@ -1,5 +1,7 @@
 """What may change under the optimisers: precision, what is trained, autocast."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -91,6 +93,23 @@ def test_a_field_frozen_or_set_free_after_the_policy_was_made(rule, model, x):
         optimizer.step()
         policy.step()
         assert before != model.ode.T
+
+
+def test_a_policy_stays_with_a_model_whose_parameters_are_exchanged(model, x):
+    ends = []
+    for assign in (False, True):
+        each = copy.deepcopy(model)
+        policy, saved = HorizonPolicy(each.ode, lr=0.01, penalty=0.1), copy.deepcopy(each.state_dict())
+        each.load_state_dict(saved, assign=assign)
+        for _ in range(2):
+            loss(each, x).backward()
+            with torch.no_grad():
+                for parameter in each.parameters():
+                    parameter -= 0.1 * parameter.grad
+            policy.step()
+        ends.append(each.ode.T)
+    assert torch.equal(*ends)
+    assert ends[0] != model.ode.T
 
 
 @pytest.mark.parametrize("place", ["backward", "step"])

@@ -298,6 +298,26 @@ def test_ends_of_samples_with_steps_of_their_own():
     policy = HorizonPolicy(ode)
     with pytest.raises(ProblemError, match="with T = .* before the last; expected T as the last, or not at all"):
         ode(x, torch.tensor([[0.2, 0.4], [0.8, 1.0], [1.2, 1.2]]))
-    ode(x, torch.tensor([[0.7, 1.0]]))[-1].sum().backward()
+    ode(x, torch.tensor([[0.7, 0.9]]))[-1].sum().backward()
     with pytest.raises(ProblemError, match="none that ended at T"):
         policy.step()
+
+
+@pytest.mark.parametrize("curvature", ["gauss_newton", "published"])
+def test_samples_that_end_before_T_share_nothing(curvature):
+    ode = NeuralODE(Field(), FreeHorizon(1.0, 0.2, 3.0), rtol=1e-6, atol=1e-6, error_norm="sample")
+    policy = HorizonPolicy(ode, curvature=curvature, lr=ETA, penalty=c, max_change=1.0)
+    x = torch.tensor([[-0.4, 1.1, 0.3], [0.8, -0.2, 0.5], [0.1, 0.6, -0.9]])
+
+    def run(ode, x):
+        return losses(ode(x, torch.where(x[:, 0] < 0, 0.7, ode.T)[None])[-1])
+
+    s, along = by_hand(ode, run, x)
+    run(ode, x).mean().backward()
+    moved(ode)
+    policy.step()
+    response = (s * along).mean() if curvature == "gauss_newton" else s.mean() * along.mean()
+    assert s[0] == 0 < s.abs()[1:].min()
+    torch.testing.assert_close(
+        ode.T, 1.0 - ETA * (c + s.mean() + response) / (c + s.square().mean()), rtol=1e-7, atol=0
+    )

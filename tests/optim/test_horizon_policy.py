@@ -273,6 +273,26 @@ def test_wrong_modules():
     assert policy.state_dict()["count"] == 0
 
 
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (None, "the state is NoneType; expected a dict: load what"),
+        ({"count": -1}, "'count' is -1; expected a whole number >= 0: load what"),
+        ({"count": 1.5}, "'count' is 1.5; expected a whole number >= 0: load what"),
+        ({"past": (float("nan"), 1)}, r"'past' is \(nan, 1\); expected a pair of finite numbers.*: load what"),
+        ({"past": (1.0, -1.0)}, r"'past' is \(1.0, -1.0\); expected a pair .* the second >= 0: load what"),
+        ({"seen": [("a", 1.0)]}, r"'seen' is \[\('a', 1.0\)\]; expected a list of pairs of finite numbers"),
+        ({"seen": 3}, "'seen' is 3; expected a list of pairs of finite numbers"),
+    ],
+)
+def test_numbers_that_no_policy_has_saved(state, message):
+    _, policy = make()
+    before = policy.state_dict()
+    with pytest.raises(ProblemError, match=message):
+        policy.load_state_dict(None if state is None else {**before, **state})
+    assert policy.state_dict() == before
+
+
 def test_its_options_come_back_with_its_state():
     options = {"lr": 0.2, "penalty": 0.3, "every": 4, "rule": "adjoint", "reduction": "sum", "max_change": 0.2}
     options |= {"curvature": "exact", "averaging": 0.5}
