@@ -328,8 +328,8 @@ class SNOpt(torch.optim.Optimizer):
         moves = matrices.turn([pair for _, pair in ready], float(self.power), self.length)
         for (block, _), move in zip(ready, moves, strict=True):
             steps.update(block.parts(move))
-            for parameter in block.parameters:
-                matrices.forget_squares(self.state[parameter])
+            for part in block.parameters:
+                matrices.forget_squares(self.state[part])
         for parameter, gradient in gradients.items():
             if parameter not in steps:
                 steps[parameter] = matrices.first_order(self.state[parameter], gradient, momenta[parameter])
