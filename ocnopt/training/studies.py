@@ -19,9 +19,9 @@ GAMES = ("adam", "sgd-plain", "gauss-newton", "ocnopt-open-loop", "ocnopt-past",
 INGREDIENTS: dict[str, dict[str, object]] = {
     "without adaptation": {"adaptation": 0.0},
     "adaptation 1": {"adaptation": 1.0},
-    "power 1/2": {"power": 0.5},
+    "power 0.5": {"power": 0.5},
     "power 1": {"power": 1.0},
-    "length by division, power 1/2": {"length": "division", "power": 0.5},
+    "length by division, power 0.5": {"length": "division", "power": 0.5},
     "factors from samples": {"curvature": "costate"},
     "factors of both": {"curvature": "mixed"},
 }

@@ -8,6 +8,7 @@ and seed are spread over processes. A run that was killed goes on from its check
 """
 
 import os
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -59,8 +60,10 @@ class Method:
         Example:
             >>> Method("snopt", "feedback").name
             'snopt-feedback'
+            >>> Method("snopt", variant="power 1/2").name
+            'snopt-power-1-2'
         """
-        words = (self.variant, "" if self.horizon == "fixed" else self.horizon)
+        words = (re.sub(r"[^\w.]+", "-", self.variant), "" if self.horizon == "fixed" else self.horizon)
         return "-".join([self.optimizer, *filter(None, words), *map(str, self.model.values())])
 
     @property
