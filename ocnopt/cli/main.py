@@ -245,7 +245,7 @@ def study(
             show(console, table)
         return
     given: dict[str, Any] = {"optimizers": optimizer or None, "quick": quick or None, "seeds": seeds, "epochs": epochs}
-    begin = functools.partial(study_request, **given)
+    begin = functools.partial(study_request, **given, jobs=jobs)
     with _run("study", name, out, resume, given, begin, quiet=as_json) as folder:
         record = run_by_folder(folder, Console(stderr=True, quiet=True) if as_json else console, jobs)
     if as_json:

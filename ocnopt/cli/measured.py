@@ -40,6 +40,23 @@ def measurement_request(
     return {"problem": asked.name, **given, "measurement": counted}
 
 
+def alone(asked: Measurement, jobs: int) -> None:
+    """Refuse to measure in several processes.
+
+    Args:
+        asked: a study that measures.
+        jobs: processes.
+
+    Raises:
+        ProblemError: more than one.
+    """
+    if jobs > 1:
+        raise ProblemError(
+            f"--jobs {jobs} came with the study {asked.name}, whose times would disturb one another; expected one "
+            "process: leave --jobs out"
+        )
+
+
 def run_measured(
     asked: Measurement, folder: RunFolder, console: Console, jobs: int
 ) -> tuple[list[Section], dict[str, Any]]:
@@ -57,11 +74,7 @@ def run_measured(
     Raises:
         ProblemError: more than one process.
     """
-    if jobs > 1:
-        raise ProblemError(
-            f"--jobs {jobs} came with the study {asked.name}, whose times would disturb one another; expected one "
-            "process: leave --jobs out"
-        )
+    alone(asked, jobs)
     seeds, quick = folder.entry("measurement", int), bool(folder.config.get("quick"))
     with progress_bar(console) as bar:
         task = bar.add_task(asked.name, total=None, text="")

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from ocnopt.cli.learning import draw_model, draw_training, progress_bar
-from ocnopt.cli.measured import measurement_request, run_measured
+from ocnopt.cli.measured import alone, measurement_request, run_measured
 from ocnopt.cli.report import Image, Section, write_report
 from ocnopt.cli.tables import BREAK, Table, show, to_markdown
 from ocnopt.errors import DataError
@@ -27,7 +27,13 @@ from ocnopt.training.study import Progress, best, run_folder, spread
 
 
 def study_request(
-    name: str, *, optimizers: Sequence[str] | None, quick: bool | None, seeds: int | None, epochs: int | None
+    name: str,
+    *,
+    optimizers: Sequence[str] | None,
+    quick: bool | None,
+    seeds: int | None,
+    epochs: int | None,
+    jobs: int = 1,
 ) -> dict[str, Any]:
     """What ``ocnopt study`` was asked.
 
@@ -37,12 +43,14 @@ def study_request(
         quick: whether its small size is wanted.
         seeds: instead of its own number.
         epochs: likewise.
+        jobs: processes.
 
     Raises:
-        ProblemError: no such study or optimiser.
+        ProblemError: no such study or optimiser, or more processes than it bears.
     """
     given: dict[str, Any] = {"optimizers": optimizers, "quick": quick, "seeds": seeds, "epochs": epochs}
     if name in MEASUREMENTS:
+        alone(MEASUREMENTS[name], jobs)
         return measurement_request(MEASUREMENTS[name], **given)
     asked = study(name) if optimizers is None else with_methods(study(name), optimizers)
     asked = asked.quick() if quick else asked
@@ -52,7 +60,10 @@ def study_request(
 
 def study_tables() -> list[Table]:
     """The studies and the optimisers that there are."""
-    studies = [(each.name, f"{each.summary}: {', '.join(each.problems)}") for each in STUDIES.values()]
+    studies = [
+        (each.name, f"{each.summary}: {', '.join(each.problems)}. {each.left_out}".rstrip(". "))
+        for each in STUDIES.values()
+    ]
     studies += [(each.name, f"{each.summary}: {each.problem}") for each in MEASUREMENTS.values()]
     optimizers = [(each.name, each.summary) for each in OPTIMIZERS.values()]
     return [
@@ -96,7 +107,9 @@ def run_by_folder(folder: RunFolder, console: Console, jobs: int) -> dict[str, A
 
 def _write(folder: RunFolder, asked: Study | Measurement, sections: Sequence[Section]) -> None:
     """The page, and its tables as text that can be pasted."""
-    write_report(folder.path, f"Study {asked.name}", asked.summary, sections)
+    left_out = asked.left_out if isinstance(asked, Study) else ""
+    summary = f"{asked.summary}. {left_out}" if left_out else asked.summary
+    write_report(folder.path, f"Study {asked.name}", summary, sections)
     tables = [to_markdown(table) for section in sections for table in section.tables]
     write_atomically(folder.path / "tables.md", "\n".join(tables).encode())
 
@@ -110,6 +123,8 @@ def report(asked: Study, folder: RunFolder, console: Console, jobs: int = 1) -> 
         console: shows bars and tables.
         jobs: processes.
     """
+    if asked.left_out:
+        console.print(asked.left_out, markup=False, highlight=False)
     with _bars(asked, folder, console):
         found = run_study(asked, folder, jobs=jobs)
     sections = []

@@ -125,9 +125,12 @@ _ALL = (
 
 def _known(study: Study) -> Study:
     problems = tuple(name for name in study.problems if name in names("learning"))
-    return replace(
-        study, problems=problems, methods=tuple(method for method in study.methods if method.optimizer in OPTIMIZERS)
+    methods = tuple(method for method in study.methods if method.optimizer in OPTIMIZERS)
+    lost = [method.optimizer for method in study.methods if method.optimizer not in OPTIMIZERS]
+    sentence = (
+        f"Left out: {', '.join(lost)}, not installed here: pip install 'ocnopt[peers]' brings it." if lost else ""
     )
+    return replace(study, problems=problems, methods=methods, left_out=sentence)
 
 
 MEASUREMENTS = {measured.name: measured for measured in (ADJOINTS, MEMORY, REGULARITY)}
@@ -164,7 +167,8 @@ def with_methods(study: Study, optimizers: Sequence[str]) -> Study:
         ProblemError: no such optimiser.
     """
     own = {name: [method for method in study.methods if method.optimizer == name] for name in optimizers}
-    return replace(study, methods=tuple(m for name in optimizers for m in own[name] or [_checked(name)]))
+    chosen = tuple(m for name in optimizers for m in own[name] or [_checked(name)])
+    return replace(study, methods=chosen, left_out="")
 
 
 def _checked(name: str) -> Method:

@@ -93,6 +93,7 @@ class Study:
         epochs: of every run; the problem's own if None.
         batch_size: the problem's own if None.
         iterations: of every run, instead of epochs.
+        left_out: a sentence on the methods that are missing here; empty if none is.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Study:
     epochs: int | None = None
     batch_size: int | None = None
     iterations: int | None = None
+    left_out: str = ""
 
     @classmethod
     def read(cls, entry: Mapping[str, Any]) -> "Study":

@@ -237,3 +237,16 @@ def test_what_a_study_that_measures_does_not_take(run, tmp_path, option, message
     assert code == main.MISTAKE
     assert message in " ".join(output.split())
     assert not (tmp_path / "here").exists()
+    assert "run folder" not in output
+
+
+def test_methods_that_are_left_out_are_named_on_the_terminal_and_the_page(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(STUDIES, "tables-feedback", replace(STUDIES["tables-feedback"], left_out="Left out: soap."))
+    monkeypatch.setattr("ocnopt.cli.study.report", lambda asked, folder, console, jobs: ([], []))
+    code, output = run("study")
+    assert code == 0
+    assert "Left out: soap" in output
+    assert run("study", "tables-feedback", "--out=here")[0] == 0
+    assert "Left out: soap." in (tmp_path / "here" / "report.html").read_text()
+    assert run("study", "tables-feedback", "--optimizer=adam", "--out=there")[0] == 0
+    assert "Left out" not in (tmp_path / "there" / "report.html").read_text()

@@ -18,7 +18,7 @@ from ocnopt.errors import DataError, ProblemError
 from ocnopt.optim.registry import OPTIMIZERS
 from ocnopt.problems import Task, learning_task, names
 from ocnopt.runs import RunFolder
-from ocnopt.training import Method, Study, Trainer, outcomes, run_study, trainer
+from ocnopt.training import Method, Study, Trainer, outcomes, run_study, studies, trainer
 from ocnopt.training.memory import peak_bytes
 from ocnopt.training.studies import STUDIES, study, with_methods
 from ocnopt.training.study import Progress, best, spread
@@ -158,6 +158,21 @@ def test_the_studies_of_the_library(name):
     small = asked.quick()
     assert (small.epochs, small.seeds) == (66 if asked.epochs == 1000 else 1, 2)
     assert set(small.factors) <= set(asked.factors)
+
+
+def test_a_method_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.delitem(studies.OPTIMIZERS, "soap", raising=False)
+    short = studies._known(Study("some", "some", ("digits_ode",), (Method("adam"), Method("soap"))))
+    assert [method.name for method in short.methods] == ["adam"]
+    assert "soap" in short.left_out
+    assert "pip install 'ocnopt[peers]'" in short.left_out
+    assert not with_methods(short, ["adam"]).left_out
+
+
+def test_the_options_of_every_method_make_its_optimiser():
+    for method in (method for each in STUDIES.values() for method in each.methods):
+        if options := method.settings.get("options"):
+            replace(OPTIMIZERS[method.optimizer], options=options).build(torch.nn.Linear(2, 2), 0.01)
 
 
 def test_an_unknown_study():
