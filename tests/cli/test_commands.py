@@ -218,7 +218,7 @@ def test_the_demo(run, tmp_path, monkeypatch):
         assert part in output
     page = (tmp_path / "here" / "report.html").read_text()
     images = sorted((tmp_path / "here" / "plots").iterdir())
-    assert len(images) == 8  # T moves from its tenth iteration on
+    assert len(images) == 9
     assert all(f"plots/{path.name}" in page for path in images)
     lines = (tmp_path / "here" / "digits-adam-lr0.01-seed0" / "metrics.jsonl").read_text()
     assert run("demo", "--resume", "here")[0] == 0
