@@ -153,7 +153,7 @@ class Trajectory:
         field: takes the steps again.
         budget: bytes to keep.
         evaluation: bytes that the graph of one evaluation keeps, where graphs are wanted; the walk must then take its
-            steps by :meth:`take`.
+            steps by :meth:`take`, in grad mode.
         log: notes of the evaluations, where the field needs them to be repeated.
 
     Attributes:
