@@ -47,7 +47,7 @@ class Wanted(NamedTuple):
     over_adjoint: float | None = None
 
 
-ADJOINT, BACKPROP = "torchdiffeq odeint_adjoint", "torchdiffeq odeint"
+ADJOINT, BACKPROP = "odeint_adjoint", "odeint"
 STEPS = 20
 DEFAULT = "NeuralODE discrete"
 # Errors below are those of float32.
