@@ -153,7 +153,7 @@ class Trajectory:
         field: takes the steps again.
         budget: bytes to keep.
         evaluation: bytes that the graph of one evaluation keeps, where graphs are wanted; the walk must then take its
-            steps by :meth:`take`.
+            steps by :meth:`take`, in grad mode.
         log: notes of the evaluations, where the field needs them to be repeated.
 
     Attributes:
@@ -183,10 +183,10 @@ class Trajectory:
         self, tableau: Tableau, field: Field, t: Time, h: float, x: Tensor, first: Tensor | None = None
     ) -> tuple[Tensor, Stages]:
         """Take a step as :func:`ocnopt.integrate.runge_kutta.step` does, continuing the graph while it is kept."""
-        if not self._graphs:
-            return step(tableau, field, t, h, x.detach(), None if first is None else first.detach())
-        with torch.enable_grad():
+        if self._graphs:
             return step(tableau, field, t, h, x, first)
+        with torch.no_grad():
+            return step(tableau, field, t, h, x.detach(), None if first is None else first.detach())
 
     def append(self, taken: Step) -> None:
         """Keep one accepted step."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ocnopt.errors import ConvergenceError, NonFiniteError
-from ocnopt.integrate.adaptive import GROW, SAFETY, SHRINK, non_finite, spent, underflow
+from ocnopt.integrate.adaptive import GROW, SAFETY, SHRINK, linear_length, non_finite, spent, underflow
 from ocnopt.integrate.runge_kutta import Field, Stages, closed, step, weighted_sum
 from ocnopt.integrate.tableaus import Tableau
 
@@ -204,8 +204,11 @@ class _Walker:
         h = column(self.direction * h0, x)
         bend = self.field(column(self.t, x) + h, torch.addcmul(x, h.to(x.dtype), slope)) - slope
         d2 = _norm(bend / scale) / h0
-        size = (0.01 / torch.maximum(d1, d2).clamp(min=1e-15)) ** (1.0 / self.tableau.order)
-        return torch.where(d2.isfinite(), torch.minimum(span, torch.minimum(100 * h0, size)), 0.01 * h0)
+        d1 = d1.clamp(min=1e-15)
+        cautious = (0.01 / torch.maximum(d1, d2)) ** (1.0 / self.tableau.order)
+        bold = linear_length(self.tableau, torch.maximum(d2 / d1, 1.0 / span), d1)
+        longest = torch.minimum(span, 100 * h0)
+        return torch.where(d2.isfinite(), torch.minimum(longest, torch.maximum(cautious, bold)), 0.01 * h0)
 
     def _refuse_underflow(self, rejected: Tensor, error: Tensor) -> None:
         ends = self.times[-1]

@@ -10,8 +10,10 @@ stage is not that already. ``dense`` holds, for every i, the coefficients of the
 b_i(theta); the others follow from values and slopes at both ends. Without it all are zero: the cubic of Hermite.
 """
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from types import MappingProxyType
 
 from ocnopt.checks import nearest
@@ -311,6 +313,15 @@ STIFF: Mapping[str, Tableau] = MappingProxyType({KVAERNO5.name: KVAERNO5})
 
 # What walks along the path of a Neural ODE.
 WALKING: Mapping[str, Tableau] = MappingProxyType({**TABLEAUS, **STIFF})
+
+
+@cache
+def error_constant(tableau: Tableau) -> float:
+    """C of the estimated error C |h rate|^order |x| of a short step on dx/dt = rate x."""
+    powers = [1.0] * len(tableau.c)
+    for _ in range(tableau.order - 1):
+        powers = [sum(map(operator.mul, row, powers)) for row in tableau.a]
+    return abs(sum(map(operator.mul, tableau.b_error or (), powers)))
 
 
 def get_tableau(name: str) -> Tableau:

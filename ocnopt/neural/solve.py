@@ -142,7 +142,8 @@ class Discrete:
         if log is not None and noise is not None:
             log.add(noise)
         self._trajectory = Trajectory(job.tableau, job.evaluation, self._budget, root.nbytes, log)
-        walk = job.walk(root.x, root.slope, self._trajectory.append, self._trajectory.take)
+        with torch.set_grad_enabled(root.nbytes is not None):
+            walk = job.walk(root.x, root.slope, self._trajectory.append, self._trajectory.take)
         job.evaluation.log = None
         return walk
 

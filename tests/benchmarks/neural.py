@@ -1,5 +1,6 @@
 """Tables of the parts on networks."""
 
+from itertools import chain
 from statistics import mean
 
 from tests.benchmarks import engines, horizon, memory, race
@@ -117,14 +118,14 @@ def show_engines(options: Options) -> None:
     """Our Neural-ODE engine against torchdiffeq."""
     for name, (field, start) in engines.workloads().items():
         for method in ("dopri5", "rk4"):
-            wanted = engines.WANTED[name, method]
-            rows = []
-            for way in engines.measure(field, start, method, 3 if options.quick else 9):
-                wants = [most(limit) if way.name == "NeuralODE discrete" else "" for limit in wanted]
-                ratios = [f"{way.over_backprop:.2f}", wants[0], f"{way.over_adjoint:.2f}", wants[1]]
-                rows.append([way.name, *ratios, f"{way.error:.1e}", f"{way.milliseconds:.1f}"])
+            ways, rows = engines.measure(field, start, method, 3 if options.quick else 9), []
+            limits = engines.limits(ways, engines.WANTED[name, method])
+            for way in ways:
+                wants = limits if way.name == engines.DEFAULT else [""] * len(limits)
+                figures = (f"{way.over_backprop:.2f}", f"{way.over_adjoint:.2f}", f"{way.error:.1e}")
+                rows.append([way.name, *chain(*zip(figures, wants, strict=True)), f"{way.milliseconds:.1f}"])
             show(
                 f"{name}: forward and backward, {method} {'1e-3' if method == 'dopri5' else f'{engines.STEPS} steps'}",
-                ["engine", "/ odeint", "wanted", "/ odeint_adjoint", "wanted", "gradient error", "ms"],
+                ["engine", "/ odeint", "wanted", "/ odeint_adjoint", "wanted", "gradient error", "wanted", "ms"],
                 rows,
             )

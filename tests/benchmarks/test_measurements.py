@@ -85,6 +85,15 @@ def test_engines(method):
     assert all(way.error < 0.02 for way in found.values())
 
 
+def test_a_missed_limit_of_the_engine_is_named():
+    ways = [
+        engines.Engine(engines.BACKPROP, 1.0, 0.5, 2e-3, 10.0),
+        engines.Engine(engines.DEFAULT, 0.41, 0.2, 2.1e-3, 4.1),
+    ]
+    assert engines.limits(ways, engines.Wanted(0.4, 0.2)) == ["<= 0.4, missed", "<= 0.2", "<= 0.002, missed"]
+    assert engines.limits(ways, engines.Wanted(0.5)) == ["<= 0.5", "", "<= 0.002, missed"]
+
+
 def test_control():
     found = control.measure("pendulum_swing_up", 20, control.BESIDE, repeats=1)
     assert (found[2] is None) is not control.peer.INSTALLED

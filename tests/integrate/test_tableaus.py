@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ocnopt.errors import ProblemError
-from ocnopt.integrate.runge_kutta import step
-from ocnopt.integrate.tableaus import TABLEAUS, get_tableau
+from ocnopt.integrate.runge_kutta import step, weighted_sum
+from ocnopt.integrate.tableaus import TABLEAUS, error_constant, get_tableau
 
 METHODS = sorted(TABLEAUS)
 
@@ -49,6 +49,15 @@ def test_error_falls_with_the_order(name):
     coarse = 3 if name == "dopri8" else 40
     measured = math.log2(error(coarse) / error(2 * coarse))
     assert measured == pytest.approx(tableau.order, abs=0.4)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if TABLEAUS[name].b_error is not None])
+def test_the_error_constant_is_that_of_a_linear_field(name):
+    tableau, rate, h = TABLEAUS[name], -2.0, 0.1 if name == "dopri8" else 1e-2
+    x = torch.full((1,), 3.0, dtype=torch.float64)
+    _, seen = step(tableau, lambda t, x: rate * x, 0.0, h, x)
+    estimate = abs(float(weighted_sum(h, tableau.b_error, seen.slopes)))
+    assert estimate == pytest.approx(error_constant(tableau) * abs(h * rate) ** tableau.order * 3.0, rel=0.2)
 
 
 def test_an_unknown_method_offers_the_nearest():

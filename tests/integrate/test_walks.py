@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ocnopt.errors import ConvergenceError, NonFiniteError, ProblemError
-from ocnopt.integrate import adaptive, fixed
-from ocnopt.integrate.tableaus import DOPRI5, RK4, TABLEAUS
+from ocnopt.integrate import adaptive, fixed, samples
+from ocnopt.integrate.tableaus import DOPRI5, RK4, TABLEAUS, error_constant
 from ocnopt.integrate.walk import StageLog
 
 PAIRS = [tableau for tableau in TABLEAUS.values() if tableau.b_error is not None]
@@ -96,6 +96,52 @@ def test_first_slope_and_first_size_are_used():
     assert given_slope.evaluations == plain.evaluations - 1
     sized = adaptive.integrate(pendulum, x, (0.0, 1.0), first=pendulum(0.0, x), first_size=0.5)
     assert sized.evaluations == 6 * (sized.steps + sized.rejected)
+
+
+@pytest.mark.parametrize("tableau", PAIRS, ids=lambda tableau: tableau.name)
+@pytest.mark.parametrize("rate", [-3.0, 0.5])
+def test_the_first_step_of_a_linear_field_is_as_long_as_the_tolerance_allows(tableau, rate):
+    x, steps, atol = torch.ones(4, dtype=torch.float64), [], 1e-4 if tableau.order == 2 else 1e-10
+    options = {"tableau": tableau, "rtol": 0.0, "atol": atol, "on_step": steps.append}
+    walk = adaptive.integrate(lambda t, x: rate * x, x, (0.0, 2.0), **options)
+    estimate = error_constant(tableau) * abs(rate * steps[0].size) ** tableau.order
+    assert estimate == pytest.approx(0.9**tableau.order * atol, rel=1e-3)
+    assert walk.rejected == 0
+
+
+def test_units_of_time_do_not_matter():
+    def walk(unit, span):
+        return adaptive.integrate(lambda t, x: unit * torch.sin(x), start(5), (0.0, span), rtol=1e-6, atol=1e-6)
+
+    one, other = walk(1.0, 4.0), walk(0.001, 4000.0)
+    assert (one.steps, one.rejected) == (other.steps, other.rejected)
+    torch.testing.assert_close(one.state, other.state)
+
+
+@pytest.mark.parametrize("end", [30.0, -30.0])
+def test_a_path_that_starts_at_rest_begins_no_shorter_than_by_hairers_rule(end):
+    steps = []
+    walk = adaptive.integrate(
+        lambda t, x: torch.sin(torch.tensor(t, dtype=x.dtype)).expand_as(x),
+        torch.zeros(3, dtype=torch.float64),
+        (0.0, end),
+        on_step=steps.append,
+    )
+    assert abs(steps[0].size) > 0.05
+    torch.testing.assert_close(walk.state, torch.full((3,), 1 - math.cos(30.0), dtype=torch.float64), rtol=0, atol=0.02)
+
+
+def test_samples_alone_begin_as_one_sample_does():
+    def field(t, x):
+        return -x
+
+    begun, steps = [], []
+    states, times = start(4, 1), torch.tensor([0.0, 2.0], dtype=torch.float64)[:, None].expand(2, 4)
+    samples.integrate(field, states, times, tableau=DOPRI5, rtol=1e-6, atol=1e-6, on_step=begun.append)
+    for i, state in enumerate(states):
+        steps.clear()
+        adaptive.integrate(field, state, (0.0, 2.0), rtol=1e-6, atol=1e-6, on_step=steps.append)
+        assert float(begun[0].sizes[i]) == pytest.approx(steps[0].size, rel=1e-12)
 
 
 def test_slope_at_the_end_is_that_of_the_last_stage():

@@ -162,7 +162,7 @@ def test_a_large_gradient_with_kinks_does_not_rule_the_steps():
     field.net = net
     ode = NeuralODE(field, adjoint="continuous")
     ode(x).square().sum().backward()
-    assert ode.statistics.backward <= 1.5 * ode.statistics.forward
+    assert ode.statistics.backward <= 2 * ode.statistics.forward
 
 
 def test_continuous_keeps_nothing_per_step():

@@ -23,6 +23,7 @@ def walked(name, budget, n=21, outputs=1, graphs=True):
     with torch.no_grad():
         root = evaluation.root(0.0, x.requires_grad_(), joins=graphs)
         trajectory = Trajectory(TABLEAUS[name], evaluation, budget, root.nbytes)
+    with torch.set_grad_enabled(graphs):
         walk = fixed.integrate(
             evaluation,
             root.x,
