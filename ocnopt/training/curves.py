@@ -164,12 +164,13 @@ def _any_line(runs: Runs) -> Mapping[str, Any]:
 
 
 def plain_numbers(axis: Axis) -> None:
-    """A logarithmic axis with 1, 2, 5 instead of powers of ten.
+    """A drawn logarithmic axis with 1, 2, 5, over more than three decades 1 alone, and without powers of ten.
 
     Args:
         axis: the x or the y of a panel.
     """
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high <= 1e3 * low else (1,)))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(NullFormatter())
 

@@ -112,6 +112,14 @@ def test_whole_numbers_have_whole_ticks():
     assert 1.0 in epochs.xaxis.get_ticklocs()  # the only epoch
 
 
+@pytest.mark.parametrize(("lowest", "ticks"), [(0.1, [0.1, 0.2, 0.5, 1, 2]), (1e-5, [1e-5, 1e-4, 1e-3, 0.01, 0.1, 1])])
+def test_ticks_of_losses_do_not_crowd(lowest, ticks):
+    fallen = [*lines(4), {**lines(5)[-1], "loss": lowest}]
+    (axis,) = curves.draw_loss_against_time({"Adam": [fallen]}, 1).axes
+    low, high = axis.get_ylim()
+    assert [tick for tick in axis.get_yticks() if low <= tick <= high] == pytest.approx(ticks)
+
+
 def test_as_many_colours_as_a_picture_has_lines():
     assert len(set(COLOURS)) == len(COLOURS) >= len(memory_depth.WAYS) > len(adjoint_errors.LABELS)
 
