@@ -58,7 +58,7 @@ def assert_agree(problem, kernels=tuple(LOWERED), **options):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_problems_of_the_library(name):
-    assert_agree(problems.control(name).build(), steps=60 if "cartpole" in name else 40, tolerance=1e-10)
+    assert_agree(problems.control(name).build(), steps=40 if "cartpole" in name else 25, tolerance=1e-10)
 
 
 def test_the_car_a_few_steps_on():
