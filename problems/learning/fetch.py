@@ -169,8 +169,8 @@ def fetch(name: str, report: Report = lambda file, done, total: None) -> Iterato
             got = _retrieve(download, folder, report)
             if download.members:
                 _unpack(got, paths)
-            known = ["checksum as published" if download.checksum else _note(path) for path in paths]
-        yield from zip(paths, known, strict=True)
+            notes = ["checksum as published" if download.checksum else _note(path) for path in paths]
+        yield from zip(paths, notes, strict=True)
 
 
 @contextmanager
