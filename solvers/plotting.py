@@ -10,14 +10,15 @@ from typing import Any, TypeVar
 
 import torch
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from ocnopt.solvers.files import write_file
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; line styles differ too.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+# Okabe and Ito's colours, then three of Tol's, which colour-blind readers can tell apart; line styles differ too.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#1b1f24", "#882255", "#999933")
 STYLES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (5, 1.5, 1.2, 1.5)))
 _GREY, _MOST_PANELS, _LONGEST_LEGEND = "#6b7480", 6, 8
 Item = TypeVar("Item")
@@ -110,6 +111,15 @@ def finish(axis: Axes, x: str, y: str) -> None:
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
     axis.margins(x=0.02)
+
+
+def whole_numbers(axis: Axis) -> None:
+    """No ticks between whole numbers, even if only one of those is in view.
+
+    Args:
+        axis: the x or the y of a panel.
+    """
+    axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def legend(figure: Figure, axis: Axes) -> None:
@@ -206,7 +216,7 @@ def _draw_convergence(axis: Axes, solutions: Mapping[str, Any]) -> None:
         axis.set_yscale("log")
         axis.set_xlim(-0.3, max(axis.get_xlim()[1], gaps.shape[-1] - 0.7))
         _lines(axis, torch.arange(float(gaps.shape[-1])), gaps, name, **look, marker="o", ms=3)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    whole_numbers(axis.xaxis)
     finish(axis, "iteration", "distance from final cost")
 
 

@@ -1,6 +1,6 @@
 """Training by name on the terminal: a progress bar, a table, plots and a page in the run folder."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from statistics import mean
 from typing import Any
@@ -19,6 +19,7 @@ from ocnopt.training import Method, TrainConfig, Trainer, curves, open_trainer, 
 from ocnopt.training.curves import Runs
 from ocnopt.training.metrics import Metrics, last_loss, metric_scale, metric_title, tested
 from ocnopt.training.parallel import check_processes, together
+from ocnopt.training.trainer import HORIZON
 
 
 def progress_bar(console: Console) -> Progress:
@@ -129,7 +130,7 @@ def run_train(folder: RunFolder, console: Console, nproc: int | None = None) -> 
     window = trainer.batches_per_epoch
     table = _train_table(config, label, metrics, window)
     show(console, table)
-    images = draw_training({label: [metrics]}, folder, window)
+    images = draw_training({label: [metrics]}, folder, window, moving=() if config.horizon == "fixed" else [label])
     images += _drawn_on_the_way(trainer, folder) + draw_model(trainer, folder)
     about = Section("The data", f"{record.source}. {trainer.task.split}.")
     title = f"{config.problem} with {label}"
@@ -194,7 +195,9 @@ def _drawn_on_the_way(trainer: Trainer, folder: RunFolder) -> list[Image]:
     ]
 
 
-def draw_training(runs: Runs, folder: RunFolder, window: int, prefix: str = "") -> list[Image]:
+def draw_training(
+    runs: Runs, folder: RunFolder, window: int, prefix: str = "", *, moving: Sequence[str] = ()
+) -> list[Image]:
     """The pictures of one or more training runs.
 
     Args:
@@ -202,6 +205,7 @@ def draw_training(runs: Runs, folder: RunFolder, window: int, prefix: str = "") 
         folder: takes the PNGs.
         window: W, iterations that a point averages over.
         prefix: of the names of the files.
+        moving: the labels of those in which a rule moves T.
     """
     every = [metrics for seeds in runs.values() for metrics in seeds if metrics]
     if not every:
@@ -222,6 +226,7 @@ def draw_training(runs: Runs, folder: RunFolder, window: int, prefix: str = "") 
     for name in tested(max(every, key=len)):
         caption = f"{metric_title(name).capitalize()} after each epoch."
         drawn.append((name.removeprefix("test_"), curves.draw_metric(runs, name), caption))
-    if len({record.get("T") for metrics in every for record in metrics}) > 1:
-        drawn.append(("horizon", curves.draw_horizon(runs), "Integration time T against the iteration."))
+    if moving:
+        starts = dict.fromkeys(moving, HORIZON.initial)
+        drawn.append(("horizon", curves.draw_horizon(runs, starts), "Integration time T against the iteration."))
     return [Image(folder.draw(prefix + name, figure), caption) for name, figure, caption in drawn]

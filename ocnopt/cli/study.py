@@ -262,7 +262,9 @@ def _images(asked: Study, folder: RunFolder, found: Sequence[Outcome], leaders: 
     """The curves of the best learning rates, the loss against the learning rate, and the pictures of the task."""
     problem = leaders[0].problem
     prefix = f"{problem}-" if len(asked.problems) > 1 else ""
-    images = draw_training({each.method.label: each.runs for each in leaders}, folder, leaders[0].window, prefix)
+    moving = [each.method.label for each in leaders if each.config.horizon != "fixed"]
+    runs = {each.method.label: each.runs for each in leaders}
+    images = draw_training(runs, folder, leaders[0].window, prefix, moving=moving)
     if len(asked.factors) > 1:
         losses: dict[str, dict[float, Sequence[float]]] = {}
         for each in found:

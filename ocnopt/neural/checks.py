@@ -235,6 +235,17 @@ def check_not_mapped(tensors: Iterable[Tensor]) -> None:
             inner = torch._C._functorch.get_unwrapped(inner)
 
 
+def check_not_looked_into(method: str) -> None:
+    """Refuse what torch.func, or forward mode without gradients, would make of the iterations within a step."""
+    is_lost = in_forward_mode() and not torch.is_grad_enabled()
+    if method in STIFF and (is_lost or torch._C._functorch.peek_interpreter_stack() is not None):
+        raise ProblemError(
+            f"torch.func (grad, vjp, jvp, jacrev), or forward mode within torch.no_grad(), met method={method!r}: its "
+            "stages are solved for by iterations, which torch would have to look into; expected torch.autograd.grad, "
+            "forward_ad with gradients enabled, or an explicit method"
+        )
+
+
 def noisy_stages(method: str) -> ProblemError:
     """What to say where an implicit method meets a field that draws random numbers."""
     return ProblemError(

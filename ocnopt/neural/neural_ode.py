@@ -29,6 +29,7 @@ from ocnopt.neural.checks import (
     as_tensors,
     check_error_norm,
     check_field,
+    check_not_looked_into,
     check_not_mapped,
     check_not_observed,
     check_one_step_for_all,
@@ -357,6 +358,7 @@ class NeuralODE(nn.Module):
     def _evaluation(self, layout: StateLayout, x: Tensor, moving: Tensor | None) -> Evaluation:
         surroundings = Surroundings(self.field, x.device)
         check_not_mapped((x, *surroundings.parameters))
+        check_not_looked_into(self.method)
         parameters = self._differentiated(surroundings.parameters)
         if self.adjoint == "continuous":
             check_real(parameters)

@@ -279,17 +279,17 @@ def draw(lines: Lines) -> list[Drawn]:
     """
     figure, axes = panels(2, columns=2)
     for axis, quantity in zip(axes, (GRADIENT, HESSIAN), strict=True):
-        for colour, way in zip(COLOURS, LABELS, strict=True):
+        for colour, way in zip(COLOURS, LABELS, strict=False):
             for marker, method in zip("os^", METHODS, strict=True):
                 own = {"quantity": quantity, "method": method, "way": way}
                 time, off = middle(lines, "ms", **own), middle(lines, "to_flow", **own)
                 if time is not None:
                     axis.loglog([time], [off], marker, color=colour, ms=8, mec="white")
-        finish(axis, "CPU time (ms)", "relative error")
+        finish(axis, "CPU time (ms)", "relative error\nto a solve at 1e-10")
         axis.set_title(quantity)
         axis.margins(0.12)
         plain_numbers(axis.xaxis)
-    for colour, way in zip(COLOURS, LABELS, strict=True):
+    for colour, way in zip(COLOURS, LABELS, strict=False):
         axes[0].plot([], [], "o", color=colour, label=LABELS[way])
     for marker, method in zip("os^", METHODS, strict=True):
         axes[0].plot([], [], marker, color="#6b7480", label=method)

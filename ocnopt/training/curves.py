@@ -10,9 +10,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from ocnopt.solvers.plotting import finish, legend, panels, styled
+from ocnopt.solvers.plotting import finish, legend, panels, styled, whole_numbers
 from ocnopt.training.metrics import Metrics, metric_scale, metric_title, smooth
 
 Runs = Mapping[str, Sequence[Metrics]]
@@ -62,23 +62,31 @@ def draw_loss_against_iteration(runs: Runs, window: int) -> Figure:
                 counts = smooth([record["forward"] + record["backward"] for record in metrics], window)
                 axes[1].plot(_column(metrics, "iteration"), counts, **look, lw=1.1, alpha=_alpha(seeds))
         axes[1].set_ylim(bottom=0)
+        whole_numbers(axes[1].yaxis)
         axes[1].sharex(axes[0])
         axes[0].tick_params(labelbottom=False)
         axes[0].set_xlabel("")
         finish(axes[1], "iteration", "field evaluations,\nforward + backward")
+    whole_numbers(axes[0].xaxis)
     legend(figure, axes[0])
     return figure
 
 
-def draw_horizon(runs: Runs) -> Figure:
-    """The integration time T against the iteration.
+def draw_horizon(runs: Runs, starts: Mapping[str, float]) -> Figure:
+    """The integration time T after each iteration, and before the first one.
 
     Args:
         runs: label -> the metrics of each seed.
+        starts: label -> T before the first iteration, of those runs in which it moves.
     """
     figure, (axis,) = panels(1)
-    _draw(axis, runs, lambda metrics: (_column(metrics, "iteration"), _column(metrics, "T")))
+    begun = {
+        label: [m and [{"iteration": 0, "T": starts.get(label, m[0]["T"])}, *m] for m in seeds]
+        for label, seeds in runs.items()
+    }
+    _draw(axis, begun, lambda metrics: (_column(metrics, "iteration"), _column(metrics, "T")))
     axis.set_ylim(bottom=0)
+    whole_numbers(axis.xaxis)
     finish(axis, "iteration", "integration time T")
     legend(figure, axis)
     return figure
@@ -99,7 +107,7 @@ def draw_metric(runs: Runs, name: str) -> Figure:
 
     few = max(len(points(metrics)[0]) for seeds in runs.values() for metrics in seeds) <= _MOST_MARKERS
     _draw(axis, runs, points, **({"marker": "o", "ms": 3} if few else {}))
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    whole_numbers(axis.xaxis)
     finish(axis, "epoch", metric_title(name))
     legend(figure, axis)
     return figure
@@ -156,12 +164,13 @@ def _any_line(runs: Runs) -> Mapping[str, Any]:
 
 
 def plain_numbers(axis: Axis) -> None:
-    """A logarithmic axis with 1, 2, 5 instead of powers of ten.
+    """A drawn logarithmic axis with 1, 2, 5, over more than three decades 1 alone, and without powers of ten.
 
     Args:
         axis: the x or the y of a panel.
     """
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high <= 1e3 * low else (1,)))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(NullFormatter())
 

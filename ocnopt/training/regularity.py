@@ -22,7 +22,7 @@ from ocnopt.errors import ProblemError
 from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.ocp import FreeHorizon
 from ocnopt.problems import Task, learning_task
-from ocnopt.solvers.plotting import finish, legend, panels, styled
+from ocnopt.solvers.plotting import finish, legend, panels, styled, whole_numbers
 from ocnopt.training.measurement import Drawn, Line, Lines, Measurement, Sheet, cell, distinct, middle
 from ocnopt.training.study import Method, Study
 from ocnopt.training.trainer import Trainer
@@ -177,6 +177,7 @@ def draw(lines: Lines) -> list[Drawn]:
                 iterations, np.min(own, axis=1), np.max(own, axis=1), color=look["color"], alpha=0.15, lw=0
             )
         axis.set_ylim(bottom=0)
+        whole_numbers(axis.xaxis)
         finish(axis, "iteration" if axis is axes[-1] else "", name)
     legend(figure, axes[0])
     return [Drawn("regularity", figure, "Medians over the seeds, in a band from the least to the greatest.")]

@@ -1,7 +1,8 @@
 """Data sets that are downloaded on request from their official sources, with checksums.
 
 A file whose checksum is published is refused if it differs. For the others the SHA-256 of the first download is kept in
-``checksums.json`` of the data folder, and later ones must agree. A download that broke off goes on where it stopped.
+``checksums.json`` of the data folder, and later ones must agree. A download that broke off goes on where it stopped;
+one that fails otherwise leaves nothing behind.
 """
 
 import hashlib
@@ -9,6 +10,7 @@ import json
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -163,12 +165,32 @@ def fetch(name: str, report: Report = lambda file, done, total: None) -> Iterato
         if all(path.is_file() for path in paths):
             yield from ((path, "there already") for path in paths)
             continue
-        got = _retrieve(download, folder, report)
-        if download.members:
-            _unpack(got, paths)
-            got.unlink()
-        for path in paths:
-            yield path, "checksum as published" if download.checksum else _note(path)
+        with _tidy(folder, _part(download, folder)):
+            got = _retrieve(download, folder, report)
+            if download.members:
+                _unpack(got, paths)
+            notes = ["checksum as published" if download.checksum else _note(path) for path in paths]
+        yield from zip(paths, notes, strict=True)
+
+
+@contextmanager
+def _tidy(folder: Path, part: Path) -> Iterator[None]:
+    """After a failure there are no folders that were not there before, unless they hold something."""
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        yield
+    except BaseException:
+        if part.exists() and not part.stat().st_size:
+            part.unlink()
+        with suppress(OSError):  # the first that is not empty
+            for each in made:
+                each.rmdir()
+        raise
+
+
+def _part(download: Download, folder: Path) -> Path:
+    """What has come so far of a file."""
+    return folder / f".{download.url.rpartition('/')[2]}.part"
 
 
 def _retrieve(download: Download, folder: Path, report: Report) -> Path:
@@ -178,23 +200,32 @@ def _retrieve(download: Download, folder: Path, report: Report) -> Path:
     except ImportError as error:
         raise DataError("downloads need pooch, expected but not found: pip install 'ocnopt[data]'") from error
     pooch.get_logger().setLevel("WARNING")
-    name = download.url.rpartition("/")[2]
+    name, part = download.url.rpartition("/")[2], _part(download, folder)
     try:
         place = pooch.retrieve(
             download.url,
             download.checksum or None,
             name,
             folder,
-            downloader=_Resuming(folder / f".{name}.part", report),
+            downloader=_Resuming(part, report),
         )
     except requests.RequestException as error:
+        some = part.exists() and part.stat().st_size
+        again = "fetch again, which goes on where it stopped" if some else "fetch it where there is a network"
         raise DataError(
-            f"{download.url} could not be downloaded ({error}); expected the whole file: fetch again, which goes on "
-            f"where it stopped, or put it into {folder} by hand"
+            f"{download.url} could not be downloaded ({_reason(error)}); expected the whole file: {again}, or put it "
+            f"into {folder} by hand"
         ) from error
     except ValueError as error:  # pooch's word for another checksum; the file is gone
         raise DataError(f"{error} expected {download.checksum}: fetch again, or ask the source what changed") from error
     return Path(place)
+
+
+def _reason(error: BaseException) -> str:
+    """The words of the innermost error, which the libraries around it repeat."""
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    return getattr(error, "strerror", None) or str(error)
 
 
 class _Resuming:
@@ -227,7 +258,7 @@ class _Resuming:
 
 
 def _unpack(archive: Path, paths: list[Path]) -> None:
-    """Those members whose names fit, wherever they lie in the archive; nothing else is written."""
+    """Those members whose names fit, wherever they lie in the archive, which is removed; nothing else is written."""
     try:
         with zipfile.ZipFile(archive) if archive.suffix == ".zip" else tarfile.open(archive) as packed:
             members = packed.namelist() if isinstance(packed, zipfile.ZipFile) else packed.getnames()
@@ -242,10 +273,11 @@ def _unpack(archive: Path, paths: list[Path]) -> None:
                 write_atomically(path, content.read() if content else b"")
     except BROKEN as error:
         size = archive.stat().st_size
-        archive.unlink()
         raise DataError(
             f"{archive} of {size} bytes is no whole archive ({error}); expected one: fetch again"
         ) from error
+    finally:
+        archive.unlink()
 
 
 def _note(path: Path) -> str:

@@ -10,11 +10,10 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from ocnopt.problems.learning.networks import PlaneClassifier
-from ocnopt.solvers.plotting import COLOURS, finish, legend, panels
+from ocnopt.solvers.plotting import COLOURS, finish, legend, panels, whole_numbers
 
 # The classes in two of Okabe and Ito's colours, light where the background shows them.
 POINTS = ListedColormap(["#d55e00", "#0072b2"])
@@ -101,7 +100,7 @@ def draw_step_sizes(sizes: Mapping[str, Tensor], *, title: str = "") -> Figure:
         layers = torch.arange(1, len(h) + 1) + (i - (len(sizes) - 1) / 2) * width
         axis.bar(layers.numpy(), h.numpy(), width, color=COLOURS[i % len(COLOURS)], label=name)
     axis.axhline(0, color="black", lw=0.8)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    whole_numbers(axis.xaxis)
     finish(axis, "layer", "step size h")
     axis.set_title(title)
     legend(figure, axis)

@@ -276,7 +276,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer repeats, one seed, small N")
     parser.add_argument("--full", action="store_true", help="batches of 8192 too, more seeds")
     parser.add_argument("--against", type=Path, metavar="PATH", help="a checkout of another version, for `versions`")
-    parser.add_argument("--keep", type=Path, metavar="FILE", help="of ended runs, with which `race` goes on")
+    parser.add_argument("--keep", type=Path, metavar="FILE", help="of ended races, with which `race` goes on")
     found = parser.parse_args()
     if unknown := [part for part in found.parts if part not in PARTS]:
         parser.error(f"no part is called {', '.join(unknown)}; expected any of {', '.join(PARTS)}")

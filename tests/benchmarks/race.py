@@ -18,6 +18,7 @@ from ocnopt.errors import OcnoptError
 from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.optim.registry import OPTIMIZERS
 from ocnopt.problems import Task, learning_task
+from ocnopt.runs import write_atomically
 from ocnopt.training import TrainConfig, Trainer
 
 WINDOW = 8  # batches whose mean loss is looked at
@@ -81,20 +82,30 @@ class Course(NamedTuple):
         return next((k for k, loss in enumerate(self.means, 1) if k >= WINDOW and loss <= target), None)
 
 
+Key = tuple[str | float, ...]
+
+
 class Kept:
-    """Runs that have ended, a line of a file for each, so that a measurement that was interrupted goes on."""
+    """Races that have ended, a line of a file for each, so that a measurement that was interrupted goes on.
+
+    A race is kept as a whole, since only the times of runs that were stepped in turn can be compared.
+    """
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
-        lines = path.read_text().splitlines() if path is not None and path.exists() else []
-        self.courses = {tuple(key): Course(*course) for key, course in map(json.loads, lines)}
+        self.lines = path.read_text().splitlines() if path is not None and path.exists() else []
+        self.races = [{tuple(key): Course(*course) for key, course in json.loads(line)} for line in self.lines]
 
-    def add(self, key: tuple[str | float, ...], course: Course) -> None:
+    def find(self, keys: Sequence[Key]) -> dict[Key, Course] | None:
+        """The courses of a race in which all of these runs took part."""
+        return next((race for race in self.races if race.keys() >= {*keys}), None)
+
+    def add(self, race: dict[Key, Course]) -> None:
         """Remember one more."""
-        self.courses[key] = course
+        self.races.append(race)
+        self.lines.append(json.dumps([*race.items()]))
         if self.path is not None:
-            with self.path.open("a") as file:
-                file.write(json.dumps([key, course]) + "\n")
+            write_atomically(self.path, "".join(f"{line}\n" for line in self.lines).encode())
 
 
 class Finish(NamedTuple):
@@ -125,17 +136,15 @@ def race(
         seed: of weights and order.
         rates: optimisers and learning rates; the times of those behind the first are limited by its own.
         iterations: of all but those whose time is up.
-        kept: those that it has are taken from there.
+        kept: takes the race, which is not run again if it is there.
     """
     record, data = learning_task(workload.problem), task(workload.problem)
     keys = {pair: (workload.problem, iterations, seed, *pair) for pair in rates}
-    courses = {pair: kept.courses.get(key, Course([], [], [], nan, lost=False)) for pair, key in keys.items()}
+    if (found := kept.find([*keys.values()])) is not None:
+        return {pair: found[key] for pair, key in keys.items()}
+    courses = {pair: Course([], [], [], nan, lost=False) for pair in rates}
     first = courses[rates[0]]  # keeps its lists to the end
-    runs = {
-        pair: _start(data, record.batch_size, seed, pair, iterations, courses[pair])
-        for pair, key in keys.items()
-        if key not in kept.courses
-    }
+    runs = {pair: _start(data, record.batch_size, seed, pair, iterations, courses[pair]) for pair in rates}
     while runs:
         for pair, (trainer, steps) in [*runs.items()]:
             is_late = pair != rates[0] and courses[pair].time > PATIENCE * first.time
@@ -149,7 +158,7 @@ def race(
                 del runs[pair]
                 metric = nan if is_lost else _metric(data, trainer)
                 courses[pair] = courses[pair]._replace(metric=metric, lost=is_lost)
-                kept.add(keys[pair], courses[pair])
+    kept.add({keys[pair]: course for pair, course in courses.items()})
     return courses
 
 
@@ -192,7 +201,7 @@ def race_all(
         workload: what to train.
         seeds: how many of them.
         iterations: the workload's own if None.
-        kept: runs that have ended before.
+        kept: races that have ended before.
     """
     budget, kept = iterations or workload.iterations, kept or Kept()
     names = [name for name in RATES if name in OPTIMIZERS]

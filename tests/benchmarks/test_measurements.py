@@ -35,9 +35,42 @@ def test_race(tmp_path):
     found = race.race_all(race.WORKLOADS["mlp"], seeds=1, iterations=race.WINDOW, kept=kept)
     assert all(finish.evaluations > 0 for (finish,) in found.values())
     again = race.Kept(tmp_path / "runs")
-    assert again.courses.keys() == kept.courses.keys()
+    assert [race.keys() for race in again.races] == [race.keys() for race in kept.races]
     # goes on where it was interrupted: the times of a second run would be others
     assert race.race_all(race.WORKLOADS["mlp"], seeds=1, iterations=race.WINDOW, kept=again) == found
+
+
+def test_a_race_that_was_interrupted_is_run_again_as_a_whole(tmp_path, monkeypatch):
+    clock, ended = [0.0], []
+
+    def start(data, size, seed, pair, iterations, course):
+        def steps():
+            for _ in range(iterations):
+                clock[0] += 1.0  # of one process: another would begin anew, on another machine at another speed
+                course.losses.append(1.0)
+                course.seconds.append(clock[0])
+                yield
+
+        return None, steps()
+
+    def metric(data, trainer):
+        ended.append(trainer)
+        if len(ended) == 2:
+            raise KeyboardInterrupt
+        return 0.0
+
+    monkeypatch.setattr(race, "_start", start)
+    monkeypatch.setattr(race, "_metric", metric)
+    pairs, mlp = [("adam", 0.1), ("snopt", 0.1)], race.WORKLOADS["mlp"]
+    with pytest.raises(KeyboardInterrupt):  # adam has ended, snopt has not
+        race.race(mlp, 0, pairs, 2, race.Kept(tmp_path / "runs"))
+    found = race.race(mlp, 0, pairs, 2, race.Kept(tmp_path / "runs"))
+    assert [course.seconds for course in found.values()] == [[5.0, 7.0], [6.0, 8.0]]
+    kept = race.Kept(tmp_path / "runs")
+    assert race.race(mlp, 0, pairs, 2, kept) == found
+    assert race.race(mlp, 0, pairs[1:], 2, kept) == {pairs[1]: found[pairs[1]]}
+    others = [pairs[0], ("sgd", 0.1)]  # adam is there, from another race
+    assert [course.seconds for course in race.race(mlp, 0, others, 2, kept).values()] == [[9.0, 11.0], [10.0, 12.0]]
 
 
 def test_no_opponent_gets_more_than_its_share_of_time(monkeypatch):

@@ -362,8 +362,8 @@ def test_options_that_contradict_the_run(run):
 
 
 def test_options_that_contradict_a_training_run(run):
-    assert run("train", "digits", *TRAIN, "--out", "here")[0] == 0
-    assert run("train", "digits", *TRAIN, "--threads", "1", "--resume", "here")[0] == 0
+    assert run("train", "wine", *TRAIN, "--out", "here")[0] == 0
+    assert run("train", "wine", *TRAIN, "--threads", "1", "--resume", "here")[0] == 0
     code, output = run("train", "--resume", "here", "--epochs", "3", "--optimizer", "sgd", "--threads", "2")
     assert code == main.MISTAKE
     for part in ("--epochs 3 (began without)", "--optimizer sgd (began with adam)", "--threads 2 (began with 1)"):
@@ -379,10 +379,10 @@ def test_options_that_contradict_a_comparison(run):
 def test_training_takes_one_thread(run, tmp_path):
     torch.set_num_threads(2)
     try:
-        assert run("train", "digits", *TRAIN, "--out", "one")[0] == 0
+        assert run("train", "wine", *TRAIN, "--out", "one")[0] == 0
         assert torch.get_num_threads() == 1
         assert RunFolder.open(tmp_path / "one").config["threads"] == 1
-        assert run("train", "digits", *TRAIN, "--threads", "2", "--out", "two")[0] == 0
+        assert run("train", "wine", *TRAIN, "--threads", "2", "--out", "two")[0] == 0
         assert RunFolder.open(tmp_path / "two").config["threads"] == 2
     finally:
         torch.set_num_threads(1)

@@ -47,9 +47,11 @@ def fixed_steps(field: Callable, y: Sequence[Tensor], start: float, end: float, 
     for j in range(count):
         slopes: list[Sequence[Tensor]] = []
         for a, c in zip(A, C, strict=True):
-            point = [v + sum(h * weight * k[i] for weight, k in zip(a, slopes, strict=False)) for i, v in enumerate(y)]
+            used = [(weight, k) for weight, k in zip(a, slopes, strict=False) if weight]
+            point = [v + sum(h * weight * k[i] for weight, k in used) for i, v in enumerate(y)]
             slopes.append(field(start + (j + c) * h, point))
-        y = [v + sum(h * weight * k[i] for weight, k in zip(B, slopes, strict=True)) for i, v in enumerate(y)]
+        used = [(weight, k) for weight, k in zip(B, slopes, strict=True) if weight]
+        y = [v + sum(h * weight * k[i] for weight, k in used) for i, v in enumerate(y)]
     return y
 
 
@@ -130,10 +132,13 @@ class Oracle:
             w = Point(*(part.reshape(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)))
             return self.exact(k, w) if exact else self.gauss_newton(k, w0, w)
 
-        start = torch.cat([part.reshape(-1) for part in w0])
-        g = torch.autograd.functional.jacobian(cost, start)
-        H = torch.autograd.functional.hessian(cost, start, vectorize=True)
-        return self.blocks(cost(start), g, H, sizes)
+        start = torch.cat([part.reshape(-1) for part in w0]).requires_grad_()
+        value = cost(start)
+        (g,) = torch.autograd.grad(value, start, create_graph=True)
+        rows = torch.eye(len(start), dtype=start.dtype)
+        g = g + 0 * start  # a graph to differentiate, where the cost is linear
+        (H,) = torch.autograd.grad(g, start, rows, is_grads_batched=True)
+        return self.blocks(value.detach(), g.detach(), H, sizes)
 
     def blocks(self, value: Tensor, g: Tensor, H: Tensor, sizes: list[int]) -> Dense:
         S, batch, (nx, nu, q, _) = self.samples, self.problem.batch_shape, sizes

@@ -147,6 +147,23 @@ def test_vmap_over_states_or_parameters_is_refused(options):
         torch.func.vmap(lambda p: torch.func.functional_call(ode, p, (x,)))(several)
 
 
+@pytest.mark.parametrize("adjoint", ["discrete", "backprop"])
+def test_what_looks_into_an_implicit_step_is_refused(adjoint):
+    ode, x, v = NeuralODE(Tanh(), method="kvaerno5", steps=2, adjoint=adjoint), start(4, 3), start(4, 3)
+    refused = "met method='kvaerno5': its stages are solved for by iterations, .*; expected torch.autograd.grad,"
+    func = torch.func
+    for transform in (func.grad, func.jacrev, func.jacfwd, func.hessian, lambda f: lambda x: func.jvp(f, (x,), (v,))):
+        with pytest.raises(ProblemError, match=refused):
+            transform(lambda x: ode(x).sum())(x)
+    with pytest.raises(ProblemError, match="torch.func.vmap met a NeuralODE"):
+        torch.func.vmap(torch.func.grad(lambda x: ode(x).sum()))(x)
+    with torch.no_grad(), pytest.raises(ProblemError, match=refused):
+        dual(ode, x, v)
+    inputs, c = x.clone().requires_grad_(), start(4, 3)
+    (gradient,) = torch.autograd.grad((ode(inputs) * c).sum(), inputs)
+    torch.testing.assert_close((dual(ode, x, v) * c).sum(), (gradient * v).sum(), rtol=1e-11, atol=1e-13)
+
+
 def test_hessians_by_torch_func():
     ode, x = NeuralODE(Tanh(), steps=3), start(1, 3)
     found = torch.func.hessian(lambda x: ode(x).sin().sum())(x)

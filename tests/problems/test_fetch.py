@@ -3,12 +3,14 @@
 import hashlib
 import io
 import json
+import socket
 import tarfile
 import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from typer.testing import CliRunner
 
 from ocnopt.errors import DataError, ProblemError
 from ocnopt.problems.learning import fetch as module
@@ -103,7 +105,7 @@ def test_another_file_than_published(server, monkeypatch, tmp_path):
     known(monkeypatch, Download(f"{server.url}a.bin", md5(b"")))
     with pytest.raises(DataError, match=rf"(?s)does not match.*expected {md5(b'')}: fetch again"):
         [*fetch("small")]
-    assert not (tmp_path / "small" / "a.bin").exists()
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_a_checksum_of_one_s_own(server, monkeypatch, tmp_path):
@@ -148,14 +150,55 @@ def test_an_archive(server, monkeypatch, tmp_path, kind):
     known(monkeypatch, Download(f"{server.url}b.{kind}", members=("four.ts",)))
     with pytest.raises(DataError, match="of 40 bytes is no whole archive"):
         [*fetch("small")]
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["checksums.json", "one.ts", "two.ts"]
 
 
-def test_what_cannot_be_had(server, monkeypatch):
+def test_what_cannot_be_had(server, monkeypatch, tmp_path):
     known(monkeypatch, Download(f"{server.url}missing.bin"))
     with pytest.raises(DataError, match=r"missing.bin could not be downloaded \(404"):
         [*fetch("small")]
+    assert [*tmp_path.iterdir()] == []
     with pytest.raises(ProblemError, match="no data set is called 'smal'; did you mean 'small'"):
         [*fetch("smal")]
+
+
+@pytest.fixture
+def nowhere(monkeypatch, tmp_path):
+    """A port that nobody listens at, and a data folder yet to be made."""
+    monkeypatch.setenv("OCNOPT_DATA", str(tmp_path / "cache" / "data"))
+    monkeypatch.setenv("NO_PROXY", "*")
+    with socket.socket() as bound:  # and does not listen
+        bound.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}/a.bin"
+
+
+def test_without_a_network(nowhere, monkeypatch, tmp_path):
+    from ocnopt.cli.main import app
+
+    monkeypatch.setitem(DATA_SETS, "small", DataSet("small", "for a test", (Download(nowhere),)))
+    with pytest.raises(DataError) as failed:
+        [*fetch("small")]
+    folder = tmp_path / "cache" / "data" / "small"
+    assert str(failed.value) == (
+        f"{nowhere} could not be downloaded (Connection refused); expected the whole file: fetch it where there is a "
+        f"network, or put it into {folder} by hand"
+    )
+    found = CliRunner().invoke(app, ["data", "fetch", "small"])
+    assert found.exit_code == 2
+    assert found.stderr.count("Connection refused") == 1
+    assert [*tmp_path.iterdir()] == []
+    (tmp_path / "cache").mkdir()  # what was there stays
+    with pytest.raises(DataError):
+        [*fetch("small")]
+    assert [*tmp_path.rglob("*")] == [tmp_path / "cache"]
+
+
+def test_a_server_that_sends_nothing(server, monkeypatch, tmp_path):
+    known(monkeypatch, Download(f"{server.url}a.bin"))
+    monkeypatch.setattr(Handler, "send_response", lambda self, *_: self.connection.close())
+    with pytest.raises(DataError, match=r"a.bin could not be downloaded \([^(]*\); .*: fetch it where there is"):
+        [*fetch("small")]
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_every_set_is_named_as_its_problem():
@@ -169,8 +212,6 @@ def test_every_set_is_named_as_its_problem():
 
 
 def test_the_command(server, monkeypatch, tmp_path):
-    from typer.testing import CliRunner
-
     from ocnopt.cli.main import app
 
     def run(*arguments):

@@ -127,7 +127,7 @@ def test_a_regulator_against_the_hamiltonian_matrix():
 )
 def test_the_library(name):
     record = oc.problems.get(name)
-    solution = oc.solve(record.build(), "indirect", steps=100)
+    solution = oc.solve(record.build(), "indirect", steps=50)
     check(solution)
     assert_close(solution.cost, record.optimal_cost, rtol=3e-9)
     if record.T_star is not None:

@@ -8,8 +8,9 @@ from PIL import Image
 from ocnopt.cli.control import draw
 from ocnopt.problems import control
 from ocnopt.runs import RunFolder
+from ocnopt.solvers.plotting import COLOURS
 from ocnopt.solvers.solve import solve
-from ocnopt.training import curves
+from ocnopt.training import adjoint_errors, curves, memory_depth
 from ocnopt.training.metrics import last_loss, reaches, smooth
 
 
@@ -63,7 +64,7 @@ def test_pictures_of_training(tmp_path):
             curves.draw_loss_against_time(runs, 4),
             curves.draw_loss_against_iteration(runs, 1),
             curves.draw_loss_against_iteration(many, 1),
-            curves.draw_horizon(runs),
+            curves.draw_horizon(runs, {}),
             curves.draw_metric(runs, "test_accuracy"),
             curves.draw_rates({"Adam": {0.01: [1.0, 2.0], 0.1: [1.0, np.inf]}, "SGD": {0.1: [0.5, 0.6]}}),
         )
@@ -92,6 +93,35 @@ def test_a_metric_of_many_seeds(count):
     assert line.get_ydata().tolist() == [50.0] * (count // 4)
     assert line.get_marker() == ("o" if count == 8 else "None")
     assert len(axis.collections) == 1  # the band
+
+
+def test_the_integration_time_is_drawn_from_its_start():
+    (axis,) = curves.draw_horizon({"fixed": [lines(3)], "moved": [lines(3, T=0.5), []]}, {"moved": 2.0}).axes
+    fixed, moved, diverged = axis.lines
+    assert fixed.get_xydata().tolist() == [[0, 1], [1, 1], [2, 1], [3, 1]]
+    assert moved.get_xydata().tolist() == [[0, 2], [1, 0.5], [2, 0.5], [3, 0.5]]
+    assert not len(diverged.get_xdata())
+
+
+def test_whole_numbers_have_whole_ticks():
+    runs = {"Adam": [lines(4)]}
+    above, below = curves.draw_loss_against_iteration(runs, 1).axes
+    (epochs,), (horizons,) = curves.draw_metric(runs, "test_accuracy").axes, curves.draw_horizon(runs, {}).axes
+    for axis in (above.xaxis, below.xaxis, below.yaxis, epochs.xaxis, horizons.xaxis):
+        assert all(float(tick).is_integer() for tick in axis.get_ticklocs())
+    assert 1.0 in epochs.xaxis.get_ticklocs()  # the only epoch
+
+
+@pytest.mark.parametrize(("lowest", "ticks"), [(0.1, [0.1, 0.2, 0.5, 1, 2]), (1e-5, [1e-5, 1e-4, 1e-3, 0.01, 0.1, 1])])
+def test_ticks_of_losses_do_not_crowd(lowest, ticks):
+    fallen = [*lines(4), {**lines(5)[-1], "loss": lowest}]
+    (axis,) = curves.draw_loss_against_time({"Adam": [fallen]}, 1).axes
+    low, high = axis.get_ylim()
+    assert [tick for tick in axis.get_yticks() if low <= tick <= high] == pytest.approx(ticks)
+
+
+def test_as_many_colours_as_a_picture_has_lines():
+    assert len(set(COLOURS)) == len(COLOURS) >= len(memory_depth.WAYS) > len(adjoint_errors.LABELS)
 
 
 def test_a_mean_over_a_window():
