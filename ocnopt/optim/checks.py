@@ -14,6 +14,7 @@ from ocnopt.differential.kronecker import as_matrix, is_layer
 from ocnopt.errors import NonFiniteError, ProblemError
 from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.ocp import FreeHorizon
+from ocnopt.optim.bases import WIDEST
 
 MOST_OUTPUTS = 2048  # outputs of a layer (in a group) up to which B and its eigenbasis are affordable
 DRAWN = ("sampled", "gauss_newton")  # curvatures that need backward passes of their own
@@ -82,9 +83,11 @@ def find_blocks(model: nn.Module, trained: Collection[Tensor]) -> list[Block]:
         for key, parameter in module.named_parameters(recurse=False):
             is_weight = key == "weight" and is_layer(module)
             if is_own(parameter) and (is_weight or _is_matrix(parameter)):
-                bias = module.bias if is_weight and is_own(module.bias) else None
+                groups = _groups(module, parameter, key)
+                is_wide = min(len(parameter) // groups, parameter[0].numel()) > WIDEST
+                bias = module.bias if is_weight and not is_wide and is_own(module.bias) else None
                 called = name if is_weight else f"{name}.{key}".lstrip(".")
-                found.append(Block(called, module, parameter, bias, _groups(module, parameter, key)))
+                found.append(Block(called, module, parameter, bias, groups))
     return [block for block in found if len(block.weight) // block.groups <= MOST_OUTPUTS]
 
 

@@ -320,8 +320,9 @@ class SNOpt(torch.optim.Optimizer):
         pairs: list[tuple[Block, matrices.Pair]] = []
         for block in self._blocks:
             if all(parameter in gradients for parameter in block.parameters):
-                state, damping = self.state[block.weight], groups[block.weight]["damping"]
-                pairs.append((block, matrices.Pair(state, block.matrix(gradients), block.matrix(momenta), damping)))
+                state, group = self.state[block.weight], groups[block.weight]
+                options = group["damping"], group["momentum"]
+                pairs.append((block, matrices.Pair(state, block.matrix(gradients), block.matrix(momenta), *options)))
         self._learn(pairs, samples, ranks)
         ready = [(block, pair) for block, pair in pairs if matrices.fits(pair.state, pair.gradient)]
         steps: dict[Tensor, Tensor] = {}
