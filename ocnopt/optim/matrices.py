@@ -246,7 +246,7 @@ def _turned(basis: Basis, pair: Pair) -> tuple[Turned, Turned]:
     if not basis.is_thin:
         return basis.turn_both(pair.gradient, pair.momentum)
     state, gradient = pair.state, basis.turn(pair.gradient)
-    if _PARTS[0] in state:
+    if all(part in state for part in _PARTS):
         parts = [state[part] for part in _PARTS]
         torch._foreach_lerp_(parts, [*gradient[1:]], newest(state["step"], pair.decay))
         return gradient, Turned(pair.momentum, *parts)
@@ -286,7 +286,8 @@ def cosine(gradients: Sequence[Tensor], changes: Sequence[Tensor]) -> float:
     along, squares = 0.0, [0.0, 0.0]
     for pair in _joined([*zip(gradients, changes, strict=True)]):
         along += float(pair[0] @ pair[1])
-        squares = [square + float(torch.linalg.vector_norm(one)) ** 2 for square, one in zip(squares, pair, strict=True)]
+        for i, norm in enumerate(torch._foreach_norm(pair)):
+            squares[i] += float(norm) ** 2
     size = math.prod(map(math.sqrt, squares))
     return along / size if size > 0.0 else 0.0
 

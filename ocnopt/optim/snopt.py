@@ -391,7 +391,9 @@ class SNOpt(torch.optim.Optimizer):
 
     def _is_shown(self, block: Block, *, seen: bool) -> bool:
         """Whether there is something to make an eigenbasis of, given whether there are samples."""
-        received = block.weight.grad is not None and bool(block.weight.grad.any())  # zeros are of an empty batch
+        gradient = block.weight.grad
+        # zeros are of an empty batch; of a wide matrix the norm is a sixth of the time, but it may underflow
+        received = gradient is not None and (bool(gradient.norm()) or bool(gradient.any()))
         if not self._has_samples(block):
             return received
         is_told = "moments" in self.state[block.weight] or block.name in self._unseen or self._is_new
