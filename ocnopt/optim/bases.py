@@ -12,10 +12,16 @@ from torch import Tensor
 
 from ocnopt.differential.kronecker import Samples
 
-WIDEST = 256  # directions of a side up to which its eigenbasis is complete
+WIDEST = 160  # directions of a side up to which its eigenbasis is complete
 LEADING = 16  # eigenvectors of a wider side that are kept
+MOST_OUTPUTS = 2048  # of a matrix (in a group) that moves in an eigenbasis at all
 RANK = 128  # eigenvectors of A that are kept where it comes from samples
 KEEP = 0.5  # share of the old factors in a refresh from samples, or of a wide side
+
+
+def is_wide(*widths: int) -> bool:
+    """Whether sides have, each of them, so many directions that their leading eigenvectors alone are kept."""
+    return min(widths) > WIDEST
 
 
 class Eigen(NamedTuple):
@@ -149,21 +155,22 @@ def _norms(matrix: Tensor, dim: int | tuple[int, int]) -> Tensor:
     return torch.linalg.vector_norm(matrix, dim=dim, keepdim=True).square()
 
 
-def eigenbasis(samples: Samples, old: Basis | None = None, keep: float = 0.0) -> Basis:
+def eigenbasis(samples: Samples, rank: int, old: Basis | None = None, keep: float = 0.0) -> Basis:
     """Eigenbasis of the factors of some samples, averaged with the factors behind an old basis.
 
     Args:
         samples: of one layer.
+        rank: how many eigenvectors of A to keep at most.
         old: weighs ``keep`` in the average, the samples 1 - keep.
         keep: see ``old``.
 
     >>> eye = torch.eye(2)[None]
-    >>> eigenbasis(Samples(eye * torch.tensor([1.0, 3.0]), eye)).input.values
+    >>> eigenbasis(Samples(eye * torch.tensor([1.0, 3.0]), eye), rank=2).input.values
     tensor([[0.9000, 0.1000]])
     """
     return Basis(
-        of_rows(samples.inputs, RANK, old and old.input, keep),
-        of_rows(samples.gradients, WIDEST, old and old.output, keep),
+        of_rows(samples.inputs, rank, old and old.input, keep),
+        of_rows(samples.gradients, samples.gradients.shape[-1], old and old.output, keep),
     )
 
 
@@ -172,7 +179,7 @@ def of_rows(rows: Tensor, rank: int, old: Eigen | None, keep: float) -> Eigen:
 
     ``rank`` of them are kept at most, of wide sides fewer; 4 to 8 times as many rows are enough where that is a part.
     """
-    if rows.shape[-1] > WIDEST:
+    if is_wide(rows.shape[-1]):
         rank = min(rank, LEADING)
     if rows.shape[-1] > rank:
         rows = rows[:, :: max(1, rows.shape[1] // (4 * rank))]

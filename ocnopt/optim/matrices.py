@@ -21,7 +21,7 @@ from torch import Tensor
 from ocnopt.differential.kronecker import Samples, working_dtype
 from ocnopt.optim.bases import (
     KEEP,
-    WIDEST,
+    RANK,
     Basis,
     Eigen,
     Turned,
@@ -30,6 +30,7 @@ from ocnopt.optim.bases import (
     eigenbasis,
     first_moments,
     follow,
+    is_wide,
     of_rows,
 )
 from ocnopt.optim.checks import check_same_shape, is_live
@@ -134,7 +135,7 @@ def observe(state: State, gradient: Tensor) -> None:
     weight = newest(state["step"], DECAY)
     for side, turned in (("input_factor", gradient.mT), ("output_factor", gradient)):
         groups, width, _ = turned.shape
-        if width > WIDEST:
+        if is_wide(width):
             state.pop(side, None)
             continue
         if side not in state or state[side].shape[:2] != (groups, width):
@@ -175,23 +176,23 @@ def _new_basis(pair: Pair, samples: Samples | None, *, mixed: bool) -> Basis:
     state, gradient, momentum, *_ = pair
     old = _basis(state) if fits(state, gradient) else None
     if samples is not None and not mixed:
-        return eigenbasis(samples, old, KEEP)
+        return eigenbasis(samples, RANK, old, KEEP)
     UA, UB = (None, None) if old is None else old
     # one side at a time, where the power method goes from each to the other
-    alone = old if samples is None and max(gradient.shape[1:]) > WIDEST else None
+    alone = old if samples is None and is_wide(max(gradient.shape[1:])) else None
     if alone is not None and int(state["basis_step"]) % 2 == 0:
         return alone._replace(output=_of_gradients(state, "output_factor", momentum.mT, UB, UA))
     new = _of_gradients(state, "input_factor", momentum, UA, UB)
     if alone is not None:
         return alone._replace(input=new)
     if samples is not None:
-        return Basis(new, of_rows(samples.gradients, WIDEST, UB, KEEP))
+        return Basis(new, of_rows(samples.gradients, gradient.shape[1], UB, KEEP))
     return Basis(new, _of_gradients(state, "output_factor", momentum.mT, UB, new))
 
 
 def _of_gradients(state: State, factor: str, momentum: Tensor, own: Eigen | None, other: Eigen | None) -> Eigen:
     """The basis of one side: of the running mean of G^T G, or of the momentum alone where that side is wide."""
-    if momentum.shape[-1] <= WIDEST:
+    if not is_wide(momentum.shape[-1]):
         return complete(state[factor])
     return follow(momentum, own, None if other is None else other.vectors)
 
