@@ -24,6 +24,11 @@ def is_wide(*widths: int) -> bool:
     return min(widths) > WIDEST
 
 
+def work(width: int) -> int:
+    """What an eigenbasis of a side costs, up to a factor."""
+    return width * (LEADING if is_wide(width) else width) ** 2
+
+
 class Eigen(NamedTuple):
     """Leading eigenvectors ``(groups, d, r)`` and eigenvalues ``(groups, r)`` of a factor scaled to trace one."""
 
