@@ -103,56 +103,60 @@ class Basis(NamedTuple):
         squares = inside = turned.core.square()
         if self.is_complete:
             return squares
-        if self.input.rest:
-            outside = _norms(turned.left, -1) - inside.sum(-1, keepdim=True)
-            squares = torch.cat([squares, outside / self.input.rest], -1)
+        if beside := self.input.rest:
+            lengths = _norms(turned.left, -1)
+            squares = torch.cat([squares, (lengths - inside.sum(-1, keepdim=True)) / beside], -1)
         if turned.right is not None:
-            outside = (_norms(turned.right, -2) - inside.sum(-2, keepdim=True)) / self.output.rest
-            if self.is_thin:
-                total = _norms(turned.matrix, (-2, -1)) - _norms(turned.left, (-2, -1))
-                corner = (total / self.output.rest - outside.sum(-1, keepdim=True)) / self.input.rest
+            below = self.output.rest
+            outside = (_norms(turned.right, -2) - inside.sum(-2, keepdim=True)) / below
+            if beside:
+                total = _norms(turned.matrix, (-2, -1)) - lengths.sum(-2, keepdim=True)
+                corner = (total / below - outside.sum(-1, keepdim=True)) / beside
                 outside = torch.cat([outside, corner], -1)
             squares = torch.cat([squares, outside], -2)
         return squares.clamp_(min=0.0)
 
-    def split(self, moments: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Second moments of the leading part, of the rests of A ``(.., q, 1)``, of B ``(.., 1, r)`` and of both."""
-        q, r = self.output.vectors.shape[-1], self.input.vectors.shape[-1]
-        zero = moments.new_zeros(())
-        left = moments[..., :q, r:] if self.input.rest else zero
-        right = moments[..., q:, :r] if self.output.rest else zero
-        corner = moments[..., q:, r:] if self.input.rest and self.output.rest else zero
-        return moments[..., :q, :r], left, right, corner
+    def inside(self, moments: Tensor) -> Tensor:
+        """Second moments of the leading part ``(groups, q, r)``."""
+        return moments[..., : self.output.vectors.shape[-1], : self.input.vectors.shape[-1]]
 
     def mean(self, moments: Tensor) -> Tensor:
         """Mean of second moments over all directions: the trace of the curvature over its size."""
         if self.is_complete:
             return moments.mean()
-        core, left, right, corner = (part.sum() for part in self.split(moments))
-        total = core + left * self.input.rest + (right + corner * self.input.rest) * self.output.rest
-        return total / (len(moments) * self.input.vectors.shape[-2] * self.output.vectors.shape[-2])
+        total = moments.sum(-1)
+        if beside := self.input.rest:
+            total.add_(moments[..., -1], alpha=beside - 1)
+        if below := self.output.rest:
+            total[..., -1] *= below
+        return total.sum() / (len(moments) * self.input.vectors.shape[-2] * self.output.vectors.shape[-2])
 
     def precondition(
         self, turned: Turned, moments: Tensor, floor: Tensor, power: float, out: Tensor | None = None
     ) -> Tensor:
         """U_B (U_B^T M U_A / (s + floor)^power) U_A^T of a turned matrix, with both bases completed by their rest.
 
+        With scales S, the rests as factors of all of M, and of its leading parts what these have beyond them:
+        S_rr M + U_B (S_l - S_rr) U_B^T M + M U_A (S_r - S_rr) U_A^T + U_B (S_c - S_l - S_r + S_rr) U_B^T M U_A U_A^T.
+
         ``out`` is memory for it, of the matrix's shape, that may be used.
         """
         scales = (moments + floor).pow_(-power)
+        UA, UB = self.input.vectors, self.output.vectors
         if self.is_complete:
-            return self.output.vectors @ (scales.mul_(turned.core) @ self.input.vectors.mT)
-        core, left, right, corner = self.split(scales)
-        part = ((core - left - (right - corner)) * turned.core) @ self.input.vectors.mT
-        if self.input.rest:
-            part.addcmul_(left - corner, turned.left)
+            return UB @ (scales.mul_(turned.core) @ UA.mT)
+        q, r = UB.shape[-1], UA.shape[-1]
+        if turned.right is not None:
+            scales[..., :q, :] -= scales[..., q:, :]
+        if beside := self.input.rest:
+            scales[..., :r] -= scales[..., r:]
+        part = (scales[..., :q, :r] * turned.core) @ UA.mT
+        if beside:
+            part.addcmul_(scales[..., :q, r:], turned.left)
         if turned.right is None:
-            return self.output.vectors @ part
-        outside = ((right - corner) * turned.right, self.input.vectors.mT)
-        if not self.input.rest:
-            return torch.bmm(self.output.vectors, part).baddbmm_(*outside)
-        step = torch.mul(turned.matrix, corner, out=out)
-        return step.baddbmm_(self.output.vectors, part).baddbmm_(*outside)
+            return UB @ part
+        step = torch.mul(turned.matrix, scales[..., q:, r:], out=out).baddbmm_(UB, part) if beside else UB @ part
+        return step.baddbmm_(scales[..., q:, :r] * turned.right, UA.mT)
 
 
 def _norms(matrix: Tensor, dim: int | tuple[int, int]) -> Tensor:
@@ -236,7 +240,7 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def first_moments(basis: Basis, gradient: Tensor) -> Tensor:
     """Second moments to start from: the spectrum of the curvature, in the units of the squared gradient."""
     squares, spectrum = basis.squares(basis.turn(gradient)), basis.spectrum()
-    inside, shape = basis.split(squares)[0], basis.split(spectrum)[0]
+    inside, shape = basis.inside(squares), basis.inside(spectrum)
     tiny = torch.finfo(shape.dtype).tiny
     moments = spectrum * (inside.sum((-2, -1), keepdim=True) / shape.sum((-2, -1), keepdim=True).clamp(min=tiny))
     if basis.input.rest:

@@ -68,7 +68,7 @@ def is_live(parameter: Tensor) -> bool:
 def find_blocks(model: nn.Module, trained: Collection[Tensor]) -> list[Block]:
     """The matrices among the parameters: trained, of one module alone and not of too many outputs.
 
-    The bias of a layer joins its weight, unless that is wide and costs more to copy. Rows of an embedding are no directions of a matrix.
+    The bias of a layer joins its weight, unless that is wide. Rows of an embedding are no directions of a matrix.
     """
     owners: Counter[Tensor] = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
 

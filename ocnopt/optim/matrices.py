@@ -249,7 +249,9 @@ def _turned(basis: Basis, pair: Pair) -> tuple[Turned, Turned]:
     state, gradient = pair.state, basis.turn(pair.gradient)
     if all(part in state for part in _PARTS):
         parts = [state[part] for part in _PARTS]
-        torch._foreach_lerp_(parts, [*gradient[1:]], newest(state["step"], pair.decay))
+        torch._foreach_lerp_(
+            parts, [part for part in gradient[1:] if part is not None], newest(state["step"], pair.decay)
+        )
         return gradient, Turned(pair.momentum, *parts)
     momentum = basis.turn(pair.momentum)
     state.update(zip(_PARTS, momentum[1:], strict=True))

@@ -176,7 +176,7 @@ def test_a_run_goes_on_bit_for_bit(steps, way):
     elif way == "copy":
         twin, resumed = copy.deepcopy((model, optimizer))
     else:
-        twin, resumed = pickle.loads(pickle.dumps((model, optimizer)))
+        twin, resumed = pickle.loads(pickle.dumps((model, optimizer)))  # noqa: S301
     assert train(model, optimizer, 14, seed=1) == train(twin, resumed, 14, seed=1)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
 
