@@ -1,8 +1,10 @@
 """Eigenbases of the Kronecker factors of a matrix's curvature: what they do to a matrix, and how they are made.
 
-Shapes: a matrix M ``(groups, b, a)``, eigenvectors U_A ``(groups, a, r)`` of A and U_B ``(groups, b, q)`` of B. Where a
-side is wide, its leading eigenvectors alone are kept; the directions outside of them, *the rest* of that side, share
-one second moment with each direction of the other side.
+Shapes: a matrix M ``(groups, b, a)``, eigenvectors U_A ``(groups, a, r)`` of A and U_B ``(groups, b, q)`` of B. A has
+at most as many eigenvalues above zero as there are samples, so that U_A may hold its leading eigenvectors alone; on
+wide sides U_A and U_B both do. The directions outside of them, *the rest* of a side, share one second moment with
+each direction of the other side. Products with so few vectors are thin; complete bases of a wide matrix would take
+six whole ones in each iteration, each as much work as the gradient of as many samples as the matrix has rows.
 """
 
 from typing import NamedTuple
@@ -12,6 +14,8 @@ from torch import Tensor
 
 from ocnopt.differential.kronecker import Samples
 
+# On plain nets of width 192 and more, leading bases reach a loss in half the time of complete ones; inside of Neural
+# ODEs both are even there. 8 eigenvectors need more iterations than 16, and 32 or 64 hardly fewer.
 WIDEST = 160  # directions of a side up to which its eigenbasis is complete
 LEADING = 16  # eigenvectors of a wider side that are kept
 MOST_OUTPUTS = 2048  # of a matrix (in a group) that moves in an eigenbasis at all

@@ -3,9 +3,8 @@
 Shapes: gradient, momentum and step of a matrix ``(groups, b, a)``, factors A ``(groups, a, a)`` and B
 ``(groups, b, b)``. In A = U_A E_A U_A^T and B = U_B E_B U_B^T a gradient reads U_B^T G U_A, its second moments s (first
 E_B E_A^T) are kept entry by entry, and the preconditioned gradient is U_B (U_B^T G U_A / (s + damping)^power) U_A^T.
-Power 1 with s = E_B E_A^T is KFAC: vec(B^-1 G A^-1) = (A (X) B)^-1 vec(G). A has at most as many eigenvalues above zero
-as there are samples, so U_A may hold its leading eigenvectors alone; the directions outside of it, *the rest*, share
-one second moment per row. The rule as a whole is in :mod:`ocnopt.optim.snopt`.
+Power 1 with s = E_B E_A^T is KFAC: vec(B^-1 G A^-1) = (A (X) B)^-1 vec(G). Bases of wide sides, and of samples fewer
+than inputs, are leading parts (:mod:`ocnopt.optim.bases`). The rule as a whole is in :mod:`ocnopt.optim.snopt`.
 
 Source: George et al., arXiv 1806.03884.
 """
@@ -144,13 +143,18 @@ def observe(state: State, gradient: Tensor) -> None:
 
 
 class Pair(NamedTuple):
-    """A matrix that is to move: its state with an eigenbasis, gradient and momentum, damping, decay of the momentum."""
+    """A matrix that is to move: its state with an eigenbasis, gradient, momentum, and the options of its group."""
 
     state: State
     gradient: Tensor
     momentum: Tensor
-    damping: float
-    decay: float
+    options: Mapping[str, Any]
+
+
+def is_received(gradient: Tensor | None) -> bool:
+    """Whether there is a gradient other than the zeros of an empty batch."""
+    # the norm of a large one takes a sixth of the time, but it may underflow
+    return gradient is not None and (bool(gradient.norm()) or bool(gradient.any()))
 
 
 def refresh(due: Mapping[int, tuple[Pair, Samples | None]], shared: Shared | None, *, mixed: bool) -> None:
@@ -219,7 +223,7 @@ def turn(pairs: Sequence[Pair], power: float, length: str) -> list[Tensor]:
     # what the moments began with counts as one observation
     average(moments, squares, [newest(pair.state["step"] + 1, DECAY) for pair in pairs])
     means = [basis.mean(moment) for basis, moment in zip(bases, moments, strict=True)]
-    floors = torch._foreach_mul(means, [pair.damping for pair in pairs])
+    floors = torch._foreach_mul(means, [pair.options["damping"] for pair in pairs])
     tiny = torch.finfo(means[0].dtype).tiny
     torch._foreach_add_(floors, tiny)
     torch._foreach_add_(means, tiny)
@@ -250,7 +254,7 @@ def _turned(basis: Basis, pair: Pair) -> tuple[Turned, Turned]:
     if all(part in state for part in _PARTS):
         parts = [state[part] for part in _PARTS]
         torch._foreach_lerp_(
-            parts, [part for part in gradient[1:] if part is not None], newest(state["step"], pair.decay)
+            parts, [part for part in gradient[1:] if part is not None], newest(state["step"], pair.options["momentum"])
         )
         return gradient, Turned(pair.momentum, *parts)
     momentum = basis.turn(pair.momentum)
