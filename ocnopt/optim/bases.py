@@ -15,9 +15,10 @@ from torch import Tensor
 from ocnopt.differential.kronecker import Samples
 
 # On plain nets of width 192 and more, leading bases reach a loss in half the time of complete ones; inside of Neural
-# ODEs both are even there. 8 eigenvectors need more iterations than 16, and 32 or 64 hardly fewer.
+# ODEs both are even there. 8 eigenvectors need more iterations than 16; more than 16 pay where the other side is short.
 WIDEST = 160  # directions of a side up to which its eigenbasis is complete
-LEADING = 16  # eigenvectors of a wider side that are kept
+LEADING = 16  # eigenvectors of a wider side that are kept beside one as wide
+BESIDE_SHORT = 32  # and beside one that is not
 MOST_OUTPUTS = 2048  # of a matrix (in a group) that moves in an eigenbasis at all
 RANK = 128  # eigenvectors of A that are kept where it comes from samples
 KEEP = 0.5  # share of the old factors in a refresh from samples, or of a wide side
@@ -28,9 +29,11 @@ def is_wide(*widths: int) -> bool:
     return min(widths) > WIDEST
 
 
-def work(width: int) -> int:
-    """What an eigenbasis of a side costs, up to a factor."""
-    return width * (LEADING if is_wide(width) else width) ** 2
+def kept(width: int, other: int) -> int:
+    """How many eigenvectors of a side are kept, given the width of the other side too."""
+    if not is_wide(width):
+        return width
+    return min(width, LEADING if is_wide(other) else BESIDE_SHORT)
 
 
 class Eigen(NamedTuple):
@@ -181,19 +184,18 @@ def eigenbasis(samples: Samples, rank: int, old: Basis | None = None, keep: floa
     >>> eigenbasis(Samples(eye * torch.tensor([1.0, 3.0]), eye), rank=2).input.values
     tensor([[0.9000, 0.1000]])
     """
+    a, b = samples.inputs.shape[-1], samples.gradients.shape[-1]
     return Basis(
-        of_rows(samples.inputs, rank, old and old.input, keep),
-        of_rows(samples.gradients, samples.gradients.shape[-1], old and old.output, keep),
+        of_rows(samples.inputs, min(rank, kept(a, b)), old and old.input, keep),
+        of_rows(samples.gradients, kept(b, a), old and old.output, keep),
     )
 
 
 def of_rows(rows: Tensor, rank: int, old: Eigen | None, keep: float) -> Eigen:
     """Leading eigenvectors of rows^T rows, for rows ``(groups, k, d)``, averaged with the factor behind old ones.
 
-    ``rank`` of them are kept at most, of wide sides fewer; 4 to 8 times as many rows are enough where that is a part.
+    ``rank`` of them are kept at most; 4 to 8 times as many rows are enough where that is a part.
     """
-    if is_wide(rows.shape[-1]):
-        rank = min(rank, LEADING)
     if rows.shape[-1] > rank:
         rows = rows[:, :: max(1, rows.shape[1] // (4 * rank))]
     rows = rows / torch.linalg.matrix_norm(rows, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
@@ -216,12 +218,13 @@ def follow(matrix: Tensor, old: Eigen | None, other: Tensor | None) -> Eigen:
     Of M the rows U_B^T M alone are seen, with U_B ``(groups, b, q)`` the ``other`` side's eigenvectors; both sides in
     turn make that the power method. Without them the rows are random mixtures.
     """
+    b, a = matrix.shape[1:]
+    rank = kept(a, b)
     if other is None:
         generator = torch.Generator().manual_seed(0)  # the same in all processes, and in a run that is resumed
-        other = torch.randn(matrix.shape[-2], LEADING, generator=generator).to(matrix)
-    rows = other[..., :LEADING].mT @ matrix
-    kept = old and Eigen(old.vectors[..., :LEADING], old.values[..., :LEADING])
-    return of_rows(rows, LEADING, kept, KEEP)
+        other = torch.randn(b, rank, generator=generator).to(matrix)
+    leading = old and Eigen(old.vectors[..., :rank], old.values[..., :rank])
+    return of_rows(other[..., :rank].mT @ matrix, rank, leading, KEEP)
 
 
 def complete(factor: Tensor) -> Eigen:

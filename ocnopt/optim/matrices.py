@@ -30,6 +30,7 @@ from ocnopt.optim.bases import (
     first_moments,
     follow,
     is_wide,
+    kept,
     of_rows,
 )
 from ocnopt.optim.checks import check_same_shape, is_live
@@ -190,7 +191,7 @@ def _new_basis(pair: Pair, samples: Samples | None, *, mixed: bool) -> Basis:
     if alone is not None:
         return alone._replace(input=new)
     if samples is not None:
-        return Basis(new, of_rows(samples.gradients, gradient.shape[1], UB, KEEP))
+        return Basis(new, of_rows(samples.gradients, kept(*gradient.shape[1:]), UB, KEEP))
     return Basis(new, _of_gradients(state, "output_factor", momentum.mT, UB, new))
 
 

@@ -76,10 +76,10 @@ def train(
 
 def wide(rank, count, *, curvature):
     """Bases of leading parts on both sides."""
-    before = bases.WIDEST, bases.LEADING
-    bases.WIDEST, bases.LEADING = 3, 2
+    before = bases.WIDEST, bases.LEADING, bases.BESIDE_SHORT
+    bases.WIDEST, bases.LEADING, bases.BESIDE_SHORT = 3, 2, 3
     found = train(rank, count, curvature=curvature)
-    bases.WIDEST, bases.LEADING = before
+    bases.WIDEST, bases.LEADING, bases.BESIDE_SHORT = before
     return found
 
 
