@@ -185,7 +185,7 @@ def _new_basis(pair: Pair, samples: Samples | None, *, mixed: bool) -> Basis:
     UA, UB = (None, None) if old is None else old
     # one side at a time, where the power method goes from each to the other
     alone = old if samples is None and is_wide(max(gradient.shape[1:])) else None
-    if alone is not None and int(state["basis_step"]) % 2 == 0:
+    if alone is not None and int(state.get("basis_step", 0)) % 2 == 0:
         return alone._replace(output=_of_gradients(state, "output_factor", momentum.mT, UB, UA))
     new = _of_gradients(state, "input_factor", momentum, UA, UB)
     if alone is not None:
@@ -210,7 +210,8 @@ def _go_over(pair: Pair, new: Basis) -> None:
         state.pop(part, None)
     state["moments"] = first_moments(new, gradient) if old is None else carried_moments(state["moments"], old, new)
     (state["input_vectors"], state["input_values"]), (state["output_vectors"], state["output_values"]) = new
-    state["basis_step"] = state.get("basis_step", torch.zeros((), dtype=torch.float32)) + 1
+    if is_wide(max(gradient.shape[1:])):
+        state["basis_step"] = state.get("basis_step", torch.zeros((), dtype=torch.float32)) + 1
 
 
 def turn(pairs: Sequence[Pair], power: float, length: str) -> list[Tensor]:

@@ -190,6 +190,8 @@ def test_a_state_with_complete_bases_is_taken_over(monkeypatch):
     train(model, optimizer, 10)
     saved = copy.deepcopy(optimizer.state_dict())
     assert optimizer.state[model[2].weight]["moments"].shape == (1, 7, 7)
+    for state in saved["state"].values():
+        state.pop("basis_step", None)
     monkeypatch.setattr("ocnopt.optim.bases.WIDEST", WIDEST)
     resumed = SNOpt(model)
     resumed.load_state_dict(saved)
