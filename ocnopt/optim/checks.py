@@ -14,8 +14,8 @@ from ocnopt.differential.kronecker import as_matrix, is_layer
 from ocnopt.errors import NonFiniteError, ProblemError
 from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.ocp import FreeHorizon
+from ocnopt.optim.bases import MOST_OUTPUTS, is_wide
 
-MOST_OUTPUTS = 2048  # outputs of a layer (in a group) up to which B and its eigenbasis are affordable
 DRAWN = ("sampled", "gauss_newton")  # curvatures that need backward passes of their own
 CURVATURES = ("gradient", "costate", "mixed", *DRAWN)
 # what a group may hold beside options: what torch and its schedulers write, and what it is called
@@ -66,9 +66,9 @@ def is_live(parameter: Tensor) -> bool:
 
 
 def find_blocks(model: nn.Module, trained: Collection[Tensor]) -> list[Block]:
-    """The matrices among the parameters: trained, of one module alone and not too wide.
+    """The matrices among the parameters: trained, of one module alone and not of too many outputs.
 
-    The bias of a linear layer or a convolution joins its weight. Rows of an embedding are no directions of a matrix.
+    The bias of a layer joins its weight, unless that is wide. Rows of an embedding are no directions of a matrix.
     """
     owners: Counter[Tensor] = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
 
@@ -82,9 +82,10 @@ def find_blocks(model: nn.Module, trained: Collection[Tensor]) -> list[Block]:
         for key, parameter in module.named_parameters(recurse=False):
             is_weight = key == "weight" and is_layer(module)
             if is_own(parameter) and (is_weight or _is_matrix(parameter)):
-                bias = module.bias if is_weight and is_own(module.bias) else None
-                called = name if is_weight else f"{name}.{key}".lstrip(".")
-                found.append(Block(called, module, parameter, bias, _groups(module, parameter, key)))
+                groups = _groups(module, parameter, key)
+                joins = is_weight and not is_wide(len(parameter) // groups, parameter[0].numel())
+                bias = module.bias if joins and is_own(module.bias) else None
+                found.append(Block(name if is_weight else f"{name}.{key}".lstrip("."), module, parameter, bias, groups))
     return [block for block in found if len(block.weight) // block.groups <= MOST_OUTPUTS]
 
 
@@ -135,8 +136,7 @@ def sizes(gradients: Sequence[Tensor]) -> Tensor:
 
 def not_finite(named: Iterable[tuple[str, Tensor]], norms: Tensor) -> list[str]:
     """The names of tensors that hold NaN or infinity; norms of finite ones may be too large a number."""
-    if math.isfinite(norms.amax()):
-        return []
+    named = () if math.isfinite(norms.amax()) else named
     return [name for name, tensor in named if not bool(tensor.isfinite().all())]
 
 

@@ -3,9 +3,8 @@
 Shapes: gradient, momentum and step of a matrix ``(groups, b, a)``, factors A ``(groups, a, a)`` and B
 ``(groups, b, b)``. In A = U_A E_A U_A^T and B = U_B E_B U_B^T a gradient reads U_B^T G U_A, its second moments s (first
 E_B E_A^T) are kept entry by entry, and the preconditioned gradient is U_B (U_B^T G U_A / (s + damping)^power) U_A^T.
-Power 1 with s = E_B E_A^T is KFAC: vec(B^-1 G A^-1) = (A (X) B)^-1 vec(G). A has at most as many eigenvalues above zero
-as there are samples, so U_A may hold its leading eigenvectors alone; the directions outside of it, *the rest*, share
-one second moment per row. The rule as a whole is in :mod:`ocnopt.optim.snopt`.
+Power 1 with s = E_B E_A^T is KFAC: vec(B^-1 G A^-1) = (A (X) B)^-1 vec(G). Bases of wide sides, and of samples fewer
+than inputs, are leading parts (:mod:`ocnopt.optim.bases`). The rule as a whole is in :mod:`ocnopt.optim.snopt`.
 
 Source: George et al., arXiv 1806.03884.
 """
@@ -19,160 +18,32 @@ import torch
 from torch import Tensor
 
 from ocnopt.differential.kronecker import Samples, working_dtype
+from ocnopt.optim.bases import (
+    KEEP,
+    RANK,
+    Basis,
+    Eigen,
+    Turned,
+    carried_moments,
+    complete,
+    eigenbasis,
+    first_moments,
+    follow,
+    is_wide,
+    kept,
+    of_rows,
+)
 from ocnopt.optim.checks import check_same_shape, is_live
 from ocnopt.optim.ranks import Shared
 
 DECAY = 0.95  # beta, of second moments and of factors made of gradients
-KEEP = 0.5  # share of the old factors in a refresh from samples
-RANK = 128  # eigenvectors of A that are kept where it comes from samples, or is wider than WIDEST
-WIDEST = 2048  # inputs up to which A is kept whole
 
+SMALL = 2**14  # entries up to which tensors are joined
 EPSILON = 1e-8  # keeps the first-order update of a parameter without gradients at zero
 
+_PARTS = ("momentum_left", "momentum_core", "momentum_right")
+
 State = MutableMapping[str, Any]
-
-
-class Eigen(NamedTuple):
-    """Leading eigenvectors ``(groups, d, r)`` and eigenvalues ``(groups, r)`` of a factor scaled to trace one."""
-
-    vectors: Tensor
-    values: Tensor
-
-    @property
-    def rest(self) -> int:
-        """The number of directions in the rest."""
-        return self.vectors.shape[-2] - self.vectors.shape[-1]
-
-
-class Basis(NamedTuple):
-    """Eigenbases of A, perhaps its leading part alone, and of B, complete.
-
-    A matrix M ``(groups, b, a)`` is *turned* into U_B^T M and its leading part U_B^T M U_A. Second moments belong to
-    directions: ``(groups, b, a)`` if the basis is complete, else ``(groups, b, r + 1)``, whose last column is the mean
-    over the rest.
-    """
-
-    input: Eigen
-    output: Eigen
-
-    def turn(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """U_B^T M ``(..., b, a)`` and U_B^T M U_A ``(..., b, r)``."""
-        turned = self.output.vectors.mT @ matrix
-        return turned, turned @ self.input.vectors
-
-    def spectrum(self) -> Tensor:
-        """Eigenvalues E_B E_A^T of the curvature, laid out as second moments."""
-        values = self.input.values
-        if self.input.rest:
-            outside = (1.0 - values.sum(-1, keepdim=True)).clamp(min=0.0) / self.input.rest
-            values = torch.cat([values, outside], -1)
-        return self.output.values[..., :, None] * values[..., None, :]
-
-    def squares(self, turned: Tensor, leading: Tensor) -> Tensor:
-        """Squared entries of a turned matrix, laid out as second moments."""
-        squares = leading.square()
-        if not self.input.rest:
-            return squares
-        outside = turned.square().sum(-1, keepdim=True) - squares.sum(-1, keepdim=True)
-        return torch.cat([squares, outside.clamp_(min=0.0).div_(self.input.rest)], -1)
-
-    def split(self, moments: Tensor) -> tuple[Tensor, Tensor]:
-        """Second moments of the leading part and, ``(groups, b, 1)``, of each direction of the rest."""
-        rank = self.input.vectors.shape[-1]
-        return moments[..., :rank], moments[..., rank:] if self.input.rest else moments.new_zeros(())
-
-    def mean(self, moments: Tensor) -> Tensor:
-        """Mean of second moments over all directions: the trace of the curvature over its size."""
-        if not self.input.rest:
-            return moments.mean()
-        inside, outside = self.split(moments)
-        return (inside.sum() + outside.sum() * self.input.rest) / (outside.numel() * self.input.vectors.shape[-2])
-
-    def precondition(self, turned: Tensor, leading: Tensor, moments: Tensor, floor: Tensor, power: float) -> Tensor:
-        """U_B (M / (s + floor)^power) U_A^T of a turned matrix."""
-        scales = (moments + floor).pow_(-power)
-        if not self.input.rest:
-            return self.output.vectors @ (scales.mul_(leading) @ self.input.vectors.mT)
-        inside, outside = self.split(scales)
-        step = outside * turned + ((inside - outside) * leading) @ self.input.vectors.mT
-        return self.output.vectors @ step
-
-
-def eigenbasis(samples: Samples, rank: int, old: Basis | None = None, keep: float = 0.0) -> Basis:
-    """Eigenbasis of the factors of some samples, averaged with the factors behind an old basis.
-
-    Args:
-        samples: of one layer.
-        rank: how many eigenvectors of A to keep at most; if A is larger, 4 rank to 8 rank samples are enough.
-        old: weighs ``keep`` in the average, the samples 1 - keep.
-        keep: see ``old``.
-
-    >>> eye = torch.eye(2)[None]
-    >>> eigenbasis(Samples(eye * torch.tensor([1.0, 3.0]), eye), rank=2).input.values
-    tensor([[0.9000, 0.1000]])
-    """
-    inputs = samples.inputs
-    if inputs.shape[2] > rank:
-        inputs = inputs[:, :: max(1, inputs.shape[1] // (4 * rank))]
-    return Basis(
-        _leading(inputs, rank, old and old.input, keep),
-        _leading(samples.gradients, samples.gradients.shape[-1], old and old.output, keep),
-    )
-
-
-def _leading(rows: Tensor, rank: int, old: Eigen | None, keep: float) -> Eigen:
-    """Leading eigenvectors of rows^T rows, for rows ``(groups, k, d)``."""
-    rows = rows / torch.linalg.matrix_norm(rows, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
-    if old is not None:
-        kept = (keep * old.values).sqrt()[..., None] * old.vectors.mT
-        rows = torch.cat([kept, (1.0 - keep) ** 0.5 * rows], -2)
-    if rows.shape[-2] < rows.shape[-1] and rank < rows.shape[-1]:
-        # Fewer rows than directions: a small eigenproblem in the span of the rows, by a stable route.
-        span, triangle = torch.linalg.qr(rows.mT)
-        values, small = eigh(triangle @ triangle.mT)
-        vectors = span @ small
-    else:
-        values, vectors = eigh(rows.mT @ rows)
-    return Eigen(vectors.flip(-1)[..., :rank].contiguous(), values.flip(-1)[..., :rank].clamp(min=0.0))
-
-
-def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, rising, and eigenvectors of symmetric matrices ``(..., d, d)``."""
-    try:
-        return torch.linalg.eigh(matrix)
-    except torch.linalg.LinAlgError:
-        # Single precision can fail to converge on nearly equal eigenvalues.
-        values, vectors = torch.linalg.eigh(matrix.double())
-        return values.to(matrix), vectors.to(matrix)
-
-
-def first_moments(basis: Basis, gradient: Tensor) -> Tensor:
-    """Second moments to start from: the spectrum of the curvature, in the units of the squared gradient."""
-    squares, spectrum = basis.squares(*basis.turn(gradient)), basis.spectrum()
-    inside, shape = basis.split(squares)[0], basis.split(spectrum)[0]
-    tiny = torch.finfo(shape.dtype).tiny
-    moments = spectrum * (inside.sum((-2, -1), keepdim=True) / shape.sum((-2, -1), keepdim=True).clamp(min=tiny))
-    if basis.input.rest:
-        moments[..., -1] = squares[..., -1]
-    return moments
-
-
-def carried_moments(moments: Tensor, old: Basis, new: Basis) -> Tensor:
-    """Second moments in a new eigenbasis.
-
-    Entries that are uncorrelated in the old basis, with second moments s, have in the new one the second moments
-    (R_B o R_B) s (R_A o R_A)^T with R_A = U_A'^T U_A, R_B = U_B'^T U_B; what leaves the leading part joins the rest.
-    """
-    inside, outside = old.split(moments)
-    mixing = (new.input.vectors.mT @ old.input.vectors).square()
-    moved = inside @ mixing.mT
-    if old.input.rest:
-        moved += outside * (1.0 - mixing.sum(-1)).clamp(min=0.0)[..., None, :]
-    if new.input.rest:
-        total = inside.sum(-1, keepdim=True) + outside * old.input.rest
-        left = (total - moved.sum(-1, keepdim=True)).clamp(min=0.0) / new.input.rest
-        moved = torch.cat([moved, left], -1)
-    return (new.output.vectors.mT @ old.output.vectors).square() @ moved
 
 
 def newest(count: Any, decay: float) -> float:
@@ -260,25 +131,31 @@ def fits(state: Mapping[str, Any], gradient: Tensor) -> bool:
 
 
 def observe(state: State, gradient: Tensor) -> None:
-    """Take a gradient into the running means of G^T G and G G^T."""
-    groups, rows, columns = gradient.shape
-    if columns > WIDEST:
-        return
-    if "input_factor" not in state or state["input_factor"].shape[:2] != (groups, columns):
-        state["input_factor"] = gradient.new_zeros(groups, columns, columns)
-        state["output_factor"] = gradient.new_zeros(groups, rows, rows)
+    """Take a gradient into the running means of G^T G and G G^T, but for sides that are wide."""
     weight = newest(state["step"], DECAY)
-    state["input_factor"].baddbmm_(gradient.mT, gradient, beta=1.0 - weight, alpha=weight)
-    state["output_factor"].baddbmm_(gradient, gradient.mT, beta=1.0 - weight, alpha=weight)
+    for side, turned in (("input_factor", gradient.mT), ("output_factor", gradient)):
+        groups, width, _ = turned.shape
+        if is_wide(width):
+            state.pop(side, None)
+            continue
+        if side not in state or state[side].shape[:2] != (groups, width):
+            state[side] = gradient.new_zeros(groups, width, width)
+        state[side].baddbmm_(turned, turned.mT, beta=1.0 - weight, alpha=weight)
 
 
 class Pair(NamedTuple):
-    """A matrix that is to move: its state with an eigenbasis, its gradient and momentum, and its damping."""
+    """A matrix that is to move: its state with an eigenbasis, gradient, momentum, and the options of its group."""
 
     state: State
     gradient: Tensor
     momentum: Tensor
-    damping: float
+    options: Mapping[str, Any]
+
+
+def is_received(gradient: Tensor | None) -> bool:
+    """Whether there is a gradient other than the zeros of an empty batch."""
+    # the norm of a large one takes a sixth of the time, but it may underflow
+    return gradient is not None and (bool(gradient.norm()) or bool(gradient.any()))
 
 
 def refresh(due: Mapping[int, tuple[Pair, Samples | None]], shared: Shared | None, *, mixed: bool) -> None:
@@ -301,23 +178,40 @@ def refresh(due: Mapping[int, tuple[Pair, Samples | None]], shared: Shared | Non
 
 
 def _new_basis(pair: Pair, samples: Samples | None, *, mixed: bool) -> Basis:
-    state, gradient, momentum, _ = pair
-    is_whole = gradient.shape[-1] <= WIDEST
-    if samples is None and is_whole:
-        return Basis(_complete(state["input_factor"]), _complete(state["output_factor"]))
+    state, gradient, momentum, *_ = pair
     old = _basis(state) if fits(state, gradient) else None
-    if samples is not None and mixed and is_whole:
-        rows = samples.gradients
-        return Basis(_complete(state["input_factor"]), _leading(rows, rows.shape[-1], old and old.output, KEEP))
-    return eigenbasis(samples or Samples(momentum, momentum.mT), RANK, old, KEEP)
+    if samples is not None and not mixed:
+        return eigenbasis(samples, RANK, old, KEEP)
+    UA, UB = (None, None) if old is None else old
+    # one side at a time, where the power method goes from each to the other
+    alone = old if samples is None and is_wide(max(gradient.shape[1:])) else None
+    if alone is not None and int(state.get("basis_step", 0)) % 2 == 0:
+        return alone._replace(output=_of_gradients(state, "output_factor", momentum.mT, UB, UA))
+    new = _of_gradients(state, "input_factor", momentum, UA, UB)
+    if alone is not None:
+        return alone._replace(input=new)
+    if samples is not None:
+        return Basis(new, of_rows(samples.gradients, kept(*gradient.shape[1:]), UB, KEEP))
+    return Basis(new, _of_gradients(state, "output_factor", momentum.mT, UB, new))
+
+
+def _of_gradients(state: State, factor: str, momentum: Tensor, own: Eigen | None, other: Eigen | None) -> Eigen:
+    """The basis of one side: of the running mean of G^T G, or of the momentum alone where that side is wide."""
+    if not is_wide(momentum.shape[-1]):
+        return complete(state[factor])
+    return follow(momentum, own, None if other is None else other.vectors)
 
 
 def _go_over(pair: Pair, new: Basis) -> None:
     """Take a new eigenbasis; the second moments move into it."""
     state, gradient, *_ = pair
     old = _basis(state) if fits(state, gradient) else None
+    for part in _PARTS:
+        state.pop(part, None)
     state["moments"] = first_moments(new, gradient) if old is None else carried_moments(state["moments"], old, new)
     (state["input_vectors"], state["input_values"]), (state["output_vectors"], state["output_values"]) = new
+    if is_wide(max(gradient.shape[1:])):
+        state["basis_step"] = state.get("basis_step", torch.zeros((), dtype=torch.float32)) + 1
 
 
 def turn(pairs: Sequence[Pair], power: float, length: str) -> list[Tensor]:
@@ -325,19 +219,19 @@ def turn(pairs: Sequence[Pair], power: float, length: str) -> list[Tensor]:
     if not pairs:
         return []
     bases = [_basis(pair.state) for pair in pairs]
-    turned = [basis.turn(torch.stack(pair[1:3])) for basis, pair in zip(bases, pairs, strict=True)]
+    turned = [_turned(basis, pair) for basis, pair in zip(bases, pairs, strict=True)]
     moments = [pair.state["moments"] for pair in pairs]
-    squares = [basis.squares(whole[0], part[0]) for basis, (whole, part) in zip(bases, turned, strict=True)]
+    squares = [basis.squares(gradient) for basis, (gradient, _) in zip(bases, turned, strict=True)]
     # what the moments began with counts as one observation
     average(moments, squares, [newest(pair.state["step"] + 1, DECAY) for pair in pairs])
     means = [basis.mean(moment) for basis, moment in zip(bases, moments, strict=True)]
-    floors = torch._foreach_mul(means, [pair.damping for pair in pairs])
+    floors = torch._foreach_mul(means, [pair.options["damping"] for pair in pairs])
     tiny = torch.finfo(means[0].dtype).tiny
     torch._foreach_add_(floors, tiny)
     torch._foreach_add_(means, tiny)
     steps = [
-        basis.precondition(whole[1], part[1], moment, floor, power)
-        for basis, (whole, part), moment, floor in zip(bases, turned, moments, floors, strict=True)
+        basis.precondition(momentum, moment, floor, power, _memory(basis, pair))
+        for pair, basis, (_, momentum), moment, floor in zip(pairs, bases, turned, moments, floors, strict=True)
     ]
     if length == "division":
         return steps
@@ -348,6 +242,36 @@ def turn(pairs: Sequence[Pair], power: float, length: str) -> list[Tensor]:
     lengths = torch._foreach_norm([pair.momentum for pair in pairs])
     torch._foreach_mul_(steps, [*torch._foreach_div(lengths, norms)])
     return steps
+
+
+def _turned(basis: Basis, pair: Pair) -> tuple[Turned, Turned]:
+    """Gradient and momentum, turned.
+
+    Where both sides are wide, the parts of the momentum are kept, as they follow those of the gradient until the basis
+    changes: each product that is spared reads the whole matrix.
+    """
+    if not basis.is_thin:
+        return basis.turn_both(pair.gradient, pair.momentum)
+    state, gradient = pair.state, basis.turn(pair.gradient)
+    if all(part in state for part in _PARTS):
+        parts = [state[part] for part in _PARTS]
+        torch._foreach_lerp_(
+            parts, [part for part in gradient[1:] if part is not None], newest(state["step"], pair.options["momentum"])
+        )
+        return gradient, Turned(pair.momentum, *parts)
+    momentum = basis.turn(pair.momentum)
+    state.update(zip(_PARTS, momentum[1:], strict=True))
+    return gradient, momentum
+
+
+def _memory(basis: Basis, pair: Pair) -> Tensor | None:
+    """That of the last change of a wide matrix, for the step: it costs more to allocate than to fill."""
+    last, like = pair.state.get("change"), pair.momentum
+    if last is None or not basis.is_thin:
+        return None
+    if (last.numel(), last.dtype, last.device) != (like.numel(), like.dtype, like.device):
+        return None
+    return pair.state.pop("change").view_as(like)
 
 
 def move(
@@ -368,13 +292,25 @@ def move(
 
 def cosine(gradients: Sequence[Tensor], changes: Sequence[Tensor]) -> float:
     """Of the angle between all gradients and all changes."""
-    parts = [
-        [torch.cat([one.flatten() for one in found if one.device == device]) for found in (gradients, changes)]
-        for device in dict.fromkeys(gradient.device for gradient in gradients)
-    ]
-    along = sum(float(gradient @ change) for gradient, change in parts)
-    size = math.prod(math.hypot(*map(float, map(torch.linalg.vector_norm, part))) for part in zip(*parts, strict=True))
+    along, squares = 0.0, [0.0, 0.0]
+    for pair in _joined([*zip(gradients, changes, strict=True)]):
+        along += float(pair[0] @ pair[1])
+        for i, norm in enumerate(torch._foreach_norm(pair)):
+            squares[i] += float(norm) ** 2
+    size = math.prod(map(math.sqrt, squares))
     return along / size if size > 0.0 else 0.0
+
+
+def _joined(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, ...]]:
+    """Pairs as vectors, small ones joined, which spares calls, and large ones apart, which spares copies."""
+    found: list[tuple[Tensor, ...]] = []
+    small: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
+    for first, second in pairs:
+        if first.numel() > SMALL:
+            found.append((first.flatten(), second.flatten()))
+        else:
+            small.setdefault(first.device, []).append((first.flatten(), second.flatten()))
+    return found + [tuple(map(torch.cat, zip(*some, strict=True))) for some in small.values()]
 
 
 def average(means: list[Tensor], values: list[Tensor], weights: Sequence[float]) -> None:
@@ -390,9 +326,3 @@ def _basis(state: Mapping[str, Any]) -> Basis:
     return Basis(
         Eigen(state["input_vectors"], state["input_values"]), Eigen(state["output_vectors"], state["output_values"])
     )
-
-
-def _complete(factor: Tensor) -> Eigen:
-    trace = factor.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=torch.finfo(factor.dtype).tiny)
-    values, vectors = eigh(factor / trace[:, None, None])
-    return Eigen(vectors.flip(-1).contiguous(), values.flip(-1).clamp(min=0.0))

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ocnopt.differential.kronecker import Samples
 from ocnopt.errors import NonFiniteError, ProblemError
+from ocnopt.optim.bases import kept
 from ocnopt.optim.checks import sizes
 
 ROUNDING = 1e-5  # how far, relative to them, norms of what should be equal may lie apart
@@ -175,7 +176,9 @@ class Shared:
     def __init__(self, ranks: Ranks, matrices: Sequence[Tensor]) -> None:
         self._ranks, self._matrices = ranks, matrices
         self._shapes = [(groups, b, a) for groups, b, a in (matrix.shape for matrix in matrices)]
-        self.owners = owners([groups * (a**3 + b**3) for groups, b, a in self._shapes], ranks.count)
+        self.owners = owners(
+            [groups * (a * kept(a, b) ** 2 + b * kept(b, a) ** 2) for groups, b, a in self._shapes], ranks.count
+        )
         self._order = sorted(range(len(matrices)), key=self.owners.__getitem__)
         self._place, dtypes = ranks.place(matrices[0].device), (matrix.dtype for matrix in matrices)
         self._like = torch.empty(0, dtype=reduce(torch.promote_types, dtypes), device=self._place)

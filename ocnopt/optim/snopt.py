@@ -13,7 +13,7 @@ gradients agree, and noise shortens the step. All other parameters move by Adam'
 
 Where A and B come from:
 
-    gradient      A = mean G^T G, B = mean G G^T, running means with the decay beta
+    gradient      A = mean G^T G, B = mean G G^T, running means with the decay beta; of wide sides, M's leading part
     costate       from single samples, gathered by the backward passes of the Neural ODEs and of the layers around them
                   (:mod:`ocnopt.differential.kronecker`); no path is stored. Other matrices keep to "gradient".
     mixed         A of gradients, B of the costate's samples
@@ -320,8 +320,8 @@ class SNOpt(torch.optim.Optimizer):
         pairs: list[tuple[Block, matrices.Pair]] = []
         for block in self._blocks:
             if all(parameter in gradients for parameter in block.parameters):
-                state, damping = self.state[block.weight], groups[block.weight]["damping"]
-                pairs.append((block, matrices.Pair(state, block.matrix(gradients), block.matrix(momenta), damping)))
+                state, group = self.state[block.weight], groups[block.weight]
+                pairs.append((block, matrices.Pair(state, block.matrix(gradients), block.matrix(momenta), group)))
         self._learn(pairs, samples, ranks)
         ready = [(block, pair) for block, pair in pairs if matrices.fits(pair.state, pair.gradient)]
         steps: dict[Tensor, Tensor] = {}
@@ -390,7 +390,7 @@ class SNOpt(torch.optim.Optimizer):
 
     def _is_shown(self, block: Block, *, seen: bool) -> bool:
         """Whether there is something to make an eigenbasis of, given whether there are samples."""
-        received = block.weight.grad is not None and bool(block.weight.grad.any())  # zeros are of an empty batch
+        received = matrices.is_received(block.weight.grad)
         if not self._has_samples(block):
             return received
         is_told = "moments" in self.state[block.weight] or block.name in self._unseen or self._is_new

@@ -4,16 +4,42 @@ SNOpt and Adam: same weights, same batches, so equal evaluations, stepped in tur
 the same start, every sweep counted, whether its step was accepted or not.
 """
 
+from collections.abc import Callable
 from statistics import median
+from time import process_time
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 import ocnopt as oc
+from ocnopt.problems import Task, learning_task
 from tests.benchmarks import starts as random_starts
-from tests.benchmarks.workload import Run, adam, batches, digits, snopt
+from tests.benchmarks.workload import adam, batches, snopt
 
 REFRESH_EVERY = 5
+
+
+class Net(NamedTuple):
+    """A learning problem, perhaps with another model, and the ratios that SNOpt should keep to."""
+
+    problem: str
+    make_model: Callable[[], nn.Module] | None
+    ordinary: float
+    refresh: float
+
+
+def plain(width: int = 512) -> nn.Module:
+    """A wide network without a Neural ODE on the digits."""
+    layers = [nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
+    return nn.Sequential(nn.Flatten(), *layers, nn.Linear(width, 10))
+
+
+NETS = {
+    "img": Net("digits", None, 1.03, 1.5),
+    "mlp": Net("digits_ode", None, 1.1, 1.5),
+    "plain, 512 wide": Net("digits", plain, 1.3, 1.5),
+}
 
 
 class Ratios(NamedTuple):
@@ -25,23 +51,37 @@ class Ratios(NamedTuple):
     pairs: int
 
 
-def measure(pairs: int = 60) -> Ratios:
+def measure(net: Net, pairs: int = 60) -> Ratios:
     """Step both in turn; every fifth iteration is a refresh."""
-    problem = digits()
-    first = Run(problem, adam)
-    second = Run(problem, lambda model: snopt(model, refresh_every=REFRESH_EVERY))
+    problem = learning_task(net.problem).build()
+    first, second = (_made(net, problem) for _ in range(2))
+    optimizers = adam(first), snopt(second, refresh_every=REFRESH_EVERY)
     ordinary, refresh, times = [], [], []
-    for k, batch in zip(range(pairs), batches(problem, seed=0), strict=False):
-        second.model.load_state_dict(first.model.state_dict())
-        if k % 2:
-            base, time = first.step(*batch), second.step(*batch)
-        else:
-            time, base = second.step(*batch), first.step(*batch)
-        if first.evaluations != second.evaluations:
+    for k, (inputs, targets) in zip(range(pairs), batches(problem, seed=0), strict=False):
+        second.load_state_dict(first.state_dict())
+        spent: dict[nn.Module, tuple[float, int]] = {}
+        for model, optimizer in list(zip((first, second), optimizers, strict=True))[:: 1 if k % 2 else -1]:
+            began = process_time()
+            optimizer.zero_grad()
+            problem.loss(model(inputs), targets).backward()
+            optimizer.step()
+            spent[model] = process_time() - began, _evaluations(model)
+        (base, few), (time, many) = spent[first], spent[second]
+        if few != many:
             raise RuntimeError("the two models took different numbers of evaluations from the same weights")
         (refresh if k % REFRESH_EVERY == 0 else ordinary).append(time / base)
         times.append(base)
     return Ratios(median(ordinary), median(refresh), 1e3 * median(times), pairs)
+
+
+def _made(net: Net, problem: Task) -> nn.Module:
+    torch.manual_seed(0)
+    return problem.make_model(1.0) if net.make_model is None else net.make_model()
+
+
+def _evaluations(model: nn.Module) -> int:
+    """Of the last forward pass."""
+    return sum(module.statistics.forward for module in model.modules() if isinstance(module, oc.NeuralODE))
 
 
 # problem, N; wanted are 1.5 times IPOPT's iterations at most

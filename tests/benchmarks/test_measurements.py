@@ -20,8 +20,9 @@ from tests.benchmarks import (
 )
 
 
-def test_iterations():
-    found = iterations.measure(pairs=2)
+@pytest.mark.parametrize("name", iterations.NETS)
+def test_iterations(name):
+    found = iterations.measure(iterations.NETS[name], pairs=2)
     assert found.ordinary > 0
     assert found.refresh > 0
 

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ocnopt.errors import NonFiniteError, ProblemError
 from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.ocp import FreeHorizon
-from ocnopt.optim import matrices
+from ocnopt.optim import bases, matrices
 from ocnopt.optim.horizon_policy import HorizonPolicy
 from ocnopt.optim.snopt import SNOpt
 
@@ -72,6 +72,15 @@ def train(
         optimizer.step()
         policy.step(lambda: nn.functional.cross_entropy(model(x), y))  # noqa: B023
     return result(model, optimizer, policy)
+
+
+def wide(rank, count, *, curvature):
+    """Bases of leading parts on both sides."""
+    before = bases.WIDEST, bases.LEADING, bases.BESIDE_SHORT
+    bases.WIDEST, bases.LEADING, bases.BESIDE_SHORT = 3, 2, 3
+    found = train(rank, count, curvature=curvature)
+    bases.WIDEST, bases.LEADING, bases.BESIDE_SHORT = before
+    return found
 
 
 def average(model, count):
@@ -196,6 +205,8 @@ CASES = {
     "unequal": (sums, {"sizes": (9, 3)}),
     "empty": (sums, {"sizes": (12, 0)}),
     "cut_short": (sums, {"sizes": (4, 8), "rank_limit": 3}),
+    "wide": (wide, {"curvature": "gradient"}),
+    "wide_mixed": (wide, {"curvature": "mixed"}),
     "accumulate": (accumulate, {}),
     "explode": (explode, {}),
 }

@@ -190,8 +190,8 @@ def test_every_matrix_is_preconditioned():
 
 
 def test_inputs_wider_than_the_limit_keep_their_leading_directions(monkeypatch):
-    monkeypatch.setattr("ocnopt.optim.matrices.WIDEST", 5)
-    monkeypatch.setattr("ocnopt.optim.matrices.RANK", 2)
+    monkeypatch.setattr("ocnopt.optim.bases.WIDEST", 5)
+    monkeypatch.setattr("ocnopt.optim.bases.BESIDE_SHORT", 2)
     model, x = nn.Sequential(nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 3)), torch.randn(6, 8)
     optimizer, losses = SNOpt(model, 0.02), []
     for _ in range(40):

@@ -1,0 +1,229 @@
+"""SNOpt on wide layers, whose bases are leading parts on both sides: its rule against a dense one, states, copies."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from ocnopt.optim.snopt import SNOpt
+from tests.optim.cases import backward
+
+WIDEST, LEADING, BESIDE_SHORT = 4, 2, 3
+
+
+@pytest.fixture(autouse=True)
+def _narrow(monkeypatch, float64):
+    monkeypatch.setattr("ocnopt.optim.bases.WIDEST", WIDEST)
+    monkeypatch.setattr("ocnopt.optim.bases.LEADING", LEADING)
+    monkeypatch.setattr("ocnopt.optim.bases.BESIDE_SHORT", BESIDE_SHORT)
+
+
+def make():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 2))
+
+
+def completed(vectors):
+    """Orthonormal columns completed to a basis of the whole space."""
+    rest = torch.linalg.eigh(vectors @ vectors.mT)[1][..., : vectors.shape[-2] - vectors.shape[-1]]
+    return torch.cat([vectors, rest], -1)
+
+
+def shared(full, kept, dim):
+    """Moments whose last entries along an axis, of directions of a rest, are replaced by their mean."""
+    if kept == full.shape[dim]:
+        return full
+    inside, outside = full.split([kept, full.shape[dim] - kept], dim)
+    return torch.cat([inside, outside.mean(dim, keepdim=True).expand_as(outside)], dim)
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (6, 3), (3, 6)])
+@pytest.mark.parametrize("length", ["noise", "division"])
+def test_steps_are_those_of_complete_bases_whose_rest_shares_its_moments(shape, length):
+    (b, a), lr, damping, power = shape, 0.02, 0.1, 0.75
+    layer = nn.Linear(a, b, bias=False)
+    optimizer = SNOpt(layer, lr, damping=damping, power=power, adaptation=0.0, length=length, refresh_every=4)
+    state, M, s, old = optimizer.state[layer.weight], None, None, None
+
+    def newest(count, decay):
+        return (1 - decay) / (1 - decay**count)
+
+    for k in range(20):
+        before, G = layer.weight.detach().clone(), torch.randn(b, a)
+        layer.weight.grad = G.clone()
+        optimizer.step()
+        M = G if M is None else M + newest(k + 1, 0.9) * (G - M)
+        UA, UB = state["input_vectors"][0], state["output_vectors"][0]
+        q, r = UB.shape[1], UA.shape[1]
+        if s is None:  # the oracle starts from what the optimiser started with
+            QA, QB = completed(UA), completed(UB)
+            moments = state["moments"][0]
+            rows, columns = [*range(q), *[q] * (b - q)], [*range(r), *[r] * (a - r)]
+            s = moments[rows][:, columns]
+        else:
+            if UA is not old[0] or UB is not old[1]:
+                new = completed(UA), completed(UB)
+                s = (new[1].mT @ QB).square() @ s @ (new[0].mT @ QA).square().mT
+                QA, QB = new
+            s = s + newest(k + 2, 0.95) * ((QB.mT @ G @ QA).square() - s)
+            s = shared(shared(s, q, 0), r, 1)
+        old = UA, UB
+        D = QB @ (QB.mT @ M @ QA / (s + damping * s.mean()) ** power) @ QA.mT
+        if length == "noise":
+            D = D * M.norm() / s.mean().sqrt() / D.norm()
+        torch.testing.assert_close(layer.weight.detach(), before - lr * D, rtol=1e-10, atol=1e-10)
+    assert (b, a, q, r) in ((6, 5, 2, 2), (6, 3, 3, 3), (3, 6, 3, 3))
+
+
+def test_both_sides_are_refreshed_in_turn():
+    layer = nn.Linear(6, 7, bias=False)
+    optimizer, changed, before = SNOpt(layer, 0.01, refresh_every=10), [], None
+    for _ in range(12):
+        backward(layer, torch.randn(9, 6))
+        optimizer.step()
+        state = optimizer.state[layer.weight]
+        now = [state["input_vectors"].clone(), state["output_vectors"].clone()]
+        changed.append([before is None or not torch.equal(*pair) for pair in zip(now, before or now, strict=True)])
+        before = now
+    assert [k for k, (first, _) in enumerate(changed) if first] == [0, 1, 5]
+    assert [k for k, (_, second) in enumerate(changed) if second] == [0, 3, 10]
+
+
+def train(model, optimizer, steps, seed=0):
+    generator, losses = torch.Generator().manual_seed(seed), []
+    for _ in range(steps):
+        x = torch.randn(12, 3, generator=generator, dtype=torch.float64)
+        optimizer.zero_grad()
+        loss = (model(x.to(model[0].weight)) - x[:, :2].sin().to(model[0].weight)).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("curvature", ["gradient", "costate", "mixed"])
+def test_a_wide_net_is_trained_with_thin_states(curvature):
+    model = make()
+    optimizer = SNOpt(model, curvature=curvature)
+    losses = train(model, optimizer, 60)
+    assert losses[-1] < 0.1 * losses[0]
+    shapes = {name: value.shape for name, value in optimizer.state[model[2].weight].items()}
+    assert shapes["input_vectors"] == (1, 6, 2)
+    assert shapes["output_vectors"] == (1, 7, 2)
+    assert shapes["moments"] == (1, 3, 3)
+    assert not shapes.keys() & {"input_factor", "output_factor"}
+    first = optimizer.state[model[0].weight]  # the side that is not wide is complete, and holds the bias
+    assert first["input_vectors"].shape == (1, 4, 4)
+    assert first["moments"].shape == (1, 4, 4)
+
+
+def test_the_bias_of_a_layer_that_is_wide_on_both_sides_moves_by_itself():
+    model = make()
+    optimizer = SNOpt(model)
+    train(model, optimizer, 3)
+    assert "squares" in optimizer.state[model[2].bias]
+    assert not any("squares" in optimizer.state[model[i].bias] for i in (0, 4))
+    model[2].bias.requires_grad_(False)
+    model[0].bias.requires_grad_(False)
+    train(model, optimizer, 3)
+    model[0].bias.requires_grad_(True)
+    train(model, optimizer, 3)
+    assert optimizer.state[model[0].weight]["input_vectors"].shape == (1, 4, 4)
+
+
+def test_groups_of_a_wide_convolution_have_bases_of_their_own():
+    torch.manual_seed(0)
+    layer, x = nn.Conv1d(4, 10, 3, groups=2), torch.randn(8, 4, 9)
+    optimizer, losses = SNOpt(layer, 0.02), []
+    for _ in range(30):
+        backward(layer, x)
+        optimizer.step()
+        losses.append(layer(x).square().sum().item())
+    assert losses[-1] < 0.1 * losses[0]
+    assert optimizer.state[layer.weight]["moments"].shape == (2, 3, 3)
+
+
+def test_the_scale_of_the_loss_does_not_matter():
+    ends = []
+    for scale in (1.0, 2.0**20):
+        model = make()
+        optimizer = SNOpt(model)
+        for _ in range(8):
+            generator = torch.Generator().manual_seed(0)
+            x = torch.randn(12, 3, generator=generator, dtype=torch.float64)
+            optimizer.zero_grad()
+            (scale * model(x).square().mean()).backward()
+            optimizer.step()
+        ends.append(model[2].weight.detach())
+    torch.testing.assert_close(*ends, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 10, 13])
+@pytest.mark.parametrize("way", ["state", "copy", "pickle"])
+def test_a_run_goes_on_bit_for_bit(steps, way):
+    model = make()
+    optimizer = SNOpt(model)
+    train(model, optimizer, steps)
+    if way == "state":
+        twin = make()
+        twin.load_state_dict(model.state_dict())
+        resumed, file = SNOpt(twin), io.BytesIO()
+        torch.save(optimizer.state_dict(), file)
+        file.seek(0)
+        resumed.load_state_dict(torch.load(file, weights_only=True))
+    elif way == "copy":
+        twin, resumed = copy.deepcopy((model, optimizer))
+    else:
+        twin, resumed = pickle.loads(pickle.dumps((model, optimizer)))  # noqa: S301
+    assert train(model, optimizer, 14, seed=1) == train(twin, resumed, 14, seed=1)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_a_state_with_complete_bases_is_taken_over(monkeypatch):
+    """As saved before wide layers had leading parts alone, with their biases as columns."""
+    monkeypatch.setattr("ocnopt.optim.bases.WIDEST", 100)
+    model = make()
+    optimizer = SNOpt(model)
+    train(model, optimizer, 10)
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert optimizer.state[model[2].weight]["moments"].shape == (1, 7, 7)
+    for state in saved["state"].values():
+        state.pop("basis_step", None)
+    monkeypatch.setattr("ocnopt.optim.bases.WIDEST", WIDEST)
+    resumed = SNOpt(model)
+    resumed.load_state_dict(saved)
+    losses = train(model, resumed, 60)
+    assert losses[-1] < losses[0]
+    for i, shape in ((0, (1, 4, 4)), (2, (1, 3, 3)), (4, (1, 2, 4))):
+        assert resumed.state[model[i].weight]["moments"].shape == shape
+    assert not resumed.state[model[2].weight].keys() & {"input_factor", "output_factor"}
+
+
+def test_a_complete_basis_without_bias_is_cut_short(monkeypatch):
+    monkeypatch.setattr("ocnopt.optim.bases.WIDEST", 100)
+    layer, x = nn.Linear(6, 7, bias=False), torch.randn(9, 6)
+    optimizer = SNOpt(layer)
+    for i in range(12):
+        if i == 7:
+            monkeypatch.setattr("ocnopt.optim.bases.WIDEST", WIDEST)
+        backward(layer, x)
+        optimizer.step()
+        shape = (1, 7, 6) if i < 10 else (1, 3, 6)  # the refresh at 10 is of the outputs alone
+        assert optimizer.state[layer.weight]["moments"].shape == shape
+
+
+def test_precision_may_change_between_steps():
+    model = make().float()
+    optimizer = SNOpt(model)
+    train(model, optimizer, 5)
+    model.double()
+    losses = train(model, optimizer, 60)
+    assert losses[-1] < losses[0]
+    assert optimizer.state[model[2].weight]["momentum_left"].dtype == torch.float64
+    half = make().bfloat16()
+    optimizer = SNOpt(half)
+    train(half, optimizer, 12)
+    assert optimizer.state[half[2].weight]["change"].dtype == torch.float32
