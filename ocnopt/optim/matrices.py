@@ -10,6 +10,7 @@ one second moment per row. The rule as a whole is in :mod:`ocnopt.optim.snopt`.
 Source: George et al., arXiv 1806.03884.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from contextlib import suppress
@@ -27,6 +28,7 @@ KEEP = 0.5  # share of the old factors in a refresh from samples
 RANK = 128  # eigenvectors of A that are kept where it comes from samples, or is wider than WIDEST
 WIDEST = 2048  # inputs up to which A is kept whole
 
+_OF_NO_DTYPE = ("step", "squares_step", "factor")  # of a state, which stay as they are when its parameter goes elsewhere
 EPSILON = 1e-8  # keeps the first-order update of a parameter without gradients at zero
 
 State = MutableMapping[str, Any]
@@ -213,7 +215,7 @@ def _momentum(state: State, name: str, gradient: Tensor) -> Tensor:
         state["momentum"] = momentum
     elif momentum.dtype != gradient.dtype or momentum.device != gradient.device:
         for key, value in state.items():
-            state[key] = value if key.endswith("step") else value.to(gradient)
+            state[key] = value if key in _OF_NO_DTYPE else value.to(gradient)
         momentum = state["momentum"]
     check_same_shape(name, "momentum", momentum.shape, gradient.shape)
     state["step"] += 1
@@ -226,8 +228,9 @@ def restore(groups: Iterable[Mapping[str, Any]], states: Mapping[Tensor, State],
     indices = [index for group in saved["param_groups"] for index in group["params"]]
     for index, parameter in zip(indices, parameters, strict=True):
         for key, value in saved["state"].get(index, {}).items():
-            place = value.device if key.endswith("step") else parameter.device
-            states[parameter][key] = value.to(place, copy=True)
+            if key != "factor":
+                place = value.device if key in _OF_NO_DTYPE else parameter.device
+                states[parameter][key] = value.to(place, copy=True)
 
 
 def first_order(state: State, gradient: Tensor, momentum: Tensor) -> Tensor:
@@ -350,31 +353,38 @@ def turn(pairs: Sequence[Pair], power: float, length: str) -> list[Tensor]:
     return steps
 
 
-def move(
-    groups: Iterable[Mapping[str, Any]], states: Mapping[Tensor, State], steps: Mapping[Tensor, Tensor], factor: float
-) -> None:
-    """Move parameters by their steps, factor lr long, and remember the changes, of this iteration alone."""
+def move(groups: Iterable[Mapping[str, Any]], states: Mapping[Tensor, State], steps: Mapping[Tensor, Tensor]) -> None:
+    """Move parameters by their steps, lr times their factor long, and remember the changes, of this iteration alone."""
     for group in groups:
         moved = [parameter for parameter in group["params"] if parameter in steps]
         for parameter in group["params"]:
             states.get(parameter, {}).pop("change", None)
         if moved:
             changes = [steps[parameter] for parameter in moved]
-            torch._foreach_mul_(changes, -group["lr"] * factor)
+            torch._foreach_mul_(changes, [-group["lr"] * states[parameter].get("factor", 1.0) for parameter in moved])
             torch._foreach_add_(moved, changes)
             for parameter, change in zip(moved, changes, strict=True):
                 states[parameter]["change"] = change
 
 
-def cosine(gradients: Sequence[Tensor], changes: Sequence[Tensor]) -> float:
-    """Of the angle between all gradients and all changes."""
-    parts = [
-        [torch.cat([one.flatten() for one in found if one.device == device]) for found in (gradients, changes)]
-        for device in dict.fromkeys(gradient.device for gradient in gradients)
-    ]
-    along = sum(float(gradient @ change) for gradient, change in parts)
-    size = math.prod(math.hypot(*map(float, map(torch.linalg.vector_norm, part))) for part in zip(*parts, strict=True))
-    return along / size if size > 0.0 else 0.0
+def cosines(groups: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> list[float]:
+    """Of the angle between gradients and changes, for each group of such pairs; 0 where one of them is zero.
+
+    >>> along, across = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])
+    >>> cosines([[(along, along), (across, -across)], [(along, across)]])
+    [-0.28, 0.0]
+    """
+    gradients, changes = ([*one] for one in zip(*itertools.chain(*groups), strict=True))
+    products = [product.sum() for product in torch._foreach_mul(gradients, changes)]
+    parts = [*products, *torch._foreach_norm(gradients), *torch._foreach_norm(changes)]
+    numbers = torch.stack([part.to(parts[0]) for part in parts]).tolist()
+    found, count, start = [], len(products), 0
+    for group in groups:
+        along, *sizes = (numbers[i + start : i + start + len(group)] for i in (0, count, 2 * count))
+        size = math.prod(math.hypot(*norms) for norms in sizes)
+        found.append(sum(along) / size if size > 0.0 else 0.0)
+        start += len(group)
+    return found
 
 
 def average(means: list[Tensor], values: list[Tensor], weights: Sequence[float]) -> None:
