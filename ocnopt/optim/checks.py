@@ -9,11 +9,10 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from ocnopt.checks import check_choice, check_count, check_number, check_options, listed, nearest
+from ocnopt.checks import check_choice, check_count, check_number, check_options, is_number, is_whole, listed, nearest
 from ocnopt.differential.kronecker import as_matrix, is_layer
 from ocnopt.errors import NonFiniteError, ProblemError
 from ocnopt.neural.neural_ode import NeuralODE
-from ocnopt.ocp import FreeHorizon
 from ocnopt.optim.bases import MOST_OUTPUTS, is_wide
 
 DRAWN = ("sampled", "gauss_newton")  # curvatures that need backward passes of their own
@@ -130,8 +129,13 @@ def is_distributed() -> bool:
 def sizes(gradients: Sequence[Tensor]) -> Tensor:
     """The norm of each; on a CPU that takes a tenth of the time of the largest entry."""
     found = torch._foreach_norm([*gradients]) if gradients else (torch.zeros(()),)
-    several = len({(size.device, size.dtype) for size in found}) > 1
-    return torch.stack([size.to(found[0]) for size in found] if several else [*found])
+    return gathered(found)
+
+
+def gathered(numbers: Sequence[Tensor]) -> Tensor:
+    """Scalars as one tensor, also those of several devices or precisions."""
+    several = len({(number.device, number.dtype) for number in numbers}) > 1
+    return torch.stack([number.to(numbers[0]) for number in numbers] if several else [*numbers])
 
 
 def not_finite(named: Iterable[tuple[str, Tensor]], norms: Tensor) -> list[str]:
@@ -255,13 +259,15 @@ def check_recipe(options: Mapping[str, Any]) -> None:
     check_choice("reduction", options["reduction"], ("mean", "sum"))
 
 
-def check_state(state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], names: Mapping[Tensor, str]) -> None:
-    """Refuse the state of another optimiser than SNOpt, and that of another model."""
-    if "step_count" not in state:
+def check_state(state: Any, groups: Sequence[Mapping[str, Any]], names: Mapping[Tensor, str]) -> None:
+    """Refuse the state of another optimiser than SNOpt, that of another model, and one that is damaged."""
+    if not isinstance(state, Mapping) or not {"state", "param_groups", "step_count"} <= state.keys():
+        came = f"holds {sorted(map(str, state))}" if isinstance(state, Mapping) else f"is {type(state).__name__}"
         raise ProblemError(
-            f"the state holds {sorted(state)}; expected the state of an SNOpt, with its 'step_count': "
+            f"the state {came}; expected the state of an SNOpt, with its 'step_count': "
             "load the state of another optimiser into that one"
         )
+    _check_course(state)
     cure = "load it into an optimiser of the model, and with the groups, that it was saved of"
     saved, own = ([len(group["params"]) for group in each] for each in (state["param_groups"], groups))
     if saved != own:
@@ -281,70 +287,22 @@ def check_state(state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], n
         )
 
 
-def check_policy_options(options: Mapping[str, Any]) -> None:
-    """Refuse options of a HorizonPolicy that are out of range, given or loaded."""
-    check_choice("rule", options["rule"], ("feedback", "adjoint"))
-    check_choice("curvature", options["curvature"], ("gauss_newton", "published", "exact"))
-    check_number("lr", options["lr"], "a number >= 0")
-    check_number("penalty", options["penalty"], "a number >= 0")
-    check_count("every", options["every"], default=1)
-    check_number("averaging", options["averaging"], "a number in [0, 1), 0.9 by default", below=1.0)
-    check_choice("reduction", options["reduction"], ("mean", "sum"))
-    check_number("max_change", options["max_change"], "a number > 0, 0.5 by default", above=1e-12)
-
-
-def check_times(times: Sequence[float], T: float) -> None:
-    """Refuse times with T before the last: the pass hands over the slope and costate of the last alone."""
-    if any(math.isclose(t, T, rel_tol=1e-6, abs_tol=1e-9) for t in times[:-1]):
-        raise ProblemError(
-            f"a HorizonPolicy met times from {times[0]:.6g} to {times[-1]:.6g} with T = {T:.6g} before the last; "
-            "expected T as the last, or not at all: solve on from T, or back, by a NeuralODE of its own, or within "
-            "torch.no_grad() where no gradient is needed"
-        )
-
-
-def check_policy_state(state: Mapping[str, Any], options: Sequence[str]) -> None:
-    """Refuse the state of anything but a HorizonPolicy; earlier versions saved fewer options, or none."""
-    if "count" not in state or not set(state) <= {"count", "seen", "past", *options}:
-        raise ProblemError(
-            f"the state holds {sorted(state)}; expected the 'count' of a HorizonPolicy: load what its "
-            "state_dict() returned"
-        )
-
-
-def free_horizon(neural_ode: object) -> FreeHorizon:
-    """The horizon of a Neural ODE whose T may move."""
-    if not isinstance(neural_ode, NeuralODE):
-        raise ProblemError(
-            f"neural_ode is {type(neural_ode).__name__}; expected the NeuralODE itself: "
-            "HorizonPolicy(model.ode, lr=0.1)"
-        )
-    if not isinstance(neural_ode.horizon, FreeHorizon):
-        raise ProblemError(
-            f"the NeuralODE has the horizon {neural_ode.horizon}; expected a free one: "
-            "NeuralODE(field, horizon=oc.FreeHorizon(initial=1.0, lower=0.1, upper=2.0))"
-        )
-    return neural_ode.horizon
-
-
-def check_scaler(scaler: object) -> None:
-    """Refuse what does not scale losses."""
-    if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
-        raise ProblemError(
-            f"scaler is {type(scaler).__name__}; expected the torch.amp.GradScaler that scales the loss, or None"
-        )
-
-
-def check_unscaled(parameter: Tensor, norm: Tensor) -> None:
-    """Refuse a gradient that a GradScaler unscaled after the backward pass: by a power of two, as nothing else does."""
-    if parameter.grad is None or not bool(norm.isfinite()) or not bool(norm):
-        return
-    ratio = float(parameter.grad.norm() / norm)
-    if 0.0 < ratio < 0.75 and abs(math.log2(ratio) - round(math.log2(ratio))) < 1e-5:
-        raise ProblemError(
-            f"the gradients were multiplied by {ratio:.3g} after the backward pass, as a GradScaler does; expected "
-            "those of the loss itself: HorizonPolicy(ode, lr=0.1, scaler=scaler), or scale the loss, not its gradients"
-        )
+def _check_course(state: Mapping[str, Any]) -> None:
+    """Refuse numbers in a state of SNOpt that none of its runs writes."""
+    lists = {
+        key: [*one] if isinstance(one := state.get(key, ()), list | tuple) else [one] for key in ("spent", "norms")
+    }
+    factors = [one["factor"] for one in state["state"].values() if "factor" in one]
+    for key, values, least, is_right in (
+        ("step_count", [state["step_count"]], 0, is_whole),
+        ("spent", lists["spent"], 0, is_whole),
+        ("norms", lists["norms"], 0, is_number),
+        ("factor", factors, 1e-12, is_number),
+    ):
+        wrong = [value for value in values if not (is_right(value) and least <= value < math.inf)]
+        if wrong:
+            kind = "whole numbers from 0 on" if is_right is is_whole else f"finite numbers >= {least}"
+            raise ProblemError(f"{key} in the state holds {wrong[0]!r}; expected {kind}: the state is damaged")
 
 
 def warn_first_order(places: Iterable[nn.Module], blocks: Iterable[Block], trained: Mapping[Tensor, str]) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ocnopt.optim.matrices import cosine
+from ocnopt.optim.matrices import cosines
 
 RECENT = 50  # iterations that count as usual
 EVALUATIONS = 3  # times the most evaluations that are usual
@@ -56,4 +56,4 @@ class Guard:
 def _is_uphill(changed: Sequence[tuple[Tensor, Tensor]]) -> bool:
     """Whether the present gradients point along the changes."""
     pairs = [(parameter.grad.to(change), change) for parameter, change in changed if parameter.grad is not None]
-    return bool(pairs) and cosine(*zip(*pairs, strict=True)) > 0.0
+    return bool(pairs) and cosines([pairs])[0] > 0.0

@@ -31,13 +31,13 @@ from ocnopt.checks import is_number, is_whole
 from ocnopt.differential.kronecker import release
 from ocnopt.errors import NonFiniteError, ProblemError
 from ocnopt.neural.neural_ode import NeuralODE
-from ocnopt.optim.checks import (
+from ocnopt.optim.checks import is_distributed
+from ocnopt.optim.policy_checks import (
     check_policy_options,
     check_policy_state,
     check_scaler,
     check_unscaled,
     free_horizon,
-    is_distributed,
 )
 from ocnopt.optim.ranks import beside, unwrapped
 from ocnopt.optim.shares import Pair, Seen, Shares, dot

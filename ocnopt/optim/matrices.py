@@ -9,6 +9,7 @@ than inputs, are leading parts (:mod:`ocnopt.optim.bases`). The rule as a whole 
 Source: George et al., arXiv 1806.03884.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from contextlib import suppress
@@ -33,12 +34,18 @@ from ocnopt.optim.bases import (
     kept,
     of_rows,
 )
-from ocnopt.optim.checks import check_same_shape, is_live
+from ocnopt.optim.checks import check_same_shape, gathered, is_live
 from ocnopt.optim.ranks import Shared
 
+FACTORS = (0.01, 5.0)  # between which the factors of lr stay
+SHORTENED = 0.25  # a factor by a step that was taken back
 DECAY = 0.95  # beta, of second moments and of factors made of gradients
 
-SMALL = 2**14  # entries up to which tensors are joined
+_OF_NO_DTYPE = (
+    "step",
+    "squares_step",
+    "factor",
+)  # of a state, which stay as they are when its parameter goes elsewhere
 EPSILON = 1e-8  # keeps the first-order update of a parameter without gradients at zero
 
 _PARTS = ("momentum_left", "momentum_core", "momentum_right")
@@ -84,7 +91,7 @@ def _momentum(state: State, name: str, gradient: Tensor) -> Tensor:
         state["momentum"] = momentum
     elif momentum.dtype != gradient.dtype or momentum.device != gradient.device:
         for key, value in state.items():
-            state[key] = value if key.endswith("step") else value.to(gradient)
+            state[key] = value if key in _OF_NO_DTYPE else value.to(gradient)
         momentum = state["momentum"]
     check_same_shape(name, "momentum", momentum.shape, gradient.shape)
     state["step"] += 1
@@ -97,8 +104,9 @@ def restore(groups: Iterable[Mapping[str, Any]], states: Mapping[Tensor, State],
     indices = [index for group in saved["param_groups"] for index in group["params"]]
     for index, parameter in zip(indices, parameters, strict=True):
         for key, value in saved["state"].get(index, {}).items():
-            place = value.device if key.endswith("step") else parameter.device
-            states[parameter][key] = value.to(place, copy=True)
+            if key != "factor":
+                place = value.device if key in _OF_NO_DTYPE else parameter.device
+                states[parameter][key] = value.to(place, copy=True)
 
 
 def first_order(state: State, gradient: Tensor, momentum: Tensor) -> Tensor:
@@ -274,43 +282,75 @@ def _memory(basis: Basis, pair: Pair) -> Tensor | None:
     return pair.state.pop("change").view_as(like)
 
 
-def move(
-    groups: Iterable[Mapping[str, Any]], states: Mapping[Tensor, State], steps: Mapping[Tensor, Tensor], factor: float
-) -> None:
-    """Move parameters by their steps, factor lr long, and remember the changes, of this iteration alone."""
+def move(groups: Iterable[Mapping[str, Any]], states: Mapping[Tensor, State], steps: Mapping[Tensor, Tensor]) -> None:
+    """Move parameters by their steps, lr times their factor long, and remember the changes, of this iteration alone."""
     for group in groups:
         moved = [parameter for parameter in group["params"] if parameter in steps]
         for parameter in group["params"]:
             states.get(parameter, {}).pop("change", None)
         if moved:
             changes = [steps[parameter] for parameter in moved]
-            torch._foreach_mul_(changes, -group["lr"] * factor)
+            torch._foreach_mul_(changes, [-group["lr"] * states[parameter].get("factor", 1.0) for parameter in moved])
             torch._foreach_add_(moved, changes)
             for parameter, change in zip(moved, changes, strict=True):
                 states[parameter]["change"] = change
 
 
-def cosine(gradients: Sequence[Tensor], changes: Sequence[Tensor]) -> float:
-    """Of the angle between all gradients and all changes."""
-    along, squares = 0.0, [0.0, 0.0]
-    for pair in _joined([*zip(gradients, changes, strict=True)]):
-        along += float(pair[0] @ pair[1])
-        for i, norm in enumerate(torch._foreach_norm(pair)):
-            squares[i] += float(norm) ** 2
-    size = math.prod(map(math.sqrt, squares))
-    return along / size if size > 0.0 else 0.0
+def adapt(
+    matrices: Iterable[Sequence[Tensor]],
+    gradients: Mapping[Tensor, Tensor],
+    states: Mapping[Tensor, State],
+    adaptation: float,
+) -> None:
+    """The factors of lr: up where the last changes went against the present gradients, down where along them.
+
+    Small tensors have cosines that leap, so the parts of a matrix, and all that is in none, have one in common.
+
+    Args:
+        matrices: the parameters of each.
+        gradients: of this iteration.
+        states: the last changes are there, and the factors.
+        adaptation: kappa.
+    """
+    groups = [*matrices]
+    inside = {*itertools.chain(*groups)}
+    groups.append([p for p in gradients if p not in inside])
+    moved = [[p for p in group if p in gradients and "change" in states[p]] for group in groups]
+    groups = [group for group in moved if group]
+    found = cosines([[(gradients[p], states[p]["change"]) for p in group] for group in groups])
+    for group, cosine in zip(groups, found, strict=True):
+        for state in map(states.__getitem__, group):
+            factor = state.get("factor", 1.0) * math.exp(-adaptation * cosine)
+            state["factor"] = min(FACTORS[1], max(FACTORS[0], factor))
 
 
-def _joined(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, ...]]:
-    """Pairs as vectors, small ones joined, which spares calls, and large ones apart, which spares copies."""
-    found: list[tuple[Tensor, ...]] = []
-    small: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
-    for first, second in pairs:
-        if first.numel() > SMALL:
-            found.append((first.flatten(), second.flatten()))
-        else:
-            small.setdefault(first.device, []).append((first.flatten(), second.flatten()))
-    return found + [tuple(map(torch.cat, zip(*some, strict=True))) for some in small.values()]
+def shorten(states: Iterable[State]) -> None:
+    """The factors of lr after a step that was taken back."""
+    for state in states:
+        state["factor"] = max(FACTORS[0], state.get("factor", 1.0) * SHORTENED)
+
+
+def cosines(groups: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> list[float]:
+    """Of the angle between gradients and changes, for each group of such pairs; 0 where one of them is zero.
+
+    >>> along, across = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])
+    >>> cosines([[(along, along), (across, -across)], [(along, across)]])
+    [-0.28, 0.0]
+    """
+    pairs = [*itertools.chain(*groups)]
+    if not pairs:
+        return []
+    gradients, changes = ([*one] for one in zip(*pairs, strict=True))
+    products = [gradient.flatten() @ change.flatten() for gradient, change in pairs]
+    parts = [*products, *torch._foreach_norm(gradients), *torch._foreach_norm(changes)]
+    numbers = gathered(parts).tolist()
+    found, count, start = [], len(pairs), 0
+    for group in groups:
+        along, *sizes = (numbers[i : i + len(group)] for i in (start, start + count, start + 2 * count))
+        size = math.prod(math.hypot(*norms) for norms in sizes)
+        found.append(sum(along) / size if size > 0.0 else 0.0)
+        start += len(group)
+    return found
 
 
 def average(means: list[Tensor], values: list[Tensor], weights: Sequence[float]) -> None:

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from ocnopt.differential.kronecker import is_gone, is_within_backward, present_pass
 from ocnopt.neural.evaluation import State, StateLayout, Surroundings
 from ocnopt.neural.neural_ode import NeuralODE
-from ocnopt.optim.checks import check_times
+from ocnopt.optim.policy_checks import check_times
 
 Pair = tuple[Tensor, Tensor]
 

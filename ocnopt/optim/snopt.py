@@ -5,7 +5,7 @@ and moves in every iteration by
 
     M <- mu M + (1 - mu) G,    s <- beta s + (1 - beta) (U_B^T G U_A)^2,
     D = U_B [ U_B^T M U_A / (s + damping mean(s))^power ] U_A^T,
-    W <- W - lr l D / |D|,     l = |M| / sqrt(mean(s))
+    W <- W - f lr l D / |D|,     l = |M| / sqrt(mean(s))
 
 with means that weigh all iterations alike at first. The division turns the step, l alone sets its length: that of M
 over the root mean square of the layer's own gradients, so that lr is the root mean square change of an entry where
@@ -25,7 +25,6 @@ With power 1/2 and l = |D| the first is SOAP (Vyas et al., arXiv 2409.11321), th
 what was published: ``curvature="costate", power=1, length="division", adaptation=0``.
 """
 
-import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -66,7 +65,6 @@ from ocnopt.optim.ranks import Ranks, Shared, beside, unwrapped
 from ocnopt.optim.sampling import cotangents, gather, joined
 
 FIRST_GAPS = (1, 3, 5)  # further refreshes at the start, where the curvature changes fastest
-FACTORS = (0.01, 5.0)  # between which the factor of lr stays
 
 # What a state brings back besides the options of the groups.
 _OPTIONS = ("refresh_every", "curvature", "power", "adaptation", "length", "reduction", "everywhere")
@@ -89,9 +87,10 @@ class SNOpt(torch.optim.Optimizer):
         curvature: "gradient", "costate", "mixed", "sampled" or "gauss_newton": where the Kronecker factors come from,
             the last two by :meth:`sample`.
         power: of the division by the second moments.
-        adaptation: kappa of the factor f of lr, f <- f exp(kappa c), with c in [-1, 1] the cosine of the negative
-            gradient and the last step: lr grows while steps lead on in the direction of the last one, and shrinks where
-            they turn back. f stays within 0.01 and 5; adaptation=0 keeps it.
+        adaptation: kappa of a factor f of lr for each matrix, f <- f exp(kappa c), with c in [-1, 1] the cosine of its
+            negative gradient and its last step: lr grows while steps lead on in the direction of the last one, and
+            shrinks where they turn back. Parameters that are in no matrix share one. f stays within 0.01 and 5;
+            adaptation=0 keeps it.
         length: "noise" makes the step l long, "division" leaves it as the division has it.
         reduction: "mean" or "sum": how the loss of a backward pass combines its samples, so that batches of different
             size weigh alike. Chunks of unequal size whose losses are sums over the size of the whole batch are "sum":
@@ -100,11 +99,8 @@ class SNOpt(torch.optim.Optimizer):
         process_group: the processes that train the model together, each with its part of every batch; that of the
             DistributedDataParallel, else all, if left out. See :mod:`ocnopt.optim.ranks`.
 
-    Attributes:
-        factor: of lr, as it stands.
-
-    A step is taken back, with a warning for the first, and f becomes a quarter, if after it the dearest solves of the
-    NeuralODEs spend three times as many evaluations as in any of the last 50 iterations (of five at least), or the
+    A step is taken back, with a warning for the first, and each f becomes a quarter, if after it the dearest solves of
+    the NeuralODEs spend three times as many evaluations as in any of the last 50 iterations (of five at least), or the
     gradient is ten times as large as in any of them and points uphill along that step.
 
     A ``torch.amp.GradScaler`` is used as with every torch optimiser: only directions and proportions of the samples
@@ -152,7 +148,7 @@ class SNOpt(torch.optim.Optimizer):
     ) -> None:
         check_model(model)
         model, self._group = unwrapped(model, process_group) if is_distributed() else (model, process_group)
-        self._model, self._guard, self._step_count, self.factor = model, Guard(), 0, 1.0
+        self._model, self._guard, self._step_count = model, Guard(), 0
         self.refresh_every, self.curvature, self.power, self.adaptation = refresh_every, curvature, power, adaptation
         self.length, self.reduction, self.everywhere = length, reduction, everywhere
         check_recipe({name: getattr(self, name) for name in _OPTIONS})
@@ -170,7 +166,7 @@ class SNOpt(torch.optim.Optimizer):
         warn_first_order([model] if everywhere else self._odes, self._blocks, self._trained)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_model", "_step_count", "factor", "_guard", "_unseen", "_is_whole", *_OPTIONS)
+        kept = ("_model", "_step_count", "_guard", "_unseen", "_is_whole", *_OPTIONS)
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -230,6 +226,11 @@ class SNOpt(torch.optim.Optimizer):
         self._watch()
         return loss
 
+    @property
+    def factors(self) -> dict[str, float]:
+        """The factors of lr as they stand, by the names of the parameters."""
+        return {name: self.state.get(p, {}).get("factor", 1.0) for p, name in self._trained.items()}
+
     def sample(self, outputs: Tensor | Any, likelihood: str | Any, *, draws: int = 1) -> None:
         """Gather the curvature of the model's likelihood, where this iteration needs it; gradients are left alone.
 
@@ -249,10 +250,10 @@ class SNOpt(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on besides the parameters: tensors and plain numbers."""
         options = {name: getattr(self, name) for name in _OPTIONS}
-        course = {"step_count": self._step_count, "factor": self.factor, **self._guard.state()}
+        course = {"step_count": self._step_count, **self._guard.state()}
         return {**super().state_dict(), **course, **options}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any] | Any) -> None:
         """Go on from a state that :meth:`state_dict` returned; its options replace those of the constructor.
 
         Raises:
@@ -264,12 +265,12 @@ class SNOpt(torch.optim.Optimizer):
         before = {**self.__dict__}
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         matrices.restore(self.param_groups, self.state, state_dict)
-        self.__dict__.update(options, _step_count=state_dict["step_count"], factor=state_dict.get("factor", 1.0))
-        self._guard = Guard(state_dict)
+        self.__dict__.update(options, _step_count=state_dict["step_count"], _guard=Guard(state_dict))
         try:
             self._find_blocks()
         except OcnoptError:
             self.__dict__.update(before)
+            self._watch()
             raise
 
     def _start(self) -> None:
@@ -302,7 +303,9 @@ class SNOpt(torch.optim.Optimizer):
         """Watch the next iteration if it refreshes the factors, and let go of it otherwise."""
         release(self._handles)
         if self._is_refresh():
-            self._handles += [*self._collector.attach(), *(ode.observe(self._collector) for ode in self._watched)]
+            self._handles += self._collector.attach()
+            for ode in self._watched:
+                self._handles.append(ode.observe(self._collector))
 
     def _plan(self) -> list[Any]:
         """What must be the same in all processes."""
@@ -316,7 +319,8 @@ class SNOpt(torch.optim.Optimizer):
         samples = joined(drawn) if drawn else seen
         groups = {parameter: group for group in self.param_groups for parameter in group["params"]}
         gradients, momenta = matrices.take_in(self.param_groups, self.state, self._trained)
-        self._adapt(gradients)
+        if self.adaptation:
+            matrices.adapt([block.parameters for block in self._blocks], gradients, self.state, float(self.adaptation))
         pairs: list[tuple[Block, matrices.Pair]] = []
         for block in self._blocks:
             if all(parameter in gradients for parameter in block.parameters):
@@ -333,7 +337,7 @@ class SNOpt(torch.optim.Optimizer):
         for parameter, gradient in gradients.items():
             if parameter not in steps:
                 steps[parameter] = matrices.first_order(self.state[parameter], gradient, momenta[parameter])
-        matrices.move(self.param_groups, self.state, steps, self.factor)
+        matrices.move(self.param_groups, self.state, steps)
 
     def _takes_back(self, spent: int, norm: float) -> bool:
         """Undo the last step, and shorten those that follow, if the guard objects to it."""
@@ -346,20 +350,12 @@ class SNOpt(torch.optim.Optimizer):
         for parameter, change in changed:
             parameter.sub_(change)
             del self.state[parameter]["change"]
-        self.factor, self._drawn = max(FACTORS[0], self.factor / 4.0), []
+        matrices.shorten(self.state.values())
+        self._drawn = []
         if "explosion" not in self._unseen:
             self._unseen.add("explosion")
             warn_explosion(self._step_count, objection)
         return True
-
-    def _adapt(self, gradients: Mapping[Tensor, Tensor]) -> None:
-        """The factor of lr: up where the last changes went against the present gradients, down where along them."""
-        if not self.adaptation:
-            return
-        last = [(g, self.state[p]["change"]) for p, g in gradients.items() if "change" in self.state[p]]
-        if last:
-            (least, most), cosine = FACTORS, matrices.cosine(*zip(*last, strict=True))
-            self.factor = min(most, max(least, self.factor * math.exp(-self.adaptation * cosine)))
 
     def _has_samples(self, block: Block) -> bool:
         return self.curvature != "gradient" and is_layer(block.layer)

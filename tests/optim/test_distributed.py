@@ -48,7 +48,7 @@ def test_two_processes_equal_one_with_the_whole_batch(both, name):
     first, second = (leaves(found[name]) for found in both)
     assert_equal(second, first)
     if name == "explode":
-        assert first["/optimizer/factor"] == 0.25
+        assert {value for key, value in first.items() if key.endswith("/factor")} == {0.25}
         return
     expected = leaves(run(0, 1, **{key: value for key, value in options.items() if key != "sizes"}))
     assert_equal(first, expected, atol=1e-10)

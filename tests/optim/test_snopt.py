@@ -44,7 +44,7 @@ def test_resuming_gives_an_unbroken_run_bit_for_bit(stop, curvature):
     for part, state in zip(resumed, states, strict=True):
         part.load_state_dict(state)
     train(resumed[0], resumed[1], batches[stop:], resumed[2])
-    assert optimizer.factor == resumed[1].factor
+    assert optimizer.factors == resumed[1].factors
     for a, b in zip(model.parameters(), resumed[0].parameters(), strict=True):
         assert torch.equal(a, b)
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -30,7 +31,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing(value):
         optimizer.step()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     for key, entry in optimizer.state_dict()["state"].items():
-        assert all(torch.equal(part, state["state"][key][name]) for name, part in entry.items())
+        assert all(
+            torch.equal(*map(torch.as_tensor, (part, state["state"][key][name]))) for name, part in entry.items()
+        )
     backward(model, x)
     optimizer.step()
 
@@ -118,3 +121,45 @@ def test_long_lists_of_names_are_cut():
 def test_complex_parameters():
     with pytest.raises(ProblemError, match=r"a parameter of shape \(3, 2\) is torch.complex64; expected real ones"):
         SNOpt(nn.Linear(2, 3, dtype=torch.complex64))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (None, "the state is NoneType; expected the state of an SNOpt"),
+        ({"step_count": -5}, "step_count in the state holds -5; expected whole numbers from 0 on"),
+        ({"step_count": "many"}, "step_count in the state holds 'many'"),
+        ({"spent": "abc"}, "spent in the state holds 'abc'; expected whole numbers from 0 on"),
+        ({"norms": [1.0, math.nan]}, "norms in the state holds nan; expected finite numbers >= 0"),
+        ({"factor": math.nan}, "factor in the state holds nan; expected finite numbers >= 1e-12"),
+        ({"factor": -3.0}, "factor in the state holds -3.0"),
+    ],
+)
+def test_a_damaged_state_is_refused(damage, message):
+    layer, x = nn.Linear(3, 2), torch.randn(4, 3)
+    optimizer = SNOpt(layer)
+    for _ in range(2):
+        backward(layer, x)
+        optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    if damage is not None and "factor" in damage:
+        state["state"][0].update(damage)
+    elif damage is not None:
+        state.update(damage)
+    kept = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ProblemError, match=re.escape(message)):
+        optimizer.load_state_dict(None if damage is None else state)
+    assert str(optimizer.state_dict()) == str(kept)
+
+
+def test_a_refused_state_leaves_the_hooks_as_they_were():
+    model = Net(adjoint="backprop")
+    optimizer = SNOpt(model)
+    state = {**SNOpt(model).state_dict(), "curvature": "costate"}
+    for _ in range(2):
+        with pytest.raises(ProblemError, match="cannot be observed"):
+            optimizer.load_state_dict(state)
+    assert optimizer.curvature == "gradient"
+    assert not any(module._forward_hooks for module in model.modules())
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
+    assert not model.ode.observers

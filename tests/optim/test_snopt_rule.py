@@ -10,7 +10,8 @@ from torch import nn
 
 from ocnopt.errors import ProblemError
 from ocnopt.neural.neural_ode import NeuralODE
-from ocnopt.optim.snopt import FACTORS, SNOpt
+from ocnopt.optim.matrices import FACTORS
+from ocnopt.optim.snopt import SNOpt
 from tests.optim.cases import backward
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -62,23 +63,44 @@ def test_first_steps_of_a_linear_layer(curvature, power):
         torch.testing.assert_close(found, W, rtol=1e-6, atol=1e-8)
 
 
-def test_lr_follows_the_angle_between_the_gradient_and_the_last_step():
-    layer, x = nn.Linear(3, 2), torch.randn(7, 3)
-    optimizer, expected, last = SNOpt(layer, 0.05, adaptation=0.4), 1.0, None
+def test_lr_of_each_matrix_follows_the_angle_between_its_gradient_and_its_last_step():
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(7, 3)
+    optimizer = SNOpt(model, 0.05, adaptation=0.4)
+    groups = [[*part.parameters()] for part in (model[0], model[1], model[3])]  # the norm's are in no matrix
+    expected, last = [1.0] * 3, None
     for _ in range(6):
-        backward(layer, x)
-        gradient = torch.cat([p.grad.flatten() for p in layer.parameters()])
-        if last is not None:
-            expected *= math.exp(-0.4 * float(gradient @ last / (gradient.norm() * last.norm())))
-        before = torch.cat([p.detach().flatten() for p in layer.parameters()])
+        backward(model, x)
+        before = [torch.cat([p.detach().flatten() for p in group]) for group in groups]
+        for i, group in enumerate(groups if last else ()):
+            gradient = torch.cat([p.grad.flatten() for p in group])
+            expected[i] *= math.exp(-0.4 * float(gradient @ last[i] / (gradient.norm() * last[i].norm())))
         optimizer.step()
-        last = torch.cat([p.detach().flatten() for p in layer.parameters()]) - before
-        assert optimizer.factor == pytest.approx(expected, rel=1e-9)
-    for _ in range(300):  # opposite gradients: never below the least factor
-        for p in layer.parameters():
+        after = [torch.cat([p.detach().flatten() for p in group]) for group in groups]
+        last = [one - other for one, other in zip(after, before, strict=True)]
+        found = [*optimizer.factors.values()]
+        assert found == pytest.approx([factor for factor in expected for _ in range(2)], rel=1e-9)
+    assert [*optimizer.factors] == [name for name, _ in model.named_parameters()]
+    for _ in range(60):  # opposite gradients: never below the least factor
+        for p in model.parameters():
             p.grad = optimizer.state[p]["change"].clone()
         optimizer.step()
-    assert optimizer.factor == FACTORS[0]
+    assert {*optimizer.factors.values()} == {FACTORS[0]}
+
+
+def test_a_change_of_precision_keeps_the_factors():
+    layer, x = nn.Linear(3, 2), torch.randn(7, 3)
+    optimizer = SNOpt(layer, 0.05)
+    for _ in range(4):
+        backward(layer, x)
+        optimizer.step()
+    kept = optimizer.factors
+    layer.to(torch.float32)
+    optimizer.adaptation = 0.0
+    backward(layer, x.float())
+    optimizer.step()
+    assert optimizer.factors == kept
+    assert len({*kept.values()}) == 1
+    assert 1.0 not in kept.values()
 
 
 def test_a_step_is_as_long_as_lr_says_where_gradients_agree():
@@ -118,7 +140,7 @@ def test_a_step_after_which_the_gradient_jumps_uphill_is_taken_back(size, is_tak
         step([size * change for change in last])
     close = [torch.allclose(p, old, atol=1e-12) for p, old in zip(layer.parameters(), kept, strict=True)]
     assert close == [is_taken_back] * 2
-    assert optimizer.factor == (0.25 if is_taken_back else 1.0)
+    assert {*optimizer.factors.values()} == {0.25 if is_taken_back else 1.0}
     said = "raised the norm of the gradient, uphill along that step, from at most 1 to 30 and was taken back"
     assert [said in str(one.message) for one in heard] == [True] * is_taken_back
     # what came with the jump is no part of what is usual
@@ -232,11 +254,11 @@ def test_a_step_that_makes_the_field_explode_is_taken_back():
     with pytest.warns(UserWarning, match="raised the evaluations of the field from .* and was taken back"):
         optimizer.step()
     torch.testing.assert_close(weight.detach(), kept)
-    assert optimizer.factor == 0.25
+    assert optimizer.factors == {"field.rate.weight": 0.25}
     for _ in range(4):  # taken back again and again, without a word, each time shorter
         backward(ode, x)
         optimizer.step()
-    assert optimizer.factor < 0.25
+    assert max(optimizer.factors.values()) < 0.25
 
 
 def lengths(optimizer, parameters):
@@ -281,9 +303,9 @@ def test_what_is_frozen_stays_where_it_is_when_a_step_is_taken_back():
         backward(model, x)
         optimizer.step()
     kept, moved = model[0].weight.detach().clone(), model[2].weight.detach().clone()
-    factor = optimizer.factor
+    factors = optimizer.factors
     jump(model, optimizer, x)
-    assert optimizer.factor == factor / 4.0
+    assert optimizer.factors == {name: max(FACTORS[0], factor / 4.0) for name, factor in factors.items()}
     assert torch.equal(model[0].weight, kept)
     assert not torch.equal(model[2].weight, moved)
 
