@@ -43,7 +43,7 @@ class Block(NamedTuple):
 
     def matrix(self, of: Mapping[Tensor, Tensor]) -> Tensor:
         """What belongs to the parameters, as one matrix."""
-        weight = of[self.weight].reshape(self.groups, len(self.weight) // self.groups, -1)
+        weight = of[self.weight].reshape(self.groups, self.weight.shape[0] // self.groups, -1)
         return weight if self.bias is None else torch.cat([weight, of[self.bias].reshape(self.groups, -1, 1)], 2)
 
     def parts(self, matrix: Tensor) -> dict[Tensor, Tensor]:

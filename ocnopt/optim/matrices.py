@@ -136,8 +136,7 @@ def fits(state: Mapping[str, Any], gradient: Tensor) -> bool:
     if "input_vectors" not in state:
         return False
     groups, rows, columns = gradient.shape
-    came = [state[f"{side}_vectors"].shape[:2] for side in ("output", "input")]
-    return came == [(groups, rows), (groups, columns)]
+    return (*state["output_vectors"].shape[:2], *state["input_vectors"].shape[:2]) == (groups, rows, groups, columns)
 
 
 def observe(state: State, gradient: Tensor) -> None:
@@ -235,7 +234,7 @@ def turn(pairs: Sequence[Pair], power: float, length: str) -> list[Tensor]:
     moments = [pair.state["moments"] for pair in pairs]
     squares = [basis.squares(gradient) for basis, (gradient, _) in zip(bases, turned, strict=True)]
     # what the moments began with counts as one observation
-    average(moments, squares, [newest(pair.state["step"] + 1, DECAY) for pair in pairs])
+    average(moments, squares, [newest(int(pair.state["step"]) + 1, DECAY) for pair in pairs])
     means = [basis.mean(moment) for basis, moment in zip(bases, moments, strict=True)]
     tiny = torch.finfo(means[0].dtype).tiny
     floors = torch.stack(torch._foreach_mul(means, [pair.options["damping"] for pair in pairs])).add_(tiny)
