@@ -90,16 +90,18 @@ class Basis(NamedTuple):
 
     def turn(self, matrix: Tensor) -> Turned:
         """U_B^T M, M U_A and U_B^T M U_A."""
-        left = self.output.vectors.mT @ matrix
-        right = matrix @ self.input.vectors if self.output.rest else None
-        return Turned(matrix, left, left @ self.input.vectors, right)
+        UA, UB = self.input.vectors, self.output.vectors
+        left = torch.bmm(UB.mT, matrix)
+        return Turned(matrix, left, torch.bmm(left, UA), torch.bmm(matrix, UA) if self.output.rest else None)
 
     def turn_both(self, first: Tensor, second: Tensor) -> tuple[Turned, Turned]:
         """Two matrices, turned."""
         if self.output.rest:
             return self.turn(first), self.turn(second)
-        whole = self.turn(torch.stack([first, second]))  # fewer calls, which count for small ones
-        return Turned(first, whole.left[0], whole.core[0], None), Turned(second, whole.left[1], whole.core[1], None)
+        left = torch.bmm(_twice(self.output.vectors.mT), torch.cat([first, second]))  # fewer calls, for small ones
+        core = torch.bmm(left, _twice(self.input.vectors))
+        (left, other), (core, other_core) = left.chunk(2), core.chunk(2)
+        return Turned(first, left, core, None), Turned(second, other, other_core, None)
 
     def spectrum(self) -> Tensor:
         """Eigenvalues E_B E_A^T of the curvature, laid out as second moments."""
@@ -151,19 +153,24 @@ class Basis(NamedTuple):
         scales = (moments + floor).pow_(-power)
         UA, UB = self.input.vectors, self.output.vectors
         if self.is_complete:
-            return UB @ (scales.mul_(turned.core) @ UA.mT)
+            return torch.bmm(UB, torch.bmm(scales.mul_(turned.core), UA.mT))
         q, r = UB.shape[-1], UA.shape[-1]
         if turned.right is not None:
             scales[..., :q, :] -= scales[..., q:, :]
         if beside := self.input.rest:
             scales[..., :r] -= scales[..., r:]
-        part = (scales[..., :q, :r] * turned.core) @ UA.mT
+        part = torch.bmm(scales[..., :q, :r] * turned.core, UA.mT)
         if beside:
             part.addcmul_(scales[..., :q, r:], turned.left)
         if turned.right is None:
-            return UB @ part
+            return torch.bmm(UB, part)
         step = torch.mul(turned.matrix, scales[..., q:, r:], out=out).baddbmm_(UB, part) if beside else UB @ part
         return step.baddbmm_(scales[..., q:, :r] * turned.right, UA.mT)
+
+
+def _twice(vectors: Tensor) -> Tensor:
+    """Those of each group, for two matrices behind one another."""
+    return vectors.expand(2, *vectors.shape).flatten(0, 1)
 
 
 def _norms(matrix: Tensor, dim: int | tuple[int, int]) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ocnopt.checks import check_choice, check_count, check_number, check_options, is_number, is_whole, listed, nearest
-from ocnopt.differential.kronecker import as_matrix, is_layer
+from ocnopt.differential.kronecker import is_layer
 from ocnopt.errors import NonFiniteError, ProblemError
 from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.optim.bases import MOST_OUTPUTS, is_wide
@@ -43,15 +43,16 @@ class Block(NamedTuple):
 
     def matrix(self, of: Mapping[Tensor, Tensor]) -> Tensor:
         """What belongs to the parameters, as one matrix."""
-        return as_matrix(of[self.weight], None if self.bias is None else of[self.bias], self.groups)
+        weight = of[self.weight].reshape(self.groups, self.weight.shape[0] // self.groups, -1)
+        return weight if self.bias is None else torch.cat([weight, of[self.bias].reshape(self.groups, -1, 1)], 2)
 
     def parts(self, matrix: Tensor) -> dict[Tensor, Tensor]:
         """What a matrix holds for each parameter."""
         if self.bias is None:
             return {self.weight: matrix.reshape(self.weight.shape)}
-        weight, bias = matrix[..., :-1].reshape(self.weight.shape), matrix[..., -1].reshape(self.bias.shape)
         # sums over a loaded copy, which is contiguous, round alike
-        return {self.weight: weight.contiguous(), self.bias: bias.contiguous()}
+        weight, bias = matrix[..., :-1].contiguous(), matrix[..., -1].contiguous()
+        return {self.weight: weight.view_as(self.weight), self.bias: bias.view_as(self.bias)}
 
 
 def names_of(model: nn.Module) -> dict[Tensor, str]:

@@ -76,8 +76,11 @@ def take_in(
         if group["weight_decay"]:
             decayed = [parameter.to(gradient) for parameter, gradient in zip(parameters, found, strict=True)]
             found = [*torch._foreach_add(found, decayed, alpha=group["weight_decay"])]
-        means = [_momentum(states[p], names[p], gradient) for p, gradient in zip(parameters, found, strict=True)]
-        average(means, found, [newest(states[parameter]["step"], group["momentum"]) for parameter in parameters])
+        own = [states[parameter] for parameter in parameters]
+        means = [_momentum(*each) for each in zip(own, [names[p] for p in parameters], found, strict=True)]
+        steps = [state["step"] for state in own]
+        torch._foreach_add_(steps, torch.ones(()))  # a number would be made a tensor for each
+        average(means, found, [newest(step, group["momentum"]) for step in steps])
         gradients.update(zip(parameters, found, strict=True))
         momenta.update(zip(parameters, means, strict=True))
     return gradients, momenta
@@ -94,7 +97,6 @@ def _momentum(state: State, name: str, gradient: Tensor) -> Tensor:
             state[key] = value if key in _OF_NO_DTYPE else value.to(gradient)
         momentum = state["momentum"]
     check_same_shape(name, "momentum", momentum.shape, gradient.shape)
-    state["step"] += 1
     return momentum
 
 
@@ -134,8 +136,7 @@ def fits(state: Mapping[str, Any], gradient: Tensor) -> bool:
     if "input_vectors" not in state:
         return False
     groups, rows, columns = gradient.shape
-    came = [state[f"{side}_vectors"].shape[:2] for side in ("output", "input")]
-    return came == [(groups, rows), (groups, columns)]
+    return (*state["output_vectors"].shape[:2], *state["input_vectors"].shape[:2]) == (groups, rows, groups, columns)
 
 
 def observe(state: State, gradient: Tensor) -> None:
@@ -226,29 +227,26 @@ def turn(pairs: Sequence[Pair], power: float, length: str) -> list[Tensor]:
     """The steps of some matrices, without lr, as long as ``length`` says ("noise" or "division")."""
     if not pairs:
         return []
+    if len({(pair.gradient.device, pair.gradient.dtype) for pair in pairs}) > 1:
+        return [step for pair in pairs for step in turn([pair], power, length)]
     bases = [_basis(pair.state) for pair in pairs]
     turned = [_turned(basis, pair) for basis, pair in zip(bases, pairs, strict=True)]
     moments = [pair.state["moments"] for pair in pairs]
     squares = [basis.squares(gradient) for basis, (gradient, _) in zip(bases, turned, strict=True)]
     # what the moments began with counts as one observation
-    average(moments, squares, [newest(pair.state["step"] + 1, DECAY) for pair in pairs])
+    average(moments, squares, [newest(int(pair.state["step"]) + 1, DECAY) for pair in pairs])
     means = [basis.mean(moment) for basis, moment in zip(bases, moments, strict=True)]
-    floors = torch._foreach_mul(means, [pair.options["damping"] for pair in pairs])
     tiny = torch.finfo(means[0].dtype).tiny
-    torch._foreach_add_(floors, tiny)
-    torch._foreach_add_(means, tiny)
+    floors = torch.stack(torch._foreach_mul(means, [pair.options["damping"] for pair in pairs])).add_(tiny)
     steps = [
         basis.precondition(momentum, moment, floor, power, _memory(basis, pair))
-        for pair, basis, (_, momentum), moment, floor in zip(pairs, bases, turned, moments, floors, strict=True)
+        for pair, basis, (_, momentum), moment, floor in zip(pairs, bases, turned, moments, floors.unbind(), strict=True)
     ]
     if length == "division":
         return steps
-    norms = torch._foreach_norm(steps)
-    torch._foreach_add_(norms, tiny)
-    torch._foreach_sqrt_(means)
-    torch._foreach_mul_(norms, means)
-    lengths = torch._foreach_norm([pair.momentum for pair in pairs])
-    torch._foreach_mul_(steps, [*torch._foreach_div(lengths, norms)])
+    norms = torch.stack(torch._foreach_norm(steps)).add_(tiny).mul_(torch.stack(means).add_(tiny).sqrt_())
+    lengths = torch.stack(torch._foreach_norm([pair.momentum for pair in pairs])).div_(norms)
+    torch._foreach_mul_(steps, lengths.unbind())
     return steps
 
 
