@@ -1,8 +1,8 @@
 """Eigenbases of the Kronecker factors of a matrix's curvature: what they do to a matrix, and how they are made.
 
 Shapes: a matrix M ``(groups, b, a)``, eigenvectors U_A ``(groups, a, r)`` of A and U_B ``(groups, b, q)`` of B. A has
-at most as many eigenvalues above zero as there are samples, so that U_A may hold its leading eigenvectors alone; on
-wide sides U_A and U_B both do. The directions outside of them, *the rest* of a side, share one second moment with
+at most as many eigenvalues above zero as there are samples, so that U_A may hold its leading eigenvectors alone; those
+of a wide side always do. The directions outside of them, *the rest* of a side, share one second moment with
 each direction of the other side. Products with so few vectors are thin; complete bases of a wide matrix would take
 six whole ones in each iteration, each as much work as the gradient of as many samples as the matrix has rows.
 """
@@ -19,8 +19,10 @@ from ocnopt.differential.kronecker import Samples
 WIDEST = 160  # directions of a side up to which its eigenbasis is complete
 LEADING = 16  # eigenvectors of a wider side that are kept beside one as wide
 BESIDE_SHORT = 32  # and beside one that is not
-MOST_OUTPUTS = 2048  # of a matrix (in a group) that moves in an eigenbasis at all
-RANK = 128  # eigenvectors of A that are kept where it comes from samples
+MOST_OUTPUTS = (
+    2048  # of a matrix (in a group) that moves in an eigenbasis at all: those of more are mostly vocabularies
+)
+RANK = 128  # eigenvectors of A that are kept at most where it comes from samples
 KEEP = 0.5  # share of the old factors in a refresh from samples, or of a wide side
 
 

@@ -15,6 +15,7 @@ from ocnopt.errors import NonFiniteError, ProblemError
 from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.optim.bases import MOST_OUTPUTS, is_wide
 
+FACTORS = (0.01, 5.0)  # between which the factors of lr stay
 DRAWN = ("sampled", "gauss_newton")  # curvatures that need backward passes of their own
 CURVATURES = ("gradient", "costate", "mixed", *DRAWN)
 # what a group may hold beside options: what torch and its schedulers write, and what it is called
@@ -83,7 +84,7 @@ def find_blocks(model: nn.Module, trained: Collection[Tensor]) -> list[Block]:
             is_weight = key == "weight" and is_layer(module)
             if is_own(parameter) and (is_weight or _is_matrix(parameter)):
                 groups = _groups(module, parameter, key)
-                joins = is_weight and not is_wide(len(parameter) // groups, parameter[0].numel())
+                joins = is_weight and not is_wide(len(parameter) // groups, parameter[0].numel() + 1)
                 bias = module.bias if joins and is_own(module.bias) else None
                 found.append(Block(name if is_weight else f"{name}.{key}".lstrip("."), module, parameter, bias, groups))
     return [block for block in found if len(block.weight) // block.groups <= MOST_OUTPUTS]
@@ -268,6 +269,15 @@ def check_state(state: Any, groups: Sequence[Mapping[str, Any]], names: Mapping[
             f"the state {came}; expected the state of an SNOpt, with its 'step_count': "
             "load the state of another optimiser into that one"
         )
+    entries = state["state"].values() if isinstance(state["state"], Mapping) else [None]
+    is_grouped = isinstance(state["param_groups"], list) and all(
+        isinstance(group, Mapping) and isinstance(group.get("params"), list) for group in state["param_groups"]
+    )
+    if not is_grouped or not all(isinstance(entry, Mapping) for entry in entries):
+        raise ProblemError(
+            "the state holds no dictionary for each parameter, or no groups with lists of 'params'; expected what "
+            "state_dict() returned: the state is damaged"
+        )
     _check_course(state)
     cure = "load it into an optimiser of the model, and with the groups, that it was saved of"
     saved, own = ([len(group["params"]) for group in each] for each in (state["param_groups"], groups))
@@ -293,17 +303,18 @@ def _check_course(state: Mapping[str, Any]) -> None:
     lists = {
         key: [*one] if isinstance(one := state.get(key, ()), list | tuple) else [one] for key in ("spent", "norms")
     }
-    factors = [one["factor"] for one in state["state"].values() if "factor" in one]
-    for key, values, least, is_right in (
-        ("step_count", [state["step_count"]], 0, is_whole),
-        ("spent", lists["spent"], 0, is_whole),
-        ("norms", lists["norms"], 0, is_number),
-        ("factor", factors, 1e-12, is_number),
+    factors = [one["factor"] for one in (state, *state["state"].values()) if "factor" in one]
+    for key, values, (least, most), is_right in (
+        ("step_count", [state["step_count"]], (0, math.inf), is_whole),
+        ("spent", lists["spent"], (0, math.inf), is_whole),
+        ("norms", lists["norms"], (0, math.inf), is_number),
+        ("factor", factors, FACTORS, is_number),
     ):
-        wrong = [value for value in values if not (is_right(value) and least <= value < math.inf)]
+        wrong = [value for value in values if not (is_right(value) and least <= value <= most and value < math.inf)]
         if wrong:
-            kind = "whole numbers from 0 on" if is_right is is_whole else f"finite numbers >= {least}"
-            raise ProblemError(f"{key} in the state holds {wrong[0]!r}; expected {kind}: the state is damaged")
+            kind = "whole numbers" if is_right is is_whole else "finite numbers"
+            bounds = f"from {least:g} on" if most == math.inf else f"from {least:g} to {most:g}"
+            raise ProblemError(f"{key} in the state holds {wrong[0]!r}; expected {kind} {bounds}: the state is damaged")
 
 
 def warn_first_order(places: Iterable[nn.Module], blocks: Iterable[Block], trained: Mapping[Tensor, str]) -> None:
@@ -322,8 +333,8 @@ def warn_first_order(places: Iterable[nn.Module], blocks: Iterable[Block], train
 def warn_explosion(step: int, objection: str) -> None:
     """Tell that a step was taken back."""
     warnings.warn(
-        f"the step before step {step} raised {objection} and was taken back, as each will be that does so; lr is a "
-        "quarter from here on. Expected a step that shortens the way to go: lower lr, or raise weight_decay if "
+        f"the step before step {step} raised {objection} and was taken back, as each will be that does so; the "
+        "factors of lr are a quarter now. Expected a step that shortens the way to go: lower lr, or raise weight_decay if "
         "evaluations explode",
         stacklevel=5,
     )

@@ -34,10 +34,9 @@ from ocnopt.optim.bases import (
     kept,
     of_rows,
 )
-from ocnopt.optim.checks import check_same_shape, gathered, is_live
+from ocnopt.optim.checks import FACTORS, check_same_shape, gathered, is_live
 from ocnopt.optim.ranks import Shared
 
-FACTORS = (0.01, 5.0)  # between which the factors of lr stay
 SHORTENED = 0.25  # a factor by a step that was taken back
 DECAY = 0.95  # beta, of second moments and of factors made of gradients
 
@@ -105,6 +104,8 @@ def restore(groups: Iterable[Mapping[str, Any]], states: Mapping[Tensor, State],
     parameters = [parameter for group in groups for parameter in group["params"]]
     indices = [index for group in saved["param_groups"] for index in group["params"]]
     for index, parameter in zip(indices, parameters, strict=True):
+        if "factor" in saved:  # of an earlier version, one for all
+            states[parameter].setdefault("factor", saved["factor"])
         for key, value in saved["state"].get(index, {}).items():
             if key != "factor":
                 place = value.device if key in _OF_NO_DTYPE else parameter.device
@@ -240,7 +241,9 @@ def turn(pairs: Sequence[Pair], power: float, length: str) -> list[Tensor]:
     floors = torch.stack(torch._foreach_mul(means, [pair.options["damping"] for pair in pairs])).add_(tiny)
     steps = [
         basis.precondition(momentum, moment, floor, power, _memory(basis, pair))
-        for pair, basis, (_, momentum), moment, floor in zip(pairs, bases, turned, moments, floors.unbind(), strict=True)
+        for pair, basis, (_, momentum), moment, floor in zip(
+            pairs, bases, turned, moments, floors.unbind(), strict=True
+        )
     ]
     if length == "division":
         return steps
@@ -254,9 +257,9 @@ def _turned(basis: Basis, pair: Pair) -> tuple[Turned, Turned]:
     """Gradient and momentum, turned.
 
     Where both sides are wide, the parts of the momentum are kept, as they follow those of the gradient until the basis
-    changes: each product that is spared reads the whole matrix.
+    changes: each product that is spared reads the whole matrix. A bias beside the weight has a momentum of its own.
     """
-    if not basis.is_thin:
+    if not basis.is_thin or pair.momentum.numel() != pair.state["momentum"].numel():
         return basis.turn_both(pair.gradient, pair.momentum)
     state, gradient = pair.state, basis.turn(pair.gradient)
     if all(part in state for part in _PARTS):
@@ -313,13 +316,13 @@ def adapt(
     groups = [*matrices]
     inside = {*itertools.chain(*groups)}
     groups.append([p for p in gradients if p not in inside])
-    moved = [[p for p in group if p in gradients and "change" in states[p]] for group in groups]
-    groups = [group for group in moved if group]
-    found = cosines([[(gradients[p], states[p]["change"]) for p in group] for group in groups])
+    groups = [[p for p in group if p in gradients] for group in groups]
+    found = cosines([[(gradients[p], states[p]["change"]) for p in group if "change" in states[p]] for group in groups])
     for group, cosine in zip(groups, found, strict=True):
-        for state in map(states.__getitem__, group):
-            factor = state.get("factor", 1.0) * math.exp(-adaptation * cosine)
-            state["factor"] = min(FACTORS[1], max(FACTORS[0], factor))
+        last = next((states[p]["factor"] for p in group if "factor" in states[p]), 1.0)
+        factor = min(FACTORS[1], max(FACTORS[0], last * math.exp(-adaptation * cosine)))
+        for parameter in group:
+            states[parameter]["factor"] = factor
 
 
 def shorten(states: Iterable[State]) -> None:
@@ -337,7 +340,7 @@ def cosines(groups: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> list[float]:
     """
     pairs = [*itertools.chain(*groups)]
     if not pairs:
-        return []
+        return [0.0] * len(groups)
     gradients, changes = ([*one] for one in zip(*pairs, strict=True))
     products = [gradient.flatten() @ change.flatten() for gradient, change in pairs]
     parts = [*products, *torch._foreach_norm(gradients), *torch._foreach_norm(changes)]

@@ -9,7 +9,9 @@ and moves in every iteration by
 
 with means that weigh all iterations alike at first. The division turns the step, l alone sets its length: that of M
 over the root mean square of the layer's own gradients, so that lr is the root mean square change of an entry where
-gradients agree, and noise shortens the step. All other parameters move by Adam's rule.
+gradients agree, and noise shortens the step. The factor f follows the angles between steps and gradients. Wide sides
+keep a few eigenvectors (:mod:`ocnopt.optim.bases`). All other parameters, biases of layers that are wide on both sides
+among them, move by Adam's rule.
 
 Where A and B come from:
 
@@ -20,7 +22,7 @@ Where A and B come from:
     sampled       as costate, of targets drawn from the model's own output (:mod:`ocnopt.optim.sampling`)
     gauss_newton  likewise, of all columns of the output's curvature: as many backward passes as outputs
 
-With power 1/2 and l = |D| the first is SOAP (Vyas et al., arXiv 2409.11321), the second the rule of George et al.
+With power 1/2, l = |D| and f = 1 the first is SOAP (Vyas et al., arXiv 2409.11321), the second the rule of George et al.
 (arXiv 1806.03884). The power is no higher than 1: the empirical Fisher falls with the square of the gradient. Close to
 what was published: ``curvature="costate", power=1, length="division", adaptation=0``.
 """
@@ -83,14 +85,15 @@ class SNOpt(torch.optim.Optimizer):
         momentum: mu, of the running mean of gradients.
         weight_decay: gamma of the term (gamma/2) |p|^2 added to the loss.
         damping: relative to the mean of the second moments, which is the trace of the curvature over its size.
-        refresh_every: iterations from one refresh of the eigenbases to the next; the first ones come sooner.
+        refresh_every: iterations from one refresh of the eigenbases to the next; the first ones come sooner. The sides of
+            a matrix of which one is wide take turns.
         curvature: "gradient", "costate", "mixed", "sampled" or "gauss_newton": where the Kronecker factors come from,
             the last two by :meth:`sample`.
         power: of the division by the second moments.
         adaptation: kappa of a factor f of lr for each matrix, f <- f exp(kappa c), with c in [-1, 1] the cosine of its
             negative gradient and its last step: lr grows while steps lead on in the direction of the last one, and
             shrinks where they turn back. Parameters that are in no matrix share one. f stays within 0.01 and 5;
-            adaptation=0 keeps it.
+            adaptation=0 keeps it, but for steps that are taken back.
         length: "noise" makes the step l long, "division" leaves it as the division has it.
         reduction: "mean" or "sum": how the loss of a backward pass combines its samples, so that batches of different
             size weigh alike. Chunks of unequal size whose losses are sums over the size of the whole batch are "sum":

@@ -279,7 +279,7 @@ def draw(lines: Lines) -> list[Drawn]:
     """
     figure, axes = panels(2, columns=2)
     for axis, quantity in zip(axes, (GRADIENT, HESSIAN), strict=True):
-        for colour, way in zip(COLOURS, LABELS, strict=False):
+        for colour, way in zip(COLOURS[: len(LABELS)], LABELS, strict=True):
             for marker, method in zip("os^", METHODS, strict=True):
                 own = {"quantity": quantity, "method": method, "way": way}
                 time, off = middle(lines, "ms", **own), middle(lines, "to_flow", **own)
@@ -289,7 +289,7 @@ def draw(lines: Lines) -> list[Drawn]:
         axis.set_title(quantity)
         axis.margins(0.12)
         plain_numbers(axis.xaxis)
-    for colour, way in zip(COLOURS, LABELS, strict=False):
+    for colour, way in zip(COLOURS[: len(LABELS)], LABELS, strict=True):
         axes[0].plot([], [], "o", color=colour, label=LABELS[way])
     for marker, method in zip("os^", METHODS, strict=True):
         axes[0].plot([], [], marker, color="#6b7480", label=method)

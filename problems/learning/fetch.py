@@ -258,13 +258,17 @@ class _Resuming:
 
 
 def _unpack(archive: Path, paths: list[Path]) -> None:
-    """Those members whose names fit, wherever they lie in the archive, which is removed; nothing else is written."""
+    """Those members whose names fit, wherever they lie in the archive; nothing else is written.
+
+    The archive is removed, but for a full disk or an interruption, after which it need not be downloaded again.
+    """
     try:
         with zipfile.ZipFile(archive) if archive.suffix == ".zip" else tarfile.open(archive) as packed:
             members = packed.namelist() if isinstance(packed, zipfile.ZipFile) else packed.getnames()
             for path in paths:
                 member = next((member for member in members if member.rpartition("/")[2] == path.name), None)
                 if member is None:
+                    archive.unlink()
                     raise DataError(
                         f"{archive} holds {', '.join(members[:6]) or 'nothing'}; expected {path.name} in it: the "
                         "source has changed, put the files there by hand"
@@ -273,11 +277,11 @@ def _unpack(archive: Path, paths: list[Path]) -> None:
                 write_atomically(path, content.read() if content else b"")
     except BROKEN as error:
         size = archive.stat().st_size
+        archive.unlink()
         raise DataError(
             f"{archive} of {size} bytes is no whole archive ({error}); expected one: fetch again"
         ) from error
-    finally:
-        archive.unlink()
+    archive.unlink()
 
 
 def _note(path: Path) -> str:

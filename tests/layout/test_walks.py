@@ -25,7 +25,7 @@ ASIDE = (
     "ocnopt/neural/checks.py",
     "ocnopt/optim/checks.py",
     "ocnopt/optim/draw_checks.py",
-    "ocnopt/optim/bases.py",
+    "ocnopt/optim/bases.py",  # the algebra of a matrix, as torch.linalg is
     "ocnopt/optim/guard.py",
     "ocnopt/errors.py",
     "ocnopt/integrate/tableaus.py",

@@ -162,6 +162,7 @@ def test_a_large_gradient_with_kinks_does_not_rule_the_steps():
     field.net = net
     ode = NeuralODE(field, adjoint="continuous")
     ode(x).square().sum().backward()
+    # 31 for 20; 73 to 109 where the column is not in units of its own
     assert ode.statistics.backward <= 2 * ode.statistics.forward
 
 

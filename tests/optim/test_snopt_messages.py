@@ -130,9 +130,12 @@ def test_complex_parameters():
         ({"step_count": -5}, "step_count in the state holds -5; expected whole numbers from 0 on"),
         ({"step_count": "many"}, "step_count in the state holds 'many'"),
         ({"spent": "abc"}, "spent in the state holds 'abc'; expected whole numbers from 0 on"),
-        ({"norms": [1.0, math.nan]}, "norms in the state holds nan; expected finite numbers >= 0"),
-        ({"factor": math.nan}, "factor in the state holds nan; expected finite numbers >= 1e-12"),
+        ({"norms": [1.0, math.nan]}, "norms in the state holds nan; expected finite numbers from 0 on"),
+        ({"factor": math.nan}, "factor in the state holds nan; expected finite numbers from 0.01 to 5"),
         ({"factor": -3.0}, "factor in the state holds -3.0"),
+        ({"factor": 6.0}, "factor in the state holds 6.0"),
+        ({"state": 3}, "the state holds no dictionary for each parameter"),
+        ({"param_groups": [{}]}, "or no groups with lists of 'params'"),
     ],
 )
 def test_a_damaged_state_is_refused(damage, message):

@@ -87,6 +87,31 @@ def test_lr_of_each_matrix_follows_the_angle_between_its_gradient_and_its_last_s
     assert {*optimizer.factors.values()} == {FACTORS[0]}
 
 
+def test_a_bias_that_comes_late_or_misses_a_gradient_shares_the_factor_of_its_weight():
+    layer, x = nn.Linear(3, 2), torch.randn(7, 3)
+    optimizer = SNOpt(layer, 0.05)
+    for i in range(9):
+        layer.bias.requires_grad_(i > 3)
+        backward(layer, x)
+        if i == 6:
+            layer.bias.grad = None
+        optimizer.step()
+        if i > 3 and i != 6:
+            assert optimizer.factors["bias"] == optimizer.factors["weight"] != 1.0
+
+
+def test_the_one_factor_of_an_earlier_state_is_that_of_each_parameter():
+    layer, x = nn.Linear(3, 2), torch.randn(7, 3)
+    optimizer, other = SNOpt(layer), SNOpt(layer)
+    backward(layer, x)
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    for entry in state["state"].values():
+        del entry["factor"]
+    other.load_state_dict({**state, "factor": 0.02})
+    assert other.factors == {"weight": 0.02, "bias": 0.02}
+
+
 def test_a_change_of_precision_keeps_the_factors():
     layer, x = nn.Linear(3, 2), torch.randn(7, 3)
     optimizer = SNOpt(layer, 0.05)

@@ -228,3 +228,23 @@ def test_precision_may_change_between_steps():
     optimizer = SNOpt(half)
     train(half, optimizer, 12)
     assert optimizer.state[half[2].weight]["change"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("curvature", ["gradient", "costate"])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_parts_of_the_momentum_are_kept_where_they_follow_those_of_the_gradient(curvature, has_bias, monkeypatch):
+    monkeypatch.setattr("ocnopt.optim.matrices.RANK", 3)  # a rest beside a bias too
+    layer = nn.Linear(3 if has_bias else 5, 6, bias=has_bias)
+    optimizer, is_kept = SNOpt(layer, 0.01, curvature=curvature), False
+    for i in range(9):
+        backward(layer, torch.randn(9, layer.in_features))
+        if has_bias:
+            layer.bias.requires_grad_(i > 2)
+            layer.bias.grad = None if i == 6 else layer.bias.grad
+        optimizer.step()
+        state = optimizer.state[layer.weight]
+        if "momentum_left" in state:
+            is_kept = True
+            expected = state["output_vectors"].mT @ state["momentum"][None]
+            torch.testing.assert_close(state["momentum_left"], expected, rtol=1e-12, atol=1e-12)
+    assert is_kept == (not has_bias)
