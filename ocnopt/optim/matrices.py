@@ -77,9 +77,9 @@ def take_in(
             decayed = [parameter.to(gradient) for parameter, gradient in zip(parameters, found, strict=True)]
             found = [*torch._foreach_add(found, decayed, alpha=group["weight_decay"])]
         own = [states[parameter] for parameter in parameters]
-        means = [_momentum(*each) for each in zip(own, [names[p] for p in parameters], found, strict=True)]
+        means = [_momentum(*each) for each in zip(own, map(names.__getitem__, parameters), found, strict=True)]
         steps = [state["step"] for state in own]
-        torch._foreach_add_(steps, torch.ones(()))  # a number would be made a tensor for each
+        torch._foreach_add_(steps, torch.ones((), device="cpu"))  # a number would be made a tensor for each
         average(means, found, [newest(step, group["momentum"]) for step in steps])
         gradients.update(zip(parameters, found, strict=True))
         momenta.update(zip(parameters, means, strict=True))
@@ -147,7 +147,7 @@ def observe(state: State, gradient: Tensor) -> None:
         if is_wide(width):
             state.pop(side, None)
             continue
-        if side not in state or state[side].shape[:2] != (groups, width):
+        if side not in state or state[side].shape != (groups, width, width):
             state[side] = gradient.new_zeros(groups, width, width)
         state[side].baddbmm_(turned, turned.mT, beta=1.0 - weight, alpha=weight)
 
@@ -240,7 +240,9 @@ def turn(pairs: Sequence[Pair], power: float, length: str) -> list[Tensor]:
     floors = torch.stack(torch._foreach_mul(means, [pair.options["damping"] for pair in pairs])).add_(tiny)
     steps = [
         basis.precondition(momentum, moment, floor, power, _memory(basis, pair))
-        for pair, basis, (_, momentum), moment, floor in zip(pairs, bases, turned, moments, floors.unbind(), strict=True)
+        for pair, basis, (_, momentum), moment, floor in zip(
+            pairs, bases, turned, moments, floors.unbind(), strict=True
+        )
     ]
     if length == "division":
         return steps
