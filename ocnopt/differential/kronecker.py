@@ -44,7 +44,7 @@ def as_matrix(weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
     matrix = weight.reshape(groups, weight.shape[0] // groups, -1)
     if bias is not None:
         matrix = torch.cat([matrix, bias.reshape(groups, -1, 1)], dim=2)
-    return matrix.to(working_dtype(weight))
+    return matrix
 
 
 def input_samples(layer: Layer, z: Tensor, bias: bool) -> Tensor:

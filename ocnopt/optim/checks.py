@@ -4,13 +4,14 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from ocnopt.checks import check_choice, check_count, check_number, check_options, is_number, is_whole, listed, nearest
-from ocnopt.differential.kronecker import is_layer
+from ocnopt.differential.kronecker import as_matrix, is_layer
 from ocnopt.errors import NonFiniteError, ProblemError
 from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.optim.bases import MOST_OUTPUTS, is_wide
@@ -44,8 +45,7 @@ class Block(NamedTuple):
 
     def matrix(self, of: Mapping[Tensor, Tensor]) -> Tensor:
         """What belongs to the parameters, as one matrix."""
-        weight = of[self.weight].reshape(self.groups, self.weight.shape[0] // self.groups, -1)
-        return weight if self.bias is None else torch.cat([weight, of[self.bias].reshape(self.groups, -1, 1)], 2)
+        return as_matrix(of[self.weight], None if self.bias is None else of[self.bias], self.groups)
 
     def parts(self, matrix: Tensor) -> dict[Tensor, Tensor]:
         """What a matrix holds for each parameter."""
@@ -136,7 +136,7 @@ def sizes(gradients: Sequence[Tensor]) -> Tensor:
 
 def gathered(numbers: Sequence[Tensor]) -> Tensor:
     """Scalars as one tensor, also those of several devices or precisions."""
-    several = len({(number.device, number.dtype) for number in numbers}) > 1
+    several = len({*map(attrgetter("device", "dtype"), numbers)}) > 1
     return torch.stack([number.to(numbers[0]) for number in numbers] if several else [*numbers])
 
 

@@ -76,9 +76,9 @@ def take_in(
             decayed = [parameter.to(gradient) for parameter, gradient in zip(parameters, found, strict=True)]
             found = [*torch._foreach_add(found, decayed, alpha=group["weight_decay"])]
         own = [states[parameter] for parameter in parameters]
-        means = [_momentum(*each) for each in zip(own, [names[p] for p in parameters], found, strict=True)]
+        means = [_momentum(*each) for each in zip(own, map(names.__getitem__, parameters), found, strict=True)]
         steps = [state["step"] for state in own]
-        torch._foreach_add_(steps, torch.ones(()))  # a number would be made a tensor for each
+        torch._foreach_add_(steps, torch.ones((), device="cpu"))  # a number would be made a tensor for each
         average(means, found, [newest(step, group["momentum"]) for step in steps])
         gradients.update(zip(parameters, found, strict=True))
         momenta.update(zip(parameters, means, strict=True))
@@ -148,7 +148,7 @@ def observe(state: State, gradient: Tensor) -> None:
         if is_wide(width):
             state.pop(side, None)
             continue
-        if side not in state or state[side].shape[:2] != (groups, width):
+        if side not in state or state[side].shape != (groups, width, width):
             state[side] = gradient.new_zeros(groups, width, width)
         state[side].baddbmm_(turned, turned.mT, beta=1.0 - weight, alpha=weight)
 
