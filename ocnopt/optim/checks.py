@@ -278,6 +278,8 @@ def check_state(state: Any, groups: Sequence[Mapping[str, Any]], names: Mapping[
             "the state holds no dictionary for each parameter, or no groups with lists of 'params'; expected what "
             "state_dict() returned: the state is damaged"
         )
+    for group in state["param_groups"]:
+        check_options(group)
     _check_course(state)
     cure = "load it into an optimiser of the model, and with the groups, that it was saved of"
     saved, own = ([len(group["params"]) for group in each] for each in (state["param_groups"], groups))
@@ -334,8 +336,8 @@ def warn_explosion(step: int, objection: str) -> None:
     """Tell that a step was taken back."""
     warnings.warn(
         f"the step before step {step} raised {objection} and was taken back, as each will be that does so; the "
-        "factors of lr are a quarter now. Expected a step that shortens the way to go: lower lr, or raise weight_decay if "
-        "evaluations explode",
+        "factors of lr are a quarter now. Expected a step that shortens the way to go: lower lr, or raise weight_decay "
+        "if evaluations explode",
         stacklevel=5,
     )
 
@@ -358,6 +360,14 @@ def strangers(model: nn.Module, trained: Collection[int], *, whole: bool) -> lis
     named = [*model.named_parameters()]
     found = [name for name, p in named if id(p) not in trained and p.grad is not None]
     return found if found and (whole or not {id(p) for _, p in named}.issuperset(trained)) else []
+
+
+def warn_new_strangers(model: nn.Module, trained: Mapping[Tensor, str], known: set[str], *, whole: bool) -> None:
+    """Warn of strangers that are not known yet, and know them."""
+    found = strangers(model, {*map(id, trained)}, whole=whole)
+    if not known.issuperset(found):
+        known.update(found)
+        warn_strangers(found)
 
 
 def warn_strangers(names: Sequence[str]) -> None:

@@ -21,6 +21,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from statistics import median
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ from ocnopt.optim.stretched import Second, second_derivatives
 # What torch's optimisers call the options of a group: they come back with the state.
 _OPTIONS = ("rule", "curvature", "lr", "penalty", "every", "averaging", "reduction", "max_change")
 _SMALLEST = 1e-300  # of Q_TT
+OUTLIER = 100.0  # times the median of Q_TT since the last update, beyond which an iteration does not count
 
 
 class HorizonPolicy:
@@ -81,8 +83,9 @@ class HorizonPolicy:
         every: iterations from one update of T to the next. The first update is that of the first iteration, before the
             weights have learned to fill the old T.
         averaging: weight of the past in Q_TT, a running mean over updates, as shares have heavy tails. Q_T is the mean
-            over all iterations since the last update. At zero both are those of the last iteration, as published, and
-            nothing watches in between.
+            over all iterations since the last update, but for those with a Q_TT of a hundred times their median: one
+            step that went wrong, and that an optimiser takes back, would rule T for long. At zero both are those of the
+            last iteration, as published, and nothing watches in between.
         reduction: "mean" or "sum": how the loss combines samples.
         max_change: the largest change of T in one update, as a share of T - t0; it holds where Q_TT is small.
         scaler: the GradScaler that scales the loss, if there is one.
@@ -238,7 +241,9 @@ class HorizonPolicy:
 
     def _change(self, samples: Sequence[Seen], closure: Callable[[], Tensor] | None) -> float:
         """What the rule takes from T."""
-        Q_T, Q_TT = (sum(column) / len(self._seen) for column in zip(*self._seen, strict=True))
+        usual = OUTLIER * median(Q_TT for _, Q_TT in self._seen)
+        counted = [one for one in self._seen if one[1] <= usual or not usual]
+        Q_T, Q_TT = (sum(column) / len(counted) for column in zip(*counted, strict=True))
         Q_T += self.penalty * float(self._ode.T)
         if self.rule == "adjoint":
             return self.lr * Q_T

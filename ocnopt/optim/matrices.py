@@ -89,8 +89,8 @@ def _momentum(state: State, name: str, gradient: Tensor) -> Tensor:
     """The running mean of a parameter's gradients; its state follows where the parameter went (``model.to``)."""
     momentum = state.get("momentum")
     if momentum is None:
-        momentum, state["step"] = gradient.clone(), torch.zeros((), dtype=torch.float32)
-        state["momentum"] = momentum
+        momentum = state["momentum"] = gradient.clone()
+        state.setdefault("step", torch.zeros((), dtype=torch.float32))
     elif momentum.dtype != gradient.dtype or momentum.device != gradient.device:
         for key, value in state.items():
             state[key] = value if key in _OF_NO_DTYPE else value.to(gradient)
@@ -126,10 +126,23 @@ def first_order(state: State, gradient: Tensor, momentum: Tensor) -> Tensor:
     return momentum / (state["squares"].sqrt() + EPSILON)
 
 
-def forget_squares(state: State) -> None:
-    """Let go of what :func:`first_order` knows of a parameter that moves as a matrix now."""
-    state.pop("squares", None)
-    state.pop("squares_step", None)
+def begin_anew(states: Iterable[State]) -> None:
+    """Let go of the momentum of parameters that are set free, or whose matrix has other columns now.
+
+    It may be of gradients that were far larger, as a long step in a direction that it alone would show.
+    """
+    for state in states:
+        for key in ("momentum", *_PARTS):
+            state.pop(key, None)
+        if "factor" in state:
+            state["factor"] = min(1.0, state["factor"])
+
+
+def forget_squares(*states: State) -> None:
+    """Let go of what :func:`first_order` knows of parameters that move as a matrix now."""
+    for state in states:
+        state.pop("squares", None)
+        state.pop("squares_step", None)
 
 
 def fits(state: Mapping[str, Any], gradient: Tensor) -> bool:

@@ -22,11 +22,12 @@ Where A and B come from:
     sampled       as costate, of targets drawn from the model's own output (:mod:`ocnopt.optim.sampling`)
     gauss_newton  likewise, of all columns of the output's curvature: as many backward passes as outputs
 
-With power 1/2, l = |D| and f = 1 the first is SOAP (Vyas et al., arXiv 2409.11321), the second the rule of George et al.
-(arXiv 1806.03884). The power is no higher than 1: the empirical Fisher falls with the square of the gradient. Close to
-what was published: ``curvature="costate", power=1, length="division", adaptation=0``.
+With power 1/2, l = |D| and f = 1 the first is SOAP (Vyas et al., arXiv 2409.11321), the second the rule of George et
+al. (arXiv 1806.03884). The power is no higher than 1: the empirical Fisher falls with the square of the gradient. What
+was published is close to ``curvature="costate", power=1, length="division", adaptation=0``.
 """
 
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -55,10 +56,9 @@ from ocnopt.optim.checks import (
     is_live,
     names_of,
     read_groups,
-    strangers,
     warn_explosion,
     warn_first_order,
-    warn_strangers,
+    warn_new_strangers,
     warn_unseen,
 )
 from ocnopt.optim.draw_checks import check_drawable, check_drawn, check_draws
@@ -85,8 +85,8 @@ class SNOpt(torch.optim.Optimizer):
         momentum: mu, of the running mean of gradients.
         weight_decay: gamma of the term (gamma/2) |p|^2 added to the loss.
         damping: relative to the mean of the second moments, which is the trace of the curvature over its size.
-        refresh_every: iterations from one refresh of the eigenbases to the next; the first ones come sooner. The sides of
-            a matrix of which one is wide take turns.
+        refresh_every: iterations from one refresh of the eigenbases to the next; the first ones come sooner. The sides
+            of a matrix of which one is wide take turns.
         curvature: "gradient", "costate", "mixed", "sampled" or "gauss_newton": where the Kronecker factors come from,
             the last two by :meth:`sample`.
         power: of the division by the second moments.
@@ -113,8 +113,8 @@ class SNOpt(torch.optim.Optimizer):
     pass goes through count as several uses by the same samples: of different samples, give each its backward pass, or
     join them in one batch. Every sample of a batch counts, also one of weight 0 in the loss.
 
-    A copy of the optimiser, by copy or pickle, trains the copy of the model that came with it, beside all processes; an
-    optimiser that is dropped lets go of its model.
+    A copy, by copy or pickle, trains the copy of the model that came with it; what is dropped lets go of its model.
+    What is set free, and a matrix with other columns, begins with its next gradient as momentum and no f above 1.
 
     Raises:
         ProblemError: an argument is wrong, a NeuralODE's backward pass cannot be observed, or parameters are sharded
@@ -151,8 +151,8 @@ class SNOpt(torch.optim.Optimizer):
     ) -> None:
         check_model(model)
         model, self._group = unwrapped(model, process_group) if is_distributed() else (model, process_group)
-        self._model, self._guard, self._step_count = model, Guard(), 0
-        self.refresh_every, self.curvature, self.power, self.adaptation = refresh_every, curvature, power, adaptation
+        self._model, self._guard, self._step_count, self.refresh_every = model, Guard(), 0, refresh_every
+        self.curvature, self.power, self.adaptation = curvature, power, adaptation
         self.length, self.reduction, self.everywhere = length, reduction, everywhere
         check_recipe({name: getattr(self, name) for name in _OPTIONS})
         check_drawable(curvature)
@@ -199,15 +199,12 @@ class SNOpt(torch.optim.Optimizer):
             NonFiniteError: a gradient is NaN or infinite; parameters and state are those before the step.
             ProblemError: a gradient is sparse, or the processes are not about to take the same step.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         check_drawn(self.curvature, any_drawn=bool(self._drawn) or not self._is_refresh())
         self._is_new = [*map(is_live, self._trained)] != self._liveness
-        if self._is_new:  # what was gathered is of other matrices
-            self._find_blocks()
-            self._guard.forget_gradients()
+        if self._is_new:
+            self._begin_anew()
         live = [(name, p) for p, name in self._trained.items() if is_live(p)]
         spent = sum(ode.read_most_evaluations() for ode in self._odes)
         device = next((parameter.device for parameter in self._trained), torch.device("cpu"))
@@ -221,10 +218,7 @@ class SNOpt(torch.optim.Optimizer):
         with torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext():
             self._update(ranks)
         if self._is_refresh():
-            found = strangers(self._model, {*map(id, self._trained)}, whole=self._is_whole)
-            if not self._unseen.issuperset(found):
-                self._unseen.update(found)
-                warn_strangers(found)
+            warn_new_strangers(self._model, self._trained, self._unseen, whole=self._is_whole)
         self._step_count += 1
         self._watch()
         return loss
@@ -253,8 +247,7 @@ class SNOpt(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on besides the parameters: tensors and plain numbers."""
         options = {name: getattr(self, name) for name in _OPTIONS}
-        course = {"step_count": self._step_count, **self._guard.state()}
-        return {**super().state_dict(), **course, **options}
+        return {**super().state_dict(), "step_count": self._step_count, **self._guard.state(), **options}
 
     def load_state_dict(self, state_dict: Mapping[str, Any] | Any) -> None:
         """Go on from a state that :meth:`state_dict` returned; its options replace those of the constructor.
@@ -281,6 +274,15 @@ class SNOpt(torch.optim.Optimizer):
         self._handles, self._is_ready, self._is_new = [], True, False
         weakref.finalize(self, release, self._handles)
         self._find_blocks()
+
+    def _begin_anew(self) -> None:
+        """Take in what was frozen or set free: what was gathered, and what is usual, is of other matrices."""
+        former = {(*map(id, block.parameters),) for block in self._blocks}
+        free = [p for p, was_live in zip(self._trained, self._liveness, strict=True) if is_live(p) and not was_live]
+        self._find_blocks()
+        self._guard.forget_gradients()
+        changed = [block.parameters for block in self._blocks if (*map(id, block.parameters),) not in former]
+        matrices.begin_anew(self.state.get(parameter, {}) for parameter in itertools.chain(free, *changed))
 
     def _find_blocks(self) -> None:
         names = names_of(self._model)
@@ -335,8 +337,7 @@ class SNOpt(torch.optim.Optimizer):
         moves = matrices.turn([pair for _, pair in ready], float(self.power), self.length)
         for (block, _), move in zip(ready, moves, strict=True):
             steps.update(block.parts(move))
-            for part in block.parameters:
-                matrices.forget_squares(self.state[part])
+            matrices.forget_squares(*map(self.state.__getitem__, block.parameters))
         for parameter, gradient in gradients.items():
             if parameter not in steps:
                 steps[parameter] = matrices.first_order(self.state[parameter], gradient, momenta[parameter])
@@ -344,9 +345,8 @@ class SNOpt(torch.optim.Optimizer):
 
     def _takes_back(self, spent: int, norm: float) -> bool:
         """Undo the last step, and shorten those that follow, if the guard objects to it."""
-        changed = [
-            (p, self.state[p]["change"]) for p in self._trained if is_live(p) and "change" in self.state.get(p, ())
-        ]
+        moved = [p for p in self._trained if is_live(p) and "change" in self.state.get(p, ())]
+        changed = [(p, self.state[p]["change"]) for p in moved]
         objection = self._guard.judge(spent, norm, changed)
         if objection is None:
             return False

@@ -8,7 +8,8 @@ from torch import nn
 
 from ocnopt.errors import ProblemError
 from ocnopt.optim.horizon_policy import HorizonPolicy
-from tests.optim.cases import Model, gathering, loss
+from ocnopt.optim.snopt import SNOpt
+from tests.optim.cases import Model, backward, gathering, loss
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -138,3 +139,32 @@ def test_autocast_does_not_reach_the_factors(place):
         for key, value in state.items()
         if key not in ("step", "factor")
     } == {torch.float32}
+
+
+def test_a_bias_that_comes_late_or_misses_a_gradient_shares_the_factor_of_its_weight():
+    layer, x = nn.Linear(3, 2), torch.randn(7, 3)
+    optimizer = SNOpt(layer, 0.05)
+    for i in range(9):
+        layer.bias.requires_grad_(i > 3)
+        backward(layer, x)
+        if i == 6:
+            layer.bias.grad = None
+        optimizer.step()
+        if i > 3 and i != 6:
+            assert optimizer.factors["bias"] == optimizer.factors["weight"] != 1.0
+
+
+def test_a_change_of_precision_keeps_the_factors():
+    layer, x = nn.Linear(3, 2), torch.randn(7, 3)
+    optimizer = SNOpt(layer, 0.05)
+    for _ in range(4):
+        backward(layer, x)
+        optimizer.step()
+    kept = optimizer.factors
+    layer.to(torch.float32)
+    optimizer.adaptation = 0.0
+    backward(layer, x.float())
+    optimizer.step()
+    assert optimizer.factors == kept
+    assert len({*kept.values()}) == 1
+    assert 1.0 not in kept.values()

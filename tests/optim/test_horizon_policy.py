@@ -356,3 +356,18 @@ def test_times_that_start_from_T_or_go_past_it_are_refused(times):
     ode, _ = make()
     with torch.no_grad():
         assert ode(torch.ones(4, 2), times).shape == (len(times), 4, 2)
+
+
+@pytest.mark.parametrize("when", [1, 2])
+def test_an_iteration_that_went_wrong_does_not_rule_T(when):
+    ends = []
+    for scale in (1.0, 1e4):
+        ode, policy = make(every=3, penalty=0.3, averaging=0.9)
+        x, w = torch.tensor([[0.3, -0.1], [0.2, 0.5]]), torch.tensor([0.7, -0.4])
+        for i in range(7):  # updates at 0, 3 and 6
+            ode.zero_grad()
+            (losses(ode(x), w).mean() * (scale if i == when else 1.0)).backward()
+            policy.step()
+        ends.append(float(ode.T))
+    assert ends[0] == ends[1]
+    assert ends[0] != 1.0
