@@ -43,6 +43,12 @@ class Block(NamedTuple):
         """Weight, and bias where it is live."""
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Groups, b and a."""
+        rows = len(self.weight) // self.groups
+        return self.groups, rows, self.weight.numel() // len(self.weight) + (self.bias is not None)
+
     def matrix(self, of: Mapping[Tensor, Tensor]) -> Tensor:
         """What belongs to the parameters, as one matrix."""
         return as_matrix(of[self.weight], None if self.bias is None else of[self.bias], self.groups)
@@ -317,6 +323,14 @@ def _check_course(state: Mapping[str, Any]) -> None:
             kind = "whole numbers" if is_right is is_whole else "finite numbers"
             bounds = f"from {least:g} on" if most == math.inf else f"from {least:g} to {most:g}"
             raise ProblemError(f"{key} in the state holds {wrong[0]!r}; expected {kind} {bounds}: the state is damaged")
+
+    for index, entry in state["state"].items():
+        for key, value in entry.items():
+            if isinstance(value, Tensor) and not bool(value.isfinite().all()):
+                raise ProblemError(
+                    f"{key} of parameter {index} in the state holds NaN or infinity; expected finite numbers: the "
+                    "state is damaged"
+                )
 
 
 def warn_first_order(places: Iterable[nn.Module], blocks: Iterable[Block], trained: Mapping[Tensor, str]) -> None:

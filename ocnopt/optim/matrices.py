@@ -11,7 +11,7 @@ Source: George et al., arXiv 1806.03884.
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ from ocnopt.optim.bases import (
     kept,
     of_rows,
 )
-from ocnopt.optim.checks import FACTORS, check_same_shape, gathered, is_live
+from ocnopt.optim.checks import FACTORS, Block, check_same_shape, gathered, is_live
 from ocnopt.optim.ranks import Shared
 
 SHORTENED = 0.25  # a factor by a step that was taken back
@@ -124,6 +124,15 @@ def first_order(state: State, gradient: Tensor, momentum: Tensor) -> Tensor:
         state["squares_step"] += 1
         state["squares"].lerp_(gradient.square(), newest(state["squares_step"], DECAY))
     return momentum / (state["squares"].sqrt() + EPSILON)
+
+
+def misfits(states: Mapping[Tensor, State], blocks: Iterable[Block]) -> Iterator[State]:
+    """The states of the weights whose eigenbases are of a matrix with other columns, as a state of before has them."""
+    for block in blocks:
+        state, (_, rows, columns) = states.get(block.weight, {}), block.shape
+        sides = (("output_vectors", rows), ("input_vectors", columns))
+        if any(key in state and state[key].shape[1] != width for key, width in sides):
+            yield state
 
 
 def begin_anew(states: Iterable[State]) -> None:

@@ -264,6 +264,7 @@ class SNOpt(torch.optim.Optimizer):
         self.__dict__.update(options, _step_count=state_dict["step_count"], _guard=Guard(state_dict))
         try:
             self._find_blocks()
+            matrices.begin_anew(matrices.misfits(self.state, self._blocks))
         except OcnoptError:
             self.__dict__.update(before)
             self._watch()

@@ -134,6 +134,7 @@ def test_complex_parameters():
         ({"factor": math.nan}, "factor in the state holds nan; expected finite numbers from 0.01 to 5"),
         ({"factor": -3.0}, "factor in the state holds -3.0"),
         ({"factor": 6.0}, "factor in the state holds 6.0"),
+        ({"momenta": math.nan}, "momentum of parameter 0 in the state holds NaN or infinity"),
         ({"lr": math.nan}, "lr is nan; expected"),
         ({"momentum": 1.0}, "momentum is 1.0; expected"),
         ({"state": 3}, "the state holds no dictionary for each parameter"),
@@ -149,6 +150,8 @@ def test_a_damaged_state_is_refused(damage, message):
     state = copy.deepcopy(optimizer.state_dict())
     if damage is not None and "factor" in damage:
         state["state"][0].update(damage)
+    elif damage is not None and "momenta" in damage:
+        state["state"][0]["momentum"][0, 0] = damage["momenta"]
     elif damage is not None and damage.keys() & optimizer.defaults.keys():
         state["param_groups"][0].update(damage)
     elif damage is not None:
