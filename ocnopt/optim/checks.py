@@ -148,7 +148,8 @@ def gathered(numbers: Sequence[Tensor]) -> Tensor:
 
 def not_finite(named: Iterable[tuple[str, Tensor]], norms: Tensor) -> list[str]:
     """The names of tensors that hold NaN or infinity; norms of finite ones may be too large a number."""
-    named = () if math.isfinite(norms.amax()) else named
+    if math.isfinite(norms.amax()):
+        return []
     return [name for name, tensor in named if not bool(tensor.isfinite().all())]
 
 

@@ -129,9 +129,8 @@ def first_order(state: State, gradient: Tensor, momentum: Tensor) -> Tensor:
 def misfits(states: Mapping[Tensor, State], blocks: Iterable[Block]) -> Iterator[State]:
     """The states of the weights whose eigenbases are of a matrix with other columns, as a state of before has them."""
     for block in blocks:
-        state, (_, rows, columns) = states.get(block.weight, {}), block.shape
-        sides = (("output_vectors", rows), ("input_vectors", columns))
-        if any(key in state and state[key].shape[1] != width for key, width in sides):
+        state = states.get(block.weight, {})
+        if "input_vectors" in state and not fits(state, block.shape):
             yield state
 
 
@@ -154,11 +153,11 @@ def forget_squares(*states: State) -> None:
         state.pop("squares_step", None)
 
 
-def fits(state: Mapping[str, Any], gradient: Tensor) -> bool:
-    """Whether there is an eigenbasis for a matrix, which changes as a bias is frozen or set free."""
+def fits(state: Mapping[str, Any], shape: Sequence[int]) -> bool:
+    """Whether there is an eigenbasis for matrices ``(groups, b, a)``, whose shape a bias changes that is set free."""
     if "input_vectors" not in state:
         return False
-    groups, rows, columns = gradient.shape
+    groups, rows, columns = shape
     return (*state["output_vectors"].shape[:2], *state["input_vectors"].shape[:2]) == (groups, rows, groups, columns)
 
 
@@ -211,7 +210,7 @@ def refresh(due: Mapping[int, tuple[Pair, Samples | None]], shared: Shared | Non
 
 def _new_basis(pair: Pair, samples: Samples | None, *, mixed: bool) -> Basis:
     state, gradient, momentum, *_ = pair
-    old = _basis(state) if fits(state, gradient) else None
+    old = _basis(state) if fits(state, gradient.shape) else None
     if samples is not None and not mixed:
         return eigenbasis(samples, RANK, old, KEEP)
     UA, UB = (None, None) if old is None else old
@@ -237,7 +236,7 @@ def _of_gradients(state: State, factor: str, momentum: Tensor, own: Eigen | None
 def _go_over(pair: Pair, new: Basis) -> None:
     """Take a new eigenbasis; the second moments move into it."""
     state, gradient, *_ = pair
-    old = _basis(state) if fits(state, gradient) else None
+    old = _basis(state) if fits(state, gradient.shape) else None
     for part in _PARTS:
         state.pop(part, None)
     state["moments"] = first_moments(new, gradient) if old is None else carried_moments(state["moments"], old, new)

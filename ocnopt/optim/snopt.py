@@ -333,7 +333,7 @@ class SNOpt(torch.optim.Optimizer):
                 state, group = self.state[block.weight], groups[block.weight]
                 pairs.append((block, matrices.Pair(state, block.matrix(gradients), block.matrix(momenta), group)))
         self._learn(pairs, samples, ranks)
-        ready = [(block, pair) for block, pair in pairs if matrices.fits(pair.state, pair.gradient)]
+        ready = [(block, pair) for block, pair in pairs if matrices.fits(pair.state, pair.gradient.shape)]
         steps: dict[Tensor, Tensor] = {}
         moves = matrices.turn([pair for _, pair in ready], float(self.power), self.length)
         for (block, _), move in zip(ready, moves, strict=True):
@@ -376,7 +376,7 @@ class SNOpt(torch.optim.Optimizer):
             is_gathered = self._has_samples(block)
             if not is_gathered or self.curvature == "mixed":
                 matrices.observe(pair.state, pair.gradient)
-            if self._is_refresh() or not (is_gathered or matrices.fits(pair.state, pair.gradient)):
+            if self._is_refresh() or not (is_gathered or matrices.fits(pair.state, pair.gradient.shape)):
                 due.append((block, pair))
         if not due:
             return
