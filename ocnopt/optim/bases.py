@@ -96,11 +96,12 @@ class Basis(NamedTuple):
         left = torch.bmm(UB.mT, matrix)
         return Turned(matrix, left, torch.bmm(left, UA), torch.bmm(matrix, UA) if self.output.rest else None)
 
-    def turn_both(self, first: Tensor, second: Tensor) -> tuple[Turned, Turned]:
-        """Two matrices, turned."""
+    def turn_both(self, both: Tensor) -> tuple[Turned, Turned]:
+        """Two matrices one behind the other ``(2 groups, b, a)``, turned; fewer calls, for small ones."""
+        first, second = both.chunk(2)
         if self.output.rest:
             return self.turn(first), self.turn(second)
-        left = torch.bmm(_twice(self.output.vectors.mT), torch.cat([first, second]))  # fewer calls, for small ones
+        left = torch.bmm(_twice(self.output.vectors.mT), both)
         core = torch.bmm(left, _twice(self.input.vectors))
         (left, other), (core, other_core) = left.chunk(2), core.chunk(2)
         return Turned(first, left, core, None), Turned(second, other, other_core, None)
@@ -171,8 +172,8 @@ class Basis(NamedTuple):
 
 
 def _twice(vectors: Tensor) -> Tensor:
-    """Those of each group, for two matrices behind one another."""
-    return vectors.expand(2, *vectors.shape).flatten(0, 1)
+    """Those of each group, for two matrices one behind the other."""
+    return vectors.expand(2, -1, -1) if len(vectors) == 1 else torch.cat([vectors, vectors])
 
 
 def _norms(matrix: Tensor, dim: int | tuple[int, int]) -> Tensor:

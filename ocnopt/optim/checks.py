@@ -16,7 +16,7 @@ from ocnopt.errors import NonFiniteError, ProblemError
 from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.optim.bases import MOST_OUTPUTS, is_wide
 
-FACTORS = (0.01, 5.0)  # between which the factors of lr stay
+FACTORS = (0.01, 50.0)  # between which the factors of lr stay
 DRAWN = ("sampled", "gauss_newton")  # curvatures that need backward passes of their own
 CURVATURES = ("gradient", "costate", "mixed", *DRAWN)
 # what a group may hold beside options: what torch and its schedulers write, and what it is called
@@ -54,12 +54,10 @@ class Block(NamedTuple):
         return as_matrix(of[self.weight], None if self.bias is None else of[self.bias], self.groups)
 
     def parts(self, matrix: Tensor) -> dict[Tensor, Tensor]:
-        """What a matrix holds for each parameter."""
+        """The parts of a matrix that belong to each parameter, in its memory."""
         if self.bias is None:
-            return {self.weight: matrix.reshape(self.weight.shape)}
-        # sums over a loaded copy, which is contiguous, round alike
-        weight, bias = matrix[..., :-1].contiguous(), matrix[..., -1].contiguous()
-        return {self.weight: weight.view_as(self.weight), self.bias: bias.view_as(self.bias)}
+            return {self.weight: matrix.view(self.weight.shape)}
+        return {self.weight: matrix[..., :-1].view(self.weight.shape), self.bias: matrix[..., -1].view(self.bias.shape)}
 
 
 def names_of(model: nn.Module) -> dict[Tensor, str]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ocnopt.optim.matrices import cosines
+from ocnopt.optim.factors import cosines
 
 RECENT = 50  # iterations that count as usual
 EVALUATIONS = 3  # times the most evaluations that are usual

@@ -9,16 +9,14 @@ than inputs, are leading parts (:mod:`ocnopt.optim.bases`). The rule as a whole 
 Source: George et al., arXiv 1806.03884.
 """
 
-import itertools
-import math
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ocnopt.differential.kronecker import Samples, working_dtype
+from ocnopt.differential.kronecker import Samples
 from ocnopt.optim.bases import (
     KEEP,
     RANK,
@@ -34,82 +32,14 @@ from ocnopt.optim.bases import (
     kept,
     of_rows,
 )
-from ocnopt.optim.checks import FACTORS, Block, check_same_shape, gathered, is_live
+from ocnopt.optim.checks import Block
+from ocnopt.optim.intake import Pair, State, average, newest
 from ocnopt.optim.ranks import Shared
 
-SHORTENED = 0.25  # a factor by a step that was taken back
 DECAY = 0.95  # beta, of second moments and of factors made of gradients
-
-_OF_NO_DTYPE = (
-    "step",
-    "squares_step",
-    "factor",
-)  # of a state, which stay as they are when its parameter goes elsewhere
 EPSILON = 1e-8  # keeps the first-order update of a parameter without gradients at zero
 
 _PARTS = ("momentum_left", "momentum_core", "momentum_right")
-
-State = MutableMapping[str, Any]
-
-
-def newest(count: Any, decay: float) -> float:
-    """The weight of the newest of ``count`` values in a running mean that weighs all of them alike at first.
-
-    >>> [round(newest(count, decay=0.9), 3) for count in (1, 2, 1000)]
-    [1.0, 0.526, 0.1]
-    """
-    return (1.0 - decay) / (1.0 - decay ** int(count))
-
-
-def take_in(
-    groups: Iterable[Mapping[str, Any]], states: Mapping[Tensor, State], names: Mapping[Tensor, str]
-) -> tuple[dict[Tensor, Tensor], dict[Tensor, Tensor]]:
-    """The gradients, with weight decay, and their running means, in working precision."""
-    gradients: dict[Tensor, Tensor] = {}
-    momenta: dict[Tensor, Tensor] = {}
-    for group in groups:
-        parameters = [p for p in group["params"] if p.grad is not None and is_live(p)]
-        if not parameters:
-            continue
-        found = [parameter.grad.to(working_dtype(parameter)) for parameter in parameters]
-        if group["weight_decay"]:
-            decayed = [parameter.to(gradient) for parameter, gradient in zip(parameters, found, strict=True)]
-            found = [*torch._foreach_add(found, decayed, alpha=group["weight_decay"])]
-        own = [states[parameter] for parameter in parameters]
-        means = [_momentum(*each) for each in zip(own, map(names.__getitem__, parameters), found, strict=True)]
-        steps = [state["step"] for state in own]
-        torch._foreach_add_(steps, torch.ones((), device="cpu"))  # a number would be made a tensor for each
-        average(means, found, [newest(step, group["momentum"]) for step in steps])
-        gradients.update(zip(parameters, found, strict=True))
-        momenta.update(zip(parameters, means, strict=True))
-    return gradients, momenta
-
-
-def _momentum(state: State, name: str, gradient: Tensor) -> Tensor:
-    """The running mean of a parameter's gradients; its state follows where the parameter went (``model.to``)."""
-    momentum = state.get("momentum")
-    if momentum is None:
-        momentum = state["momentum"] = gradient.clone()
-        state.setdefault("step", torch.zeros((), dtype=torch.float32))
-    elif momentum.dtype != gradient.dtype or momentum.device != gradient.device:
-        for key, value in state.items():
-            state[key] = value if key in _OF_NO_DTYPE else value.to(gradient)
-        momentum = state["momentum"]
-    check_same_shape(name, "momentum", momentum.shape, gradient.shape)
-    return momentum
-
-
-def restore(groups: Iterable[Mapping[str, Any]], states: Mapping[Tensor, State], saved: Mapping[str, Any]) -> None:
-    """States as they were saved: torch has cast them to the parameter's precision, theirs may be finer."""
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    indices = [index for group in saved["param_groups"] for index in group["params"]]
-    for index, parameter in zip(indices, parameters, strict=True):
-        if "factor" in saved:  # of an earlier version, one for all
-            states[parameter].setdefault("factor", saved["factor"])
-        for key, value in saved["state"].get(index, {}).items():
-            if key != "factor":
-                place = value.device if key in _OF_NO_DTYPE else parameter.device
-                states[parameter][key] = value.to(place, copy=True)
 
 
 def first_order(state: State, gradient: Tensor, momentum: Tensor) -> Tensor:
@@ -146,7 +76,7 @@ def begin_anew(states: Iterable[State]) -> None:
             state["factor"] = min(1.0, state["factor"])
 
 
-def forget_squares(*states: State) -> None:
+def forget_squares(states: Iterable[State]) -> None:
     """Let go of what :func:`first_order` knows of parameters that move as a matrix now."""
     for state in states:
         state.pop("squares", None)
@@ -172,15 +102,6 @@ def observe(state: State, gradient: Tensor) -> None:
         if side not in state or state[side].shape != (groups, width, width):
             state[side] = gradient.new_zeros(groups, width, width)
         state[side].baddbmm_(turned, turned.mT, beta=1.0 - weight, alpha=weight)
-
-
-class Pair(NamedTuple):
-    """A matrix that is to move: its state with an eigenbasis, gradient, momentum, and the options of its group."""
-
-    state: State
-    gradient: Tensor
-    momentum: Tensor
-    options: Mapping[str, Any]
 
 
 def is_received(gradient: Tensor | None) -> bool:
@@ -245,32 +166,52 @@ def _go_over(pair: Pair, new: Basis) -> None:
         state["basis_step"] = state.get("basis_step", torch.zeros((), dtype=torch.float32)) + 1
 
 
-def turn(pairs: Sequence[Pair], power: float, length: str) -> list[Tensor]:
-    """The steps of some matrices, without lr, as long as ``length`` says ("noise" or "division")."""
+def changes(
+    pairs: Iterable[tuple[Block, Pair]], rates: Mapping[Tensor, float], power: float, length: str
+) -> dict[Tensor, Tensor]:
+    """What to add to the parameters of the matrices that have an eigenbasis: steps times -rate of each parameter."""
+    ready = [(block, pair) for block, pair in pairs if fits(pair.state, pair.gradient.shape)]
+    common = [rates[block.weight] if len({rates[p] for p in block.parameters}) == 1 else 1.0 for block, _ in ready]
+    found: dict[Tensor, Tensor] = {}
+    for (block, _), rate, change in zip(
+        ready, common, turn([pair for _, pair in ready], common, power, length), strict=True
+    ):
+        parts = block.parts(change)
+        if rate != rates[block.weight]:  # the bias is of another group
+            parts = {parameter: part * rates[parameter] for parameter, part in parts.items()}
+        found.update(parts)
+    return found
+
+
+def turn(pairs: Sequence[Pair], rates: Sequence[float], power: float, length: str) -> list[Tensor]:
+    """The changes of some matrices: steps as long as ``length`` says ("noise" or "division"), times -rate each."""
     if not pairs:
         return []
     if len({(pair.gradient.device, pair.gradient.dtype) for pair in pairs}) > 1:
-        return [step for pair in pairs for step in turn([pair], power, length)]
+        return [
+            change for pair, rate in zip(pairs, rates, strict=True) for change in turn([pair], [rate], power, length)
+        ]
     bases = [_basis(pair.state) for pair in pairs]
     turned = [_turned(basis, pair) for basis, pair in zip(bases, pairs, strict=True)]
     moments = [pair.state["moments"] for pair in pairs]
     squares = [basis.squares(gradient) for basis, (gradient, _) in zip(bases, turned, strict=True)]
     # what the moments began with counts as one observation
     average(moments, squares, [newest(int(pair.state["step"]) + 1, DECAY) for pair in pairs])
-    means = [basis.mean(moment) for basis, moment in zip(bases, moments, strict=True)]
-    tiny = torch.finfo(means[0].dtype).tiny
-    floors = torch.stack(torch._foreach_mul(means, [pair.options["damping"] for pair in pairs])).add_(tiny)
+    means = torch.stack([basis.mean(moment) for basis, moment in zip(bases, moments, strict=True)])
+    tiny = torch.finfo(means.dtype).tiny
+    floors = (means * means.new_tensor([pair.options["damping"] for pair in pairs])).add_(tiny)
     steps = [
         basis.precondition(momentum, moment, floor, power, _memory(basis, pair))
         for pair, basis, (_, momentum), moment, floor in zip(
             pairs, bases, turned, moments, floors.unbind(), strict=True
         )
     ]
-    if length == "division":
-        return steps
-    norms = torch.stack(torch._foreach_norm(steps)).add_(tiny).mul_(torch.stack(means).add_(tiny).sqrt_())
-    lengths = torch.stack(torch._foreach_norm([pair.momentum for pair in pairs])).div_(norms)
-    torch._foreach_mul_(steps, lengths.unbind())
+    scales = means.new_tensor(rates).neg_()
+    if length == "noise":
+        norms = torch.stack(torch._foreach_norm([*steps, *(pair.momentum for pair in pairs)]))
+        short, long = norms.view(2, -1)
+        scales.mul_(long).div_((short + tiny).mul_((means + tiny).sqrt_()))
+    torch._foreach_mul_(steps, scales.unbind())
     return steps
 
 
@@ -278,10 +219,12 @@ def _turned(basis: Basis, pair: Pair) -> tuple[Turned, Turned]:
     """Gradient and momentum, turned.
 
     Where both sides are wide, the parts of the momentum are kept, as they follow those of the gradient until the basis
-    changes: each product that is spared reads the whole matrix. A bias beside the weight has a momentum of its own.
+    changes: each product that is spared reads the whole matrix.
     """
-    if not basis.is_thin or pair.momentum.numel() != pair.state["momentum"].numel():
-        return basis.turn_both(pair.gradient, pair.momentum)
+    if pair.slot is not None:
+        return basis.turn_both(pair.slot.both)
+    if not basis.is_thin:
+        return basis.turn_both(torch.cat([pair.gradient, pair.momentum]))
     state, gradient = pair.state, basis.turn(pair.gradient)
     if all(part in state for part in _PARTS):
         parts = [state[part] for part in _PARTS]
@@ -304,84 +247,14 @@ def _memory(basis: Basis, pair: Pair) -> Tensor | None:
     return pair.state.pop("change").view_as(like)
 
 
-def move(groups: Iterable[Mapping[str, Any]], states: Mapping[Tensor, State], steps: Mapping[Tensor, Tensor]) -> None:
-    """Move parameters by their steps, lr times their factor long, and remember the changes, of this iteration alone."""
-    for group in groups:
-        moved = [parameter for parameter in group["params"] if parameter in steps]
-        for parameter in group["params"]:
-            states.get(parameter, {}).pop("change", None)
-        if moved:
-            changes = [steps[parameter] for parameter in moved]
-            torch._foreach_mul_(changes, [-group["lr"] * states[parameter].get("factor", 1.0) for parameter in moved])
-            torch._foreach_add_(moved, changes)
-            for parameter, change in zip(moved, changes, strict=True):
-                states[parameter]["change"] = change
-
-
-def adapt(
-    matrices: Iterable[Sequence[Tensor]],
-    gradients: Mapping[Tensor, Tensor],
-    states: Mapping[Tensor, State],
-    adaptation: float,
-) -> None:
-    """The factors of lr: up where the last changes went against the present gradients, down where along them.
-
-    Small tensors have cosines that leap, so the parts of a matrix, and all that is in none, have one in common.
-
-    Args:
-        matrices: the parameters of each.
-        gradients: of this iteration.
-        states: the last changes are there, and the factors.
-        adaptation: kappa.
-    """
-    groups = [*matrices]
-    inside = {*itertools.chain(*groups)}
-    groups.append([p for p in gradients if p not in inside])
-    groups = [[p for p in group if p in gradients] for group in groups]
-    found = cosines([[(gradients[p], states[p]["change"]) for p in group if "change" in states[p]] for group in groups])
-    for group, cosine in zip(groups, found, strict=True):
-        last = next((states[p]["factor"] for p in group if "factor" in states[p]), 1.0)
-        factor = min(FACTORS[1], max(FACTORS[0], last * math.exp(-adaptation * cosine)))
-        for parameter in group:
-            states[parameter]["factor"] = factor
-
-
-def shorten(states: Iterable[State]) -> None:
-    """The factors of lr after a step that was taken back."""
-    for state in states:
-        state["factor"] = max(FACTORS[0], state.get("factor", 1.0) * SHORTENED)
-
-
-def cosines(groups: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> list[float]:
-    """Of the angle between gradients and changes, for each group of such pairs; 0 where one of them is zero.
-
-    >>> along, across = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])
-    >>> cosines([[(along, along), (across, -across)], [(along, across)]])
-    [-0.28, 0.0]
-    """
-    pairs = [*itertools.chain(*groups)]
-    if not pairs:
-        return [0.0] * len(groups)
-    gradients, changes = ([*one] for one in zip(*pairs, strict=True))
-    products = [gradient.flatten() @ change.flatten() for gradient, change in pairs]
-    parts = [*products, *torch._foreach_norm(gradients), *torch._foreach_norm(changes)]
-    numbers = gathered(parts).tolist()
-    found, count, start = [], len(pairs), 0
-    for group in groups:
-        along, *sizes = (numbers[i : i + len(group)] for i in (start, start + count, start + 2 * count))
-        size = math.prod(math.hypot(*norms) for norms in sizes)
-        found.append(sum(along) / size if size > 0.0 else 0.0)
-        start += len(group)
-    return found
-
-
-def average(means: list[Tensor], values: list[Tensor], weights: Sequence[float]) -> None:
-    """Take new values, each of its weight, into running means."""
-    if len({*weights}) == 1:
-        torch._foreach_lerp_(means, values, weights[0])
-    else:
-        for mean, value, weight in zip(means, values, weights, strict=True):
-            mean.lerp_(value, weight)
+def move(changes: Mapping[Tensor, Tensor], states: Mapping[Tensor, State], trained: Iterable[Tensor]) -> None:
+    """Move parameters, and remember the changes, of this iteration alone."""
+    for parameter in trained:
+        states.get(parameter, {}).pop("change", None)
+    if changes:
+        torch._foreach_add_([*changes], [*changes.values()])
+    for parameter, change in changes.items():
+        states[parameter]["change"] = change
 
 
 def _basis(state: Mapping[str, Any]) -> Basis:

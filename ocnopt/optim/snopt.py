@@ -41,7 +41,7 @@ from ocnopt.checks import check_model
 from ocnopt.differential.kronecker import Collector, Samples, is_layer, release
 from ocnopt.errors import OcnoptError
 from ocnopt.neural.neural_ode import NeuralODE
-from ocnopt.optim import matrices
+from ocnopt.optim import factors, matrices
 from ocnopt.optim.checks import (
     Block,
     add_group,
@@ -63,6 +63,7 @@ from ocnopt.optim.checks import (
 )
 from ocnopt.optim.draw_checks import check_drawable, check_drawn, check_draws
 from ocnopt.optim.guard import Guard
+from ocnopt.optim.intake import Pair, Slot, restore, side_by_side, take_in
 from ocnopt.optim.ranks import Ranks, Shared, beside, unwrapped
 from ocnopt.optim.sampling import cotangents, gather, joined
 
@@ -92,8 +93,9 @@ class SNOpt(torch.optim.Optimizer):
         power: of the division by the second moments.
         adaptation: kappa of a factor f of lr for each matrix, f <- f exp(kappa c), with c in [-1, 1] the cosine of its
             negative gradient and its last step: lr grows while steps lead on in the direction of the last one, and
-            shrinks where they turn back. Parameters that are in no matrix share one. f stays within 0.01 and 5;
-            adaptation=0 keeps it, but for steps that are taken back.
+            shrinks where they turn back. Parameters that are in no matrix share one. f stays within 0.01 and 50, and
+            1 or f lr 0.05, if that is less, with the lr that a schedule began with, if that is more; adaptation=0
+            keeps f, but for steps that are taken back.
         length: "noise" makes the step l long, "division" leaves it as the division has it.
         reduction: "mean" or "sum": how the loss of a backward pass combines its samples, so that batches of different
             size weigh alike. Chunks of unequal size whose losses are sums over the size of the whole batch are "sum":
@@ -260,7 +262,7 @@ class SNOpt(torch.optim.Optimizer):
         check_recipe(options)
         before = {**self.__dict__}
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
-        matrices.restore(self.param_groups, self.state, state_dict)
+        restore(self.param_groups, self.state, state_dict)
         self.__dict__.update(options, _step_count=state_dict["step_count"], _guard=Guard(state_dict))
         try:
             self._find_blocks()
@@ -299,6 +301,7 @@ class SNOpt(torch.optim.Optimizer):
         self._collector = Collector(layers, timed & layers.keys(), mean=self.reduction == "mean")
         self._watched = [ode for ode in self._odes if not layers.keys().isdisjoint(ode.field.modules())]
         self._drawn = []
+        self._slots: dict[Tensor, Slot] = {}
         self._watch()
 
     def _is_refresh(self) -> bool:
@@ -324,25 +327,19 @@ class SNOpt(torch.optim.Optimizer):
         seen, drawn, self._drawn = self._collector.take(), self._drawn, []
         samples = joined(drawn) if drawn else seen
         groups = {parameter: group for group in self.param_groups for parameter in group["params"]}
-        gradients, momenta = matrices.take_in(self.param_groups, self.state, self._trained)
+        gradients, momenta = take_in(self.param_groups, self.state, self._trained)
+        pairs = side_by_side(self._blocks, gradients, momenta, self.state, groups, self._slots)
         if self.adaptation:
-            matrices.adapt([block.parameters for block in self._blocks], gradients, self.state, float(self.adaptation))
-        pairs: list[tuple[Block, matrices.Pair]] = []
-        for block in self._blocks:
-            if all(parameter in gradients for parameter in block.parameters):
-                state, group = self.state[block.weight], groups[block.weight]
-                pairs.append((block, matrices.Pair(state, block.matrix(gradients), block.matrix(momenta), group)))
+            found = {block.weight: pair for block, pair in pairs}
+            factors.adapt(self._blocks, found, gradients, self.state, groups, float(self.adaptation))
         self._learn(pairs, samples, ranks)
-        ready = [(block, pair) for block, pair in pairs if matrices.fits(pair.state, pair.gradient.shape)]
-        steps: dict[Tensor, Tensor] = {}
-        moves = matrices.turn([pair for _, pair in ready], float(self.power), self.length)
-        for (block, _), move in zip(ready, moves, strict=True):
-            steps.update(block.parts(move))
-            matrices.forget_squares(*map(self.state.__getitem__, block.parameters))
-        for parameter, gradient in gradients.items():
-            if parameter not in steps:
-                steps[parameter] = matrices.first_order(self.state[parameter], gradient, momenta[parameter])
-        matrices.move(self.param_groups, self.state, steps)
+        rates = {p: float(groups[p]["lr"]) * self.state[p].get("factor", 1.0) for p in gradients}
+        changes = matrices.changes(pairs, rates, float(self.power), self.length)
+        matrices.forget_squares(map(self.state.__getitem__, changes))
+        for parameter in [parameter for parameter in gradients if parameter not in changes]:
+            step = matrices.first_order(self.state[parameter], gradients[parameter], momenta[parameter])
+            changes[parameter] = step.mul_(-rates[parameter])
+        matrices.move(changes, self.state, self._trained)
 
     def _takes_back(self, spent: int, norm: float) -> bool:
         """Undo the last step, and shorten those that follow, if the guard objects to it."""
@@ -354,7 +351,7 @@ class SNOpt(torch.optim.Optimizer):
         for parameter, change in changed:
             parameter.sub_(change)
             del self.state[parameter]["change"]
-        matrices.shorten(self.state.values())
+        factors.shorten(self.state.values())
         self._drawn = []
         if "explosion" not in self._unseen:
             self._unseen.add("explosion")
@@ -366,7 +363,7 @@ class SNOpt(torch.optim.Optimizer):
 
     def _learn(
         self,
-        pairs: Sequence[tuple[Block, matrices.Pair]],
+        pairs: Sequence[tuple[Block, Pair]],
         samples: Mapping[nn.Module, Samples],
         ranks: Ranks | None,
     ) -> None:

@@ -143,7 +143,7 @@ def test_autocast_does_not_reach_the_factors(place):
 
 def test_a_bias_that_comes_late_or_misses_a_gradient_shares_the_factor_of_its_weight():
     layer, x = nn.Linear(3, 2), torch.randn(7, 3)
-    optimizer = SNOpt(layer, 0.05)
+    optimizer = SNOpt(layer, 0.005)
     for i in range(9):
         layer.bias.requires_grad_(i > 3)
         backward(layer, x)
@@ -156,7 +156,7 @@ def test_a_bias_that_comes_late_or_misses_a_gradient_shares_the_factor_of_its_we
 
 def test_a_change_of_precision_keeps_the_factors():
     layer, x = nn.Linear(3, 2), torch.randn(7, 3)
-    optimizer = SNOpt(layer, 0.05)
+    optimizer = SNOpt(layer, 0.005)
     for _ in range(4):
         backward(layer, x)
         optimizer.step()
