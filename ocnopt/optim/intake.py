@@ -90,7 +90,7 @@ def restore(groups: Iterable[Mapping[str, Any]], states: Mapping[Tensor, State],
 
 
 class Pair(NamedTuple):
-    """A matrix that is to move: its state with an eigenbasis, gradient, momentum, options of its group, and its slot."""
+    """A matrix that is to move: its state with an eigenbasis, gradient, momentum, options of its group, and slot."""
 
     state: State
     gradient: Tensor
