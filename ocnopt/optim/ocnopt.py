@@ -21,15 +21,8 @@ from ocnopt.checks import check_choice, check_model, check_number, check_options
 from ocnopt.differential.kronecker import Layer, is_gone, is_layer, release
 from ocnopt.neural.players import Plan, Player, plan, signature
 from ocnopt.neural.tape import Recorder, Tape
-from ocnopt.optim.checks import (
-    add_group,
-    check_gradients,
-    check_groups,
-    check_not_parallel,
-    check_one_process,
-    names_of,
-    read_groups,
-)
+from ocnopt.optim.blocks import names_of
+from ocnopt.optim.checks import check_not_parallel, check_one_process
 from ocnopt.optim.game import FORMS, GAMES, LOSSES, Game, Rules, Terminal, Turn, ends, gathered, play, uncast, unscale
 from ocnopt.optim.game_checks import (
     check_game,
@@ -39,6 +32,8 @@ from ocnopt.optim.game_checks import (
     check_shapes,
     check_tapes,
 )
+from ocnopt.optim.gradient_checks import check_gradients
+from ocnopt.optim.group_checks import add_group, check_groups, read_groups
 from ocnopt.optim.metrics import BASES, SHARED, Block, restore
 from ocnopt.optim.notes import Notes
 from ocnopt.optim.received import Received, factor

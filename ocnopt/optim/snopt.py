@@ -42,29 +42,16 @@ from ocnopt.differential.kronecker import Collector, Samples, is_layer, release
 from ocnopt.errors import OcnoptError
 from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.optim import matrices
-from ocnopt.optim.checks import (
-    Block,
-    add_group,
-    check_dense,
-    check_fields,
-    check_gradients,
-    check_groups,
-    check_recipe,
-    check_state,
-    find_blocks,
-    is_distributed,
-    is_live,
-    names_of,
-    read_groups,
-    warn_explosion,
-    warn_first_order,
-    warn_new_strangers,
-    warn_unseen,
-)
+from ocnopt.optim.blocks import Block, find_blocks, is_live, names_of
+from ocnopt.optim.checks import check_fields, check_recipe, is_distributed
 from ocnopt.optim.draw_checks import check_drawable, check_drawn, check_draws
+from ocnopt.optim.gradient_checks import check_dense, check_gradients
+from ocnopt.optim.group_checks import add_group, check_groups, read_groups
 from ocnopt.optim.guard import Guard
+from ocnopt.optim.notices import warn_explosion, warn_first_order, warn_new_strangers, warn_unseen
 from ocnopt.optim.ranks import Ranks, Shared, beside, unwrapped
 from ocnopt.optim.sampling import cotangents, gather, joined
+from ocnopt.optim.state_checks import check_state
 
 FIRST_GAPS = (1, 3, 5)  # further refreshes at the start, where the curvature changes fastest
 
