@@ -46,7 +46,7 @@ from ocnopt.optim.blocks import Block, find_blocks, is_live, names_of
 from ocnopt.optim.checks import check_fields, check_recipe, is_distributed
 from ocnopt.optim.draw_checks import check_drawable, check_drawn, check_draws
 from ocnopt.optim.gradient_checks import check_dense, check_gradients
-from ocnopt.optim.group_checks import add_group, check_groups, read_groups
+from ocnopt.optim.group_checks import add_group, check_groups, check_options_now, read_groups
 from ocnopt.optim.guard import Guard
 from ocnopt.optim.notices import warn_explosion, warn_first_order, warn_new_strangers, warn_unseen
 from ocnopt.optim.ranks import Ranks, Shared, beside, unwrapped
@@ -199,6 +199,7 @@ class SNOpt(torch.optim.Optimizer):
         if ranks is not None:
             compared = [parameter for _, parameter in live] if self._is_refresh() else []
             spent = ranks.agree([gradient for _, gradient in check_dense(live)], compared, self._plan(), spent, device)
+        check_options_now(self.param_groups)  # behind agree(): all ranks refuse them together
         norm = float(check_gradients(live, self._step_count).norm())
         if self._takes_back(spent, norm):
             return loss
