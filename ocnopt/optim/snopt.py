@@ -243,7 +243,7 @@ class SNOpt(torch.optim.Optimizer):
         Raises:
             ProblemError: the state is another optimiser's or model's, or an option in it is wrong.
         """
-        check_state(state_dict, self.param_groups, names_of(self._model))
+        check_state(state_dict, self.param_groups, names_of(self._model), self._blocks)
         options = {name: state_dict.get(name, getattr(self, name)) for name in _OPTIONS}
         check_recipe(options)
         before = {**self.__dict__}
