@@ -235,6 +235,17 @@ def check_not_mapped(tensors: Iterable[Tensor]) -> None:
             inner = torch._C._functorch.get_unwrapped(inner)
 
 
+def check_event_as_it_is(tensors: Iterable[Tensor] = ()) -> None:
+    """Refuse to look for an event within a transformation of torch.func, and to lose the tangents of tensors."""
+    has_tangent = any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+    if has_tangent or torch._C._functorch.peek_interpreter_stack() is not None:
+        raise ProblemError(
+            "torch.func (jvp, jacfwd, grad, vmap) or forward mode met NeuralODE.until(), which looks for the time of "
+            "its event by iterations and knows the derivatives of reverse mode alone; expected plain tensors: "
+            "torch.autograd.grad or backward(), states one by one"
+        )
+
+
 def check_not_looked_into(method: str) -> None:
     """Refuse what torch.func, or forward mode without gradients, would make of the iterations within a step."""
     is_lost = in_forward_mode() and not torch.is_grad_enabled()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ocnopt.integrate.events import Met, Watch
+from ocnopt.neural.checks import check_event_as_it_is
 from ocnopt.neural.second import ONCE, Last
 
 
@@ -31,4 +32,6 @@ def meet(watch: Watch, met: Met, x: Tensor) -> tuple[Tensor, Tensor]:
     With x differentiable at a fixed time: dt = -(g_x dx + dg) / (g_t + g_x F), dx_event = dx + F dt, dg the change of g
     by what it depends on besides.
     """
-    return _Meeting.apply(watch.value(met.time, x), x, met)
+    g = watch.value(met.time, x)
+    check_event_as_it_is((g, x))
+    return _Meeting.apply(g, x, met)

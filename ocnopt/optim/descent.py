@@ -10,7 +10,9 @@ from torch import Tensor
 
 from ocnopt.checks import check_choice, check_number, is_number, listed
 from ocnopt.errors import NonFiniteError, ProblemError
-from ocnopt.optim.checks import check_dense, check_gradients, check_option_names, check_same_shape, not_finite, sizes
+from ocnopt.optim.checks import check_same_shape
+from ocnopt.optim.gradient_checks import check_dense, check_gradients, not_finite, sizes
+from ocnopt.optim.group_checks import check_option_names
 from ocnopt.optim.manifolds import DRIFT, check_on_manifold, drifts, put_onto
 
 

@@ -19,8 +19,8 @@ from typing import Any, ClassVar
 import torch
 from torch.optim.optimizer import ParamsT
 
-from ocnopt.optim.checks import sizes
 from ocnopt.optim.descent import FRACTION, NOT_NEGATIVE, Change, GradientDescent, Moved, Tensors, state_of
+from ocnopt.optim.gradient_checks import sizes
 
 
 class Conformal(GradientDescent):

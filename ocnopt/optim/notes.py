@@ -7,9 +7,9 @@ from torch import nn
 
 from ocnopt.checks import listed
 from ocnopt.neural.tape import Tape
-from ocnopt.optim.checks import strangers, warn_strangers
 from ocnopt.optim.game import Game, Rules, Turn
 from ocnopt.optim.metrics import Block
+from ocnopt.optim.notices import strangers, warn_strangers
 
 # From so many samples on a step takes more than ten times as long as a plain one, where the players' matrices of them
 # hold more than ten times the numbers that a plain step multiplies for a sample (measured on one core).

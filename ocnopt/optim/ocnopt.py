@@ -17,19 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ocnopt.checks import check_choice, check_model, check_number, check_options
+from ocnopt.checks import check_choice, check_model, check_number
 from ocnopt.differential.kronecker import Layer, is_gone, is_layer, release
 from ocnopt.neural.players import Plan, Player, plan, signature
 from ocnopt.neural.tape import Recorder, Tape
-from ocnopt.optim.checks import (
-    add_group,
-    check_gradients,
-    check_groups,
-    check_not_parallel,
-    check_one_process,
-    names_of,
-    read_groups,
-)
+from ocnopt.optim.blocks import names_of
+from ocnopt.optim.checks import check_not_parallel, check_one_process
 from ocnopt.optim.game import FORMS, GAMES, LOSSES, Game, Rules, Terminal, Turn, ends, gathered, play, uncast, unscale
 from ocnopt.optim.game_checks import (
     check_game,
@@ -39,6 +32,8 @@ from ocnopt.optim.game_checks import (
     check_shapes,
     check_tapes,
 )
+from ocnopt.optim.gradient_checks import check_gradients
+from ocnopt.optim.group_checks import add_group, check_groups, check_options_now, read_groups
 from ocnopt.optim.metrics import BASES, SHARED, Block, restore
 from ocnopt.optim.notes import Notes
 from ocnopt.optim.received import Received, factor
@@ -165,7 +160,6 @@ class OCNOpt(torch.optim.Optimizer):
         self._layers: dict[int, Layer] = {}
         self._plans: dict[object, Plan] = {}
         self._notes, self._received, self._is_new = Notes(), Received(), True
-        self._checked: list[Any] = []
         self._handles: list[RemovableHandle] = []
         weakref.finalize(self, release, self._handles)
         if self._feedback or self._curvature == "kronecker":
@@ -225,11 +219,7 @@ class OCNOpt(torch.optim.Optimizer):
                 state, or the passes before this step took different ways through the model.
         """
         check_one_process()
-        options = [group[name] for group in self.param_groups for name in _OPTIONS]
-        if options != self._checked:
-            for group in self.param_groups:
-                check_options(group)
-            self._checked = options
+        check_options_now(self.param_groups)
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ocnopt.differential.kronecker import Samples
 from ocnopt.errors import NonFiniteError, ProblemError
 from ocnopt.optim.bases import kept
-from ocnopt.optim.checks import sizes
+from ocnopt.optim.gradient_checks import sizes
 
 ROUNDING = 1e-5  # how far, relative to them, norms of what should be equal may lie apart
 _ALONE = (

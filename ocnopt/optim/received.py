@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ocnopt.differential.kronecker import present_pass
 from ocnopt.differential.layers import Gradients, Scaled
-from ocnopt.optim.checks import sizes
+from ocnopt.optim.gradient_checks import sizes
 
 # How far, relative to its size, a gradient may be from a multiple of another: what was cut off counts as noise.
 _SLACK = 1e-2

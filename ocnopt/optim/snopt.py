@@ -41,31 +41,18 @@ from ocnopt.checks import check_model
 from ocnopt.differential.kronecker import Collector, Samples, is_layer, release
 from ocnopt.errors import OcnoptError
 from ocnopt.neural.neural_ode import NeuralODE
-from ocnopt.optim import factors, matrices
-from ocnopt.optim.checks import (
-    Block,
-    add_group,
-    check_dense,
-    check_fields,
-    check_gradients,
-    check_groups,
-    check_recipe,
-    check_state,
-    find_blocks,
-    is_distributed,
-    is_live,
-    names_of,
-    read_groups,
-    warn_explosion,
-    warn_first_order,
-    warn_new_strangers,
-    warn_unseen,
-)
+from ocnopt.optim import lengths, matrices
+from ocnopt.optim.blocks import Block, find_blocks, is_live, names_of
+from ocnopt.optim.checks import check_fields, check_recipe, is_distributed
 from ocnopt.optim.draw_checks import check_drawable, check_drawn, check_draws
-from ocnopt.optim.guard import Guard
-from ocnopt.optim.intake import Pair, Slot, restore, side_by_side, take_in
+from ocnopt.optim.gradient_checks import check_dense, check_gradients
+from ocnopt.optim.group_checks import add_group, check_groups, check_options_now, read_groups
+from ocnopt.optim.lengths import Guard
+from ocnopt.optim.matrices import Pair, Slot, restore, side_by_side, take_in
+from ocnopt.optim.notices import warn_explosion, warn_first_order, warn_new_strangers, warn_unseen
 from ocnopt.optim.ranks import Ranks, Shared, beside, unwrapped
 from ocnopt.optim.sampling import cotangents, gather, joined
+from ocnopt.optim.state_checks import check_state
 
 FIRST_GAPS = (1, 3, 5)  # further refreshes at the start, where the curvature changes fastest
 
@@ -199,7 +186,8 @@ class SNOpt(torch.optim.Optimizer):
 
         Raises:
             NonFiniteError: a gradient is NaN or infinite; parameters and state are those before the step.
-            ProblemError: a gradient is sparse, or the processes are not about to take the same step.
+            ProblemError: a gradient is sparse, an option of a group is out of range by now, or the processes are not
+                about to take the same step.
         """
         with torch.enable_grad():
             loss = None if closure is None else closure()
@@ -214,6 +202,7 @@ class SNOpt(torch.optim.Optimizer):
         if ranks is not None:
             compared = [parameter for _, parameter in live] if self._is_refresh() else []
             spent = ranks.agree([gradient for _, gradient in check_dense(live)], compared, self._plan(), spent, device)
+        check_options_now(self.param_groups)  # behind agree(): all ranks refuse them together
         norm = float(check_gradients(live, self._step_count).norm())
         if self._takes_back(spent, norm):
             return loss
@@ -257,7 +246,7 @@ class SNOpt(torch.optim.Optimizer):
         Raises:
             ProblemError: the state is another optimiser's or model's, or an option in it is wrong.
         """
-        check_state(state_dict, self.param_groups, names_of(self._model))
+        check_state(state_dict, self.param_groups, names_of(self._model), self._blocks)
         options = {name: state_dict.get(name, getattr(self, name)) for name in _OPTIONS}
         check_recipe(options)
         before = {**self.__dict__}
@@ -330,8 +319,8 @@ class SNOpt(torch.optim.Optimizer):
         gradients, momenta = take_in(self.param_groups, self.state, self._trained)
         pairs = side_by_side(self._blocks, gradients, momenta, self.state, groups, self._slots)
         if self.adaptation:
-            found = {block.weight: pair for block, pair in pairs}
-            factors.adapt(self._blocks, found, gradients, self.state, groups, float(self.adaptation))
+            found: dict[Tensor, Pair] = {block.weight: pair for block, pair in pairs}
+            lengths.adapt(self._blocks, found, gradients, self.state, groups, float(self.adaptation))
         self._learn(pairs, samples, ranks)
         rates = {p: float(groups[p]["lr"]) * self.state[p].get("factor", 1.0) for p in gradients}
         changes = matrices.changes(pairs, rates, float(self.power), self.length)
@@ -351,7 +340,7 @@ class SNOpt(torch.optim.Optimizer):
         for parameter, change in changed:
             parameter.sub_(change)
             del self.state[parameter]["change"]
-        factors.shorten(self.state.values())
+        lengths.shorten(self.state.values())
         self._drawn = []
         if "explosion" not in self._unseen:
             self._unseen.add("explosion")

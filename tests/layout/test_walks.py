@@ -1,8 +1,9 @@
 """The walks that the layout must keep short: one solve, one training step, one Hessian.
 
-At most nine files each (checks, SNOpt's guard, the reading of a start, of bounds and of names, errors and tableaus
-aside), and no two files that call each other both ways. How the lowered kernel is built is left out: it happens once,
-before anything is iterated, and hands the problem's step down to the tracer, which calls it back by design.
+At most nine files each (checks and warnings, SNOpt's lengths of steps and its list of matrices, the reading of a start,
+of bounds and of names, errors and tableaus aside), and no two files that call each other both ways. How the lowered
+kernel is built is left out: it happens once, before anything is iterated, and hands the problem's step down to the
+tracer, which calls it back by design.
 """
 
 import pytest
@@ -25,8 +26,13 @@ ASIDE = (
     "ocnopt/neural/checks.py",
     "ocnopt/optim/checks.py",
     "ocnopt/optim/draw_checks.py",
+    "ocnopt/optim/gradient_checks.py",
+    "ocnopt/optim/group_checks.py",
+    "ocnopt/optim/state_checks.py",
+    "ocnopt/optim/notices.py",
+    "ocnopt/optim/blocks.py",  # which matrices there are: found as training begins, not in a step
     "ocnopt/optim/bases.py",  # the algebra of a matrix, as torch.linalg is
-    "ocnopt/optim/guard.py",
+    "ocnopt/optim/lengths.py",  # a guard, and one number for each matrix
     "ocnopt/errors.py",
     "ocnopt/integrate/tableaus.py",
 )

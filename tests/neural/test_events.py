@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from ocnopt.errors import ConvergenceError, NonFiniteError, OcnoptError, ProblemError
 from ocnopt.neural.neural_ode import NeuralODE
@@ -187,6 +188,39 @@ def test_wrong_events_are_named():
     pytest.importorskip("torchdiffeq")
     with pytest.raises(ProblemError, match="until.. met method='heun3' of torchdiffeq; expected one of"):
         NeuralODE(Fall(), method="heun3").until(height, x)
+
+
+@pytest.mark.parametrize("adjoint", ["discrete", "continuous", "backprop"])
+def test_transformations_are_refused(adjoint):
+    ode, x = NeuralODE(Fall(), horizon=5.0, adjoint=adjoint), torch.tensor([10.0, 0.0], dtype=torch.float64)
+    refused = r"met NeuralODE.until\(\), .* expected plain tensors: torch.autograd.grad or backward\(\)"
+
+    class Time(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ode = ode
+
+        def forward(self, x, event=height):
+            return self.ode.until(event, x)[0]
+
+    time = Time()
+    for transformed in (lambda x: torch.func.jvp(time, (x,), (x,)), torch.func.grad(time), torch.func.jacfwd(time)):
+        with pytest.raises(ProblemError, match=refused):
+            transformed(x)
+    with pytest.raises(ProblemError, match=refused):
+        torch.func.vmap(time)(torch.stack([x, x]))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        moved = {"ode.field.g": forward_ad.make_dual(ode.field.g, x[0])}
+        for is_enabled in (True, False):
+            with torch.set_grad_enabled(is_enabled):
+                with pytest.raises(ProblemError, match=refused):
+                    time(dual)
+                with pytest.raises(ProblemError, match=refused):
+                    torch.func.functional_call(time, moved, (x,))
+                with pytest.raises(ProblemError, match=refused):
+                    time(x, lambda t, x: x[0] - 0.1 * dual[0])
+                assert time(x).item() == pytest.approx(math.sqrt(20 / G))  # without tangents it goes on
 
 
 def test_a_second_derivative_is_refused():

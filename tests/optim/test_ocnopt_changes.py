@@ -331,7 +331,7 @@ def test_a_learning_rate_set_later(lr, feedback):
     optimizer, before = OCNOpt(model, 0.1, feedback=feedback), copy.deepcopy(model)
     cross_entropy(model(x), y).backward()
     optimizer.param_groups[0]["lr"] = lr
-    with pytest.raises(ProblemError, match="lr is .*; expected a number >= 0"):
+    with pytest.raises(ProblemError, match=r"lr is .*; expected a number >= 0, in param_groups\[0\], where it was"):
         optimizer.step()
     assert same(model, before)
 

@@ -57,6 +57,17 @@ def step(optimizer, model, *args):
     return value.item()
 
 
+def test_a_learning_rate_as_a_tensor():
+    x, ends = torch.randn(4, 1, 6, 6), []
+    for rate in (0.05, torch.tensor(0.05)):
+        model = new()
+        optimizer = OCNOpt(model, 0.1, terminal="squares")
+        optimizer.param_groups[0]["lr"] = rate
+        step(optimizer, model, x)
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*ends)
+
+
 def net():
     return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
 

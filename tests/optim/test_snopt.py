@@ -283,7 +283,8 @@ def test_weights_shared_by_modules_get_the_first_order_update():
 
 
 def test_very_wide_layers_get_the_first_order_update(monkeypatch):
-    monkeypatch.setattr("ocnopt.optim.checks.MOST_OUTPUTS", 3)
+    for module in ("blocks", "notices"):
+        monkeypatch.setattr(f"ocnopt.optim.{module}.MOST_OUTPUTS", 3)
     model = nn.Sequential(nn.Linear(3, 4), nn.Conv1d(4, 6, 1, groups=2))
     with pytest.warns(UserWarning, match=r"more than 3 outputs, and get the first-order update: '0.weight'$"):
         gathering(model, 0.01)

@@ -103,6 +103,54 @@ def test_wrong_arguments(options, message):
         SNOpt(layer, **{"lr": 0.01, **options})
 
 
+@pytest.mark.parametrize("group", [0, 1])
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("lr", math.nan, "lr is nan; expected a number >= 0"),
+        ("lr", math.inf, "lr is inf; expected a number >= 0"),
+        ("lr", -0.1, "lr is -0.1; expected a number >= 0"),
+        ("lr", "0.1", "lr is '0.1'; expected a number >= 0"),
+        ("lr", None, "lr is None; expected a number >= 0"),
+        ("lr", torch.tensor(math.nan), "lr is nan; expected a number >= 0"),
+        ("lr", torch.tensor([0.1, 0.1]), "lr is tensor([0.1000, 0.1000]"),
+        ("momentum", 1.5, "momentum is 1.5; expected a number in [0, 1)"),
+        ("weight_decay", True, "weight_decay is True; expected a number >= 0"),
+        ("damping", math.nan, "damping is nan; expected a number >= 0"),
+    ],
+)
+def test_an_option_written_later_changes_nothing(group, option, value, message):
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(4, 3)
+    optimizer = SNOpt(model, param_groups=[{"params": layer.parameters()} for layer in (model[0], model[2])])
+    backward(model, x)
+    optimizer.step()
+    right = optimizer.param_groups[group][option]
+    before, state = copy.deepcopy(model.state_dict()), str(optimizer.state_dict())
+    optimizer.param_groups[group][option] = value
+    message = f"{re.escape(message)}.*, in param_groups.{group}., .* Parameters are as before this step: write another"
+    with pytest.raises(ProblemError, match=message):
+        optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    optimizer.param_groups[group][option] = right
+    assert str(optimizer.state_dict()) == state
+    optimizer.step()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("values", [{"lr": torch.tensor(0.02)}, {"lr": 2, "weight_decay": 1.5, "damping": 3}])
+def test_other_numbers_written_later_are_taken(values):
+    ends = []
+    for read in (lambda value: value, float):
+        torch.manual_seed(0)
+        model, x = nn.Linear(3, 2), torch.randn(4, 3)
+        optimizer = SNOpt(model)
+        optimizer.param_groups[0].update({name: read(value) for name, value in values.items()})
+        backward(model, x)
+        optimizer.step()
+        ends.append(model.weight.detach().clone())
+    torch.testing.assert_close(*ends, rtol=1e-6, atol=0)
+
+
 def test_wrong_models():
     with pytest.raises(ProblemError, match=r"model is generator; expected the nn.Module that is trained"):
         SNOpt(nn.Linear(3, 2).parameters(), 0.01)

@@ -1,7 +1,6 @@
 """SNOpt's rule: its steps in closed form, lr, which matrices it turns, steps that it takes back."""
 
 import copy
-import math
 import warnings
 
 import pytest
@@ -61,42 +60,6 @@ def test_first_steps_of_a_linear_layer(curvature, power):
         optimizer.step()
         found = torch.cat([layer.weight, layer.bias[:, None]], 1).detach()
         torch.testing.assert_close(found, W, rtol=1e-6, atol=1e-8)
-
-
-def test_lr_of_each_matrix_follows_the_angle_between_its_gradient_and_its_last_step():
-    model, x = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(7, 3)
-    optimizer = SNOpt(model, 0.005, adaptation=0.4)
-    groups = [[*part.parameters()] for part in (model[0], model[1], model[3])]  # the norm's are in no matrix
-    expected, last = [1.0] * 3, None
-    for _ in range(6):
-        backward(model, x)
-        before = [torch.cat([p.detach().flatten() for p in group]) for group in groups]
-        for i, group in enumerate(groups if last else ()):
-            gradient = torch.cat([p.grad.flatten() for p in group])
-            expected[i] *= math.exp(-0.4 * float(gradient @ last[i] / (gradient.norm() * last[i].norm())))
-        optimizer.step()
-        after = [torch.cat([p.detach().flatten() for p in group]) for group in groups]
-        last = [one - other for one, other in zip(after, before, strict=True)]
-        found = [*optimizer.factors.values()]
-        assert found == pytest.approx([factor for factor in expected for _ in range(2)], rel=1e-9)
-    assert [*optimizer.factors] == [name for name, _ in model.named_parameters()]
-    for _ in range(60):  # opposite gradients: never below the least factor
-        for p in model.parameters():
-            p.grad = optimizer.state[p]["change"].clone()
-        optimizer.step()
-    assert {*optimizer.factors.values()} == {FACTORS[0]}
-
-
-def test_the_one_factor_of_an_earlier_state_is_that_of_each_parameter():
-    layer, x = nn.Linear(3, 2), torch.randn(7, 3)
-    optimizer, other = SNOpt(layer), SNOpt(layer)
-    backward(layer, x)
-    optimizer.step()
-    state = copy.deepcopy(optimizer.state_dict())
-    for entry in state["state"].values():
-        del entry["factor"]
-    other.load_state_dict({**state, "factor": 0.02})
-    assert other.factors == {"weight": 0.02, "bias": 0.02}
 
 
 def test_a_step_is_as_long_as_lr_says_where_gradients_agree():
@@ -378,34 +341,3 @@ def test_a_basis_of_other_groups_is_made_anew():
         backward(other, torch.randn(5, 2, 7))
         second.step()
     assert second.state[other.weight]["input_vectors"].shape == (1, 7, 7)
-
-
-@pytest.mark.parametrize(
-    ("options", "most"),
-    [({"lr": 0.0001}, 50.0), ({"lr": 0.01}, 5.0), ({"lr": 0.2}, 1.0), ({"lr": 0.001, "initial_lr": 0.02}, 2.5)],
-    ids=str,
-)
-def test_a_factor_rises_until_lr_is_long_or_it_is_large(options, most):
-    layer, x = nn.Linear(3, 2), torch.randn(7, 3)
-    optimizer = SNOpt(layer)
-    optimizer.param_groups[0].update(options)
-    backward(layer, x)
-    optimizer.step()
-    for _ in range(20):  # gradients that ask for more of the last step
-        for p in layer.parameters():
-            p.grad = -optimizer.state[p]["change"]
-        optimizer.step()
-    assert optimizer.factors == {"weight": pytest.approx(most), "bias": pytest.approx(most)}
-
-
-def test_a_bias_moves_by_the_lr_of_its_own_group():
-    layer, x = nn.Linear(3, 2), torch.randn(7, 3)
-    together, apart = copy.deepcopy(layer), copy.deepcopy(layer)
-    groups = [{"params": [apart.weight], "lr": 0.0}, {"params": [apart.bias], "lr": 0.03}]
-    optimizers = SNOpt(together, 0.01), SNOpt(apart, param_groups=groups)
-    before = layer.weight.clone(), layer.bias.clone()
-    for model, optimizer in zip((together, apart), optimizers, strict=True):
-        backward(model, x)
-        optimizer.step()
-    assert torch.equal(apart.weight, before[0])
-    torch.testing.assert_close(apart.bias - before[1], 3.0 * (together.bias - before[1]))

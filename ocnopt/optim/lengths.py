@@ -1,24 +1,29 @@
-"""The factors of lr: each matrix has one, and all parameters that are in none have one in common.
+"""How long steps are, judged by the gradients that come after them: factors of lr, and a guard.
 
-A factor rises where the last change went against the present gradient, and falls where it went along: with small
-tensors the cosines would leap, so that the parts of a matrix count together.
+Each matrix has a factor, and all parameters that are in none have one in common. It rises where the last change went
+against the present gradient, and falls where it went along: with small tensors the cosines would leap, so that the
+parts of a matrix count together. The guard takes back steps that were far too long.
 """
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ocnopt.optim.checks import FACTORS, Block, gathered
-from ocnopt.optim.intake import Pair
+from ocnopt.optim.blocks import Block
+from ocnopt.optim.checks import FACTORS
+from ocnopt.optim.gradient_checks import gathered
+from ocnopt.optim.matrices import Pair, State
 
 SHORTENED = 0.25  # a factor by a step that was taken back
 LONGEST = 0.05  # of lr times a factor above 1: where gradients agree, the root mean square change of an entry
-
-State = MutableMapping[str, Any]
+RECENT = 50  # iterations that count as usual
+EVALUATIONS = 3  # times the most evaluations that are usual
+GRADIENT = 10  # times the largest gradient that is usual
+SETTLED = 5  # iterations before evaluations are judged: they rise as a field leaves its first weights
 
 
 def adapt(
@@ -43,7 +48,7 @@ def adapt(
     members: list[list[Tensor]] = []
     compared: list[list[tuple[Tensor, Tensor]]] = []
     for block in blocks:
-        found = [p for p in block.parameters if loose.pop(p, None) is not None]
+        found: list[Tensor] = [p for p in block.parameters if loose.pop(p, None) is not None]
         members.append(found)
         compared.append(_compared(block, pairs.get(block.weight), found, gradients, states))
     members.append([*loose])
@@ -70,8 +75,8 @@ def _compared(
     # a state that was loaded holds copies of the parts; sums over them, and over the matrix of them, round alike
     if pair is None or len(changes) < len(block.parameters):
         return [(gradients[p], change.contiguous()) for p, change in changes.items()]
-    whole = changes[block.weight]._base if block.bias is not None else None
-    is_whole = whole is not None and whole is changes[block.bias]._base and whole.shape == pair.gradient.shape
+    (whole, *others) = {id(change._base): change._base for change in changes.values()}.values()
+    is_whole = whole is not None and not others and whole.shape == pair.gradient.shape
     return [(pair.gradient, whole if is_whole else block.matrix(changes))]
 
 
@@ -107,3 +112,49 @@ def cosines(groups: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> list[float]:
         found.append(sum(along) / size if size > 0.0 else 0.0)
         start += len(group)
     return found
+
+
+class Guard:
+    """What the last iterations took.
+
+    Attributes:
+        spent: evaluations of the fields in each.
+        norms: of all gradients together in each.
+    """
+
+    def __init__(self, saved: Mapping[str, Any] | None = None) -> None:
+        self.spent: list[int] = [*(saved or {}).get("spent", ())]
+        self.norms: list[float] = [*(saved or {}).get("norms", ())]
+
+    def state(self) -> dict[str, Any]:
+        """Plain numbers to go on from."""
+        return {"spent": [*self.spent], "norms": [*self.norms]}
+
+    def forget_gradients(self) -> None:
+        """Begin anew with what is usual of gradients."""
+        self.norms.clear()
+
+    def judge(self, spent: int, norm: float, changed: Sequence[tuple[Tensor, Tensor]]) -> str | None:
+        """What the last step raised too much; None takes the iteration in as a usual one.
+
+        A loss that jumps shows in its gradient, which is at hand without a closure. One that is large because its batch
+        is hard points uphill along the last step as often as not.
+
+        Args:
+            spent: evaluations of the fields.
+            norm: of all gradients together.
+            changed: the parameters that the last step moved, and how; empty if there is none to take back.
+        """
+        most, largest = max(self.spent, default=0), max(self.norms, default=0.0)
+        if changed and len(self.spent) >= SETTLED and spent > EVALUATIONS * most:
+            return f"the evaluations of the field from at most {most} to {spent}"
+        if changed and 0.0 < GRADIENT * largest < norm and _is_uphill(changed):
+            return f"the norm of the gradient, uphill along that step, from at most {largest:.3g} to {norm:.3g}"
+        self.spent, self.norms = [*self.spent[1 - RECENT :], spent], [*self.norms[1 - RECENT :], norm]
+        return None
+
+
+def _is_uphill(changed: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    """Whether the present gradients point along the changes."""
+    pairs = [(parameter.grad.to(change), change) for parameter, change in changed if parameter.grad is not None]
+    return bool(pairs) and cosines([pairs])[0] > 0.0

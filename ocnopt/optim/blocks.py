@@ -1,0 +1,90 @@
+"""The matrices among a model's parameters, which SNOpt preconditions."""
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from typing import NamedTuple, TypeGuard
+
+from torch import Tensor, nn
+
+from ocnopt.differential.kronecker import as_matrix, is_layer
+from ocnopt.optim.bases import MOST_OUTPUTS, is_wide
+
+
+class Block(NamedTuple):
+    """Live parameters that move as one matrix ``(groups, b, a)``: a weight, with its layer's bias as last column."""
+
+    name: str
+    layer: nn.Module
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    groups: int
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """Weight, and bias where it is live."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Groups, b and a."""
+        rows = len(self.weight) // self.groups
+        return self.groups, rows, self.weight.numel() // len(self.weight) + (self.bias is not None)
+
+    def matrix(self, of: Mapping[Tensor, Tensor]) -> Tensor:
+        """What belongs to the parameters, as one matrix."""
+        return as_matrix(of[self.weight], None if self.bias is None else of[self.bias], self.groups)
+
+    def parts(self, matrix: Tensor) -> dict[Tensor, Tensor]:
+        """The parts of a matrix that belong to each parameter, in its memory."""
+        if self.bias is None:
+            return {self.weight: matrix.view(self.weight.shape)}
+        return {self.weight: matrix[..., :-1].view(self.weight.shape), self.bias: matrix[..., -1].view(self.bias.shape)}
+
+
+def names_of(model: nn.Module) -> dict[Tensor, str]:
+    """The names of a model's parameters."""
+    return {parameter: name for name, parameter in model.named_parameters()}
+
+
+def is_live(parameter: Tensor) -> bool:
+    """Whether a parameter is trained at present."""
+    return parameter.requires_grad
+
+
+def find_blocks(model: nn.Module, trained: Collection[Tensor]) -> list[Block]:
+    """The matrices among the parameters: trained, of one module alone and not of too many outputs.
+
+    The bias of a layer joins its weight, unless that is wide. Rows of an embedding are no directions of a matrix.
+    """
+    owners: Counter[Tensor] = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
+
+    def is_own(parameter: Tensor | None) -> TypeGuard[nn.Parameter]:
+        return parameter is not None and parameter.requires_grad and parameter in trained and owners[parameter] == 1
+
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            continue
+        for key, parameter in module.named_parameters(recurse=False):
+            is_weight = key == "weight" and is_layer(module)
+            if is_own(parameter) and (is_weight or is_matrix(parameter)):
+                groups = _groups(module, parameter, key)
+                joins = is_weight and not is_wide(len(parameter) // groups, parameter[0].numel() + 1)
+                bias = module.bias if joins and is_own(module.bias) else None
+                found.append(Block(name if is_weight else f"{name}.{key}".lstrip("."), module, parameter, bias, groups))
+    return [block for block in found if len(block.weight) // block.groups <= MOST_OUTPUTS]
+
+
+def is_matrix(parameter: Tensor) -> bool:
+    """Whether a parameter has rows and columns, more than one of both."""
+    return parameter.ndim > 1 and len(parameter) > 1 and parameter.numel() > len(parameter)
+
+
+def _groups(module: nn.Module, parameter: Tensor, key: str) -> int:
+    """How many matrices a parameter holds: groups of a convolution, gates of a cell, projections of an attention."""
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase) and not key.startswith("weight_hr"):
+        return parameter.shape[0] // module.hidden_size
+    if isinstance(module, nn.MultiheadAttention) and key == "in_proj_weight":
+        return 3
+    groups = getattr(module, "groups", 1)
+    return groups if key == "weight" and isinstance(groups, int) and groups > 0 and len(parameter) % groups == 0 else 1

@@ -1,0 +1,176 @@
+"""States of SNOpt that are loaded: that of another optimiser or model is refused, and one that is damaged."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ocnopt.checks import check_options, is_number, is_whole, listed
+from ocnopt.errors import ProblemError
+from ocnopt.optim.blocks import Block
+from ocnopt.optim.checks import FACTORS
+
+_BASIS = ("input_vectors", "input_values", "output_vectors", "output_values", "moments")
+_TOGETHER = (_BASIS, ("squares", "squares_step"), ("momentum", "step"))  # of each the last alone does no harm
+_FACTORS = ("input_factor", "output_factor")
+
+
+def check_state(
+    state: Any, groups: Sequence[Mapping[str, Any]], names: Mapping[Tensor, str], blocks: Iterable[Block]
+) -> None:
+    """Refuse the state of another optimiser than SNOpt, that of another model, and one that is damaged.
+
+    Args:
+        state: to be loaded.
+        groups: of the optimiser.
+        names: of the model's parameters.
+        blocks: its matrices at present.
+    """
+    if not isinstance(state, Mapping) or not {"state", "param_groups", "step_count"} <= state.keys():
+        came = f"holds {sorted(map(str, state))}" if isinstance(state, Mapping) else f"is {type(state).__name__}"
+        raise ProblemError(
+            f"the state {came}; expected the state of an SNOpt, with its 'step_count': "
+            "load the state of another optimiser into that one"
+        )
+    entries = state["state"].values() if isinstance(state["state"], Mapping) else [None]
+    is_grouped = isinstance(state["param_groups"], list) and all(
+        isinstance(group, Mapping) and isinstance(group.get("params"), list) for group in state["param_groups"]
+    )
+    if not is_grouped or not all(isinstance(entry, Mapping) for entry in entries):
+        raise ProblemError(
+            "the state holds no dictionary for each parameter, or no groups with lists of 'params'; expected what "
+            "state_dict() returned: the state is damaged"
+        )
+    for group in state["param_groups"]:
+        check_options(group)
+    _check_course(state)
+    _check_tensors(state)
+    cure = "load it into an optimiser of the model, and with the groups, that it was saved of"
+    saved, own = ([len(group["params"]) for group in each] for each in (state["param_groups"], groups))
+    if saved != own:
+        raise ProblemError(
+            f"the state holds groups of {saved} parameters; expected {own} as here, {listed([*names.values()])}: {cure}"
+        )
+    indices, parameters = ([p for group in each for p in group["params"]] for each in (state["param_groups"], groups))
+    momenta = [state["state"].get(index, {}).get("momentum") for index in indices]
+    differ = [
+        f"{names.get(p)} {tuple(momentum.shape)} instead of {tuple(p.shape)}"
+        for momentum, p in zip(momenta, parameters, strict=True)
+        if momentum is not None and momentum.shape != p.shape
+    ]
+    if differ:
+        raise ProblemError(
+            f"the state is of another model: {', '.join(differ[:8])}; expected the shapes of this one: {cure}"
+        )
+    columns = {block.weight: block.shape[-1] for block in blocks}
+    for index, parameter in zip(indices, parameters, strict=True):
+        entry, name = state["state"].get(index, {}), names.get(parameter, "no longer in the model")
+        _check_together(name, entry)
+        _check_shapes(name, entry, _shapes(entry, parameter.shape, columns.get(parameter)))
+
+
+def _check_course(state: Mapping[str, Any]) -> None:
+    """Refuse numbers in a state of SNOpt that none of its runs writes."""
+    lists = {
+        key: [*one] if isinstance(one := state.get(key, ()), list | tuple) else [one] for key in ("spent", "norms")
+    }
+    factors = [one["factor"] for one in (state, *state["state"].values()) if "factor" in one]
+    for key, values, (least, most), is_right in (
+        ("step_count", [state["step_count"]], (0, math.inf), is_whole),
+        ("spent", lists["spent"], (0, math.inf), is_whole),
+        ("norms", lists["norms"], (0, math.inf), is_number),
+        ("factor", factors, FACTORS, is_number),
+    ):
+        wrong = [value for value in values if not (is_right(value) and least <= value <= most and value < math.inf)]
+        if wrong:
+            kind = "whole numbers" if is_right is is_whole else "finite numbers"
+            bounds = f"from {least:g} on" if most == math.inf else f"from {least:g} to {most:g}"
+            raise ProblemError(f"{key} in the state holds {wrong[0]!r}; expected {kind} {bounds}: the state is damaged")
+
+
+def _check_tensors(state: Mapping[str, Any]) -> None:
+    """Refuse what is no tensor of finite real numbers where the state of each parameter should hold one."""
+    for index, entry in state["state"].items():
+        for key, value in entry.items():
+            if key == "factor":
+                continue
+            if not (isinstance(value, Tensor) and value.is_floating_point()):
+                came = value.dtype if isinstance(value, Tensor) else type(value).__name__
+                raise ProblemError(
+                    f"{key} of parameter {index} in the state is {came}; expected a tensor of real numbers: the state "
+                    "is damaged"
+                )
+            if not bool(value.isfinite().all()):
+                raise ProblemError(
+                    f"{key} of parameter {index} in the state holds NaN or infinity; expected finite numbers: the "
+                    "state is damaged"
+                )
+
+
+def _check_together(name: str, entry: Mapping[str, Any]) -> None:
+    """Refuse a parameter's state that holds a part of what is made together."""
+    for keys in _TOGETHER:
+        present = [key for key in keys if key in entry]
+        if {*present} - {keys[-1]} and len(present) < len(keys):
+            raise ProblemError(
+                f"the state of {name!r} holds {listed(present)} alone; expected all of {listed(keys)}: the state is "
+                "damaged"
+            )
+
+
+def _check_shapes(name: str, entry: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse a parameter's state whose tensors do not belong to it, or not to one another.
+
+    That a basis belongs to the matrix as it is now is not asked: a bias may have joined or left it since.
+    """
+    for key, expected in shapes.items():
+        if key in entry and entry[key].shape != expected:
+            raise ProblemError(
+                f"{key} of {name!r} in the state has shape {tuple(entry[key].shape)}; expected {tuple(expected)}, as "
+                "fits the parameter and the rest of its state: the state is damaged"
+            )
+
+
+def _shapes(entry: Mapping[str, Tensor], of: torch.Size, present: int | None) -> dict[str, tuple[int, ...]]:
+    """The shapes of what the state of a parameter ``of`` a shape may hold, read from what most of it says.
+
+    In the letters of :mod:`ocnopt.optim.bases`. Whether a bias is one of the a columns it tells itself; where it does
+    not, they are those at present.
+    """
+    rows = of[0] if of else 1
+    columns = of.numel() // max(1, rows)
+
+    def size(key: str, axis: int) -> int:
+        return entry[key].shape[axis] if key in entry and axis < entry[key].ndim else 0
+
+    found = Counter(size(key, 0) for key in (*_BASIS, *_FACTORS))
+    groups = next((count for count, _ in found.most_common() if count and rows % count == 0), 1)
+    widths = [size(key, 1) for key in ("input_factor", "input_vectors", "input_values")]
+    own, *others = [width if width in (columns, columns + 1) else 0 for width in widths]
+    a, b = next(filter(None, (*others, own)), present or columns), rows // groups
+    r = _kept(a, size("input_values", 1), size("input_vectors", 2), size("moments", 2))
+    q = _kept(b, size("output_values", 1), size("output_vectors", 2), size("moments", 1))
+    return {
+        **dict.fromkeys(("momentum", "squares", "change"), of),
+        **dict.fromkeys(("step", "squares_step", "basis_step"), ()),
+        "input_vectors": (groups, a, r),
+        "input_values": (groups, r),
+        "output_vectors": (groups, b, q),
+        "output_values": (groups, q),
+        "moments": (groups, q + (q < b), r + (r < a)),
+        "momentum_left": (groups, q, a),
+        "momentum_core": (groups, q, r),
+        "momentum_right": (groups, b, r),
+        "input_factor": (groups, own or a, own or a),  # of single samples beside it, it may be of other columns
+        "output_factor": (groups, b, b),
+    }
+
+
+def _kept(width: int, values: int, vectors: int, moments: int) -> int:
+    """How many eigenvectors a side has, by two that agree of those who tell; second moments have one for the rest."""
+    possible = [count for count in (values, vectors) if 0 < count <= width]
+    agreeing = [count for count in possible if count + (count < width) == moments]
+    return max(agreeing or possible[:1] or [width])
