@@ -19,6 +19,7 @@ from ocnopt.optim.gradient_checks import gathered
 from ocnopt.optim.matrices import Pair, State
 
 SHORTENED = 0.25  # a factor by a step that was taken back
+RETURN = 0.03  # share of its logarithm by which a factor below 1 goes back towards 1 in each iteration
 LONGEST = 0.05  # of lr times a factor above 1: where gradients agree, the root mean square change of an entry
 RECENT = 50  # iterations that count as usual
 EVALUATIONS = 3  # times the most evaluations that are usual
@@ -58,6 +59,8 @@ def adapt(
             continue
         last = next((states[p]["factor"] for p in parameters if "factor" in states[p]), 1.0)
         most = min(_most(groups[p]) for p in parameters)
+        # batches that share no sample disagree, so that cosines are above zero however short steps are
+        last = max(last, last ** (1.0 - RETURN))
         factor = min(most, max(FACTORS[0], last * math.exp(-adaptation * cosine)))
         for parameter in parameters:
             states[parameter]["factor"] = factor

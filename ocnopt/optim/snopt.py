@@ -80,9 +80,10 @@ class SNOpt(torch.optim.Optimizer):
         power: of the division by the second moments.
         adaptation: kappa of a factor f of lr for each matrix, f <- f exp(kappa c), with c in [-1, 1] the cosine of its
             negative gradient and its last step: lr grows while steps lead on in the direction of the last one, and
-            shrinks where they turn back. Parameters that are in no matrix share one. f stays within 0.01 and 50, and
-            1 or f lr 0.05, if that is less, with the lr that a schedule began with, if that is more; adaptation=0
-            keeps f, but for steps that are taken back.
+            shrinks where they turn back. Below 1 it also goes back by 3 % of its logarithm, since batches of one epoch
+            share no samples, which makes the angle look worse. Parameters that are in no matrix share one. f stays
+            within 0.01 and 50, and f lr below 0.05 (with the lr that a schedule began with, if that is more) where f is
+            above 1. adaptation=0 keeps f, but for steps that are taken back.
         length: "noise" makes the step l long, "division" leaves it as the division has it.
         reduction: "mean" or "sum": how the loss of a backward pass combines its samples, so that batches of different
             size weigh alike. Chunks of unequal size whose losses are sums over the size of the whole batch are "sum":

@@ -24,7 +24,9 @@ def test_lr_of_each_matrix_follows_the_angle_between_its_gradient_and_its_last_s
         before = [torch.cat([p.detach().flatten() for p in group]) for group in groups]
         for i, group in enumerate(groups if last else ()):
             gradient = torch.cat([p.grad.flatten() for p in group])
-            expected[i] *= math.exp(-0.4 * float(gradient @ last[i] / (gradient.norm() * last[i].norm())))
+            expected[i] = max(expected[i], expected[i] ** 0.97) * math.exp(
+                -0.4 * float(gradient @ last[i] / (gradient.norm() * last[i].norm()))
+            )
         optimizer.step()
         after = [torch.cat([p.detach().flatten() for p in group]) for group in groups]
         last = [one - other for one, other in zip(after, before, strict=True)]
@@ -79,3 +81,18 @@ def test_a_bias_moves_by_the_lr_of_its_own_group():
         optimizer.step()
     assert torch.equal(apart.weight, before[0])
     torch.testing.assert_close(apart.bias - before[1], 3.0 * (together.bias - before[1]))
+
+
+def test_a_factor_below_one_goes_back_where_steps_and_gradients_are_perpendicular():
+    layer, x = nn.Linear(3, 2), torch.randn(7, 3)
+    optimizer = SNOpt(layer, 0.005)
+    backward(layer, x)
+    optimizer.step()
+    for start, later in ((0.1, 0.1**0.97), (3.0, 3.0)):
+        for p in layer.parameters():
+            optimizer.state[p]["factor"] = start
+            p.grad = torch.randn_like(p)
+            change = optimizer.state[p]["change"]
+            p.grad -= (p.grad * change).sum() / change.square().sum() * change
+        optimizer.step()
+        assert optimizer.factors == pytest.approx({"weight": later, "bias": later})
