@@ -143,17 +143,26 @@ class Basis(NamedTuple):
             total[..., -1] *= below
         return total.sum() / (len(moments) * self.input.vectors.shape[-2] * self.output.vectors.shape[-2])
 
-    def precondition(
-        self, turned: Turned, moments: Tensor, floor: Tensor, power: float, out: Tensor | None = None
-    ) -> Tensor:
-        """U_B (U_B^T M U_A / (s + floor)^power) U_A^T of a turned matrix, with both bases completed by their rest.
+    def norms(self, turned: Turned, scales: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of a matrix M, and that of what :meth:`scaled` would return, without making it."""
+        if self.is_complete:
+            return turned.core.norm(), (turned.core * scales).norm()
+        lengths = self.squares(turned).sqrt_()
+        if beside := self.input.rest:
+            lengths[..., -1] *= beside**0.5
+        if below := self.output.rest:
+            lengths[..., -1, :] *= below**0.5
+        return lengths.norm(), lengths.mul_(scales).norm()
 
-        With scales S, the rests as factors of all of M, and of its leading parts what these have beyond them:
+    def scaled(self, turned: Turned, scales: Tensor, out: Tensor | None = None) -> Tensor:
+        """U_B (S o U_B^T M U_A) U_A^T of a turned matrix M, with both bases completed by their rest.
+
+        With scales S, laid out as second moments, the rests as factors of all of M, and of its leading parts what these
+        have beyond them:
         S_rr M + U_B (S_l - S_rr) U_B^T M + M U_A (S_r - S_rr) U_A^T + U_B (S_c - S_l - S_r + S_rr) U_B^T M U_A U_A^T.
 
-        ``out`` is memory for it, of the matrix's shape, that may be used.
+        The scales are used up. ``out`` is memory for it, of the matrix's shape, that may be used.
         """
-        scales = (moments + floor).pow_(-power)
         UA, UB = self.input.vectors, self.output.vectors
         if self.is_complete:
             return torch.bmm(UB, torch.bmm(scales.mul_(turned.core), UA.mT))

@@ -337,19 +337,20 @@ def turn(pairs: Sequence[Pair], rates: Sequence[float], power: float, length: st
     means = torch.stack([basis.mean(moment) for basis, moment in zip(bases, moments, strict=True)])
     tiny = torch.finfo(means.dtype).tiny
     floors = (means * means.new_tensor([pair.options["damping"] for pair in pairs])).add_(tiny)
-    steps = [
-        basis.precondition(momentum, moment, floor, power, _memory(basis, pair))
-        for pair, basis, (_, momentum), moment, floor in zip(
-            pairs, bases, turned, moments, floors.unbind(), strict=True
-        )
-    ]
-    scales = means.new_tensor(rates).neg_()
+    scales = [(moment + floor).pow_(-power) for moment, floor in zip(moments, floors.unbind(), strict=True)]
+    factors = means.new_tensor(rates).neg_()
+    # a wide step is measured, and made long, before it is made: each would read all of it
     if length == "noise":
-        norms = torch.stack(torch._foreach_norm([*steps, *(pair.momentum for pair in pairs)]))
-        short, long = norms.view(2, -1)
-        scales.mul_(long).div_((short + tiny).mul_((means + tiny).sqrt_()))
-    torch._foreach_mul_(steps, scales.unbind())
-    return steps
+        norms = [
+            basis.norms(momentum, scale) for basis, (_, momentum), scale in zip(bases, turned, scales, strict=True)
+        ]
+        long, short = (torch.stack(each) for each in zip(*norms, strict=True))
+        factors.mul_(long).div_((short + tiny).mul_((means + tiny).sqrt_()))
+    torch._foreach_mul_(scales, factors.unbind())
+    return [
+        basis.scaled(momentum, scale, _memory(pair))
+        for pair, basis, (_, momentum), scale in zip(pairs, bases, turned, scales, strict=True)
+    ]
 
 
 def _turned(basis: Basis, pair: Pair) -> tuple[Turned, Turned]:
@@ -374,10 +375,10 @@ def _turned(basis: Basis, pair: Pair) -> tuple[Turned, Turned]:
     return gradient, momentum
 
 
-def _memory(basis: Basis, pair: Pair) -> Tensor | None:
+def _memory(pair: Pair) -> Tensor | None:
     """That of the last change of a wide matrix, for the step: it costs more to allocate than to fill."""
     last, like = pair.state.get("change"), pair.momentum
-    if last is None or not basis.is_thin:
+    if last is None or pair.slot is not None:
         return None
     if (last.numel(), last.dtype, last.device) != (like.numel(), like.dtype, like.device):
         return None
