@@ -308,15 +308,13 @@ def changes(
 ) -> dict[Tensor, Tensor]:
     """What to add to the parameters of the matrices that have an eigenbasis: steps times -rate of each parameter."""
     ready = [(block, pair) for block, pair in pairs if fits(pair.state, pair.gradient.shape)]
-    common = [rates[block.weight] if len({rates[p] for p in block.parameters}) == 1 else 1.0 for block, _ in ready]
+    is_common = [len({rates[p] for p in block.parameters}) == 1 for block, _ in ready]  # no bias of another group
+    common = [rates[block.weight] if is_one else 1.0 for (block, _), is_one in zip(ready, is_common, strict=True)]
     found: dict[Tensor, Tensor] = {}
-    for (block, _), rate, change in zip(
-        ready, common, turn([pair for _, pair in ready], common, power, length), strict=True
-    ):
+    moved = turn([pair for _, pair in ready], common, power, length)
+    for (block, _), is_one, change in zip(ready, is_common, moved, strict=True):
         parts = block.parts(change)
-        if rate != rates[block.weight]:  # the bias is of another group
-            parts = {parameter: part * rates[parameter] for parameter, part in parts.items()}
-        found.update(parts)
+        found.update(parts if is_one else {parameter: part * rates[parameter] for parameter, part in parts.items()})
     return found
 
 
