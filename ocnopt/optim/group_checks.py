@@ -53,14 +53,19 @@ def check_option_names(group: Mapping[str, Any], options: Collection[str], optim
             )
 
 
+def check_written(group: Mapping[str, Any]) -> None:
+    """Refuse options of a group out of range; a learning rate may be a 0-d tensor."""
+    lr = group.get("lr")
+    check_options({**group, "lr": lr.item()} if isinstance(lr, Tensor) and not lr.ndim else group)
+
+
 def check_options_now(groups: Iterable[Mapping[str, Any]]) -> None:
-    """Refuse options out of range by now, as schedulers and users write them; a learning rate may be a 0-d tensor."""
+    """Refuse options out of range by now, as schedulers and users write them."""
     for i, group in enumerate(groups):
         if all(_is_usual(group.get(name, 0.0)) for name in _NUMBERS):  # takes a third of the time of what follows
             continue
-        lr = group.get("lr")
         try:
-            check_options({**group, "lr": lr.item()} if isinstance(lr, Tensor) and not lr.ndim else group)
+            check_written(group)
         except ProblemError as error:
             raise ProblemError(
                 f"{error}, in param_groups[{i}], where it was written since the optimiser was made. Parameters are as "

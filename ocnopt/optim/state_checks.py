@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocnopt.checks import check_options, is_number, is_whole, listed
+from ocnopt.checks import is_number, is_whole, listed
 from ocnopt.errors import ProblemError
 from ocnopt.optim.blocks import Block
 from ocnopt.optim.checks import FACTORS
+from ocnopt.optim.group_checks import check_written
 
 _BASIS = ("input_vectors", "input_values", "output_vectors", "output_values", "moments")
 _TOGETHER = (_BASIS, ("squares", "squares_step"), ("momentum", "step"))  # of each the last alone does no harm
@@ -45,7 +46,7 @@ def check_state(
             "state_dict() returned: the state is damaged"
         )
     for group in state["param_groups"]:
-        check_options(group)
+        check_written(group)
     _check_course(state)
     _check_tensors(state)
     cure = "load it into an optimiser of the model, and with the groups, that it was saved of"
