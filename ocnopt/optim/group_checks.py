@@ -6,13 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocnopt.checks import check_options, listed, nearest
+from ocnopt.checks import OPTIMISER_RANGES, check_options, listed, nearest
 from ocnopt.errors import ProblemError
 
 # what a group may hold beside options: what torch and its schedulers write, and what it is called
 _SCHEDULED = ("initial_lr", "swa_lr", "max_lr", "min_lr", "max_momentum", "base_momentum")
 _BESIDE_OPTIONS = frozenset(("params", "param_names", "name", "layer", *_SCHEDULED))
-_NUMBERS = ("lr", "momentum", "weight_decay", "damping", "decay", "eps")  # options of groups that have a range
 
 
 def read_groups(param_groups: Any) -> list[Any]:
@@ -62,7 +61,8 @@ def check_written(group: Mapping[str, Any]) -> None:
 def check_options_now(groups: Iterable[Mapping[str, Any]]) -> None:
     """Refuse options out of range by now, as schedulers and users write them."""
     for i, group in enumerate(groups):
-        if all(_is_usual(group.get(name, 0.0)) for name in _NUMBERS):  # takes a third of the time of what follows
+        # takes a third of the time of what follows
+        if all(_is_usual(group.get(name, 0.0)) for name in OPTIMISER_RANGES):
             continue
         try:
             check_written(group)

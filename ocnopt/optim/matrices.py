@@ -43,7 +43,6 @@ _PARTS = ("momentum_left", "momentum_core", "momentum_right")
 # of a state, what stays as it is when its parameter goes elsewhere
 _OF_NO_DTYPE = ("step", "squares_step", "factor")
 
-
 State = MutableMapping[str, Any]
 
 
@@ -118,7 +117,7 @@ def restore(groups: Iterable[Mapping[str, Any]], states: Mapping[Tensor, State],
 
 
 class Pair(NamedTuple):
-    """A matrix that is to move: its state with an eigenbasis, gradient, momentum, options of its group, and slot."""
+    """A matrix that is to move: the state of its weight, gradient, momentum, options of its group, and slot."""
 
     state: State
     gradient: Tensor
@@ -311,21 +310,20 @@ def changes(
     is_common = [len({rates[p] for p in block.parameters}) == 1 for block, _ in ready]  # no bias of another group
     common = [rates[block.weight] if is_one else 1.0 for (block, _), is_one in zip(ready, is_common, strict=True)]
     found: dict[Tensor, Tensor] = {}
-    moved = turn([pair for _, pair in ready], common, power, length)
+    moved = _changes_together([pair for _, pair in ready], common, power, length)
     for (block, _), is_one, change in zip(ready, is_common, moved, strict=True):
         parts = block.parts(change)
         found.update(parts if is_one else {parameter: part * rates[parameter] for parameter, part in parts.items()})
     return found
 
 
-def turn(pairs: Sequence[Pair], rates: Sequence[float], power: float, length: str) -> list[Tensor]:
+def _changes_together(pairs: Sequence[Pair], rates: Sequence[float], power: float, length: str) -> list[Tensor]:
     """The changes of some matrices: steps as long as ``length`` says ("noise" or "division"), times -rate each."""
     if not pairs:
         return []
     if len({(pair.gradient.device, pair.gradient.dtype) for pair in pairs}) > 1:
-        return [
-            change for pair, rate in zip(pairs, rates, strict=True) for change in turn([pair], [rate], power, length)
-        ]
+        alone = zip(pairs, rates, strict=True)
+        return [change for pair, rate in alone for change in _changes_together([pair], [rate], power, length)]
     bases = [_basis(pair.state) for pair in pairs]
     turned = [_turned(basis, pair) for basis, pair in zip(bases, pairs, strict=True)]
     moments = [pair.state["moments"] for pair in pairs]

@@ -48,7 +48,7 @@ from ocnopt.optim.draw_checks import check_drawable, check_drawn, check_draws
 from ocnopt.optim.gradient_checks import check_dense, check_gradients
 from ocnopt.optim.group_checks import add_group, check_groups, check_options_now, read_groups
 from ocnopt.optim.lengths import Guard
-from ocnopt.optim.matrices import Pair, Slot, restore, side_by_side, take_in
+from ocnopt.optim.matrices import Pair, Slot
 from ocnopt.optim.notices import warn_explosion, warn_first_order, warn_new_strangers, warn_unseen
 from ocnopt.optim.ranks import Ranks, Shared, beside, unwrapped
 from ocnopt.optim.sampling import cotangents, gather, joined
@@ -252,7 +252,7 @@ class SNOpt(torch.optim.Optimizer):
         check_recipe(options)
         before = {**self.__dict__}
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
-        restore(self.param_groups, self.state, state_dict)
+        matrices.restore(self.param_groups, self.state, state_dict)
         self.__dict__.update(options, _step_count=state_dict["step_count"], _guard=Guard(state_dict))
         try:
             self._find_blocks()
@@ -317,8 +317,8 @@ class SNOpt(torch.optim.Optimizer):
         seen, drawn, self._drawn = self._collector.take(), self._drawn, []
         samples = joined(drawn) if drawn else seen
         groups = {parameter: group for group in self.param_groups for parameter in group["params"]}
-        gradients, momenta = take_in(self.param_groups, self.state, self._trained)
-        pairs = side_by_side(self._blocks, gradients, momenta, self.state, groups, self._slots)
+        gradients, momenta = matrices.take_in(self.param_groups, self.state, self._trained)
+        pairs = matrices.side_by_side(self._blocks, gradients, momenta, self.state, groups, self._slots)
         if self.adaptation:
             found: dict[Tensor, Pair] = {block.weight: pair for block, pair in pairs}
             lengths.adapt(self._blocks, found, gradients, self.state, groups, float(self.adaptation))
