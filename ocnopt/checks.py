@@ -23,7 +23,7 @@ Bounds = tuple[Tensor, Tensor]
 
 _CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
-_OPTIMISER_RANGES = {
+OPTIMISER_RANGES = {
     "lr": "a number >= 0",
     "momentum": "a number in [0, 1)",
     "weight_decay": "a number >= 0",
@@ -348,7 +348,7 @@ def solver_options(
 
 def check_options(group: Mapping[str, Any]) -> None:
     """Refuse options of a parameter group that are out of range."""
-    for name, expected in _OPTIMISER_RANGES.items():
+    for name, expected in OPTIMISER_RANGES.items():
         if name in group:
             check_number(name, group[name], expected, below=1.0 if expected.endswith("1)") else math.inf)
 

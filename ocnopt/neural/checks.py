@@ -235,7 +235,7 @@ def check_not_mapped(tensors: Iterable[Tensor]) -> None:
             inner = torch._C._functorch.get_unwrapped(inner)
 
 
-def check_event_as_it_is(tensors: Iterable[Tensor] = ()) -> None:
+def check_event_not_transformed(tensors: Iterable[Tensor] = ()) -> None:
     """Refuse to look for an event within a transformation of torch.func, and to lose the tangents of tensors."""
     has_tangent = any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
     if has_tangent or torch._C._functorch.peek_interpreter_stack() is not None:

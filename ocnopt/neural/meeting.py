@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ocnopt.integrate.events import Met, Watch
-from ocnopt.neural.checks import check_event_as_it_is
+from ocnopt.neural.checks import check_event_not_transformed
 from ocnopt.neural.second import ONCE, Last
 
 
@@ -33,5 +33,5 @@ def meet(watch: Watch, met: Met, x: Tensor) -> tuple[Tensor, Tensor]:
     by what it depends on besides.
     """
     g = watch.value(met.time, x)
-    check_event_as_it_is((g, x))
+    check_event_not_transformed((g, x))
     return _Meeting.apply(g, x, met)

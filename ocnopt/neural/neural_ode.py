@@ -28,7 +28,7 @@ from ocnopt.neural.apart import require_apart
 from ocnopt.neural.checks import (
     as_tensors,
     check_error_norm,
-    check_event_as_it_is,
+    check_event_not_transformed,
     check_field,
     check_not_looked_into,
     check_not_mapped,
@@ -210,7 +210,7 @@ class NeuralODE(nn.Module):
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(mode=False), torch.no_grad():
                 return self.until(event, mapped(x, Tensor.clone), direction=direction)
-        check_event_as_it_is()
+        check_event_not_transformed()
         check_one_step_for_all(self.error_norm, "until()", "one event ends the paths of all samples")
         if self.method not in WALKING:
             raise ProblemError(

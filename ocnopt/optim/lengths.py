@@ -1,8 +1,11 @@
 """How long steps are, judged by the gradients that come after them: factors of lr, and a guard.
 
-Each matrix has a factor, and all parameters that are in none have one in common. It rises where the last change went
-against the present gradient, and falls where it went along: with small tensors the cosines would leap, so that the
-parts of a matrix count together. The guard takes back steps that were far too long.
+Each matrix has a factor f of lr, and all parameters that are in none have one in common:
+
+    f <- max(f, f^0.97) exp(-kappa cos(G, last change)),    0.01 <= f <= 50,    f lr <= 0.05 where f > 1
+
+It rises where the last change went against the present gradient G, and falls where it went along. With small tensors
+the cosines would leap, so that the parts of a matrix count together. The guard takes back steps that were far too long.
 """
 
 import itertools

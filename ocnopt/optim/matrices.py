@@ -43,7 +43,6 @@ _PARTS = ("momentum_left", "momentum_core", "momentum_right")
 # of a state, what stays as it is when its parameter goes elsewhere
 _OF_NO_DTYPE = ("step", "squares_step", "factor")
 
-
 State = MutableMapping[str, Any]
 
 
@@ -118,7 +117,7 @@ def restore(groups: Iterable[Mapping[str, Any]], states: Mapping[Tensor, State],
 
 
 class Pair(NamedTuple):
-    """A matrix that is to move: its state with an eigenbasis, gradient, momentum, options of its group, and slot."""
+    """A matrix that is to move: the state of its weight, gradient, momentum, options of its group, and slot."""
 
     state: State
     gradient: Tensor
@@ -308,26 +307,23 @@ def changes(
 ) -> dict[Tensor, Tensor]:
     """What to add to the parameters of the matrices that have an eigenbasis: steps times -rate of each parameter."""
     ready = [(block, pair) for block, pair in pairs if fits(pair.state, pair.gradient.shape)]
-    common = [rates[block.weight] if len({rates[p] for p in block.parameters}) == 1 else 1.0 for block, _ in ready]
+    is_common = [len({rates[p] for p in block.parameters}) == 1 for block, _ in ready]  # no bias of another group
+    common = [rates[block.weight] if is_one else 1.0 for (block, _), is_one in zip(ready, is_common, strict=True)]
     found: dict[Tensor, Tensor] = {}
-    for (block, _), rate, change in zip(
-        ready, common, turn([pair for _, pair in ready], common, power, length), strict=True
-    ):
+    moved = _changes_together([pair for _, pair in ready], common, power, length)
+    for (block, _), is_one, change in zip(ready, is_common, moved, strict=True):
         parts = block.parts(change)
-        if rate != rates[block.weight]:  # the bias is of another group
-            parts = {parameter: part * rates[parameter] for parameter, part in parts.items()}
-        found.update(parts)
+        found.update(parts if is_one else {parameter: part * rates[parameter] for parameter, part in parts.items()})
     return found
 
 
-def turn(pairs: Sequence[Pair], rates: Sequence[float], power: float, length: str) -> list[Tensor]:
+def _changes_together(pairs: Sequence[Pair], rates: Sequence[float], power: float, length: str) -> list[Tensor]:
     """The changes of some matrices: steps as long as ``length`` says ("noise" or "division"), times -rate each."""
     if not pairs:
         return []
     if len({(pair.gradient.device, pair.gradient.dtype) for pair in pairs}) > 1:
-        return [
-            change for pair, rate in zip(pairs, rates, strict=True) for change in turn([pair], [rate], power, length)
-        ]
+        alone = zip(pairs, rates, strict=True)
+        return [change for pair, rate in alone for change in _changes_together([pair], [rate], power, length)]
     bases = [_basis(pair.state) for pair in pairs]
     turned = [_turned(basis, pair) for basis, pair in zip(bases, pairs, strict=True)]
     moments = [pair.state["moments"] for pair in pairs]

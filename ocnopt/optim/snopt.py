@@ -48,7 +48,7 @@ from ocnopt.optim.draw_checks import check_drawable, check_drawn, check_draws
 from ocnopt.optim.gradient_checks import check_dense, check_gradients
 from ocnopt.optim.group_checks import add_group, check_groups, check_options_now, read_groups
 from ocnopt.optim.lengths import Guard
-from ocnopt.optim.matrices import Pair, Slot, restore, side_by_side, take_in
+from ocnopt.optim.matrices import Pair, Slot
 from ocnopt.optim.notices import warn_explosion, warn_first_order, warn_new_strangers, warn_unseen
 from ocnopt.optim.ranks import Ranks, Shared, beside, unwrapped
 from ocnopt.optim.sampling import cotangents, gather, joined
@@ -80,10 +80,10 @@ class SNOpt(torch.optim.Optimizer):
         power: of the division by the second moments.
         adaptation: kappa of a factor f of lr for each matrix, f <- f exp(kappa c), with c in [-1, 1] the cosine of its
             negative gradient and its last step: lr grows while steps lead on in the direction of the last one, and
-            shrinks where they turn back. Below 1 it also goes back by 3 % of its logarithm, since batches of one epoch
-            share no samples, which makes the angle look worse. Parameters that are in no matrix share one. f stays
-            within 0.01 and 50, and f lr below 0.05 (with the lr that a schedule began with, if that is more) where f is
-            above 1. adaptation=0 keeps f, but for steps that are taken back.
+            shrinks where they turn back. Below 1 f also goes back towards 1 by 3 % of its logarithm, since batches of
+            one epoch share no samples, which makes the angle look worse. Parameters that are in no matrix share one. f
+            stays within 0.01 and 50, and where it is above 1, f lr is at most 0.05 (with the lr that a schedule began
+            with, if that is more). adaptation=0 keeps f, but for steps that are taken back.
         length: "noise" makes the step l long, "division" leaves it as the division has it.
         reduction: "mean" or "sum": how the loss of a backward pass combines its samples, so that batches of different
             size weigh alike. Chunks of unequal size whose losses are sums over the size of the whole batch are "sum":
@@ -187,8 +187,8 @@ class SNOpt(torch.optim.Optimizer):
 
         Raises:
             NonFiniteError: a gradient is NaN or infinite; parameters and state are those before the step.
-            ProblemError: a gradient is sparse, an option of a group is out of range by now, or the processes are not
-                about to take the same step.
+            ProblemError: a gradient is sparse, an option of a group is out of range by now, :meth:`sample` was not
+                called where the curvature needs it, or the processes are not about to take the same step.
         """
         with torch.enable_grad():
             loss = None if closure is None else closure()
@@ -245,14 +245,15 @@ class SNOpt(torch.optim.Optimizer):
         """Go on from a state that :meth:`state_dict` returned; its options replace those of the constructor.
 
         Raises:
-            ProblemError: the state is another optimiser's or model's, or an option in it is wrong.
+            ProblemError: the state is another optimiser's or model's, or damaged, or an option in it is wrong; this
+                optimiser stays as it was.
         """
         check_state(state_dict, self.param_groups, names_of(self._model), self._blocks)
         options = {name: state_dict.get(name, getattr(self, name)) for name in _OPTIONS}
         check_recipe(options)
         before = {**self.__dict__}
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
-        restore(self.param_groups, self.state, state_dict)
+        matrices.restore(self.param_groups, self.state, state_dict)
         self.__dict__.update(options, _step_count=state_dict["step_count"], _guard=Guard(state_dict))
         try:
             self._find_blocks()
@@ -317,8 +318,8 @@ class SNOpt(torch.optim.Optimizer):
         seen, drawn, self._drawn = self._collector.take(), self._drawn, []
         samples = joined(drawn) if drawn else seen
         groups = {parameter: group for group in self.param_groups for parameter in group["params"]}
-        gradients, momenta = take_in(self.param_groups, self.state, self._trained)
-        pairs = side_by_side(self._blocks, gradients, momenta, self.state, groups, self._slots)
+        gradients, momenta = matrices.take_in(self.param_groups, self.state, self._trained)
+        pairs = matrices.side_by_side(self._blocks, gradients, momenta, self.state, groups, self._slots)
         if self.adaptation:
             found: dict[Tensor, Pair] = {block.weight: pair for block, pair in pairs}
             lengths.adapt(self._blocks, found, gradients, self.state, groups, float(self.adaptation))

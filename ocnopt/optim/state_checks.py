@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocnopt.checks import check_options, is_number, is_whole, listed
+from ocnopt.checks import is_number, is_whole, listed
 from ocnopt.errors import ProblemError
 from ocnopt.optim.blocks import Block
 from ocnopt.optim.checks import FACTORS
+from ocnopt.optim.group_checks import check_written
 
 _BASIS = ("input_vectors", "input_values", "output_vectors", "output_values", "moments")
 _TOGETHER = (_BASIS, ("squares", "squares_step"), ("momentum", "step"))  # of each the last alone does no harm
-_FACTORS = ("input_factor", "output_factor")
+_KRONECKER = ("input_factor", "output_factor")
 
 
 def check_state(
@@ -45,7 +46,7 @@ def check_state(
             "state_dict() returned: the state is damaged"
         )
     for group in state["param_groups"]:
-        check_options(group)
+        check_written(group)
     _check_course(state)
     _check_tensors(state)
     cure = "load it into an optimiser of the model, and with the groups, that it was saved of"
@@ -146,7 +147,7 @@ def _shapes(entry: Mapping[str, Tensor], of: torch.Size, present: int | None) ->
     def size(key: str, axis: int) -> int:
         return entry[key].shape[axis] if key in entry and axis < entry[key].ndim else 0
 
-    found = Counter(size(key, 0) for key in (*_BASIS, *_FACTORS))
+    found = Counter(size(key, 0) for key in (*_BASIS, *_KRONECKER))
     groups = next((count for count, _ in found.most_common() if count and rows % count == 0), 1)
     widths = [size(key, 1) for key in ("input_factor", "input_vectors", "input_values")]
     own, *others = [width if width in (columns, columns + 1) else 0 for width in widths]

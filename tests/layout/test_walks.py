@@ -30,7 +30,7 @@ ASIDE = (
     "ocnopt/optim/group_checks.py",
     "ocnopt/optim/state_checks.py",
     "ocnopt/optim/notices.py",
-    "ocnopt/optim/blocks.py",  # which matrices there are: found as training begins, not in a step
+    "ocnopt/optim/blocks.py",  # which matrices there are, and which parameters belong to each
     "ocnopt/optim/bases.py",  # the algebra of a matrix, as torch.linalg is
     "ocnopt/optim/lengths.py",  # a guard, and one number for each matrix
     "ocnopt/errors.py",

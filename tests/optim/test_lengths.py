@@ -70,16 +70,17 @@ def test_a_factor_rises_until_lr_is_long_or_it_is_large(options, most):
     assert optimizer.factors == {"weight": pytest.approx(most), "bias": pytest.approx(most)}
 
 
-def test_a_bias_moves_by_the_lr_of_its_own_group():
+@pytest.mark.parametrize("lr", [0.0, 0.005, 1.0])
+def test_a_bias_moves_by_the_lr_of_its_own_group(lr):
     layer, x = nn.Linear(3, 2), torch.randn(7, 3)
     together, apart = copy.deepcopy(layer), copy.deepcopy(layer)
-    groups = [{"params": [apart.weight], "lr": 0.0}, {"params": [apart.bias], "lr": 0.03}]
+    groups = [{"params": [apart.weight], "lr": lr}, {"params": [apart.bias], "lr": 0.03}]
     optimizers = SNOpt(together, 0.01), SNOpt(apart, param_groups=groups)
     before = layer.weight.clone(), layer.bias.clone()
     for model, optimizer in zip((together, apart), optimizers, strict=True):
         backward(model, x)
         optimizer.step()
-    assert torch.equal(apart.weight, before[0])
+    torch.testing.assert_close(apart.weight - before[0], lr / 0.01 * (together.weight - before[0]))
     torch.testing.assert_close(apart.bias - before[1], 3.0 * (together.bias - before[1]))
 
 

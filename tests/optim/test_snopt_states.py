@@ -113,6 +113,21 @@ def test_states_as_they_are_saved_are_taken():
                 optimizer.step()
 
 
+def test_a_learning_rate_that_is_a_tensor_is_loaded():
+    layer, optimizer, x = trained("narrow")
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.02)
+    state, right = copy.deepcopy(optimizer.state_dict()), torch.tensor(0.02)
+    for wrong in (torch.tensor(-0.02), torch.tensor([0.02])):
+        state["param_groups"][0]["lr"] = wrong
+        with pytest.raises(ProblemError, match=r"^lr is .*; expected a number >= 0"):
+            optimizer.load_state_dict(state)
+    state["param_groups"][0]["lr"] = right
+    optimizer.load_state_dict(state)
+    assert torch.equal(optimizer.param_groups[0]["lr"], right)
+    backward(layer, x)
+    optimizer.step()
+
+
 @pytest.mark.parametrize("curvature", ["gradient", "mixed"])
 @pytest.mark.parametrize("joins", [True, False])
 def test_states_of_before_a_bias_came_or_went_are_taken(joins, curvature):
