@@ -133,7 +133,7 @@ def report(asked: Study, folder: RunFolder, console: Console, jobs: int = 1) -> 
         leaders = best(mine, problem)
         tables = [_reached(asked, leaders), _costs(leaders)]
         if len(asked.factors) > 1:
-            tables.append(_rates(asked, mine))
+            tables += [_rates(asked, mine), *_spreads(asked, mine)]
         for table in tables:
             show(console, table)
             console.print()
@@ -256,6 +256,29 @@ def _rates(asked: Study, found: Sequence[Outcome]) -> Table:
     head = ("method", "lr", *(f"× {factor:g}" for factor in asked.factors))
     cells = [(label, *row) for label, row in rows.items()]
     return Table(f"{found[0].problem}, loss by learning rate", head, cells, note="Each column: that many times lr.")
+
+
+def _spreads(asked: Study, found: Sequence[Outcome]) -> list[Table]:
+    """The first metric of the test part for every learning rate, and how far it spreads; none without such a metric."""
+    metrics = tested(max((run for each in found for run in each.runs), key=len))
+    if not metrics:
+        return []
+    key, rows = metrics[0], dict[str, list[float]]()
+    for each in found:
+        ends = each.ends(key)
+        whole = len(ends) == len(each.runs) and all(map(isfinite, ends))
+        rows.setdefault(each.method.label, []).append(metric_scale(key) * mean(ends) if whole else inf)
+    cells = [
+        (label, *(f"{value:.4g}" if isfinite(value) else "diverged" for value in row), _width(row))
+        for label, row in rows.items()
+    ]
+    head = ("method", *(f"× {factor:g}" for factor in asked.factors), "spread")
+    note = "Each column: that many times lr, mean over the seeds. Spread: the largest less the smallest."
+    return [Table(f"{found[0].problem}, {metric_title(key)} by learning rate", head, cells, note=note)]
+
+
+def _width(values: Sequence[float]) -> str:
+    return f"{max(values) - min(values):.2g}" if all(map(isfinite, values)) else "-"
 
 
 def _images(asked: Study, folder: RunFolder, found: Sequence[Outcome], leaders: Sequence[Outcome]) -> list[Image]:

@@ -42,7 +42,15 @@ def test_a_study_and_its_folder(narrow, tmp_path):
     code, output = narrow(*STUDY, "--out", "here")
     assert code == 0
     assert all(len(line) <= 60 or line.startswith("report:") for line in output.splitlines())
-    for part in ("breast_cancer, what it took", "wine, loss by learning rate", "test accuracy %", "Adam", "± "):
+    for part in (
+        "breast_cancer, what it took",
+        "wine, loss by learning rate",
+        "by learning rate",
+        "spread",
+        "test accuracy %",
+        "Adam",
+        "± ",
+    ):
         assert part in output
     folder = tmp_path / "here"
     page = (folder / "report.html").read_text()
