@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocnopt.checks import OPTIMISER_RANGES, check_options, listed, nearest
+from ocnopt.checks import OPTIMISER_RANGES, check_number, check_options, listed, nearest
 from ocnopt.errors import ProblemError
 
 # what a group may hold beside options: what torch and its schedulers write, and what it is called
 _SCHEDULED = ("initial_lr", "swa_lr", "max_lr", "min_lr", "max_momentum", "base_momentum")
+_AT_EACH_STEP = (*OPTIMISER_RANGES, "initial_lr")
 _BESIDE_OPTIONS = frozenset(("params", "param_names", "name", "layer", *_SCHEDULED))
 
 
@@ -53,16 +54,19 @@ def check_option_names(group: Mapping[str, Any], options: Collection[str], optim
 
 
 def check_written(group: Mapping[str, Any]) -> None:
-    """Refuse options of a group out of range; a learning rate may be a 0-d tensor."""
-    lr = group.get("lr")
-    check_options({**group, "lr": lr.item()} if isinstance(lr, Tensor) and not lr.ndim else group)
+    """Refuse options of a group out of range; learning rates may be 0-d tensors."""
+    rates = {key: group[key] for key in ("lr", "initial_lr") if key in group}
+    numbers = {key: lr.item() if isinstance(lr, Tensor) and not lr.ndim else lr for key, lr in rates.items()}
+    check_options({**group, **numbers})
+    if "initial_lr" in numbers:
+        check_number("initial_lr", numbers["initial_lr"], OPTIMISER_RANGES["lr"])
 
 
 def check_options_now(groups: Iterable[Mapping[str, Any]]) -> None:
     """Refuse options out of range by now, as schedulers and users write them."""
     for i, group in enumerate(groups):
         # takes a third of the time of what follows
-        if all(_is_usual(group.get(name, 0.0)) for name in OPTIMISER_RANGES):
+        if all(_is_usual(group.get(name, 0.0)) for name in _AT_EACH_STEP):
             continue
         try:
             check_written(group)

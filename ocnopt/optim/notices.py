@@ -29,7 +29,7 @@ def warn_explosion(step: int, objection: str) -> None:
         f"the step before step {step} raised {objection} and was taken back, as each will be that does so; the "
         "factors of lr are a quarter now. Expected a step that shortens the way to go: lower lr, or raise weight_decay "
         "if evaluations explode",
-        stacklevel=5,
+        stacklevel=6,
     )
 
 
@@ -39,7 +39,7 @@ def warn_unseen(name: str) -> None:
         f"the layer {name!r} received a gradient without a forward pass that SNOpt could see: its "
         "weights are used without calling it, or its inputs are not those of its type; expected the layer "
         "itself to be called; it gets the first-order update",
-        stacklevel=7,
+        stacklevel=9,
     )
 
 
@@ -58,14 +58,14 @@ def warn_new_strangers(model: nn.Module, trained: Mapping[Tensor, str], known: s
     found = strangers(model, {*map(id, trained)}, whole=whole)
     if not known.issuperset(found):
         known.update(found)
-        warn_strangers(found)
+        warn_strangers(found, stacklevel=6)
 
 
-def warn_strangers(names: Sequence[str]) -> None:
+def warn_strangers(names: Sequence[str], stacklevel: int = 7) -> None:
     """Name parameters that came into the model after its optimiser."""
     warnings.warn(
         f"the parameters {listed(names)} of the model have gradients and are not trained: they came, or took the place "
         "of others, after the optimiser was made (load_state_dict(assign=True), model.append); expected those of the "
         "start: make a new optimiser, or call add_param_group",
-        stacklevel=7,
+        stacklevel=stacklevel,
     )

@@ -3,6 +3,8 @@
 import copy
 import math
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -221,3 +223,42 @@ def test_a_refused_state_leaves_the_hooks_as_they_were():
     assert not any(module._forward_hooks for module in model.modules())
     assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
     assert not model.ode.observers
+
+
+LOOP = """
+import torch, warnings
+from torch import nn
+from ocnopt.optim.snopt import SNOpt
+layer, x = nn.Linear(3, 2), torch.randn(5, 3)
+optimizer = SNOpt(layer)
+layer.register_parameter("late", nn.Parameter(torch.ones(2)))
+with warnings.catch_warnings(record=True) as heard:
+    warnings.simplefilter("always")
+    for k in range(4):
+        optimizer.zero_grad()
+        (layer(x) * layer.late).square().mean().backward()
+        if k == 3:
+            for p in (layer.weight, layer.bias):
+                p.grad = 1e9 * optimizer.state[p]["change"]
+        optimizer.step()
+print(*(one.filename for one in heard))
+"""
+
+
+def test_warnings_point_at_the_step_of_the_user(tmp_path):
+    script = tmp_path / "loop.py"  # a process of its own: type checks of the tests add calls in between
+    script.write_text(LOOP)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(script)] * 2
+
+
+@pytest.mark.parametrize("wrong", ["0.1", float("nan"), None])
+def test_what_a_scheduler_began_with_is_checked_before_the_step(wrong):
+    layer = nn.Linear(3, 2)
+    optimizer, before = SNOpt(layer), layer.weight.clone()
+    layer(torch.randn(5, 3)).square().mean().backward()
+    optimizer.param_groups[0]["initial_lr"] = wrong
+    with pytest.raises(ProblemError, match=r"initial_lr is .*expected a number >= 0, in param_groups\[0\]"):
+        optimizer.step()
+    assert torch.equal(layer.weight, before)
+    assert "momentum" not in optimizer.state[layer.weight]
