@@ -120,7 +120,7 @@ class HorizonPolicy:
         every: int = 1,
         averaging: float = 0.9,
         reduction: str = "mean",
-        max_change: float = 0.5,
+        max_change: float = 0.8,
         scaler: torch.amp.GradScaler | Any | None = None,
         process_group: Any | None = None,
     ) -> None:

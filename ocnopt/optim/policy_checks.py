@@ -22,7 +22,7 @@ def check_policy_options(options: Mapping[str, Any]) -> None:
     check_count("every", options["every"], default=1)
     check_number("averaging", options["averaging"], "a number in [0, 1), 0.9 by default", below=1.0)
     check_choice("reduction", options["reduction"], ("mean", "sum"))
-    check_number("max_change", options["max_change"], "a number > 0, 0.5 by default", above=1e-12)
+    check_number("max_change", options["max_change"], "a number > 0, 0.8 by default", above=1e-12)
 
 
 def check_times(times: Sequence[float], T: float) -> None:

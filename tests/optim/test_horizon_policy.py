@@ -248,7 +248,7 @@ def test_a_loss_that_is_not_finite_leaves_T():
         ({"penalty": -1.0}, r"penalty is -1.0; expected a number >= 0"),
         ({"every": 0}, r"every is 0; expected a whole number of at least 1, 1 by default"),
         ({"reduction": "none"}, r"reduction is 'none'; expected 'mean' or 'sum'"),
-        ({"max_change": 0.0}, r"max_change is 0.0; expected a number > 0, 0.5 by default"),
+        ({"max_change": 0.0}, r"max_change is 0.0; expected a number > 0, 0.8 by default"),
         ({"averaging": 1.0}, r"averaging is 1.0; expected a number in \[0, 1\), 0.9 by default"),
         ({"curvature": "exakt"}, r"curvature is 'exakt'; expected 'gauss_newton' or 'published' or 'exact'; did you"),
     ],
