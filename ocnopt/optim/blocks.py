@@ -67,7 +67,7 @@ def find_blocks(model: nn.Module, trained: Collection[Tensor]) -> list[Block]:
             continue
         for key, parameter in module.named_parameters(recurse=False):
             is_weight = key == "weight" and is_layer(module)
-            if is_own(parameter) and (is_weight or is_matrix(parameter)):
+            if is_own(parameter) and parameter.numel() and (is_weight or is_matrix(parameter)):
                 groups = _groups(module, parameter, key)
                 joins = is_weight and not is_wide(len(parameter) // groups, parameter[0].numel() + 1)
                 bias = module.bias if joins and is_own(module.bias) else None

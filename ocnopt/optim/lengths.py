@@ -60,7 +60,9 @@ def adapt(
     for parameters, cosine in zip(members, cosines(compared), strict=True):
         if not parameters:
             continue
-        last = next((states[p]["factor"] for p in parameters if "factor" in states[p]), 1.0)
+        # of one that comes back after iterations without a gradient, the factor is that of then
+        known = sorted((p for p in parameters if "factor" in states[p]), key=lambda p: "change" not in states[p])
+        last = states[known[0]]["factor"] if known else 1.0
         most = min(_most(groups[p]) for p in parameters)
         # batches that share no sample disagree, so that cosines are above zero however short steps are
         last = max(last, last ** (1.0 - RETURN))

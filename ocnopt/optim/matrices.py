@@ -193,10 +193,10 @@ def first_order(state: State, gradient: Tensor, momentum: Tensor) -> Tensor:
 
 
 def misfits(states: Mapping[Tensor, State], blocks: Iterable[Block]) -> Iterator[State]:
-    """The states of the weights whose eigenbases are of a matrix with other columns, as a state of before has them."""
+    """The states of weights with eigenbases for other columns, but those that move by Adam's rule, anew, since then."""
     for block in blocks:
         state = states.get(block.weight, {})
-        if "input_vectors" in state and not fits(state, block.shape):
+        if "input_vectors" in state and "squares" not in state and not fits(state, block.shape):
             yield state
 
 

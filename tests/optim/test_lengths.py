@@ -97,3 +97,14 @@ def test_a_factor_below_one_goes_back_where_steps_and_gradients_are_perpendicula
             p.grad -= (p.grad * change).sum() / change.square().sum() * change
         optimizer.step()
         assert optimizer.factors == pytest.approx({"weight": later, "bias": later})
+
+
+@pytest.mark.parametrize("order", [("rare", "usual"), ("usual", "rare")])
+def test_what_comes_back_takes_the_factor_that_the_others_have_by_now(order):
+    model = nn.ParameterDict({name: torch.ones(3) for name in order})
+    optimizer = SNOpt(model)
+    for i in range(30):  # gradients that turn round each time
+        model["usual"].grad = torch.full((3,), (-1.0) ** i)
+        model["rare"].grad = torch.full((3,), 1e-6) if i in (0, 29) else None
+        optimizer.step()
+    assert optimizer.factors == {"usual": FACTORS[0], "rare": FACTORS[0]}

@@ -144,3 +144,45 @@ def test_states_of_before_a_bias_came_or_went_are_taken(joins, curvature):
         optimizer.step()
         optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert optimizer.state[layer.weight]["input_vectors"].shape == (1, 3 + joins, 3 + joins)
+
+
+@pytest.mark.parametrize("curvature", ["gradient", "costate"])
+def test_a_run_goes_on_bit_for_bit_between_the_freezing_of_a_bias_and_the_next_refresh(curvature):
+    layer, x = nn.Linear(3, 2), torch.randn(7, 3)
+    optimizer = SNOpt(layer, curvature=curvature)
+    for i in range(13):
+        layer.bias.requires_grad_(i < 11)
+        backward(layer, x)
+        optimizer.step()
+    again = copy.deepcopy(layer)
+    resumed = SNOpt(again, curvature=curvature)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for _ in range(12):
+        for model, each in ((layer, optimizer), (again, resumed)):
+            backward(model, x)
+            each.step()
+    assert torch.equal(layer.weight, again.weight)
+
+
+def test_gradients_whose_norm_half_precision_cannot_hold_leave_a_state_that_loads():
+    layer = nn.Linear(8, 4).half()
+    optimizer = SNOpt(layer)
+    for _ in range(3):
+        for p in layer.parameters():
+            p.grad = torch.full_like(p, 3e4)
+        optimizer.step()
+    assert optimizer.state_dict()["norms"][-1] == pytest.approx(3e4 * 6.0, rel=1e-3)
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("shape", [(5, 0), (0, 5), (0, 0)])
+def test_layers_without_entries_stay_and_the_others_move(shape):
+    model = nn.ModuleList([nn.Linear(3, 2), nn.Linear(*shape)])
+    optimizer, before = SNOpt(model), model[0].weight.clone()
+    for _ in range(2):
+        optimizer.zero_grad()
+        (model[0](torch.randn(4, 3)).square().mean() + model[1](torch.randn(4, shape[0])).sum()).backward()
+        optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert not torch.equal(model[0].weight, before)
