@@ -14,7 +14,6 @@ from ocnopt.checks import check_choice, check_count, check_number
 from ocnopt.errors import ProblemError
 from ocnopt.neural.neural_ode import NeuralODE
 
-FACTORS = (0.01, 50.0)  # between which the factors of lr stay
 DRAWN = ("sampled", "gauss_newton")  # curvatures that need backward passes of their own
 CURVATURES = ("gradient", "costate", "mixed", *DRAWN)
 

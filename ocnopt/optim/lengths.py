@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from ocnopt.optim.blocks import Block
-from ocnopt.optim.checks import FACTORS
 from ocnopt.optim.gradient_checks import gathered
 from ocnopt.optim.matrices import Pair, State
 
+FACTORS = (0.01, 50.0)  # between which the factors of lr stay
 SHORTENED = 0.25  # a factor by a step that was taken back
 RETURN = 0.03  # share of its logarithm by which a factor below 1 goes back towards 1 in each iteration
 LONGEST = 0.05  # of lr times a factor above 1: where gradients agree, the root mean square change of an entry
@@ -32,7 +32,7 @@ SETTLED = 5  # iterations before evaluations are judged: they rise as a field le
 
 def adapt(
     blocks: Iterable[Block],
-    pairs: Mapping[Tensor, Pair],
+    pairs: Iterable[tuple[Block, Pair]],
     gradients: Mapping[Tensor, Tensor],
     states: Mapping[Tensor, State],
     groups: Mapping[Tensor, Mapping[str, Any]],
@@ -42,27 +42,30 @@ def adapt(
 
     Args:
         blocks: the matrices.
-        pairs: those all of whose parameters have gradients, by the weights.
+        pairs: those of them all of whose parameters have gradients.
         gradients: of this iteration.
         states: the last changes are there.
         groups: the options of each parameter.
         adaptation: kappa.
     """
     loose = {**gradients}
+    whole: dict[Tensor, Pair] = {block.weight: pair for block, pair in pairs}
     members: list[list[Tensor]] = []
     compared: list[list[tuple[Tensor, Tensor]]] = []
     for block in blocks:
         found: list[Tensor] = [p for p in block.parameters if loose.pop(p, None) is not None]
         members.append(found)
-        compared.append(_compared(block, pairs.get(block.weight), found, gradients, states))
+        compared.append(_compared(block, whole.get(block.weight), found, gradients, states))
     members.append([*loose])
-    compared.append([(gradients[p], states[p]["change"]) for p in loose if "change" in states[p]])
+    compared.append(_apart(loose, gradients, states))
     for parameters, cosine in zip(members, cosines(compared), strict=True):
         if not parameters:
             continue
         # of one that comes back after iterations without a gradient, the factor is that of then
-        known = sorted((p for p in parameters if "factor" in states[p]), key=lambda p: "change" not in states[p])
-        last = states[known[0]]["factor"] if known else 1.0
+        known = min(
+            (p for p in parameters if "factor" in states[p]), key=lambda p: "change" not in states[p], default=None
+        )
+        last = 1.0 if known is None else states[known]["factor"]
         most = min(_most(groups[p]) for p in parameters)
         # batches that share no sample disagree, so that cosines are above zero however short steps are
         last = max(last, last ** (1.0 - RETURN))
@@ -74,18 +77,26 @@ def adapt(
 def _compared(
     block: Block,
     pair: Pair | None,
-    found: Sequence[Tensor],
+    found: Iterable[Tensor],
     gradients: Mapping[Tensor, Tensor],
     states: Mapping[Tensor, State],
 ) -> list[tuple[Tensor, Tensor]]:
     """The present gradient of a matrix beside its last change: as matrices, where all of it moved and is to move."""
-    changes = {p: states[p]["change"] for p in found if "change" in states[p]}
-    # a state that was loaded holds copies of the parts; sums over them, and over the matrix of them, round alike
-    if pair is None or len(changes) < len(block.parameters):
-        return [(gradients[p], change.contiguous()) for p, change in changes.items()]
+    if pair is None or not all("change" in states[p] for p in block.parameters):
+        return _apart(found, gradients, states)
+    changes: dict[Tensor, Tensor] = {p: states[p]["change"] for p in block.parameters}
+    # a state that was loaded holds copies of the parts; sums over the matrix of them round alike
     (whole, *others) = {id(change._base): change._base for change in changes.values()}.values()
-    is_whole = whole is not None and not others and whole.shape == pair.gradient.shape
-    return [(pair.gradient, whole if is_whole else block.matrix(changes))]
+    if whole is None or others or whole.shape != pair.gradient.shape:
+        whole = block.matrix(changes)
+    return [(pair.gradient, whole)]
+
+
+def _apart(
+    parameters: Iterable[Tensor], gradients: Mapping[Tensor, Tensor], states: Mapping[Tensor, State]
+) -> list[tuple[Tensor, Tensor]]:
+    """The present gradients of parameters beside their last changes, contiguous as those of a state that was loaded."""
+    return [(gradients[p], states[p]["change"].contiguous()) for p in parameters if "change" in states[p]]
 
 
 def _most(options: Mapping[str, Any]) -> float:

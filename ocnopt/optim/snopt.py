@@ -321,8 +321,7 @@ class SNOpt(torch.optim.Optimizer):
         gradients, momenta = matrices.take_in(self.param_groups, self.state, self._trained)
         pairs = matrices.side_by_side(self._blocks, gradients, momenta, self.state, groups, self._slots)
         if self.adaptation:
-            found: dict[Tensor, Pair] = {block.weight: pair for block, pair in pairs}
-            lengths.adapt(self._blocks, found, gradients, self.state, groups, float(self.adaptation))
+            lengths.adapt(self._blocks, pairs, gradients, self.state, groups, float(self.adaptation))
         self._learn(pairs, samples, ranks)
         rates = {p: float(groups[p]["lr"]) * self.state[p].get("factor", 1.0) for p in gradients}
         changes = matrices.changes(pairs, rates, float(self.power), self.length)

@@ -11,8 +11,8 @@ from torch import Tensor
 from ocnopt.checks import is_number, is_whole, listed
 from ocnopt.errors import ProblemError
 from ocnopt.optim.blocks import Block
-from ocnopt.optim.checks import FACTORS
 from ocnopt.optim.group_checks import check_written
+from ocnopt.optim.lengths import FACTORS
 
 _BASIS = ("input_vectors", "input_values", "output_vectors", "output_values", "moments")
 _TOGETHER = (_BASIS, ("squares", "squares_step"), ("momentum", "step"))  # of each the last alone does no harm

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from ocnopt.optim.checks import FACTORS
+from ocnopt.optim.lengths import FACTORS
 from ocnopt.optim.snopt import SNOpt
 from tests.optim.cases import backward
 

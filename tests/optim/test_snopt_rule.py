@@ -9,7 +9,7 @@ from torch import nn
 
 from ocnopt.errors import ProblemError
 from ocnopt.neural.neural_ode import NeuralODE
-from ocnopt.optim.checks import FACTORS
+from ocnopt.optim.lengths import FACTORS
 from ocnopt.optim.snopt import SNOpt
 from tests.optim.cases import backward
 
