@@ -95,14 +95,15 @@ class Basis(NamedTuple):
         return Turned(matrix, left, torch.bmm(left, UA), torch.bmm(matrix, UA) if self.output.rest else None)
 
     def turn_both(self, both: Tensor) -> tuple[Turned, Turned]:
-        """Two matrices one behind the other ``(2 groups, b, a)``, turned; fewer calls, for small ones."""
-        first, second = both.chunk(2)
-        if self.output.rest:
-            return self.turn(first), self.turn(second)
-        left = torch.bmm(_twice(self.output.vectors.mT), both)
-        core = torch.bmm(left, _twice(self.input.vectors))
-        (left, other), (core, other_core) = left.chunk(2), core.chunk(2)
-        return Turned(first, left, core, None), Turned(second, other, other_core, None)
+        """Two matrices row by row ``(groups, b, 2, a)``, turned by complete bases in as many products as one."""
+        groups, b, _, a = both.shape
+        left = torch.bmm(self.output.vectors.mT, both.view(groups, b, 2 * a))
+        core = torch.bmm(left.view(groups, 2 * b, a), self.input.vectors)
+        first, second = (
+            Turned(*each, None)
+            for each in zip(*(of.view(both.shape).unbind(2) for of in (both, left, core)), strict=True)
+        )
+        return first, second
 
     def spectrum(self) -> Tensor:
         """Eigenvalues E_B E_A^T of the curvature, laid out as second moments."""
@@ -130,27 +131,27 @@ class Basis(NamedTuple):
         """Second moments of the leading part ``(groups, q, r)``."""
         return moments[..., : self.output.vectors.shape[-1], : self.input.vectors.shape[-1]]
 
-    def mean(self, moments: Tensor) -> Tensor:
-        """Mean of second moments over all directions: the trace of the curvature over its size."""
+    def totals(self, moments: Tensor) -> Tensor:
+        """Sums of second moments over all directions ``(groups,)``: the trace of the curvature."""
         if self.is_complete:
-            return moments.mean()
+            return moments.sum((-2, -1))
         total = moments.sum(-1)
         if beside := self.input.rest:
             total.add_(moments[..., -1], alpha=beside - 1)
         if below := self.output.rest:
             total[..., -1] *= below
-        return total.sum() / (len(moments) * self.input.vectors.shape[-2] * self.output.vectors.shape[-2])
+        return total.sum(-1)
 
     def norms(self, turned: Turned, scales: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm of a matrix M, and that of what :meth:`scaled` would return, without making it."""
+        """The norms of matrices M ``(groups,)``, and of what :meth:`scaled` would return, without making it."""
         if self.is_complete:
-            return turned.core.norm(), (turned.core * scales).norm()
+            return _sizes(turned.core), _sizes(turned.core * scales)
         lengths = self.squares(turned).sqrt_()
         if beside := self.input.rest:
             lengths[..., -1] *= beside**0.5
         if below := self.output.rest:
             lengths[..., -1, :] *= below**0.5
-        return lengths.norm(), lengths.mul_(scales).norm()
+        return _sizes(lengths), _sizes(lengths.mul_(scales))
 
     def scaled(self, turned: Turned, scales: Tensor, out: Tensor | None = None) -> Tensor:
         """U_B (S o U_B^T M U_A) U_A^T of a turned matrix M, with both bases completed by their rest.
@@ -163,7 +164,7 @@ class Basis(NamedTuple):
         """
         UA, UB = self.input.vectors, self.output.vectors
         if self.is_complete:
-            return torch.bmm(UB, torch.bmm(scales.mul_(turned.core), UA.mT))
+            return torch.bmm(UB, torch.bmm(scales.mul_(turned.core), UA.mT), out=out)
         q, r = UB.shape[-1], UA.shape[-1]
         if turned.right is not None:
             scales[..., :q, :] -= scales[..., q:, :]
@@ -178,9 +179,8 @@ class Basis(NamedTuple):
         return step.baddbmm_(scales[..., q:, :r] * turned.right, UA.mT)
 
 
-def _twice(vectors: Tensor) -> Tensor:
-    """Those of each group, for two matrices one behind the other."""
-    return vectors.expand(2, -1, -1) if len(vectors) == 1 else torch.cat([vectors, vectors])
+def _sizes(matrices: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(matrices, dim=(-2, -1))
 
 
 def _norms(matrix: Tensor, dim: int | tuple[int, int]) -> Tensor:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ocnopt.optim.blocks import Block
 from ocnopt.optim.gradient_checks import gathered
-from ocnopt.optim.matrices import Pair, State
+from ocnopt.optim.stacks import Stack
+from ocnopt.optim.states import State
 
 FACTORS = (0.01, 50.0)  # between which the factors of lr stay
 SHORTENED = 0.25  # a factor by a step that was taken back
@@ -32,7 +33,7 @@ SETTLED = 5  # iterations before evaluations are judged: they rise as a field le
 
 def adapt(
     blocks: Iterable[Block],
-    pairs: Iterable[tuple[Block, Pair]],
+    stacks: Iterable[Stack],
     gradients: Mapping[Tensor, Tensor],
     states: Mapping[Tensor, State],
     groups: Mapping[Tensor, Mapping[str, Any]],
@@ -42,25 +43,26 @@ def adapt(
 
     Args:
         blocks: the matrices.
-        pairs: those of them all of whose parameters have gradients.
+        stacks: with those of them all of whose parameters have gradients.
         gradients: of this iteration.
         states: the last changes are there.
         groups: the options of each parameter.
         adaptation: kappa.
     """
     loose = {**gradients}
-    whole: dict[Tensor, Pair] = {block.weight: pair for block, pair in pairs}
+    whole = _of_matrices(stacks)
     members: list[list[Tensor]] = []
     compared: list[list[tuple[Tensor, Tensor]]] = []
     for block in blocks:
         found: list[Tensor] = [p for p in block.parameters if loose.pop(p, None) is not None]
         members.append(found)
-        compared.append(_compared(block, whole.get(block.weight), found, gradients, states))
+        compared.append([] if block.weight in whole else _apart(found, gradients, states))
     members.append([*loose])
     compared.append(_apart(loose, gradients, states))
-    for parameters, cosine in zip(members, cosines(compared), strict=True):
+    for parameters, apart in zip(members, cosines(compared), strict=True):
         if not parameters:
             continue
+        cosine = whole.get(parameters[0], apart)
         # of one that comes back after iterations without a gradient, the factor is that of then
         known = min(
             (p for p in parameters if "factor" in states[p]), key=lambda p: "change" not in states[p], default=None
@@ -74,22 +76,18 @@ def adapt(
             states[parameter]["factor"] = factor
 
 
-def _compared(
-    block: Block,
-    pair: Pair | None,
-    found: Iterable[Tensor],
-    gradients: Mapping[Tensor, Tensor],
-    states: Mapping[Tensor, State],
-) -> list[tuple[Tensor, Tensor]]:
-    """The present gradient of a matrix beside its last change: as matrices, where all of it moved and is to move."""
-    if pair is None or not all("change" in states[p] for p in block.parameters):
-        return _apart(found, gradients, states)
-    changes: dict[Tensor, Tensor] = {p: states[p]["change"] for p in block.parameters}
-    # a state that was loaded holds copies of the parts; sums over the matrix of them round alike
-    (whole, *others) = {id(change._base): change._base for change in changes.values()}.values()
-    if whole is None or others or whole.shape != pair.gradient.shape:
-        whole = block.matrix(changes)
-    return [(pair.gradient, whole)]
+def _of_matrices(stacks: Iterable[Stack]) -> dict[Tensor, float]:
+    """The cosines of the matrices that moved as a whole and are to move again, by their weights."""
+    present = [stack for stack in stacks if any(stack.is_changed)]
+    if not present:
+        return {}
+    numbers = [number for stack in present for number in stack.cosines().unbind()]
+    weights = [
+        (block.weight, known) for stack in present for block, known in zip(stack.blocks, stack.is_changed, strict=True)
+    ]
+    return {
+        weight: cosine for (weight, known), cosine in zip(weights, gathered(numbers).tolist(), strict=True) if known
+    }
 
 
 def _apart(

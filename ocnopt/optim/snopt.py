@@ -41,17 +41,18 @@ from ocnopt.checks import check_model
 from ocnopt.differential.kronecker import Collector, Samples, is_layer, release
 from ocnopt.errors import OcnoptError
 from ocnopt.neural.neural_ode import NeuralODE
-from ocnopt.optim import lengths, matrices
+from ocnopt.optim import lengths, matrices, states
 from ocnopt.optim.blocks import Block, find_blocks, is_live, names_of
 from ocnopt.optim.checks import check_fields, check_recipe, is_distributed
 from ocnopt.optim.draw_checks import check_drawable, check_drawn, check_draws
 from ocnopt.optim.gradient_checks import check_dense, check_gradients
 from ocnopt.optim.group_checks import add_group, check_groups, check_options_now, read_groups
 from ocnopt.optim.lengths import Guard
-from ocnopt.optim.matrices import Pair, Slot
+from ocnopt.optim.matrices import Pair
 from ocnopt.optim.notices import warn_explosion, warn_first_order, warn_new_strangers, warn_unseen
 from ocnopt.optim.ranks import Ranks, Shared, beside, unwrapped
 from ocnopt.optim.sampling import cotangents, gather, joined
+from ocnopt.optim.stacks import Stack, Stacks
 from ocnopt.optim.state_checks import check_state
 
 FIRST_GAPS = (1, 3, 5)  # further refreshes at the start, where the curvature changes fastest
@@ -253,11 +254,11 @@ class SNOpt(torch.optim.Optimizer):
         check_recipe(options)
         before = {**self.__dict__}
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
-        matrices.restore(self.param_groups, self.state, state_dict)
+        states.restore(self.param_groups, self.state, state_dict)
         self.__dict__.update(options, _step_count=state_dict["step_count"], _guard=Guard(state_dict))
         try:
             self._find_blocks()
-            matrices.begin_anew(matrices.misfits(self.state, self._blocks))
+            states.begin_anew(states.misfits(self.state, self._blocks))
         except OcnoptError:
             self.__dict__.update(before)
             self._watch()
@@ -276,7 +277,7 @@ class SNOpt(torch.optim.Optimizer):
         self._find_blocks()
         self._guard.forget_gradients()
         changed = [block.parameters for block in self._blocks if (*map(id, block.parameters),) not in former]
-        matrices.begin_anew(self.state.get(parameter, {}) for parameter in itertools.chain(free, *changed))
+        states.begin_anew(self.state.get(parameter, {}) for parameter in itertools.chain(free, *changed))
 
     def _find_blocks(self) -> None:
         names = names_of(self._model)
@@ -292,7 +293,7 @@ class SNOpt(torch.optim.Optimizer):
         self._collector = Collector(layers, timed & layers.keys(), mean=self.reduction == "mean")
         self._watched = [ode for ode in self._odes if not layers.keys().isdisjoint(ode.field.modules())]
         self._drawn = []
-        self._slots: dict[Tensor, Slot] = {}
+        self._stacks = Stacks(self._blocks, self._has_samples)
         self._watch()
 
     def _is_refresh(self) -> bool:
@@ -318,16 +319,21 @@ class SNOpt(torch.optim.Optimizer):
         seen, drawn, self._drawn = self._collector.take(), self._drawn, []
         samples = joined(drawn) if drawn else seen
         groups = {parameter: group for group in self.param_groups for parameter in group["params"]}
-        gradients, momenta = matrices.take_in(self.param_groups, self.state, self._trained)
-        pairs = matrices.side_by_side(self._blocks, gradients, momenta, self.state, groups, self._slots)
+        gradients = states.received(self.param_groups)
+        stacks = self._stacks.of(gradients)
+        for stack in stacks:
+            stack.take_in(gradients, self.state, self._trained, groups)
+        stacked = {p for stack in stacks for block in stack.blocks for p in block.parameters}
+        loose = {p: gradient for p, gradient in gradients.items() if p not in stacked}
+        states.take_in(loose, self.state, self._trained, groups)
         if self.adaptation:
-            lengths.adapt(self._blocks, pairs, gradients, self.state, groups, float(self.adaptation))
-        self._learn(pairs, samples, ranks)
+            lengths.adapt(self._blocks, stacks, gradients, self.state, groups, float(self.adaptation))
+        self._learn(stacks, samples, ranks)
         rates = {p: float(groups[p]["lr"]) * self.state[p].get("factor", 1.0) for p in gradients}
-        changes = matrices.changes(pairs, rates, float(self.power), self.length)
-        matrices.forget_squares(map(self.state.__getitem__, changes))
+        changes = matrices.changes(stacks, rates, groups, float(self.power), self.length)
+        states.forget_squares(map(self.state.__getitem__, changes))
         for parameter in [parameter for parameter in gradients if parameter not in changes]:
-            step = matrices.first_order(self.state[parameter], gradients[parameter], momenta[parameter])
+            step = states.first_order(self.state[parameter], gradients[parameter])
             changes[parameter] = step.mul_(-rates[parameter])
         matrices.move(changes, self.state, self._trained)
 
@@ -351,20 +357,19 @@ class SNOpt(torch.optim.Optimizer):
     def _has_samples(self, block: Block) -> bool:
         return self.curvature != "gradient" and is_layer(block.layer)
 
-    def _learn(
-        self,
-        pairs: Sequence[tuple[Block, Pair]],
-        samples: Mapping[nn.Module, Samples],
-        ranks: Ranks | None,
-    ) -> None:
+    def _learn(self, stacks: Sequence[Stack], samples: Mapping[nn.Module, Samples], ranks: Ranks | None) -> None:
         """Take what an iteration says into the factors of all matrices."""
-        due = []
-        for block, pair in pairs:
-            is_gathered = self._has_samples(block)
+        due: list[tuple[Block, Pair]] = []
+        for stack in stacks:
+            is_gathered = self._has_samples(stack.blocks[0])
             if not is_gathered or self.curvature == "mixed":
-                matrices.observe(pair.state, pair.gradient)
-            if self._is_refresh() or not (is_gathered or matrices.fits(pair.state, pair.gradient.shape)):
-                due.append((block, pair))
+                stack.observe()
+            for i, block in enumerate(stack.blocks):
+                if self._is_refresh() or not (is_gathered or stack.is_ready[i]):
+                    pair = Pair(
+                        self.state[block.weight], *(stack.matrix(i, of) for of in (stack.gradient, stack.momentum))
+                    )
+                    due.append((block, pair))
         if not due:
             return
         found = [samples.get(block.layer) if self._has_samples(block) else None for block, _ in due]
@@ -374,6 +379,8 @@ class SNOpt(torch.optim.Optimizer):
             found, seen = shared.pool(found)
         wanted = [i for i, (block, _) in enumerate(due) if self._is_shown(block, seen=seen[i])]
         matrices.refresh({i: (due[i][1], found[i]) for i in wanted}, shared, mixed=self.curvature == "mixed")
+        for stack in stacks:
+            stack.settle(self.state)
 
     def _is_shown(self, block: Block, *, seen: bool) -> bool:
         """Whether there is something to make an eigenbasis of, given whether there are samples."""

@@ -1,0 +1,164 @@
+"""What SNOpt keeps of each parameter from one iteration to the next, and the step of those that are in no matrix.
+
+In the state of a parameter: step and momentum; change, of the last iteration alone; factor, of lr; of a weight with an
+eigenbasis its vectors, values and second moments; of one without, squares as Adam has them.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ocnopt.differential.kronecker import working_dtype
+from ocnopt.optim.blocks import Block, is_live
+from ocnopt.optim.checks import check_same_shape
+
+DECAY = 0.95  # beta, of second moments and of factors made of gradients
+EPSILON = 1e-8  # keeps the first-order update of a parameter without gradients at zero
+
+TURNED = ("momentum_left", "momentum_core", "momentum_right")  # parts of a wide momentum, that follow the gradient's
+# of a state, what stays as it is when its parameter goes elsewhere
+_OF_NO_DTYPE = ("step", "squares_step", "factor")
+
+State = MutableMapping[str, Any]
+
+
+def newest(count: Any, decay: float) -> float:
+    """The weight of the newest of ``count`` values in a running mean that weighs all of them alike at first.
+
+    >>> [round(newest(count, decay=0.9), 3) for count in (1, 2, 1000)]
+    [1.0, 0.526, 0.1]
+    """
+    return (1.0 - decay) / (1.0 - decay ** int(count))
+
+
+def average(means: list[Tensor], values: list[Tensor], weights: Sequence[float]) -> None:
+    """Take new values, each of its weight, into running means."""
+    if len({*weights}) == 1:
+        torch._foreach_lerp_(means, values, weights[0])
+    else:
+        for mean, value, weight in zip(means, values, weights, strict=True):
+            mean.lerp_(value, weight)
+
+
+def received(groups: Iterable[Mapping[str, Any]]) -> dict[Tensor, Tensor]:
+    """The gradients of this iteration, with weight decay, in working precision."""
+    gradients: dict[Tensor, Tensor] = {}
+    for group in groups:
+        parameters = [p for p in group["params"] if p.grad is not None and is_live(p)]
+        found = [parameter.grad.to(working_dtype(parameter)) for parameter in parameters]
+        if group["weight_decay"] and parameters:
+            decayed = [parameter.to(gradient) for parameter, gradient in zip(parameters, found, strict=True)]
+            found = [*torch._foreach_add(found, decayed, alpha=group["weight_decay"])]
+        gradients.update(zip(parameters, found, strict=True))
+    return gradients
+
+
+def take_in(
+    gradients: Mapping[Tensor, Tensor],
+    states: Mapping[Tensor, State],
+    names: Mapping[Tensor, str],
+    groups: Mapping[Tensor, Mapping[str, Any]],
+) -> None:
+    """Take gradients into the momenta of their parameters, each in memory of its own."""
+    if not gradients:
+        return
+    for parameter, gradient in gradients.items():
+        state = states[parameter]
+        follow(state, names[parameter], gradient)
+        if "momentum" not in state:
+            state["momentum"] = gradient.clone()
+            state.setdefault("step", torch.zeros((), dtype=torch.float32))
+    steps = [states[parameter]["step"] for parameter in gradients]
+    torch._foreach_add_(steps, [torch.ones((), device="cpu")] * len(steps))  # numbers would become tensors, slowly
+    weights = [
+        newest(count, groups[p]["momentum"]) for p, count in zip(gradients, torch.stack(steps).tolist(), strict=True)
+    ]
+    average([states[parameter]["momentum"] for parameter in gradients], [*gradients.values()], weights)
+
+
+def follow(state: State, name: str, gradient: Tensor) -> None:
+    """Let a state go where its parameter went (``model.to``); refuse that of another shape."""
+    momentum = state.get("momentum")
+    if momentum is None:
+        return
+    if momentum.dtype != gradient.dtype or momentum.device != gradient.device:
+        for key, value in state.items():
+            state[key] = value if key in _OF_NO_DTYPE else value.to(gradient)
+    check_same_shape(name, "momentum", momentum.shape, gradient.shape)
+
+
+def restore(groups: Iterable[Mapping[str, Any]], states: Mapping[Tensor, State], saved: Mapping[str, Any]) -> None:
+    """States as they were saved: torch has cast them to the parameter's precision, theirs may be finer."""
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    indices = [index for group in saved["param_groups"] for index in group["params"]]
+    for index, parameter in zip(indices, parameters, strict=True):
+        if "factor" in saved:  # of an earlier version, one for all
+            states[parameter].setdefault("factor", saved["factor"])
+        for key, value in saved["state"].get(index, {}).items():
+            if key != "factor":
+                place = value.device if key in _OF_NO_DTYPE else parameter.device
+                states[parameter][key] = value.to(place, copy=True)
+
+
+def in_own_memory(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state without the memory around its parts, which would be saved with them."""
+
+    def is_part(value: Any) -> bool:
+        return isinstance(value, Tensor) and value.untyped_storage().nbytes() > value.numel() * value.element_size()
+
+    return {
+        key: value.clone(memory_format=torch.contiguous_format) if is_part(value) else value
+        for key, value in state.items()
+    }
+
+
+def first_order(state: State, gradient: Tensor) -> Tensor:
+    """The step of a parameter that is no such matrix, without lr: Adam's rule.
+
+    A parameter may come to it late, with a momentum of other gradients: its squares count as one of them.
+    """
+    momentum = state["momentum"]
+    if "squares" not in state:
+        state["squares"] = torch.maximum(gradient.square(), momentum.square())
+        state["squares_step"] = torch.ones((), dtype=torch.float32)
+    else:
+        state["squares_step"] += 1
+        state["squares"].lerp_(gradient.square(), newest(state["squares_step"], DECAY))
+    return momentum / (state["squares"].sqrt() + EPSILON)
+
+
+def misfits(states: Mapping[Tensor, State], blocks: Iterable[Block]) -> Iterator[State]:
+    """The states of weights with eigenbases for other columns, but those that move by Adam's rule, anew, since then."""
+    for block in blocks:
+        state = states.get(block.weight, {})
+        if "input_vectors" in state and "squares" not in state and not fits(state, block.shape):
+            yield state
+
+
+def begin_anew(states: Iterable[State]) -> None:
+    """Let go of the momentum of parameters that are set free, or whose matrix has other columns now.
+
+    It may be of gradients that were far larger, as a long step in a direction that it alone would show.
+    """
+    for state in states:
+        for key in ("momentum", *TURNED):
+            state.pop(key, None)
+        if "factor" in state:
+            state["factor"] = min(1.0, state["factor"])
+
+
+def forget_squares(states: Iterable[State]) -> None:
+    """Let go of what :func:`first_order` knows of parameters that move as a matrix now."""
+    for state in states:
+        state.pop("squares", None)
+        state.pop("squares_step", None)
+
+
+def fits(state: Mapping[str, Any], shape: Sequence[int]) -> bool:
+    """Whether there is an eigenbasis for matrices ``(groups, b, a)``, whose shape a bias changes that is set free."""
+    if "input_vectors" not in state:
+        return False
+    groups, rows, columns = shape
+    return (*state["output_vectors"].shape[:2], *state["input_vectors"].shape[:2]) == (groups, rows, groups, columns)
