@@ -99,11 +99,8 @@ class Basis(NamedTuple):
         groups, b, _, a = both.shape
         left = torch.bmm(self.output.vectors.mT, both.view(groups, b, 2 * a))
         core = torch.bmm(left.view(groups, 2 * b, a), self.input.vectors)
-        first, second = (
-            Turned(*each, None)
-            for each in zip(*(of.view(both.shape).unbind(2) for of in (both, left, core)), strict=True)
-        )
-        return first, second
+        wholes, lefts, cores = (of.view(both.shape).unbind(2) for of in (both, left, core))
+        return Turned(wholes[0], lefts[0], cores[0], None), Turned(wholes[1], lefts[1], cores[1], None)
 
     def spectrum(self) -> Tensor:
         """Eigenvalues E_B E_A^T of the curvature, laid out as second moments."""

@@ -49,6 +49,7 @@ def adapt(
         groups: the options of each parameter.
         adaptation: kappa.
     """
+    bounds = {id(group): _most(group) for group in {id(group): group for group in groups.values()}.values()}
     loose = {**gradients}
     whole = _of_matrices(stacks)
     members: list[list[Tensor]] = []
@@ -68,7 +69,7 @@ def adapt(
             (p for p in parameters if "factor" in states[p]), key=lambda p: "change" not in states[p], default=None
         )
         last = 1.0 if known is None else states[known]["factor"]
-        most = min(_most(groups[p]) for p in parameters)
+        most = min(bounds[id(groups[p])] for p in parameters)
         # batches that share no sample disagree, so that cosines are above zero however short steps are
         last = max(last, last ** (1.0 - RETURN))
         factor = min(most, max(FACTORS[0], last * math.exp(-adaptation * cosine)))
@@ -79,15 +80,24 @@ def adapt(
 def _of_matrices(stacks: Iterable[Stack]) -> dict[Tensor, float]:
     """The cosines of the matrices that moved as a whole and are to move again, by their weights."""
     present = [stack for stack in stacks if any(stack.is_changed)]
-    if not present:
-        return {}
-    numbers = [number for stack in present for number in stack.cosines().unbind()]
-    weights = [
-        (block.weight, known) for stack in present for block, known in zip(stack.blocks, stack.is_changed, strict=True)
-    ]
-    return {
-        weight: cosine for (weight, known), cosine in zip(weights, gathered(numbers).tolist(), strict=True) if known
-    }
+    found: dict[Tensor, float] = {}
+    for stack, angles in zip(present, _numbers([stack.angles() for stack in present]), strict=True):
+        for block, is_changed, numbers in zip(stack.blocks, stack.is_changed, zip(*angles, strict=True), strict=True):
+            if is_changed:
+                found[block.weight] = _cosine(*numbers)
+    return found
+
+
+def _numbers(tensors: Sequence[Tensor]) -> list[list[list[float]]]:
+    """Tensors of two axes as lists, read together."""
+    flat = torch.cat([tensor.reshape(-1).to(tensors[0]) for tensor in tensors]).tolist() if tensors else []
+    rest = iter(flat)
+    return [[[*itertools.islice(rest, tensor.shape[1])] for _ in range(len(tensor))] for tensor in tensors]
+
+
+def _cosine(product: float, *norms: float) -> float:
+    size = math.prod(norms)
+    return product / size if size > 0.0 else 0.0
 
 
 def _apart(
@@ -125,8 +135,7 @@ def cosines(groups: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> list[float]:
     found, count, start = [], len(pairs), 0
     for group in groups:
         along, *sizes = (numbers[i : i + len(group)] for i in (start, start + count, start + 2 * count))
-        size = math.prod(math.hypot(*norms) for norms in sizes)
-        found.append(sum(along) / size if size > 0.0 else 0.0)
+        found.append(_cosine(math.fsum(along), *(math.hypot(*norms) for norms in sizes)))
         start += len(group)
     return found
 

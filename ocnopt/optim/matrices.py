@@ -32,8 +32,8 @@ from ocnopt.optim.bases import (
     of_rows,
 )
 from ocnopt.optim.ranks import Shared
-from ocnopt.optim.stacks import Stack, basis_of
-from ocnopt.optim.states import TURNED, State, fits
+from ocnopt.optim.stacks import Stack
+from ocnopt.optim.states import TURNED, State, basis_of, fits
 
 
 class Pair(NamedTuple):
@@ -120,7 +120,7 @@ def changes(
             continue
         own = [{rates[p] for p in block.parameters} for block in stack.blocks]
         common = [next(iter(rate)) if len(rate) == 1 else 1.0 for rate in own]  # no bias of another group
-        damping = [groups[block.weight]["damping"] for block in stack.blocks]
+        damping = [float(groups[block.weight]["damping"]) for block in stack.blocks]
         stack.change = _changed(stack, common, damping, power, length)
         for i, is_ready in enumerate(stack.is_ready):
             if is_ready:
@@ -136,7 +136,7 @@ def _changed(stack: Stack, rates: list[float], damping: list[float], power: floa
     stack.learn(basis.squares(gradient))
     means = stack.means()
     tiny = torch.finfo(means.dtype).tiny
-    floors, factors = means.new_tensor([damping, [-rate for rate in rates]])
+    floors, factors = means.new_tensor([*damping, *(-rate for rate in rates)]).chunk(2)
     scales = (stack.moments + stack.spread(floors.mul_(means).add_(tiny))).pow_(-power)
     # a wide step is measured, and made long, before it is made: each would read all of it
     if length == "noise":

@@ -45,7 +45,7 @@ from ocnopt.optim import lengths, matrices, states
 from ocnopt.optim.blocks import Block, find_blocks, is_live, names_of
 from ocnopt.optim.checks import check_fields, check_recipe, is_distributed
 from ocnopt.optim.draw_checks import check_drawable, check_drawn, check_draws
-from ocnopt.optim.gradient_checks import check_dense, check_gradients
+from ocnopt.optim.gradient_checks import check_dense, check_together
 from ocnopt.optim.group_checks import add_group, check_groups, check_options_now, read_groups
 from ocnopt.optim.lengths import Guard
 from ocnopt.optim.matrices import Pair
@@ -205,7 +205,7 @@ class SNOpt(torch.optim.Optimizer):
             compared = [parameter for _, parameter in live] if self._is_refresh() else []
             spent = ranks.agree([gradient for _, gradient in check_dense(live)], compared, self._plan(), spent, device)
         check_options_now(self.param_groups)  # behind agree(): all ranks refuse them together
-        norm = float(check_gradients(live, self._step_count).norm())
+        norm = check_together(live, self._step_count)
         if self._takes_back(spent, norm):
             return loss
         with torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext():
@@ -240,7 +240,9 @@ class SNOpt(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on besides the parameters: tensors and plain numbers."""
         options = {name: getattr(self, name) for name in _OPTIONS}
-        return {**super().state_dict(), "step_count": self._step_count, **self._guard.state(), **options}
+        saved = super().state_dict()
+        saved["state"] = {index: states.in_own_memory(state) for index, state in saved["state"].items()}
+        return {**saved, "step_count": self._step_count, **self._guard.state(), **options}
 
     def load_state_dict(self, state_dict: Mapping[str, Any] | Any) -> None:
         """Go on from a state that :meth:`state_dict` returned; its options replace those of the constructor.

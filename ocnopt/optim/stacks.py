@@ -7,17 +7,18 @@ an eigenbasis of its own kind, and is a stack of one.
 """
 
 import itertools
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ocnopt.optim.arrangement import Bin, Place, arranged
 from ocnopt.optim.bases import Basis, Eigen, Turned, is_wide
 from ocnopt.optim.blocks import Block
-from ocnopt.optim.states import DECAY, TURNED, State, average, fits, follow, newest, take_in
+from ocnopt.optim.states import DECAY, TURNED, State, average, basis_of, fits, follow, newest, observe, take_in
 
-PADDING = 2**18  # of work(), what a matrix may do in vain to be in a stack: about what the calls of another one take
 KEPT = 2  # sets of matrices with gradients whose stacks are kept, as parts of a model may take turns
 
 _BASIS = ("input_vectors", "input_values", "output_vectors", "output_values", "moments")
@@ -46,6 +47,8 @@ class Stack:
     change: Tensor | None
     moments: Tensor
     basis: Basis
+    _states: list[State]  # of the weights
+    _counts: list[int]  # of their gradients
 
     def __init__(self, blocks: Sequence[Block], like: Tensor) -> None:
         self.blocks = blocks
@@ -109,13 +112,11 @@ class Stack:
         """A number of each matrix beside its entries ``(n, 1, 1)``."""
         return (numbers if self._owners is None else numbers[self._owners])[:, None, None]
 
-    def cosines(self) -> Tensor:
-        """Of the angle between gradient and last change of each matrix; 0 where one of them is zero."""
+    def angles(self) -> Tensor:
+        """Of gradient and last change of each matrix ``(3, matrices)``: their product, and the norms of both."""
         change = self.gradient if self.change is None else self.change
-        tiny = torch.finfo(change.dtype).tiny
-        gradients, changes = (self.norms(torch.linalg.vector_norm(of, dim=(1, 2))) for of in (self.gradient, change))
-        products = self.sums((self.gradient * change).sum((1, 2)))
-        return products.div_(gradients.clamp_(min=tiny)).div_(changes.clamp_(min=tiny))
+        sizes = [self.norms(torch.linalg.vector_norm(of, dim=(1, 2))) for of in (self.gradient, change)]
+        return torch.stack([self.sums((self.gradient * change).sum((1, 2))), *sizes])
 
 
 class Single(Stack):
@@ -138,7 +139,7 @@ class Single(Stack):
         self._newest = newest(state["step"], of[block.weight]["momentum"])
         self.gradient = block.matrix(gradients)
         self.momentum = block.matrix({p: states[p]["momentum"] for p in block.parameters})
-        changes = {p: states[p]["change"] for p in block.parameters if "change" in states[p]}
+        changes: dict[Tensor, Tensor] = {p: states[p]["change"] for p in block.parameters if "change" in states[p]}
         self.is_changed = [len(changes) == len(block.parameters)]
         if not self.is_changed[0]:
             self.change = None
@@ -159,7 +160,7 @@ class Single(Stack):
 
     def parts(self, i: int) -> dict[Tensor, Tensor]:
         """See :meth:`Stack.parts`."""
-        self._parts = self._block.parts(self.change)
+        self._parts = {} if self.change is None else self._block.parts(self.change)
         return self._parts
 
     def turned(self) -> tuple[Turned, Turned]:
@@ -169,7 +170,7 @@ class Single(Stack):
         basis changes: each product that is spared reads the whole matrix.
         """
         basis, state, gradient = self.basis, self._states[0], self.basis.turn(self.gradient)
-        if not basis.is_thin:
+        if not (basis.is_thin and is_wide(*self._block.shape[1:])):
             return gradient, basis.turn(self.momentum)
         if all(part in state for part in TURNED):
             parts = [state[part] for part in TURNED]
@@ -180,31 +181,14 @@ class Single(Stack):
         return gradient, momentum
 
 
-class Place(NamedTuple):
-    """Where a matrix lies in a stack of several: in which slices, and whether transposed."""
-
-    block: Block
-    at: slice
-    is_transposed: bool
-
-    def matrix(self, of: Tensor) -> Tensor:
-        """The matrix there."""
-        rows, columns = self.block.shape[1:]
-        return of[self.at, :columns, :rows].mT if self.is_transposed else of[self.at, :rows, :columns]
-
-    def side(self, of: Tensor, width: int) -> Tensor:
-        """What belongs to one side, ``(groups, width, ..., width)``, there."""
-        return of[(self.at, *[slice(width)] * (of.ndim - 1))]
-
-
 class Several(Stack):
     """Matrices with complete eigenbases, in memory that their states hold views of.
 
     What is put in the place of a view, by load_state_dict, model.to or others, is taken up in the next iteration.
     """
 
-    def __init__(self, bin: "Bin", like: Tensor) -> None:
-        rows, columns, members = bin
+    def __init__(self, bin_: Bin, like: Tensor) -> None:
+        rows, columns, members = bin_
         super().__init__([block for block, _ in members], like)
         self._places = [Place(block, at, turn) for (block, turn), at in zip(members, self.slices, strict=True)]
         n = self.slices[-1].stop
@@ -213,26 +197,24 @@ class Several(Stack):
         self.moments, self.change = like.new_zeros(2, n, rows, columns)
         vectors, values, self._factors = ([like.new_zeros(n, *[d] * k) for d in (columns, rows)] for k in (2, 1, 2))
         self.basis = Basis(*(Eigen(*each) for each in zip(vectors, values, strict=True)))
-        parameters = [p for block in self.blocks for p in block.parameters]
+        parameters: list[Tensor] = [p for block in self.blocks for p in block.parameters]
         self._steps = torch.zeros(len(parameters), dtype=torch.float32)
         self._step = dict(zip(parameters, self._steps.unbind(), strict=True))
-        self._gradients, self._momenta, self._changes = (
-            {p: part for place in self._places for p, part in place.block.parts(place.matrix(of)).items()}
-            for of in (self.gradient, self.momentum, self.change)
-        )
+        self._gradients, self._momenta, self._changes = map(self._parts, (self.gradient, self.momentum, self.change))
         self._own = [self._views(place) for place in self._places]
+
+    def _parts(self, of: Tensor) -> dict[Tensor, Tensor]:
+        return {p: part for place in self._places for p, part in place.block.parts(place.matrix(of)).items()}
 
     def _views(self, place: Place) -> dict[str, Tensor]:
         """What the state of a weight holds, besides what each parameter's does."""
         _, b, a = place.block.shape
         views = {"moments": place.matrix(self.moments)}
-        order = slice(None, None, -1) if place.is_transposed else slice(None)
-        for side, width, basis, factor in zip(
-            ("input", "output"), (a, b), self.basis[order], self._factors[order], strict=True
-        ):
-            views[f"{side}_vectors"] = place.side(basis.vectors, width)
-            views[f"{side}_values"] = place.side(basis.values, width)
-            views[f"{side}_factor"] = place.side(factor, width)
+        for i, (side, width) in enumerate((("input", a), ("output", b))):
+            there = 1 - i if place.is_transposed else i
+            vectors, values = (self.basis.input, self.basis.output)[there]
+            for key, of in (("vectors", vectors), ("values", values), ("factor", self._factors[there])):
+                views[f"{side}_{key}"] = place.side(of, width)
         return views
 
     def take_in(
@@ -268,6 +250,8 @@ class Several(Stack):
         """See :meth:`Stack.settle`."""
         for i, (block, views) in enumerate(zip(self.blocks, self._own, strict=True)):
             state = states[block.weight]
+            if all(map(operator.is_, map(state.get, _BASIS), map(views.get, _BASIS))):
+                continue
             fitting = [state[key].shape == views[key].shape for key in _BASIS if key in state]
             self.is_ready[i] = len(fitting) == len(_BASIS) and all(fitting)
             for key in _BASIS:
@@ -300,26 +284,6 @@ class Several(Stack):
     def turned(self) -> tuple[Turned, Turned]:
         """See :meth:`Stack.turned`."""
         return self.basis.turn_both(self._both)
-
-
-def observe(state: State, gradient: Tensor) -> None:
-    """Take a gradient into the running means of G^T G and G G^T, but for sides that are wide."""
-    weight = newest(state["step"], DECAY)
-    for side, turned in (("input_factor", gradient.mT), ("output_factor", gradient)):
-        groups, width, _ = turned.shape
-        if is_wide(width):
-            state.pop(side, None)
-            continue
-        if side not in state or state[side].shape != (groups, width, width):
-            state[side] = gradient.new_zeros(groups, width, width)
-        state[side].baddbmm_(turned, turned.mT, beta=1.0 - weight, alpha=weight)
-
-
-def basis_of(state: Mapping[str, Any]) -> Basis:
-    """The eigenbasis that the state of a weight holds."""
-    return Basis(
-        Eigen(state["input_vectors"], state["input_values"]), Eigen(state["output_vectors"], state["output_values"])
-    )
 
 
 class Stacks:
@@ -355,52 +319,5 @@ class Stacks:
             else:
                 kinds.setdefault((like.dtype, like.device), []).append(block)
         for kind in kinds.values():
-            stacks += [Several(bin, gradients[kind[0].weight]) for bin in arranged(kind)]
+            stacks += [Several(each, gradients[kind[0].weight]) for each in arranged(kind)]
         return stacks
-
-
-class Bin(NamedTuple):
-    """Matrices that lie in one stack, with its rows and columns, and whether each is transposed there."""
-
-    rows: int
-    columns: int
-    members: tuple[tuple[Block, bool], ...]
-
-    def joined(self, block: Block) -> "Bin | None":
-        """Also with another matrix; None if too much would be done in vain."""
-        _, b, a = block.shape
-        for is_transposed in (b > a, b <= a):
-            own = (a, b) if is_transposed else (b, a)
-            wider = Bin(max(self.rows, own[0]), max(self.columns, own[1]), (*self.members, (block, is_transposed)))
-            if wider.is_good():
-                return wider
-        return None
-
-    def is_good(self) -> bool:
-        """Whether each matrix may lie there."""
-        own = _work(self.rows, self.columns)
-        for (groups, b, a), is_transposed in ((block.shape, is_transposed) for block, is_transposed in self.members):
-            # the parts of several groups are views, in which the groups are one behind the other
-            if groups * (own - _work(b, a)) > PADDING or (groups > 1 and (is_transposed or b < self.rows)):
-                return False
-        return True
-
-
-def arranged(blocks: Iterable[Block]) -> list[Bin]:
-    """Matrices in as few stacks as is worth it, each time in the first one that takes them, the largest first."""
-    found: list[Bin] = []
-    for block in sorted(blocks, key=lambda block: -_work(*block.shape[1:])):
-        for i, one in enumerate(found):
-            if (wider := one.joined(block)) is not None:
-                found[i] = wider
-                break
-        else:
-            groups, rows, columns = block.shape
-            is_transposed = groups == 1 and rows > columns
-            found.append(Bin(*((columns, rows) if is_transposed else (rows, columns)), ((block, is_transposed),)))
-    return found
-
-
-def _work(rows: int, columns: int) -> int:
-    """Of the products with the eigenvectors of both sides."""
-    return rows * columns * (rows + columns)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ocnopt.differential.kronecker import working_dtype
+from ocnopt.optim.bases import Basis, Eigen, is_wide
 from ocnopt.optim.blocks import Block, is_live
 from ocnopt.optim.checks import check_same_shape
 
@@ -47,7 +48,7 @@ def received(groups: Iterable[Mapping[str, Any]]) -> dict[Tensor, Tensor]:
     gradients: dict[Tensor, Tensor] = {}
     for group in groups:
         parameters = [p for p in group["params"] if p.grad is not None and is_live(p)]
-        found = [parameter.grad.to(working_dtype(parameter)) for parameter in parameters]
+        found = [p.grad if p.dtype is torch.float32 else p.grad.to(working_dtype(p)) for p in parameters]
         if group["weight_decay"] and parameters:
             decayed = [parameter.to(gradient) for parameter, gradient in zip(parameters, found, strict=True)]
             found = [*torch._foreach_add(found, decayed, alpha=group["weight_decay"])]
@@ -162,3 +163,23 @@ def fits(state: Mapping[str, Any], shape: Sequence[int]) -> bool:
         return False
     groups, rows, columns = shape
     return (*state["output_vectors"].shape[:2], *state["input_vectors"].shape[:2]) == (groups, rows, groups, columns)
+
+
+def observe(state: State, gradient: Tensor) -> None:
+    """Take a gradient into the running means of G^T G and G G^T, but for sides that are wide."""
+    weight = newest(state["step"], DECAY)
+    for side, turned in (("input_factor", gradient.mT), ("output_factor", gradient)):
+        groups, width, _ = turned.shape
+        if is_wide(width):
+            state.pop(side, None)
+            continue
+        if side not in state or state[side].shape != (groups, width, width):
+            state[side] = gradient.new_zeros(groups, width, width)
+        state[side].baddbmm_(turned, turned.mT, beta=1.0 - weight, alpha=weight)
+
+
+def basis_of(state: Mapping[str, Any]) -> Basis:
+    """The eigenbasis that the state of a weight holds."""
+    return Basis(
+        Eigen(state["input_vectors"], state["input_values"]), Eigen(state["output_vectors"], state["output_values"])
+    )

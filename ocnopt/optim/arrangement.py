@@ -1,0 +1,74 @@
+"""Which matrices lie in one stack, and where: padded with zeros to one size, some of them transposed."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ocnopt.optim.blocks import Block
+
+PADDING = 2**18  # of _work(), what a matrix may do in vain to be in a stack: about what the calls of another one take
+
+
+class Bin(NamedTuple):
+    """Matrices that lie in one stack, with its rows and columns, and whether each is transposed there."""
+
+    rows: int
+    columns: int
+    members: tuple[tuple[Block, bool], ...]
+
+    def joined(self, block: Block) -> "Bin | None":
+        """Also with another matrix; None if too much would be done in vain."""
+        _, b, a = block.shape
+        for is_transposed in (b > a, b <= a):
+            own = (a, b) if is_transposed else (b, a)
+            wider = Bin(max(self.rows, own[0]), max(self.columns, own[1]), (*self.members, (block, is_transposed)))
+            if wider.is_good():
+                return wider
+        return None
+
+    def is_good(self) -> bool:
+        """Whether each matrix may lie there."""
+        own = _work(self.rows, self.columns)
+        for (groups, b, a), is_transposed in ((block.shape, is_transposed) for block, is_transposed in self.members):
+            # the parts of several groups are views, in which the groups are one behind the other
+            if groups * (own - _work(b, a)) > PADDING or (groups > 1 and (is_transposed or b < self.rows)):
+                return False
+        return True
+
+
+def arranged(blocks: Iterable[Block]) -> list[Bin]:
+    """Matrices in as few stacks as is worth it, each time in the first one that takes them, the largest first."""
+    found: list[Bin] = []
+    for block in sorted(blocks, key=lambda block: -_work(*block.shape[1:])):
+        for i, one in enumerate(found):
+            if (wider := one.joined(block)) is not None:
+                found[i] = wider
+                break
+        else:
+            groups, rows, columns = block.shape
+            is_transposed = groups == 1 and rows > columns
+            found.append(Bin(*((columns, rows) if is_transposed else (rows, columns)), ((block, is_transposed),)))
+    return found
+
+
+def _work(rows: int, columns: int) -> int:
+    """Of the products with the eigenvectors of both sides."""
+    return rows * columns * (rows + columns)
+
+
+class Place(NamedTuple):
+    """Where a matrix lies in a stack of several: in which slices, and whether transposed."""
+
+    block: Block
+    at: slice
+    is_transposed: bool
+
+    def matrix(self, of: Tensor) -> Tensor:
+        """The matrix there."""
+        rows, columns = self.block.shape[1:]
+        return of[self.at, :columns, :rows].mT if self.is_transposed else of[self.at, :rows, :columns]
+
+    def side(self, of: Tensor, width: int) -> Tensor:
+        """What belongs to one side, ``(groups, width, ..., width)``, there."""
+        return of[(self.at, *[slice(width)] * (of.ndim - 1))]
