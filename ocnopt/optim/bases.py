@@ -243,9 +243,25 @@ def follow(matrix: Tensor, old: Eigen | None, other: Tensor | None) -> Eigen:
 
 def complete(factor: Tensor) -> Eigen:
     """All eigenvectors of a factor ``(groups, d, d)``."""
-    trace = factor.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=torch.finfo(factor.dtype).tiny)
-    values, vectors = eigh(factor / trace[:, None, None])
+    values, vectors = eigh(_of_trace_one(factor))
     return Eigen(vectors.flip(-1).contiguous(), values.flip(-1).clamp(min=0.0))
+
+
+def tracked(factor: Tensor, old: Tensor) -> Eigen:
+    """All eigenvectors of a factor ``(groups, d, d)`` that has changed a little, from those of before.
+
+    One step of orthogonal iteration, which takes half the time of :func:`complete`.
+    """
+    span, triangle = torch.linalg.qr(_of_trace_one(factor) @ old)
+    values = triangle.diagonal(dim1=-2, dim2=-1).abs()
+    if not bool(values.isfinite().all()):
+        return complete(factor)  # which says so
+    return Eigen(span, values / values.sum(-1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny))
+
+
+def _of_trace_one(factor: Tensor) -> Tensor:
+    trace = factor.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=torch.finfo(factor.dtype).tiny)
+    return factor / trace[:, None, None]
 
 
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ocnopt.checks import listed
 from ocnopt.errors import NonFiniteError, ProblemError
 
+LARGE = 1e18  # of a norm, from which on squares may be infinite in single precision
 FEW = 2**16  # entries that are copied in less time than their norms take one by one
 
 
@@ -60,7 +61,10 @@ def check_gradients(named: Iterable[tuple[str, Tensor]], step: int | None = None
 
 
 def check_together(named: Iterable[tuple[str, Tensor]], step: int | None = None) -> float:
-    """As :func:`check_gradients`; the norm of all together, which takes one call where there is little to be copied."""
+    """As :func:`check_gradients`, also refusing those whose squares are infinite; the norm of all together.
+
+    That takes one call where there is little to be copied.
+    """
     found = check_dense(named)
     gradients = [gradient for _, gradient in found]
     kinds = {(gradient.dtype, gradient.device.type) for gradient in gradients}
@@ -68,9 +72,25 @@ def check_together(named: Iterable[tuple[str, Tensor]], step: int | None = None)
         norm = float(torch._C._nn.flatten_dense_tensors(gradients).norm())
     else:
         norm = math.hypot(*sizes(gradients).tolist())
-    if not math.isfinite(norm):
+    if not norm <= LARGE:
         _check_finite([name for name, gradient in found if not bool(gradient.isfinite().all())], step)
+        _check_squares(found, norm)
     return norm
+
+
+def _check_squares(named: Iterable[tuple[str, Tensor]], norm: float) -> None:
+    """Refuse gradients that are finite, but whose squares are not, in the precision of second moments."""
+    names = [
+        name
+        for name, gradient in named
+        if norm > torch.finfo(torch.promote_types(gradient.dtype, torch.float32)).max ** 0.5
+    ]
+    if names:
+        raise NonFiniteError(
+            f"the gradients, of norm {norm:.3g}, are so large that their squares are infinite in the precision of "
+            f"{listed(names)}; expected finite second moments. Parameters and state are as before this step: scale the "
+            "loss down, lower lr, or clip the gradients"
+        )
 
 
 def _check_finite(names: Sequence[str], step: int | None) -> None:

@@ -30,10 +30,13 @@ from ocnopt.optim.bases import (
     is_wide,
     kept,
     of_rows,
+    tracked,
 )
 from ocnopt.optim.ranks import Shared
 from ocnopt.optim.stacks import Stack
 from ocnopt.optim.states import TURNED, State, basis_of, fits
+
+TURNING = 8  # iterations in which eigenbases turn so fast that one step from the last ones would not follow
 
 
 class Pair(NamedTuple):
@@ -90,7 +93,8 @@ def _new_basis(pair: Pair, samples: Samples | None, *, mixed: bool) -> Basis:
 def _of_gradients(state: State, factor: str, momentum: Tensor, own: Eigen | None, other: Eigen | None) -> Eigen:
     """The basis of one side: of the running mean of G^T G, or of the momentum alone where that side is wide."""
     if not is_wide(momentum.shape[-1]):
-        return complete(state[factor])
+        is_near = own is not None and not own.rest and int(state["step"]) > TURNING
+        return tracked(state[factor], own.vectors) if own is not None and is_near else complete(state[factor])
     return follow(momentum, own, None if other is None else other.vectors)
 
 
