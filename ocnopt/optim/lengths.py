@@ -52,29 +52,31 @@ def adapt(
     bounds = {id(group): _most(group) for group in {id(group): group for group in groups.values()}.values()}
     loose = {**gradients}
     whole = _of_matrices(stacks)
-    members: list[list[Tensor]] = []
-    compared: list[list[tuple[Tensor, Tensor]]] = []
+    members: list[Sequence[Tensor]] = []
+    apart: list[list[tuple[Tensor, Tensor]]] = []
     for block in blocks:
-        found: list[Tensor] = [p for p in block.parameters if loose.pop(p, None) is not None]
+        found = [p for p in block.parameters if loose.pop(p, None) is not None]
         members.append(found)
-        compared.append([] if block.weight in whole else _apart(found, gradients, states))
+        apart.append([] if block.weight in whole else _apart(found, gradients, states))
     members.append([*loose])
-    compared.append(_apart(loose, gradients, states))
-    for parameters, apart in zip(members, cosines(compared), strict=True):
-        if not parameters:
-            continue
-        cosine = whole.get(parameters[0], apart)
-        # of one that comes back after iterations without a gradient, the factor is that of then
-        known = min(
-            (p for p in parameters if "factor" in states[p]), key=lambda p: "change" not in states[p], default=None
-        )
-        last = 1.0 if known is None else states[known]["factor"]
-        most = min(bounds[id(groups[p])] for p in parameters)
-        # batches that share no sample disagree, so that cosines are above zero however short steps are
-        last = max(last, last ** (1.0 - RETURN))
-        factor = min(most, max(FACTORS[0], last * math.exp(-adaptation * cosine)))
-        for parameter in parameters:
-            states[parameter]["factor"] = factor
+    apart.append(_apart(loose, gradients, states))
+    for parameters, cosine in zip(members, cosines(apart), strict=True):
+        if parameters:
+            most = min(bounds[id(groups[p])] for p in parameters)
+            _follow([states[p] for p in parameters], adaptation * whole.get(parameters[0], cosine), most)
+
+
+def _follow(states: Sequence[State], exponent: float, most: float) -> None:
+    """The next factor of parameters that have one together."""
+    known = [state for state in states if "factor" in state]
+    # of one that comes back after iterations without a gradient, the factor is that of then
+    recent = [state for state in known if "change" in state] or known
+    last = recent[0]["factor"] if recent else 1.0
+    # batches that share no sample disagree, so that cosines are above zero however short steps are
+    last = max(last, last ** (1.0 - RETURN))
+    factor = min(most, max(FACTORS[0], last * math.exp(-exponent)))
+    for state in states:
+        state["factor"] = factor
 
 
 def _of_matrices(stacks: Iterable[Stack]) -> dict[Tensor, float]:

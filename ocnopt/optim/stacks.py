@@ -60,7 +60,7 @@ class Stack:
         if max(counts) > 1:
             owners = [i for i, count in enumerate(counts) for _ in range(count)]
             self._owners = torch.tensor(owners, device=like.device)
-            self._members = torch.nn.functional.one_hot(self._owners).to(like)
+            self._sorting = torch.nn.functional.one_hot(self._owners).to(like)
 
     def take_in(
         self, gradients: Mapping[Tensor, Tensor], states: States, names: Mapping[Tensor, str], of: Groups
@@ -98,7 +98,7 @@ class Stack:
 
     def sums(self, numbers: Tensor) -> Tensor:
         """Numbers ``(n,)`` of the slices, added up for each matrix."""
-        return numbers if self._owners is None else numbers @ self._members
+        return numbers if self._owners is None else numbers @ self._sorting
 
     def norms(self, numbers: Tensor) -> Tensor:
         """Norms ``(n,)`` of the slices, taken together for each matrix."""
@@ -197,10 +197,12 @@ class Several(Stack):
         self.moments, self.change = like.new_zeros(2, n, rows, columns)
         vectors, values, self._factors = ([like.new_zeros(n, *[d] * k) for d in (columns, rows)] for k in (2, 1, 2))
         self.basis = Basis(*(Eigen(*each) for each in zip(vectors, values, strict=True)))
-        parameters: list[Tensor] = [p for block in self.blocks for p in block.parameters]
-        self._steps = torch.zeros(len(parameters), dtype=torch.float32)
-        self._step = dict(zip(parameters, self._steps.unbind(), strict=True))
-        self._gradients, self._momenta, self._changes = map(self._parts, (self.gradient, self.momentum, self.change))
+        gradients, momenta, self._changes = map(self._parts, (self.gradient, self.momentum, self.change))
+        self._gradients, self._momenta = [*gradients.values()], [*momenta.values()]
+        self._steps = torch.zeros(len(momenta), dtype=torch.float32)
+        self._members = [*zip(momenta, self._momenta, self._steps.unbind(), self._changes.values(), strict=True)]
+        starts = itertools.accumulate((len(block.parameters) for block in self.blocks), initial=0)
+        self._weights = [*starts][:-1]  # where each is among the members
         self._own = [self._views(place) for place in self._places]
 
     def _parts(self, of: Tensor) -> dict[Tensor, Tensor]:
@@ -221,29 +223,31 @@ class Several(Stack):
         self, gradients: Mapping[Tensor, Tensor], states: States, names: Mapping[Tensor, str], of: Groups
     ) -> None:
         """See :meth:`Stack.take_in`."""
-        for p, momentum in self._momenta.items():
+        torch._foreach_copy_(self._gradients, [gradients[p] for p, *_ in self._members])
+        changed: list[bool] = []
+        for p, momentum, step, change in self._members:
             state = states[p]
             if state.get("momentum") is not momentum:
                 follow(state, names[p], gradients[p])
-                momentum.copy_(state.get("momentum", gradients[p]))
-                state["momentum"] = momentum
-            if state.get("step") is not (step := self._step[p]):
+                state["momentum"] = momentum.copy_(state.get("momentum", gradients[p]))
+            if state.get("step") is not step:
                 state["step"] = step.copy_(state.get("step", torch.zeros_like(step)))
-        torch._foreach_copy_([*self._gradients.values()], [gradients[p] for p in self._gradients])
+            last = state.get("change")
+            changed.append(last is not None)
+            if last is not None and last is not change:
+                change.copy_(last)
         self._steps += 1
-        counts = dict(zip(self._step, self._steps.tolist(), strict=True))
-        weights = [newest(count, of[p]["momentum"]) for p, count in counts.items()]
+        counts = self._steps.tolist()
+        weights = [newest(count, of[p]["momentum"]) for count, (p, *_) in zip(counts, self._members, strict=True)]
         if len({*weights}) == 1:
             self.momentum.lerp_(self.gradient, weights[0])
         else:
-            average([*self._momenta.values()], [*self._gradients.values()], weights)
+            average(self._momenta, self._gradients, weights)
         self._states = [states[block.weight] for block in self.blocks]
-        self._counts = [int(counts[block.weight]) for block in self.blocks]
-        for i, block in enumerate(self.blocks):
-            self.is_changed[i] = all("change" in states[p] for p in block.parameters)
-            for p in block.parameters if self.is_changed[i] else ():
-                if (change := states[p]["change"]) is not self._changes[p]:
-                    self._changes[p].copy_(change)
+        self._counts = [int(counts[i]) for i in self._weights]
+        self.is_changed = [
+            all(changed[i : i + len(block.parameters)]) for i, block in zip(self._weights, self.blocks, strict=True)
+        ]
         self.settle(states)
 
     def settle(self, states: States) -> None:
