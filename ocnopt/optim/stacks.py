@@ -163,6 +163,11 @@ class Single(Stack):
         self._parts = {} if self.change is None else self._block.parts(self.change)
         return self._parts
 
+    def angles(self) -> Tensor:
+        """See :meth:`Stack.angles`; without the product of all entries in memory."""
+        gradient, change = ((self.gradient if of is None else of).reshape(-1) for of in (self.gradient, self.change))
+        return torch.stack([gradient.dot(change), *map(torch.linalg.vector_norm, (gradient, change))])[:, None]
+
     def turned(self) -> tuple[Turned, Turned]:
         """Gradient and momentum, turned.
 

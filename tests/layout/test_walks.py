@@ -1,9 +1,9 @@
 """The walks that the layout must keep short: one solve, one training step, one Hessian.
 
-At most nine files each (checks and warnings, SNOpt's lengths of steps and its list of matrices, the reading of a start,
-of bounds and of names, errors and tableaus aside), and no two files that call each other both ways. How the lowered
-kernel is built is left out: it happens once, before anything is iterated, and hands the problem's step down to the
-tracer, which calls it back by design.
+At most nine files each (checks and warnings, SNOpt's lengths of steps, its list of matrices and where they lie, the
+reading of a start, of bounds and of names, errors and tableaus aside), and no two files that call each other both ways.
+How the lowered kernel is built is left out: it happens once, before anything is iterated, and hands the problem's step
+down to the tracer, which calls it back by design.
 """
 
 import pytest
@@ -31,6 +31,9 @@ ASIDE = (
     "ocnopt/optim/state_checks.py",
     "ocnopt/optim/notices.py",
     "ocnopt/optim/blocks.py",  # which matrices there are, and which parameters belong to each
+    "ocnopt/optim/arrangement.py",  # which of them lie side by side in memory,
+    "ocnopt/optim/stacks.py",  # and that memory
+    "ocnopt/optim/states.py",  # running means, each in the state of its parameter
     "ocnopt/optim/bases.py",  # the algebra of a matrix, as torch.linalg is
     "ocnopt/optim/lengths.py",  # a guard, and one number for each matrix
     "ocnopt/errors.py",

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from ocnopt.differential.kronecker import Samples, as_matrix
-from ocnopt.optim.bases import Basis, Eigen, carried_moments, eigenbasis, first_moments, follow
+from ocnopt.optim.bases import Basis, Eigen, carried_moments, complete, eigenbasis, first_moments, follow, tracked
 from tests.optim.cases import factors, gather
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -142,6 +142,27 @@ def test_two_matrices_are_turned_alike(groups, b, a):
         for part, alone in zip(turned, basis.turn(matrix), strict=True):
             if part is not None:
                 torch.testing.assert_close(part, alone, **EXACT)
+
+
+@given(st.integers(1, 3), st.integers(2, 6), st.integers(0, 2), st.sampled_from([1e-200, 1.0, 1e100]))
+def test_steps_of_orthogonal_iteration_lead_to_all_eigenvectors(groups, width, missing, size):
+    exact = torch.linalg.qr(torch.randn(groups, width, width)).Q
+    values = 3.0 ** -torch.arange(width)
+    values[width - min(missing, width - 1) :] = 0.0  # in whose directions any vectors will do
+    factor = size * (exact * values) @ exact.mT
+    found = Eigen(torch.linalg.qr(torch.randn(groups, width, width)).Q, values)
+    for _ in range(30):
+        found = tracked(factor, found.vectors)
+        torch.testing.assert_close(found.vectors.mT @ found.vectors, torch.eye(width).expand(groups, -1, -1), **EXACT)
+    torch.testing.assert_close(found.values, complete(factor).values, rtol=0, atol=1e-7)
+    rank = int((values > 0).sum())
+    overlaps = (found.vectors[..., :rank].mT @ exact[..., :rank]).square()
+    torch.testing.assert_close(overlaps, torch.eye(rank).expand(groups, -1, -1), rtol=0, atol=1e-7)
+
+
+def test_a_factor_with_nan_has_no_eigenvectors():
+    with pytest.raises(torch.linalg.LinAlgError):
+        tracked(torch.full((1, 3, 3), torch.nan), torch.eye(3)[None])
 
 
 def test_wide_sides_follow_the_leading_singular_vectors(monkeypatch):
