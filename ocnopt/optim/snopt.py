@@ -295,7 +295,7 @@ class SNOpt(torch.optim.Optimizer):
         self._collector = Collector(layers, timed & layers.keys(), mean=self.reduction == "mean")
         self._watched = [ode for ode in self._odes if not layers.keys().isdisjoint(ode.field.modules())]
         self._drawn = []
-        self._stacks = Stacks(self._blocks, self._has_samples)
+        self._stacks = Stacks(self._blocks, {block.weight for block in watched})
         self._watch()
 
     def _is_refresh(self) -> bool:

@@ -8,7 +8,7 @@ an eigenbasis of its own kind, and is a stack of one.
 
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -300,11 +300,11 @@ class Stacks:
 
     Args:
         blocks: the matrices.
-        is_alone: whether one has an eigenbasis of its own kind.
+        alone: weights of those whose eigenbases are of a kind of their own.
     """
 
-    def __init__(self, blocks: Iterable[Block], is_alone: Callable[[Block], bool]) -> None:
-        self._blocks, self._is_alone = [*blocks], is_alone
+    def __init__(self, blocks: Iterable[Block], alone: Collection[Tensor]) -> None:
+        self._blocks, self._alone = [*blocks], alone
         self._kept: dict[Any, list[Stack]] = {}
 
     def of(self, gradients: Mapping[Tensor, Tensor]) -> list[Stack]:
@@ -323,7 +323,7 @@ class Stacks:
         kinds: dict[Any, list[Block]] = {}
         for block in blocks:
             like = gradients[block.weight]
-            if self._is_alone(block) or is_wide(max(block.shape[1:])):
+            if block.weight in self._alone or is_wide(max(block.shape[1:])):
                 stacks.append(Single(block, like))
             else:
                 kinds.setdefault((like.dtype, like.device), []).append(block)
