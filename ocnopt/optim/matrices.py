@@ -122,7 +122,7 @@ def changes(
     for stack in stacks:
         if not any(stack.is_ready):
             continue
-        own = [{rates[p] for p in block.parameters} for block in stack.blocks]
+        own = [{rates.get(p, 0.0) for p in block.parameters} for block in stack.blocks]
         common = [next(iter(rate)) if len(rate) == 1 else 1.0 for rate in own]  # no bias of another group
         damping = [float(groups[block.weight]["damping"]) for block in stack.blocks]
         stack.change = _changed(stack, common, damping, power, length)

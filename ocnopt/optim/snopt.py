@@ -325,7 +325,7 @@ class SNOpt(torch.optim.Optimizer):
         stacks = self._stacks.of(gradients)
         for stack in stacks:
             stack.take_in(gradients, self.state, self._trained, groups)
-        stacked = {p for stack in stacks for block in stack.blocks for p in block.parameters}
+        stacked = {p for stack in stacks for block in stack.present() for p in block.parameters}
         loose = {p: gradient for p, gradient in gradients.items() if p not in stacked}
         states.take_in(loose, self.state, self._trained, groups)
         if self.adaptation:
@@ -367,7 +367,7 @@ class SNOpt(torch.optim.Optimizer):
             if not is_gathered or self.curvature == "mixed":
                 stack.observe()
             for i, block in enumerate(stack.blocks):
-                if self._is_refresh() or not (is_gathered or stack.is_ready[i]):
+                if stack.is_present[i] and (self._is_refresh() or not (is_gathered or stack.is_ready[i])):
                     pair = Pair(
                         self.state[block.weight], *(stack.matrix(i, of) for of in (stack.gradient, stack.momentum))
                     )

@@ -8,18 +8,17 @@ an eigenbasis of its own kind, and is a stack of one.
 
 import itertools
 import operator
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ocnopt.differential.kronecker import working_dtype
 from ocnopt.optim.arrangement import Bin, Place, arranged
 from ocnopt.optim.bases import Basis, Eigen, Turned, is_wide
 from ocnopt.optim.blocks import Block
 from ocnopt.optim.states import DECAY, TURNED, State, average, basis_of, fits, follow, newest, observe, take_in
-
-KEPT = 2  # sets of matrices with gradients whose stacks are kept, as parts of a model may take turns
 
 _BASIS = ("input_vectors", "input_values", "output_vectors", "output_values", "moments")
 
@@ -38,8 +37,9 @@ class Stack:
         change: the last one, and memory for the next.
         moments: second moments, laid out as by ``basis``.
         basis: the eigenbases.
-        is_ready: which matrices have one.
-        is_changed: of which the last change is known.
+        is_present: which matrices have gradients in this iteration; what is here of others stays as it is.
+        is_ready: which of them have an eigenbasis.
+        is_changed: of which of them the last change is known.
     """
 
     gradient: Tensor
@@ -52,7 +52,7 @@ class Stack:
 
     def __init__(self, blocks: Sequence[Block], like: Tensor) -> None:
         self.blocks = blocks
-        self.is_ready, self.is_changed = ([False] * len(blocks) for _ in range(2))
+        self.is_present, self.is_ready, self.is_changed = ([False] * len(blocks) for _ in range(3))
         counts = [block.groups for block in blocks]
         self.slices = [slice(end - count, end) for end, count in zip(itertools.accumulate(counts), counts, strict=True)]
         self._sizes = like.new_tensor([float(block.groups * block.shape[1] * block.shape[2]) for block in blocks])
@@ -61,6 +61,15 @@ class Stack:
             owners = [i for i, count in enumerate(counts) for _ in range(count)]
             self._owners = torch.tensor(owners, device=like.device)
             self._sorting = torch.nn.functional.one_hot(self._owners).to(like)
+
+    def find(self, gradients: Mapping[Tensor, Tensor]) -> bool:
+        """Whether there are gradients of all parameters of some of the matrices."""
+        self.is_present = [all(p in gradients for p in block.parameters) for block in self.blocks]
+        return any(self.is_present)
+
+    def present(self) -> list[Block]:
+        """The matrices with gradients in this iteration."""
+        return [*itertools.compress(self.blocks, self.is_present)]
 
     def take_in(
         self, gradients: Mapping[Tensor, Tensor], states: States, names: Mapping[Tensor, str], of: Groups
@@ -86,13 +95,14 @@ class Stack:
 
     def observe(self) -> None:
         """Take the gradients into the running means of G^T G and G G^T, but for sides that are wide."""
-        for i in range(len(self.blocks)):
-            observe(self._states[i], self.matrix(i, self.gradient))
+        for i, is_present in enumerate(self.is_present):
+            if is_present:
+                observe(self._states[i], self.matrix(i, self.gradient))
 
     def learn(self, squares: Tensor) -> None:
         """Take the squares of turned gradients into the second moments."""
         # what the moments began with counts as one observation
-        weights = [newest(count + 1, DECAY) for count in self._counts]
+        weights = [newest(n + 1, DECAY) if here else 0.0 for n, here in zip(self._counts, self.is_present, strict=True)]
         one = weights[0] if len({*weights}) == 1 else self.spread(squares.new_tensor(weights))
         self.moments.lerp_(squares, one)
 
@@ -186,6 +196,18 @@ class Single(Stack):
         return gradient, momentum
 
 
+class Member(NamedTuple):
+    """A parameter of a stack of several: of which matrix, its number, and where its parts lie."""
+
+    parameter: Tensor
+    owner: int
+    number: int
+    step: Tensor
+    gradient: Tensor
+    momentum: Tensor
+    change: Tensor
+
+
 class Several(Stack):
     """Matrices with complete eigenbases, in memory that their states hold views of.
 
@@ -199,19 +221,21 @@ class Several(Stack):
         n = self.slices[-1].stop
         self._both = like.new_zeros(n, rows, 2, columns)
         self.gradient, self.momentum = self._both.unbind(2)
-        self.moments, self.change = like.new_zeros(2, n, rows, columns)
+        self.moments, change = like.new_zeros(2, n, rows, columns)
+        self.change = change
         vectors, values, self._factors = ([like.new_zeros(n, *[d] * k) for d in (columns, rows)] for k in (2, 1, 2))
         self.basis = Basis(*(Eigen(*each) for each in zip(vectors, values, strict=True)))
-        gradients, momenta, self._changes = map(self._parts, (self.gradient, self.momentum, self.change))
-        self._gradients, self._momenta = [*gradients.values()], [*momenta.values()]
-        self._steps = torch.zeros(len(momenta), dtype=torch.float32)
-        self._members = [*zip(momenta, self._momenta, self._steps.unbind(), self._changes.values(), strict=True)]
-        starts = itertools.accumulate((len(block.parameters) for block in self.blocks), initial=0)
-        self._weights = [*starts][:-1]  # where each is among the members
+        self._steps = torch.zeros(sum(len(block.parameters) for block in self.blocks), dtype=torch.float32)
+        self._members = [*self._made(self.gradient, self.momentum, change)]
         self._own = [self._views(place) for place in self._places]
 
-    def _parts(self, of: Tensor) -> dict[Tensor, Tensor]:
-        return {p: part for place in self._places for p, part in place.block.parts(place.matrix(of)).items()}
+    def _made(self, *of: Tensor) -> Iterator[Member]:
+        steps = enumerate(self._steps.unbind())
+        for i, place in enumerate(self._places):
+            parts = [place.block.parts(place.matrix(each)) for each in of]
+            for parameter in place.block.parameters:
+                gradient, momentum, change = (part[parameter] for part in parts)
+                yield Member(parameter, i, *next(steps), gradient, momentum, change)
 
     def _views(self, place: Place) -> dict[str, Tensor]:
         """What the state of a weight holds, besides what each parameter's does."""
@@ -228,38 +252,46 @@ class Several(Stack):
         self, gradients: Mapping[Tensor, Tensor], states: States, names: Mapping[Tensor, str], of: Groups
     ) -> None:
         """See :meth:`Stack.take_in`."""
-        torch._foreach_copy_(self._gradients, [gradients[p] for p, *_ in self._members])
-        changed: list[bool] = []
-        for p, momentum, step, change in self._members:
-            state = states[p]
-            if state.get("momentum") is not momentum:
-                follow(state, names[p], gradients[p])
-                state["momentum"] = momentum.copy_(state.get("momentum", gradients[p]))
-            if state.get("step") is not step:
-                state["step"] = step.copy_(state.get("step", torch.zeros_like(step)))
-            last = state.get("change")
-            changed.append(last is not None)
-            if last is not None and last is not change:
-                change.copy_(last)
-        self._steps += 1
+        here = [member for member in self._members if self.is_present[member.owner]]
+        if len(here) < len(self._members):
+            self.gradient.zero_()
+        torch._foreach_copy_([member.gradient for member in here], [gradients[member.parameter] for member in here])
+        self.is_changed = [*self.is_present]
+        for member in here:
+            state, gradient = states[member.parameter], gradients[member.parameter]
+            if state.get("momentum") is not member.momentum:
+                follow(state, names[member.parameter], gradient)
+                state["momentum"] = member.momentum.copy_(state.get("momentum", gradient))
+            if state.get("step") is not member.step:
+                state["step"] = member.step.copy_(state.get("step", torch.zeros(())))
+            if (change := state.get("change")) is None:
+                self.is_changed[member.owner] = False
+            elif change is not member.change:
+                member.change.copy_(change)
+        self._states = [states[block.weight] for block in self.blocks]
+        self._advance(here, of)
+        self.settle(states)
+
+    def _advance(self, here: Sequence[Member], of: Groups) -> None:
+        """Count the gradients, and take them into the momenta."""
+        is_whole = len(here) == len(self._members)
+        torch._foreach_add_([self._steps] if is_whole else [member.step for member in here], 1.0)
         counts = self._steps.tolist()
-        weights = [newest(count, of[p]["momentum"]) for count, (p, *_) in zip(counts, self._members, strict=True)]
-        if len({*weights}) == 1:
+        weights = [newest(counts[member.number], of[member.parameter]["momentum"]) for member in here]
+        self._counts = [0] * len(self.blocks)
+        for member in reversed(self._members):  # the weight of each is its first
+            self._counts[member.owner] = int(counts[member.number])
+        if is_whole and len({*weights}) == 1:
             self.momentum.lerp_(self.gradient, weights[0])
         else:
-            average(self._momenta, self._gradients, weights)
-        self._states = [states[block.weight] for block in self.blocks]
-        self._counts = [int(counts[i]) for i in self._weights]
-        self.is_changed = [
-            all(changed[i : i + len(block.parameters)]) for i, block in zip(self._weights, self.blocks, strict=True)
-        ]
-        self.settle(states)
+            average([member.momentum for member in here], [member.gradient for member in here], weights)
 
     def settle(self, states: States) -> None:
         """See :meth:`Stack.settle`."""
         for i, (block, views) in enumerate(zip(self.blocks, self._own, strict=True)):
             state = states[block.weight]
-            if all(map(operator.is_, map(state.get, _BASIS), map(views.get, _BASIS))):
+            if not self.is_present[i] or all(map(operator.is_, map(state.get, _BASIS), map(views.get, _BASIS))):
+                self.is_ready[i] = self.is_present[i]
                 continue
             fitting = [state[key].shape == views[key].shape for key in _BASIS if key in state]
             self.is_ready[i] = len(fitting) == len(_BASIS) and all(fitting)
@@ -271,11 +303,13 @@ class Several(Stack):
 
     def observe(self) -> None:
         """See :meth:`Stack.observe`."""
-        for state, views in zip(self._states, self._own, strict=True):
-            for key in ("input_factor", "output_factor"):
-                if (own := state.get(key)) is not (view := views[key]):
-                    state[key] = view.copy_(own) if own is not None and own.shape == view.shape else view.zero_()
-        if len({*self._counts}) > 1:
+        for i, views in enumerate(self._own):
+            for key in ("input_factor", "output_factor") if self.is_present[i] else ():
+                own, view = self._states[i].get(key), views[key]
+                if own is not view:
+                    view.copy_(own) if own is not None and own.shape == view.shape else view.zero_()
+                    self._states[i][key] = view
+        if len({*self._counts}) > 1 or not all(self.is_present):
             super().observe()
             return
         weight = newest(self._counts[0], DECAY)
@@ -288,7 +322,7 @@ class Several(Stack):
 
     def parts(self, i: int) -> dict[Tensor, Tensor]:
         """See :meth:`Stack.parts`."""
-        return {p: self._changes[p] for p in self.blocks[i].parameters}
+        return {member.parameter: member.change for member in self._members if member.owner == i}
 
     def turned(self) -> tuple[Turned, Turned]:
         """See :meth:`Stack.turned`."""
@@ -305,28 +339,24 @@ class Stacks:
 
     def __init__(self, blocks: Iterable[Block], alone: Collection[Tensor]) -> None:
         self._blocks, self._alone = [*blocks], alone
-        self._kept: dict[Any, list[Stack]] = {}
+        self._stacks: list[Stack] = []
+        self._made_for: list[Any] = []
 
     def of(self, gradients: Mapping[Tensor, Tensor]) -> list[Stack]:
-        """Those of the matrices all of whose parameters have gradients."""
-        present = [block for block in self._blocks if all(p in gradients for p in block.parameters)]
-        found = [gradients[p] for block in present for p in block.parameters]
-        key = (*map(id, present), *((gradient.dtype, gradient.device, gradient.shape) for gradient in found))
-        if key not in self._kept:
-            if len(self._kept) >= KEPT:
-                self._kept.clear()
-            self._kept[key] = self._made(present, gradients)
-        return self._kept[key]
+        """Those with a matrix all of whose parameters have gradients."""
+        present = [(p.dtype, p.device, p.shape) for block in self._blocks for p in block.parameters]
+        if present != self._made_for:
+            self._made_for, self._stacks = present, [*self._made()]
+        return [stack for stack in self._stacks if stack.find(gradients)]
 
-    def _made(self, blocks: Sequence[Block], gradients: Mapping[Tensor, Tensor]) -> list[Stack]:
-        stacks: list[Stack] = []
+    def _made(self) -> Iterator[Stack]:
         kinds: dict[Any, list[Block]] = {}
-        for block in blocks:
-            like = gradients[block.weight]
+        for block in self._blocks:
+            kind = working_dtype(block.weight), block.weight.device
             if block.weight in self._alone or is_wide(max(block.shape[1:])):
-                stacks.append(Single(block, like))
+                yield Single(block, torch.empty(0, dtype=kind[0], device=kind[1]))
             else:
-                kinds.setdefault((like.dtype, like.device), []).append(block)
-        for kind in kinds.values():
-            stacks += [Several(each, gradients[kind[0].weight]) for each in arranged(kind)]
-        return stacks
+                kinds.setdefault(kind, []).append(block)
+        for (dtype, device), blocks in kinds.items():
+            for bin_ in arranged(blocks):
+                yield Several(bin_, torch.empty(0, dtype=dtype, device=device))
