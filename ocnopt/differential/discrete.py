@@ -190,7 +190,7 @@ class Trajectory:
 
     def append(self, taken: Step) -> None:
         """Keep one accepted step."""
-        notes = (None,) * len(self.tableau.c) if self._log is None else self._log.accept()
+        notes: Sequence[Any] = () if self._log is None else self._log.accept()
         self._graphs = self._graphs and self._filled + self._step <= _SHARE * self._budget
         if self._graphs:
             self._filled += self._step
@@ -198,6 +198,7 @@ class Trajectory:
             self.outputs += len(taken.inside) + (taken.output is not None)
             return
         place, start = len(self.steps), taken.stages.points[0]
+        notes = notes or (None,) * len(self.tableau.c)
         self.steps.append(Taken(taken.time, taken.size, notes, taken.output, taken.inside))
         if place % self._stride == 0:
             self._states[place] = start.detach()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ocnopt.integrate.stiff import solve_stages
-from ocnopt.integrate.tableaus import Tableau
+from ocnopt.integrate.tableaus import Groups, Tableau
 
 Time = float | Tensor
 Size = float | Tensor
@@ -57,10 +57,10 @@ def stages(tableau: Tableau, field: Field, t: Time, h: Size, x: Tensor, first: T
     times: list[Time] = []
     points: list[Tensor] = []
     slopes: list[Tensor] = []
-    for c, row in zip(tableau.c, tableau.a, strict=True):
+    for c, row, groups in zip(tableau.c, tableau.a, tableau.groups, strict=False):
         times.append(t + c * h if c else t)
-        points.append(combine(x, h, row, slopes))
-        slopes.append(first if first is not None and not slopes else field(times[-1], points[-1]))
+        points.append(combine(x, h, row, slopes) if isinstance(h, Tensor) else _moved(x, h, groups, slopes))
+        slopes.append(field(times[-1], points[-1]) if first is None or slopes else first)
     return Stages(times, points, slopes)
 
 
@@ -78,7 +78,19 @@ def step(
     seen = stages(tableau, field, t, h, x, first)
     if tableau.first_same_as_last:
         return seen.points[-1], seen
-    return combine(x, h, tableau.b, seen.slopes), seen
+    if isinstance(h, Tensor):
+        return combine(x, h, tableau.b, seen.slopes), seen
+    return _moved(x, h, tableau.groups[-1], seen.slopes), seen
+
+
+def _moved(x: Tensor, h: float, groups: Groups, slopes: Sequence[Tensor]) -> Tensor:
+    """x + h sum_i w_i k_i; slopes of one weight are summed first, so that they share a product on the way back."""
+    for weight, first, others in groups:
+        slope = slopes[first]
+        for other in others:
+            slope = slope + slopes[other]
+        x = torch.add(x, slope, alpha=h * weight)
+    return x
 
 
 @cache

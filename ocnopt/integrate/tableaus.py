@@ -12,12 +12,15 @@ b_i(theta); the others follow from values and slopes at both ends. Without it al
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from types import MappingProxyType
 
 from ocnopt.checks import nearest
 from ocnopt.errors import ProblemError
+
+# Weights, each with the first and the other stages that have it.
+Groups = tuple[tuple[float, int, tuple[int, ...]], ...]
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,13 @@ class Tableau:
     b_error: tuple[float, ...] | None = None
     first_same_as_last: bool = False
     dense: tuple[tuple[float, ...], ...] | None = None
+    # The rows of a, then b, each as its distinct weights but zero and the stages that have them.
+    groups: tuple[Groups, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        rows = [{w: [j for j, other in enumerate(row) if other == w] for w in row if w} for row in (*self.a, self.b)]
+        groups = tuple(tuple((w, j, tuple(others)) for w, (j, *others) in row.items()) for row in rows)
+        object.__setattr__(self, "groups", groups)
 
     @property
     def is_solved_in_turn(self) -> bool:

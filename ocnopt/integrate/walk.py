@@ -15,6 +15,7 @@ from ocnopt.integrate.runge_kutta import Stages
 from ocnopt.integrate.tableaus import Tableau
 
 T = TypeVar("T")
+NOTHING = range(0)
 
 
 class Step(NamedTuple):
@@ -28,7 +29,7 @@ class Step(NamedTuple):
     stages: Stages
     output: int | None
     state: Tensor
-    inside: range = range(0)
+    inside: range = NOTHING
 
 
 OnStep = Callable[[Step], None]

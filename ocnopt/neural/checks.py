@@ -293,6 +293,25 @@ def check_without_tangent(times: Tensor) -> None:
         )
 
 
+def were_exchanged() -> OcnoptError:
+    """What to say where the field has other parameters than in the forward pass."""
+    return OcnoptError(
+        "the field's parameters were exchanged between the forward and the backward pass "
+        "(torch.func.functional_call does that); expected the same tensors, since the backward pass evaluates "
+        'the field again: use adjoint="backprop"'
+    )
+
+
+def is_lost(name: str | None, shape: torch.Size) -> ProblemError:
+    """What to say of a tensor that needs gradients and would get none."""
+    return ProblemError(
+        f"the field uses {name or 'a tensor'} of shape {tuple(shape)}, which requires gradients and is neither its "
+        "input nor one of its parameters: its gradient would be lost; make it an nn.Parameter of the field, hand it "
+        "over as adjoint_params=[...] (or a function that returns such a list; parameters=[...] for a function as "
+        'field), detach it, or use adjoint="backprop"'
+    )
+
+
 def has_changed(names: Sequence[str | None]) -> OcnoptError:
     """What to say where the field is not what it was in the forward pass."""
     named = ", ".join(name for name in names if name) or "something it depends on"

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from ocnopt.differential.discrete import Pull
-from ocnopt.errors import OcnoptError, ProblemError
 from ocnopt.integrate.runge_kutta import Field, Time
 from ocnopt.integrate.walk import StageLog
 from ocnopt.neural import checks
 
 State = Tensor | tuple[Tensor, ...]
 Noise = tuple[Tensor, Tensor | None]
+_NO_TIME = float("nan"), torch.empty(())
 
 
 class StateLayout(NamedTuple):
@@ -38,7 +38,8 @@ class StateLayout(NamedTuple):
     @staticmethod
     def of(state: object) -> "StateLayout":
         """Read the layout of a state; see :func:`ocnopt.neural.checks.check_state`."""
-        checks.check_state(state)
+        if not isinstance(state, Tensor) or not state.is_floating_point():
+            checks.check_state(state)
         if not isinstance(state, tuple):
             return StateLayout()
         shapes = tuple(part.shape for part in state)
@@ -114,8 +115,9 @@ class Surroundings:
 
     def moved(self, noise: Noise) -> bool:
         """Whether random numbers were drawn since ``noise``."""
-        pairs = zip(self.noise(), noise, strict=True)
-        return any(new is not None and old is not None and not torch.equal(new, old) for new, old in pairs)
+        now, before = self.noise(), noise[1]
+        on_device = now[1] is not None and before is not None and not torch.equal(now[1], before)
+        return on_device or not torch.equal(now[0], noise[0])
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -201,6 +203,7 @@ class Evaluation:
         self._noted_attributes: list[tuple[nn.Module, dict[str, object]]] = []
         self.log: StageLog[Noise] | None = None
         self._differentiates = False
+        self._clock = _NO_TIME
 
     def __call__(self, t: Time, x: Tensor) -> Tensor:
         """F(t, x) in the current gradient mode."""
@@ -208,10 +211,10 @@ class Evaluation:
         if self.log is not None and note is not None:
             self.log.add(note)
         if torch.is_grad_enabled():
-            return self.at(self._time(t, x), x)
+            return self.at(t, x)
         if not self._differentiates:
             try:
-                slope = self.at(self._time(t, x), x)
+                slope = self.at(t, x)
                 # Without gradients forward mode goes on; detached, it would lose its tangents.
                 return slope if checks.in_forward_mode() else slope.detach()
             except RuntimeError as error:
@@ -221,7 +224,7 @@ class Evaluation:
                 self._differentiates = True
                 self._hear(note)
         with torch.enable_grad():
-            return self.at(self._time(t, x), x.detach().requires_grad_()).detach()
+            return self.at(t, x.detach().requires_grad_()).detach()
 
     def root(self, t: Time, x: Tensor, *, joins: bool = False) -> "Root":
         """The first F(t, x), with a look at what it depends on; its graph ``joins`` that of x, or none is kept.
@@ -233,20 +236,15 @@ class Evaluation:
             checks.check_not_transformed()
         leaf = x if joins else x.detach().requires_grad_()
         key = (x.shape, x.dtype, x.device, x.requires_grad, len(self.parameters), self.field.training)
-        own = (*self.surroundings.parameters, *self.surroundings.buffers_now(), *self.parameters)
         # torch.func refuses the hooks that weigh; what it differentiates counts by its nodes alone.
         unknown = joins and key not in self._weights and torch._C._functorch.peek_interpreter_stack() is None
+        own = (*self.surroundings.parameters, *self.surroundings.buffers_now(), *self.parameters) if unknown else ()
         weigh: AbstractContextManager[dict[int, int]] = checks.weighed(own) if unknown else nullcontext({})
         with torch.enable_grad(), weigh as sizes:
-            slope = self.at(self._time(t, x), leaf)
+            slope = self.at(t, leaf)
         stray, nodes = checks.search(slope, (leaf, *self.parameters))
         if stray is not None:
-            raise ProblemError(
-                f"the field uses {self._name(stray) or 'a tensor'} of shape {tuple(stray.shape)}, which requires "
-                "gradients and is neither its input nor one of its parameters: its gradient would be lost; make it an "
-                "nn.Parameter of the field, hand it over as adjoint_params=[...] (or a function that returns such a "
-                'list; parameters=[...] for a function as field), detach it, or use adjoint="backprop"'
-            )
+            raise checks.is_lost(self._name(stray), stray.shape)
         self.surroundings.note_buffers()
         if not joins:
             return Root(leaf.detach(), slope.detach())
@@ -290,7 +288,7 @@ class Evaluation:
         parameters = self.parameters if wanted else ()
         leaf = x.detach().requires_grad_()
         with torch.enable_grad(), watch or nullcontext():
-            slope = self.at(self._time(t, x), leaf)
+            slope = self.at(t, leaf)
         if not slope.requires_grad:
             return Pull(slope, torch.zeros_like(x), (None,) * len(parameters))
         found: Sequence[Tensor | None] = torch.autograd.grad(slope, (leaf, *parameters), cotangent, allow_unused=True)
@@ -366,17 +364,10 @@ class Evaluation:
     def _require_own_parameters(self) -> None:
         now, owned = self.surroundings.parameters_now(), self.surroundings.parameters
         if len(now) != len(owned) or any(new is not old for new, old in zip(now, owned, strict=True)):
-            raise OcnoptError(
-                "the field's parameters were exchanged between the forward and the backward pass "
-                "(torch.func.functional_call does that); expected the same tensors, since the backward pass evaluates "
-                'the field again: use adjoint="backprop"'
-            )
+            raise checks.were_exchanged()
 
-    def _time(self, t: Time, x: Tensor) -> Tensor:
-        return t.to(x.dtype) if isinstance(t, Tensor) else x.new_full((), t)
-
-    def at(self, t: Tensor, x: Tensor) -> Tensor:
-        """F(t, x) with t a 0-d tensor: the one place where the field is called.
+    def at(self, t: Time, x: Tensor) -> Tensor:
+        """F(t, x): the one place where the field is called, with the time as a 0-d tensor.
 
         Raises:
             ProblemError: the field, or what it returns, does not fit the state.
@@ -388,9 +379,16 @@ class Evaluation:
             self.statistics.backward += 1
         else:
             self.statistics.forward += 1
+        if isinstance(t, Tensor):
+            clock = t.to(x.dtype)
+        elif t == self._clock[0] and not self._clock[1]._version:  # stages often share a time
+            clock = self._clock[1]
+        else:
+            clock = x.new_full((), t)
+            self._clock = t, clock
         shapes = self.layout.shapes
         try:
-            slope = self.field(t, x if shapes is None else self.layout.split(x))
+            slope = self.field(clock, x if shapes is None else self.layout.split(x))
         except RuntimeError as error:
             checks.check_dtypes(error, x.dtype, (*self.surroundings.parameters, *self.surroundings.buffers_now()))
             raise

@@ -125,6 +125,16 @@ def test_a_closed_method_takes_the_same_steps_and_knows_the_slope_at_the_end():
         assert_close(seen.slopes[-1], torch.sin(end) * 0.6, rtol=1e-14)
 
 
+def test_stages_of_equal_weight_are_grouped_without_a_change_of_the_step():
+    for name in sorted(set(METHODS) - {n for n in METHODS if TABLEAUS[n].is_solved_in_turn}):
+        tableau, x = TABLEAUS[name], torch.rand(3, dtype=torch.float64)
+        for row, groups in zip((*tableau.a, tableau.b), tableau.groups, strict=True):
+            came = sorted((j, weight) for weight, first, others in groups for j in (first, *others))
+            assert came == [(j, weight) for j, weight in enumerate(row) if weight]
+        end, seen = step(tableau, lambda t, x: torch.sin(x) * t, 0.5, 0.1, x)
+        assert_close(end, combine(x, 0.1, tableau.b, seen.slopes), rtol=1e-14, atol=0.0)
+
+
 def test_coefficients_are_those_of_scipy():
     for name, method in (("dopri5", scipy.integrate.RK45), ("bosh3", scipy.integrate.RK23)):
         tableau, (rows, columns) = TABLEAUS[name], method.A.shape

@@ -265,6 +265,11 @@ def test_an_explosion_on_a_grid_is_named_with_its_interval():
         fixed.integrate(lambda t, x: x**3, torch.ones(2, dtype=torch.float64), (0.0, 2.0), step_size=0.01)
 
 
+def test_finite_states_may_have_a_sum_that_is_not():
+    x = torch.full((4,), 1e308, dtype=torch.float64)
+    assert torch.equal(fixed.integrate(lambda t, x: 0 * x, x, (0.0, 1.0), step_size=0.5).state, x)
+
+
 def test_underflow_names_time_step_and_causes():
     with pytest.raises(ConvergenceError, match=r"underflow in dt: at t = 0\.99.*expected a smooth field"):
         adaptive.integrate(lambda t, x: x**2, torch.ones(2, dtype=torch.float64), (0.0, 2.0), max_evaluations=10**5)

@@ -55,6 +55,16 @@ def test_time_is_a_0d_tensor_of_the_state_s_dtype(dtype):
     assert set(seen) == {(torch.Size([]), dtype, dtype)}
 
 
+def test_a_field_may_work_on_its_time_in_place():
+    def function(t, x):
+        return (t.mul_(2.0) if t > 0 else t.sub_(1.0)) * torch.ones_like(x)
+
+    x = torch.zeros(1, dtype=torch.float64)
+    out_of_place = Plain(lambda t, x: (2 * t if t > 0 else t - 1) * torch.ones_like(x))
+    y, expected = (NeuralODE(f, method="rk4", steps=3)(x) for f in (Plain(function), out_of_place))
+    assert torch.equal(y, expected)
+
+
 def test_backwards_undoes_forwards():
     field, x = Tanh(), start(4, 3)
     tight = {"rtol": 1e-10, "atol": 1e-10}
