@@ -21,6 +21,7 @@ LEADING = 16  # eigenvectors of a wider side that are kept beside one as wide
 BESIDE_SHORT = 32  # and beside one that is not
 MOST_OUTPUTS = 2048  # of a matrix (in a group) that has an eigenbasis at all: those of more are mostly vocabularies
 RANK = 128  # eigenvectors of A that are kept at most where it comes from samples
+TURNING = 8  # iterations in which eigenbases turn so fast that one step from the last ones would not follow
 KEEP = 0.5  # share of the old factors in a refresh from samples, or of a wide side
 
 

@@ -20,6 +20,7 @@ from ocnopt.differential.kronecker import Samples
 from ocnopt.optim.bases import (
     KEEP,
     RANK,
+    TURNING,
     Basis,
     Eigen,
     carried_moments,
@@ -35,8 +36,6 @@ from ocnopt.optim.bases import (
 from ocnopt.optim.ranks import Shared
 from ocnopt.optim.stacks import Stack
 from ocnopt.optim.states import TURNED, State, basis_of, fits
-
-TURNING = 8  # iterations in which eigenbases turn so fast that one step from the last ones would not follow
 
 
 class Pair(NamedTuple):

@@ -366,6 +366,8 @@ class SNOpt(torch.optim.Optimizer):
             is_gathered = self._has_samples(stack.blocks[0])
             if not is_gathered or self.curvature == "mixed":
                 stack.observe()
+            if self._is_refresh() and ranks is None and stack.follow():
+                continue
             for i, block in enumerate(stack.blocks):
                 if stack.is_present[i] and (self._is_refresh() or not (is_gathered or stack.is_ready[i])):
                     pair = Pair(
@@ -386,10 +388,11 @@ class SNOpt(torch.optim.Optimizer):
 
     def _is_shown(self, block: Block, *, seen: bool) -> bool:
         """Whether there is something to make an eigenbasis of, given whether there are samples."""
+        has_basis = "moments" in self.state[block.weight]
         received = matrices.is_received(block.weight.grad)
         if not self._has_samples(block):
-            return received
-        is_told = "moments" in self.state[block.weight] or block.name in self._unseen or self._is_new
+            return has_basis or received
+        is_told = has_basis or block.name in self._unseen or self._is_new
         if not seen and received and not is_told:
             self._unseen.add(block.name)
             warn_unseen(block.name)

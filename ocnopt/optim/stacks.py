@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ocnopt.differential.kronecker import working_dtype
 from ocnopt.optim.arrangement import Bin, Place, arranged
-from ocnopt.optim.bases import Basis, Eigen, Turned, is_wide
+from ocnopt.optim.bases import TURNING, Basis, Eigen, Turned, carried_moments, is_wide, tracked
 from ocnopt.optim.blocks import Block
-from ocnopt.optim.states import DECAY, TURNED, State, average, basis_of, fits, follow, newest, observe, take_in
+from ocnopt.optim.states import DECAY, TURNED, State, average, basis_of, fits, go_along, newest, observe, take_in
 
 _BASIS = ("input_vectors", "input_values", "output_vectors", "output_values", "moments")
 
@@ -98,6 +98,10 @@ class Stack:
         for i, is_present in enumerate(self.is_present):
             if is_present:
                 observe(self._states[i], self.matrix(i, self.gradient))
+
+    def follow(self) -> bool:
+        """Let all eigenbases follow their factors together, if that can be done."""
+        return False
 
     def learn(self, squares: Tensor) -> None:
         """Take the squares of turned gradients into the second moments."""
@@ -228,6 +232,10 @@ class Several(Stack):
         self._steps = torch.zeros(sum(len(block.parameters) for block in self.blocks), dtype=torch.float32)
         self._members = [*self._made(self.gradient, self.momentum, change)]
         self._own = [self._views(place) for place in self._places]
+        self._used = [like.new_zeros(n, 1, d) for d in (columns, rows)]
+        for place, (_, b, a) in zip(self._places, (block.shape for block in self.blocks), strict=True):
+            for used, width in zip(self._used, (b, a) if place.is_transposed else (a, b), strict=True):
+                used[place.at, :, :width] = 1.0
 
     def _made(self, *of: Tensor) -> Iterator[Member]:
         steps = enumerate(self._steps.unbind())
@@ -260,7 +268,7 @@ class Several(Stack):
         for member in here:
             state, gradient = states[member.parameter], gradients[member.parameter]
             if state.get("momentum") is not member.momentum:
-                follow(state, names[member.parameter], gradient)
+                go_along(state, names[member.parameter], gradient)
                 state["momentum"] = member.momentum.copy_(state.get("momentum", gradient))
             if state.get("step") is not member.step:
                 state["step"] = member.step.copy_(state.get("step", torch.zeros(())))
@@ -315,6 +323,19 @@ class Several(Stack):
         weight = newest(self._counts[0], DECAY)
         for factor, turned in zip(self._factors, (self.gradient.mT, self.gradient), strict=True):
             factor.baddbmm_(turned, turned.mT, beta=1.0 - weight, alpha=weight)
+
+    def follow(self) -> bool:
+        """See :meth:`Stack.follow`."""
+        if not (all(self.is_present) and all(self.is_ready) and min(self._counts) > TURNING):
+            return False
+        found = [tracked(factor, old.vectors) for factor, old in zip(self._factors, self.basis, strict=True)]
+        # in the padding they are unit vectors
+        new = Basis(*(Eigen(each.vectors * used, each.values) for each, used in zip(found, self._used, strict=True)))
+        self.moments.copy_(carried_moments(self.moments, self.basis, new))
+        for side, own in zip(new, self.basis, strict=True):
+            own.vectors.copy_(side.vectors)
+            own.values.copy_(side.values)
+        return True
 
     def matrix(self, i: int, of: Tensor) -> Tensor:
         """See :meth:`Stack.matrix`."""

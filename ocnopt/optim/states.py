@@ -67,7 +67,7 @@ def take_in(
         return
     for parameter, gradient in gradients.items():
         state = states[parameter]
-        follow(state, names[parameter], gradient)
+        go_along(state, names[parameter], gradient)
         if "momentum" not in state:
             state["momentum"] = gradient.clone()
             state.setdefault("step", torch.zeros((), dtype=torch.float32))
@@ -79,7 +79,7 @@ def take_in(
     average([states[parameter]["momentum"] for parameter in gradients], [*gradients.values()], weights)
 
 
-def follow(state: State, name: str, gradient: Tensor) -> None:
+def go_along(state: State, name: str, gradient: Tensor) -> None:
     """Let a state go where its parameter went (``model.to``); refuse that of another shape."""
     momentum = state.get("momentum")
     if momentum is None:

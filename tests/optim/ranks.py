@@ -16,7 +16,7 @@ from ocnopt.optim import bases, matrices
 from ocnopt.optim.horizon_policy import HorizonPolicy
 from ocnopt.optim.snopt import SNOpt
 
-STEPS, BATCH = 8, 12
+STEPS, BATCH = 14, 12  # with refreshes at which eigenbases follow
 
 
 class Square(nn.Module):

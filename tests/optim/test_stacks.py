@@ -80,6 +80,7 @@ def check_beside_alone(seed, make, before, forward, monkeypatch):
         step(two, second, i, **forward(i))
         assert count(first) < count(second)
         is_same = last.keys() == bases(first).keys() and all(map(torch.equal, last.values(), bases(first).values()))
+        is_same = is_same or i in (10, 20)  # bases follow those of before
         compared += is_same
         for p, q in zip(one.parameters(), two.parameters(), strict=True):
             if is_same:
