@@ -8,6 +8,7 @@ an eigenbasis of its own kind, and is a stack of one.
 
 import itertools
 import operator
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ Groups = Mapping[Tensor, Mapping[str, Any]]
 States = Mapping[Tensor, State]
 
 
-class Stack:
+class Stack(ABC):
     """Matrices of one precision and device, with all that an iteration needs of them.
 
     Attributes:
@@ -71,27 +72,27 @@ class Stack:
         """The matrices with gradients in this iteration."""
         return [*itertools.compress(self.blocks, self.is_present)]
 
+    @abstractmethod
     def take_in(
         self, gradients: Mapping[Tensor, Tensor], states: States, names: Mapping[Tensor, str], of: Groups
     ) -> None:
         """Take the gradients of an iteration into the momenta, given the options of each parameter."""
-        raise NotImplementedError
 
+    @abstractmethod
     def settle(self, states: States) -> None:
         """Take up the eigenbases that the states hold now."""
-        raise NotImplementedError
 
+    @abstractmethod
     def matrix(self, i: int, of: Tensor) -> Tensor:
         """The matrix of a block in something laid out as the stack."""
-        raise NotImplementedError
 
+    @abstractmethod
     def parts(self, i: int) -> dict[Tensor, Tensor]:
         """The change of each parameter of a block."""
-        raise NotImplementedError
 
+    @abstractmethod
     def turned(self) -> tuple[Turned, Turned]:
         """Gradient and momentum, turned."""
-        raise NotImplementedError
 
     def observe(self) -> None:
         """Take the gradients into the running means of G^T G and G G^T, but for sides that are wide."""
@@ -231,6 +232,9 @@ class Several(Stack):
         self.basis = Basis(*(Eigen(*each) for each in zip(vectors, values, strict=True)))
         self._steps = torch.zeros(sum(len(block.parameters) for block in self.blocks), dtype=torch.float32)
         self._members = [*self._made(self.gradient, self.momentum, change)]
+        self._changes: list[dict[Tensor, Tensor]] = [{} for _ in self.blocks]
+        for member in self._members:
+            self._changes[member.owner][member.parameter] = member.change
         self._own = [self._views(place) for place in self._places]
         self._used = [like.new_zeros(n, 1, d) for d in (columns, rows)]
         for place, (_, b, a) in zip(self._places, (block.shape for block in self.blocks), strict=True):
@@ -343,7 +347,7 @@ class Several(Stack):
 
     def parts(self, i: int) -> dict[Tensor, Tensor]:
         """See :meth:`Stack.parts`."""
-        return {member.parameter: member.change for member in self._members if member.owner == i}
+        return self._changes[i]
 
     def turned(self) -> tuple[Turned, Turned]:
         """See :meth:`Stack.turned`."""
