@@ -2,10 +2,13 @@
 
 Each matrix has a factor f of lr, and all parameters that are in none have one in common:
 
-    f <- max(f, f^0.97) exp(-kappa cos(G, last change)),    0.01 <= f <= 50,    f lr <= 0.05 where f > 1
+    f <- max(f, min(1, f^0.97 exp(0.02 kappa))) exp(-kappa cos(G, last change)) / jump,
+    0.01 <= f <= 50,    f lr <= 0.05 where f > 1
 
 It rises where the last change went against the present gradient G, and falls where it went along. With small tensors
-the cosines would leap, so that the parts of a matrix count together. The guard takes back steps that were far too long.
+the cosines would leap, so that the parts of a matrix count together. The jump is what all gradients together are longer
+by than three times what is usual, if anything: the momentum is that one gradient then, and would let a step be as long
+as where gradients agree. The guard takes back steps that were far too long.
 """
 
 import itertools
@@ -24,9 +27,12 @@ from ocnopt.optim.states import State
 FACTORS = (0.01, 50.0)  # between which the factors of lr stay
 SHORTENED = 0.25  # a factor by a step that was taken back
 RETURN = 0.03  # share of its logarithm by which a factor below 1 goes back towards 1 in each iteration
+PERPENDICULAR = 0.02  # cosine that counts as a right angle for factors below 1
 LONGEST = 0.05  # of lr times a factor above 1: where gradients agree, the root mean square change of an entry
 RECENT = 50  # iterations that count as usual
 EVALUATIONS = 3  # times the most evaluations that are usual
+JUMP = 3  # times the root mean square of the last gradients, above which one shortens steps
+LATELY = 20  # iterations that are the last of them
 GRADIENT = 10  # times the largest gradient that is usual
 SETTLED = 5  # iterations before evaluations are judged: they rise as a field leaves its first weights
 
@@ -38,6 +44,7 @@ def adapt(
     states: Mapping[Tensor, State],
     groups: Mapping[Tensor, Mapping[str, Any]],
     adaptation: float,
+    jump: float = 1.0,
 ) -> None:
     """The factors of this iteration, in the states.
 
@@ -48,6 +55,7 @@ def adapt(
         states: the last changes are there.
         groups: the options of each parameter.
         adaptation: kappa.
+        jump: of the gradients, from 1 on, which factors are divided by.
     """
     bounds = {id(group): _most(group) for group in {id(group): group for group in groups.values()}.values()}
     loose = {**gradients}
@@ -63,20 +71,21 @@ def adapt(
     for parameters, cosine in zip(members, cosines(apart), strict=True):
         if parameters:
             most = min(bounds[id(groups[p])] for p in parameters)
-            _follow([states[p] for p in parameters], adaptation * whole.get(parameters[0], cosine), most)
+            own = [states[p] for p in parameters]
+            factor = _last(own)
+            # batches that share no sample disagree, so that cosines are above zero however short steps are
+            factor = max(factor, min(1.0, factor ** (1.0 - RETURN) * math.exp(adaptation * PERPENDICULAR)))
+            factor *= math.exp(-adaptation * whole.get(parameters[0], cosine)) / jump
+            for state in own:
+                state["factor"] = min(most, max(FACTORS[0], factor))
 
 
-def _follow(states: Sequence[State], exponent: float, most: float) -> None:
-    """The next factor of parameters that have one together."""
+def _last(states: Sequence[State]) -> float:
+    """The last factor of parameters that have one together."""
     known = [state for state in states if "factor" in state]
     # of one that comes back after iterations without a gradient, the factor is that of then
     recent = [state for state in known if "change" in state] or known
-    last = recent[0]["factor"] if recent else 1.0
-    # batches that share no sample disagree, so that cosines are above zero however short steps are
-    last = max(last, last ** (1.0 - RETURN))
-    factor = min(most, max(FACTORS[0], last * math.exp(-exponent)))
-    for state in states:
-        state["factor"] = factor
+    return recent[0]["factor"] if recent else 1.0
 
 
 def _of_matrices(stacks: Iterable[Stack]) -> dict[Tensor, float]:
@@ -157,6 +166,17 @@ class Guard:
     def state(self) -> dict[str, Any]:
         """Plain numbers to go on from."""
         return {"spent": [*self.spent], "norms": [*self.norms]}
+
+    def jump(self) -> float:
+        """By what the gradients judged last exceed those before them: from 1 to what a step taken back costs.
+
+        >>> guard = Guard({"norms": [1.0, 1.0, 6.0]})
+        >>> guard.jump()
+        2.0
+        """
+        *before, norm = self.norms[-1 - LATELY :] or [0.0]
+        usual = JUMP * math.hypot(*before) / math.sqrt(len(before) or 1)
+        return min(1.0 / SHORTENED, max(1.0, norm / usual)) if usual > 0.0 else 1.0
 
     def forget_gradients(self) -> None:
         """Begin anew with what is usual of gradients."""

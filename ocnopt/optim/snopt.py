@@ -81,10 +81,12 @@ class SNOpt(torch.optim.Optimizer):
         power: of the division by the second moments.
         adaptation: kappa of a factor f of lr for each matrix, f <- f exp(kappa c), with c in [-1, 1] the cosine of its
             negative gradient and its last step: lr grows while steps lead on in the direction of the last one, and
-            shrinks where they turn back. Below 1 f also goes back towards 1 by 3 % of its logarithm, since batches of
-            one epoch share no samples, which makes the angle look worse. Parameters that are in no matrix share one. f
-            stays within 0.01 and 50, and where it is above 1, f lr is at most 0.05 (with the lr that a schedule began
-            with, if that is more). adaptation=0 keeps f, but for steps that are taken back.
+            shrinks where they turn back. Below 1 f also goes back towards 1, by 3 % of its logarithm and a cosine of
+            0.02, since batches of one epoch share no samples, which makes the angle look worse. Where all gradients
+            together are more than three times as long as usual, each f is divided by how much more, at most by 4.
+            Parameters that are in no matrix share one. f stays within 0.01 and 50, and where it is above 1, f lr is at
+            most 0.05 (with the lr that a schedule began with, if that is more). adaptation=0 keeps f, but for steps
+            that are taken back.
         length: "noise" makes the step l long, "division" leaves it as the division has it.
         reduction: "mean" or "sum": how the loss of a backward pass combines its samples, so that batches of different
             size weigh alike. Chunks of unequal size whose losses are sums over the size of the whole batch are "sum":
@@ -322,14 +324,10 @@ class SNOpt(torch.optim.Optimizer):
         samples = joined(drawn) if drawn else seen
         groups = {parameter: group for group in self.param_groups for parameter in group["params"]}
         gradients = states.received(self.param_groups)
-        stacks = self._stacks.of(gradients)
-        for stack in stacks:
-            stack.take_in(gradients, self.state, self._trained, groups)
-        stacked = {p for stack in stacks for block in stack.present() for p in block.parameters}
-        loose = {p: gradient for p, gradient in gradients.items() if p not in stacked}
-        states.take_in(loose, self.state, self._trained, groups)
+        stacks = self._stacks.take_in(gradients, self.state, self._trained, groups)
         if self.adaptation:
-            lengths.adapt(self._blocks, stacks, gradients, self.state, groups, float(self.adaptation))
+            kappa, jump = float(self.adaptation), self._guard.jump()
+            lengths.adapt(self._blocks, stacks, gradients, self.state, groups, kappa, jump)
         self._learn(stacks, samples, ranks)
         rates = {p: float(groups[p]["lr"]) * self.state[p].get("factor", 1.0) for p in gradients}
         changes = matrices.changes(stacks, rates, groups, float(self.power), self.length)

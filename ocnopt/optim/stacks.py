@@ -68,10 +68,6 @@ class Stack(ABC):
         self.is_present = [all(p in gradients for p in block.parameters) for block in self.blocks]
         return any(self.is_present)
 
-    def present(self) -> list[Block]:
-        """The matrices with gradients in this iteration."""
-        return [*itertools.compress(self.blocks, self.is_present)]
-
     @abstractmethod
     def take_in(
         self, gradients: Mapping[Tensor, Tensor], states: States, names: Mapping[Tensor, str], of: Groups
@@ -367,12 +363,28 @@ class Stacks:
         self._stacks: list[Stack] = []
         self._made_for: list[Any] = []
 
-    def of(self, gradients: Mapping[Tensor, Tensor]) -> list[Stack]:
-        """Those with a matrix all of whose parameters have gradients."""
-        present = [(p.dtype, p.device, p.shape) for block in self._blocks for p in block.parameters]
-        if present != self._made_for:
-            self._made_for, self._stacks = present, [*self._made()]
-        return [stack for stack in self._stacks if stack.find(gradients)]
+    def take_in(
+        self, gradients: Mapping[Tensor, Tensor], states: States, names: Mapping[Tensor, str], of: Groups
+    ) -> list[Stack]:
+        """Take the gradients of an iteration into all momenta; the stacks with matrices all of whose parameters have one.
+
+        Args:
+            gradients: with weight decay, in working precision.
+            states: of the parameters.
+            names: of the parameters.
+            of: the options of each parameter.
+        """
+        kinds = [(p.dtype, p.device, p.shape) for block in self._blocks for p in block.parameters]
+        if kinds != self._made_for:
+            self._made_for, self._stacks = kinds, [*self._made()]
+        found, loose = [stack for stack in self._stacks if stack.find(gradients)], {**gradients}
+        for stack in found:
+            stack.take_in(gradients, states, names, of)
+            for block in itertools.compress(stack.blocks, stack.is_present):
+                for parameter in block.parameters:
+                    del loose[parameter]
+        take_in(loose, states, names, of)
+        return found
 
     def _made(self) -> Iterator[Stack]:
         kinds: dict[Any, list[Block]] = {}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from ocnopt.optim.lengths import FACTORS
+from ocnopt.optim.lengths import FACTORS, Guard
 from ocnopt.optim.snopt import SNOpt
 from tests.optim.cases import backward
 
@@ -24,7 +24,7 @@ def test_lr_of_each_matrix_follows_the_angle_between_its_gradient_and_its_last_s
         before = [torch.cat([p.detach().flatten() for p in group]) for group in groups]
         for i, group in enumerate(groups if last else ()):
             gradient = torch.cat([p.grad.flatten() for p in group])
-            expected[i] = max(expected[i], expected[i] ** 0.97) * math.exp(
+            expected[i] = max(expected[i], min(1.0, expected[i] ** 0.97 * math.exp(0.4 * 0.02))) * math.exp(
                 -0.4 * float(gradient @ last[i] / (gradient.norm() * last[i].norm()))
             )
         optimizer.step()
@@ -89,14 +89,43 @@ def test_a_factor_below_one_goes_back_where_steps_and_gradients_are_perpendicula
     optimizer = SNOpt(layer, 0.005)
     backward(layer, x)
     optimizer.step()
-    for start, later in ((0.1, 0.1**0.97), (3.0, 3.0)):
+    for start, later in ((0.1, 0.1**0.97 * math.exp(3 * 0.02)), (0.99, 1.0), (1.0, 1.0), (3.0, 3.0)):
         for p in layer.parameters():
             optimizer.state[p]["factor"] = start
             p.grad = torch.randn_like(p)
             change = optimizer.state[p]["change"]
             p.grad -= (p.grad * change).sum() / change.square().sum() * change
+        optimizer.load_state_dict({**optimizer.state_dict(), "norms": []})  # their length does not matter here
         optimizer.step()
         assert optimizer.factors == pytest.approx({"weight": later, "bias": later})
+
+
+@pytest.mark.parametrize(("size", "jump"), [(2.9, 1.0), (6.0, 2.0), (1e3, 4.0)])
+def test_a_gradient_far_longer_than_the_last_twenty_shortens_steps(size, jump):
+    layer = nn.Linear(3, 2)
+    optimizer = SNOpt(layer)
+
+    def step(norm):  # further in the direction of the last change
+        last = [optimizer.state.get(p, {}).get("change", -torch.ones_like(p)) for p in layer.parameters()]
+        length = torch.cat([change.flatten() for change in last]).norm()
+        for p, change in zip(layer.parameters(), last, strict=True):
+            p.grad = -norm / length * change
+        optimizer.step()
+
+    for norm in (9.0, 9.0, *[1.0] * 20):
+        step(norm)
+    for p in layer.parameters():
+        optimizer.state[p]["factor"] = 0.1
+    step(size)
+    shortened = 0.1**0.97 * math.exp(3 * (0.02 + 1)) / jump
+    assert optimizer.factors == pytest.approx({"weight": shortened, "bias": shortened})
+
+
+def test_gradients_jump_by_what_they_exceed_three_times_the_root_mean_square_of_the_last_ones():
+    assert Guard().jump() == Guard({"norms": [5.0]}).jump() == Guard({"norms": [0.0, 5.0]}).jump() == 1.0
+    norms = [3.0, 4.0, 3.0 * 2.5 * math.sqrt(12.5)]
+    assert Guard({"norms": norms}).jump() == pytest.approx(2.5)
+    assert Guard({"norms": [1e200, 9e200]}).jump() == pytest.approx(3.0)
 
 
 @pytest.mark.parametrize("order", [("rare", "usual"), ("usual", "rare")])
