@@ -366,7 +366,7 @@ class Stacks:
     def take_in(
         self, gradients: Mapping[Tensor, Tensor], states: States, names: Mapping[Tensor, str], of: Groups
     ) -> list[Stack]:
-        """Take the gradients of an iteration into all momenta; the stacks with matrices all of whose parameters have one.
+        """Take the gradients of an iteration into all momenta; the stacks that have some of all parameters of a matrix.
 
         Args:
             gradients: with weight decay, in working precision.
