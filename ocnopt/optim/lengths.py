@@ -3,12 +3,14 @@
 Each matrix has a factor f of lr, and all parameters that are in none have one in common:
 
     f <- max(f, min(1, f^0.97 exp(0.02 kappa))) exp(-kappa cos(G, last change)) / jump,
-    0.01 <= f <= 50,    f lr <= 0.05 where f > 1
+    0.01 <= f <= 50,    f lr <= 0.05 (late / largest)^0.25 where f > 1
 
 It rises where the last change went against the present gradient G, and falls where it went along. With small tensors
 the cosines would leap, so that the parts of a matrix count together. The jump is what all gradients together are longer
 by than three times what is usual, if anything: the momentum is that one gradient then, and would let a step be as long
-as where gradients agree. The guard takes back steps that were far too long.
+as where gradients agree. Steps longer than lr are for gradients that are still large: with what these are of late, over
+the most that they were in this run, the bound of f falls, as where a model fits its data nothing else would end long
+steps but single samples that they miss. The guard takes back steps that were far too long.
 """
 
 import itertools
@@ -33,6 +35,7 @@ RECENT = 50  # iterations that count as usual
 EVALUATIONS = 3  # times the most evaluations that are usual
 JUMP = 3  # times the root mean square of the last gradients, above which one shortens steps
 LATELY = 20  # iterations that are the last of them
+DECLINE = 0.25  # power of what gradients are of late, over the most that they were, that bounds factors above 1
 GRADIENT = 10  # times the largest gradient that is usual
 SETTLED = 5  # iterations before evaluations are judged: they rise as a field leaves its first weights
 
@@ -44,7 +47,7 @@ def adapt(
     states: Mapping[Tensor, State],
     groups: Mapping[Tensor, Mapping[str, Any]],
     adaptation: float,
-    jump: float = 1.0,
+    guard: "Guard",
 ) -> None:
     """The factors of this iteration, in the states.
 
@@ -55,9 +58,11 @@ def adapt(
         states: the last changes are there.
         groups: the options of each parameter.
         adaptation: kappa.
-        jump: of the gradients, from 1 on, which factors are divided by.
+        guard: which knows how long gradients have been.
     """
-    bounds = {id(group): _most(group) for group in {id(group): group for group in groups.values()}.values()}
+    options = {id(group): group for group in groups.values()}
+    jump, decline = guard.jump(), guard.decline()
+    bounds = {key: _most(group, decline) for key, group in options.items()}
     loose = {**gradients}
     whole = _of_matrices(stacks)
     members: list[Sequence[Tensor]] = []
@@ -118,10 +123,10 @@ def _apart(
     return [(gradients[p], states[p]["change"].contiguous()) for p in parameters if "change" in states[p]]
 
 
-def _most(options: Mapping[str, Any]) -> float:
+def _most(options: Mapping[str, Any], decline: float) -> float:
     """The largest factor: by the lr that a schedule began with, if that is more, so that it may lower lr."""
     lr = max(float(options["lr"]), float(options.get("initial_lr", 0.0)))
-    return FACTORS[1] if lr * FACTORS[1] <= LONGEST else max(1.0, LONGEST / lr)
+    return max(1.0, decline * (FACTORS[1] if lr * FACTORS[1] <= LONGEST else LONGEST / lr))
 
 
 def shorten(states: Iterable[State]) -> None:
@@ -157,15 +162,27 @@ class Guard:
     Attributes:
         spent: evaluations of the fields in each.
         norms: of all gradients together in each.
+        largest: of all iterations, what norms were of late.
     """
 
     def __init__(self, saved: Mapping[str, Any] | None = None) -> None:
         self.spent: list[int] = [*(saved or {}).get("spent", ())]
         self.norms: list[float] = [*(saved or {}).get("norms", ())]
+        self.largest: float = (saved or {}).get("largest", _size(self.norms[-LATELY:]))
 
     def state(self) -> dict[str, Any]:
         """Plain numbers to go on from."""
-        return {"spent": [*self.spent], "norms": [*self.norms]}
+        return {"spent": [*self.spent], "norms": [*self.norms], "largest": self.largest}
+
+    def decline(self) -> float:
+        """The fourth root of what gradients are of late, over the most that they were.
+
+        >>> guard = Guard({"norms": [1.0, 1.0], "largest": 16.0})
+        >>> guard.decline()
+        0.5
+        """
+        late = _size(self.norms[-LATELY:])
+        return min(1.0, late / self.largest) ** DECLINE if late > 0.0 < self.largest else 1.0
 
     def jump(self) -> float:
         """By what the gradients judged last exceed those before them: from 1 to what a step taken back costs.
@@ -175,12 +192,13 @@ class Guard:
         2.0
         """
         *before, norm = self.norms[-1 - LATELY :] or [0.0]
-        usual = JUMP * math.hypot(*before) / math.sqrt(len(before) or 1)
+        usual = JUMP * _size(before)
         return min(1.0 / SHORTENED, max(1.0, norm / usual)) if usual > 0.0 else 1.0
 
     def forget_gradients(self) -> None:
         """Begin anew with what is usual of gradients."""
         self.norms.clear()
+        self.largest = 0.0
 
     def judge(self, spent: int, norm: float, changed: Sequence[tuple[Tensor, Tensor]]) -> str | None:
         """What the last step raised too much; None takes the iteration in as a usual one.
@@ -199,7 +217,13 @@ class Guard:
         if changed and 0.0 < GRADIENT * largest < norm and _is_uphill(changed):
             return f"the norm of the gradient, uphill along that step, from at most {largest:.3g} to {norm:.3g}"
         self.spent, self.norms = [*self.spent[1 - RECENT :], spent], [*self.norms[1 - RECENT :], norm]
+        self.largest = max(self.largest, _size(self.norms[-LATELY:]))
         return None
+
+
+def _size(norms: Sequence[float]) -> float:
+    """Their root mean square."""
+    return math.hypot(*norms) / math.sqrt(len(norms) or 1)
 
 
 def _is_uphill(changed: Sequence[tuple[Tensor, Tensor]]) -> bool:

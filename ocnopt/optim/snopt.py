@@ -45,7 +45,7 @@ from ocnopt.optim import lengths, matrices, states
 from ocnopt.optim.blocks import Block, find_blocks, is_live, names_of
 from ocnopt.optim.checks import check_fields, check_recipe, is_distributed
 from ocnopt.optim.draw_checks import check_drawable, check_drawn, check_draws
-from ocnopt.optim.gradient_checks import check_dense, check_together
+from ocnopt.optim.gradient_checks import check_dense, check_together, sizes
 from ocnopt.optim.group_checks import add_group, check_groups, check_options_now, read_groups
 from ocnopt.optim.lengths import Guard
 from ocnopt.optim.matrices import Pair
@@ -208,10 +208,13 @@ class SNOpt(torch.optim.Optimizer):
             spent = ranks.agree([gradient for _, gradient in check_dense(live)], compared, self._plan(), spent, device)
         check_options_now(self.param_groups)  # behind agree(): all ranks refuse them together
         norm = check_together(live, self._step_count)
+        gradients = states.received(self.param_groups)
+        if any(group["weight_decay"] for group in self.param_groups):
+            norm = float(sizes([*gradients.values()]).norm())
         if self._takes_back(spent, norm):
             return loss
         with torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext():
-            self._update(ranks)
+            self._update(gradients, ranks)
         if self._is_refresh():
             warn_new_strangers(self._model, self._trained, self._unseen, whole=self._is_whole)
         self._step_count += 1
@@ -318,16 +321,15 @@ class SNOpt(torch.optim.Optimizer):
         options = [[g["lr"], g["momentum"], g["weight_decay"], g["damping"]] for g in self.param_groups]
         return [self._step_count, present, self._liveness, options, *(getattr(self, name) for name in _OPTIONS)]
 
-    def _update(self, ranks: Ranks | None) -> None:
+    def _update(self, gradients: dict[Tensor, Tensor], ranks: Ranks | None) -> None:
         """Refresh the eigenbases if it is time, and move all parameters that have gradients."""
         seen, drawn, self._drawn = self._collector.take(), self._drawn, []
         samples = joined(drawn) if drawn else seen
         groups = {parameter: group for group in self.param_groups for parameter in group["params"]}
-        gradients = states.received(self.param_groups)
         stacks = self._stacks.take_in(gradients, self.state, self._trained, groups)
         if self.adaptation:
-            kappa, jump = float(self.adaptation), self._guard.jump()
-            lengths.adapt(self._blocks, stacks, gradients, self.state, groups, kappa, jump)
+            kappa = float(self.adaptation)
+            lengths.adapt(self._blocks, stacks, gradients, self.state, groups, kappa, self._guard)
         self._learn(stacks, samples, ranks)
         rates = {p: float(groups[p]["lr"]) * self.state[p].get("factor", 1.0) for p in gradients}
         changes = matrices.changes(stacks, rates, groups, float(self.power), self.length)

@@ -83,6 +83,7 @@ def _check_course(state: Mapping[str, Any]) -> None:
         ("step_count", [state["step_count"]], (0, math.inf), is_whole),
         ("spent", lists["spent"], (0, math.inf), is_whole),
         ("norms", lists["norms"], (0, math.inf), is_number),
+        ("largest", [state.get("largest", 0.0)], (0, math.inf), is_number),
         ("factor", factors, FACTORS, is_number),
     ):
         wrong = [value for value in values if not (is_right(value) and least <= value <= most and value < math.inf)]

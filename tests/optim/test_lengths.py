@@ -63,9 +63,11 @@ def test_a_factor_rises_until_lr_is_long_or_it_is_large(options, most):
     optimizer.param_groups[0].update(options)
     backward(layer, x)
     optimizer.step()
+    norms = [p.grad.norm() for p in layer.parameters()]
     for _ in range(20):  # gradients that ask for more of the last step
-        for p in layer.parameters():
-            p.grad = -optimizer.state[p]["change"]
+        for p, norm in zip(layer.parameters(), norms, strict=True):
+            change = optimizer.state[p]["change"]
+            p.grad = -norm / change.norm() * change
         optimizer.step()
     assert optimizer.factors == {"weight": pytest.approx(most), "bias": pytest.approx(most)}
 
@@ -119,6 +121,34 @@ def test_a_gradient_far_longer_than_the_last_twenty_shortens_steps(size, jump):
     step(size)
     shortened = 0.1**0.97 * math.exp(3 * (0.02 + 1)) / jump
     assert optimizer.factors == pytest.approx({"weight": shortened, "bias": shortened})
+
+
+@pytest.mark.parametrize(("late", "most"), [(1.0, 5.0), (0.0625, 2.5), (1e-6, 1.0), (0.0, 5.0)])
+def test_factors_above_one_are_for_gradients_that_are_large_still(late, most):
+    layer = nn.Linear(3, 2)
+    optimizer = SNOpt(layer)
+    for i in range(40):
+        for p in layer.parameters():
+            last = optimizer.state.get(p, {}).get("change", torch.ones_like(p))
+            p.grad = -(1.0 if i < 19 else late) / last.norm() * last if last.any() else torch.zeros_like(p)
+        optimizer.step()
+    if late:
+        assert optimizer.factors == pytest.approx({"weight": most, "bias": most})
+    saved = optimizer.state_dict()
+    other = SNOpt(nn.Linear(3, 2))
+    other.load_state_dict(saved)
+    assert saved["largest"] == other.state_dict()["largest"] == pytest.approx(math.sqrt(2.0))
+
+
+def test_the_most_that_gradients_were_of_late():
+    guard = Guard({"norms": [3.0, 4.0]})  # as a version before saved it
+    assert guard.largest == pytest.approx(math.sqrt(12.5))
+    assert Guard().decline() == Guard({"norms": [0.0]}).decline() == 1.0
+    for _ in range(30):
+        guard.judge(0, 1.0, [])
+    assert guard.decline() == pytest.approx(12.5**-0.125)
+    guard.forget_gradients()
+    assert guard.decline() == 1.0
 
 
 def test_gradients_jump_by_what_they_exceed_three_times_the_root_mean_square_of_the_last_ones():
