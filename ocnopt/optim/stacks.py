@@ -17,11 +17,9 @@ from torch import Tensor
 from ocnopt.optim.arrangement import Bin, Place, arranged
 from ocnopt.optim.bases import Basis, Eigen, Turned, is_wide
 from ocnopt.optim.blocks import Block
-from ocnopt.optim.states import DECAY, TURNED, State, average, basis_of, fits, follow, newest, observe, take_in
+from ocnopt.optim.states import BASIS, DECAY, TURNED, State, average, basis_of, fits, follow, newest, observe, take_in
 
 KEPT = 2  # sets of matrices with gradients whose stacks are kept, as parts of a model may take turns
-
-_BASIS = ("input_vectors", "input_values", "output_vectors", "output_values", "moments")
 
 Groups = Mapping[Tensor, Mapping[str, Any]]
 States = Mapping[Tensor, State]
@@ -259,11 +257,11 @@ class Several(Stack):
         """See :meth:`Stack.settle`."""
         for i, (block, views) in enumerate(zip(self.blocks, self._own, strict=True)):
             state = states[block.weight]
-            if all(map(operator.is_, map(state.get, _BASIS), map(views.get, _BASIS))):
+            if all(map(operator.is_, map(state.get, BASIS), map(views.get, BASIS))):
                 continue
-            fitting = [state[key].shape == views[key].shape for key in _BASIS if key in state]
-            self.is_ready[i] = len(fitting) == len(_BASIS) and all(fitting)
-            for key in _BASIS:
+            fitting = [state[key].shape == views[key].shape for key in BASIS if key in state]
+            self.is_ready[i] = len(fitting) == len(BASIS) and all(fitting)
+            for key in BASIS:
                 if not self.is_ready[i]:
                     views[key].zero_()
                 elif state[key] is not views[key]:
