@@ -72,3 +72,15 @@ class Place(NamedTuple):
     def side(self, of: Tensor, width: int) -> Tensor:
         """What belongs to one side, ``(groups, width, ..., width)``, there."""
         return of[(self.at, *[slice(width)] * (of.ndim - 1))]
+
+
+class Member(NamedTuple):
+    """A parameter of a stack of several: of which matrix, its number, and where its parts lie."""
+
+    parameter: Tensor
+    owner: int
+    number: int
+    step: Tensor
+    gradient: Tensor
+    momentum: Tensor
+    change: Tensor

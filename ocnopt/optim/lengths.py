@@ -2,15 +2,15 @@
 
 Each matrix has a factor f of lr, and all parameters that are in none have one in common:
 
-    f <- max(f, min(1, f^0.97 exp(0.02 kappa))) exp(-kappa cos(G, last change)) / jump,
-    0.01 <= f <= 50,    f lr <= 0.05 (late / largest)^0.25 where f > 1
+    f <- max(f, min(1, f^0.97 exp(0.02 kappa d))) exp(-kappa cos(G, last change)) / jump,
+    0.01 <= f <= 50,    f lr <= 0.05 d^0.25 where f > 1,    d = late / largest
 
 It rises where the last change went against the present gradient G, and falls where it went along. With small tensors
 the cosines would leap, so that the parts of a matrix count together. The jump is what all gradients together are longer
 by than three times what is usual, if anything: the momentum is that one gradient then, and would let a step be as long
-as where gradients agree. Steps longer than lr are for gradients that are still large: with what these are of late, over
-the most that they were in this run, the bound of f falls, as where a model fits its data nothing else would end long
-steps but single samples that they miss. The guard takes back steps that were far too long.
+as where gradients agree. The decline d is what all gradients together are of late over the most that they were in this
+run. Where a model fits its data, and they vanish, nothing but single samples that it misses ends steps that are long,
+and no noise is left that would make angles look worse. The guard takes back steps that were far too long.
 """
 
 import itertools
@@ -29,13 +29,13 @@ from ocnopt.optim.states import State
 FACTORS = (0.01, 50.0)  # between which the factors of lr stay
 SHORTENED = 0.25  # a factor by a step that was taken back
 RETURN = 0.03  # share of its logarithm by which a factor below 1 goes back towards 1 in each iteration
-PERPENDICULAR = 0.02  # cosine that counts as a right angle for factors below 1
+PERPENDICULAR = 0.02  # cosine that counts as a right angle for factors below 1, while gradients are large
 LONGEST = 0.05  # of lr times a factor above 1: where gradients agree, the root mean square change of an entry
 RECENT = 50  # iterations that count as usual
 EVALUATIONS = 3  # times the most evaluations that are usual
 JUMP = 3  # times the root mean square of the last gradients, above which one shortens steps
 LATELY = 20  # iterations that are the last of them
-DECLINE = 0.25  # power of what gradients are of late, over the most that they were, that bounds factors above 1
+DECLINE = 0.25  # power of the decline of gradients with which the bound of factors above 1 falls
 GRADIENT = 10  # times the largest gradient that is usual
 SETTLED = 5  # iterations before evaluations are judged: they rise as a field leaves its first weights
 
@@ -63,6 +63,7 @@ def adapt(
     options = {id(group): group for group in groups.values()}
     jump, decline = guard.jump(), guard.decline()
     bounds = {key: _most(group, decline) for key, group in options.items()}
+    lift = math.exp(adaptation * PERPENDICULAR * decline)
     loose = {**gradients}
     whole = _of_matrices(stacks)
     members: list[Sequence[Tensor]] = []
@@ -79,7 +80,7 @@ def adapt(
             own = [states[p] for p in parameters]
             factor = _last(own)
             # batches that share no sample disagree, so that cosines are above zero however short steps are
-            factor = max(factor, min(1.0, factor ** (1.0 - RETURN) * math.exp(adaptation * PERPENDICULAR)))
+            factor = max(factor, min(1.0, factor ** (1.0 - RETURN) * lift))
             factor *= math.exp(-adaptation * whole.get(parameters[0], cosine)) / jump
             for state in own:
                 state["factor"] = min(most, max(FACTORS[0], factor))
@@ -126,7 +127,7 @@ def _apart(
 def _most(options: Mapping[str, Any], decline: float) -> float:
     """The largest factor: by the lr that a schedule began with, if that is more, so that it may lower lr."""
     lr = max(float(options["lr"]), float(options.get("initial_lr", 0.0)))
-    return max(1.0, decline * (FACTORS[1] if lr * FACTORS[1] <= LONGEST else LONGEST / lr))
+    return max(1.0, decline**DECLINE * (FACTORS[1] if lr * FACTORS[1] <= LONGEST else LONGEST / lr))
 
 
 def shorten(states: Iterable[State]) -> None:
@@ -175,14 +176,14 @@ class Guard:
         return {"spent": [*self.spent], "norms": [*self.norms], "largest": self.largest}
 
     def decline(self) -> float:
-        """The fourth root of what gradients are of late, over the most that they were.
+        """What gradients are of late, over the most that they were.
 
-        >>> guard = Guard({"norms": [1.0, 1.0], "largest": 16.0})
+        >>> guard = Guard({"norms": [1.0, 1.0], "largest": 4.0})
         >>> guard.decline()
-        0.5
+        0.25
         """
         late = _size(self.norms[-LATELY:])
-        return min(1.0, late / self.largest) ** DECLINE if late > 0.0 < self.largest else 1.0
+        return min(1.0, late / self.largest) if late > 0.0 < self.largest else 1.0
 
     def jump(self) -> float:
         """By what the gradients judged last exceed those before them: from 1 to what a step taken back costs.

@@ -150,10 +150,8 @@ def _changed(stack: Stack, rates: list[float], damping: list[float], power: floa
     return basis.scaled(momentum, scales, stack.change)
 
 
-def move(changes: Mapping[Tensor, Tensor], states: Mapping[Tensor, State], trained: Iterable[Tensor]) -> None:
-    """Move parameters, and remember the changes, of this iteration alone."""
-    for parameter in trained:
-        states.get(parameter, {}).pop("change", None)
+def move(changes: Mapping[Tensor, Tensor], states: Mapping[Tensor, State]) -> None:
+    """Move parameters, and remember the changes."""
     if changes:
         torch._foreach_add_([*changes], [*changes.values()])
     for parameter, change in changes.items():

@@ -332,12 +332,13 @@ class SNOpt(torch.optim.Optimizer):
             lengths.adapt(self._blocks, stacks, gradients, self.state, groups, kappa, self._guard)
         self._learn(stacks, samples, ranks)
         rates = {p: float(groups[p]["lr"]) * self.state[p].get("factor", 1.0) for p in gradients}
+        states.forget_changes(self.state[p] for p in self._trained if p in self.state)
         changes = matrices.changes(stacks, rates, groups, float(self.power), self.length)
         states.forget_squares(map(self.state.__getitem__, changes))
         for parameter in [parameter for parameter in gradients if parameter not in changes]:
             step = states.first_order(self.state[parameter], gradients[parameter])
             changes[parameter] = step.mul_(-rates[parameter])
-        matrices.move(changes, self.state, self._trained)
+        matrices.move(changes, self.state)
 
     def _takes_back(self, spent: int, norm: float) -> bool:
         """Undo the last step, and shorten those that follow, if the guard objects to it."""

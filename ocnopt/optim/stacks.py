@@ -10,18 +10,28 @@ import itertools
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ocnopt.differential.kronecker import working_dtype
-from ocnopt.optim.arrangement import Bin, Place, arranged
+from ocnopt.optim.arrangement import Bin, Member, Place, arranged
 from ocnopt.optim.bases import TURNING, Basis, Eigen, Turned, carried_moments, is_wide, tracked
 from ocnopt.optim.blocks import Block
-from ocnopt.optim.states import DECAY, TURNED, State, average, basis_of, fits, go_along, newest, observe, take_in
-
-_BASIS = ("input_vectors", "input_values", "output_vectors", "output_values", "moments")
+from ocnopt.optim.states import (
+    BASIS,
+    DECAY,
+    TURNED,
+    State,
+    average,
+    basis_of,
+    fits,
+    go_along,
+    newest,
+    observe,
+    take_in,
+)
 
 Groups = Mapping[Tensor, Mapping[str, Any]]
 States = Mapping[Tensor, State]
@@ -197,18 +207,6 @@ class Single(Stack):
         return gradient, momentum
 
 
-class Member(NamedTuple):
-    """A parameter of a stack of several: of which matrix, its number, and where its parts lie."""
-
-    parameter: Tensor
-    owner: int
-    number: int
-    step: Tensor
-    gradient: Tensor
-    momentum: Tensor
-    change: Tensor
-
-
 class Several(Stack):
     """Matrices with complete eigenbases, in memory that their states hold views of.
 
@@ -298,12 +296,12 @@ class Several(Stack):
         """See :meth:`Stack.settle`."""
         for i, (block, views) in enumerate(zip(self.blocks, self._own, strict=True)):
             state = states[block.weight]
-            if not self.is_present[i] or all(map(operator.is_, map(state.get, _BASIS), map(views.get, _BASIS))):
+            if not self.is_present[i] or all(map(operator.is_, map(state.get, BASIS), map(views.get, BASIS))):
                 self.is_ready[i] = self.is_present[i]
                 continue
-            fitting = [state[key].shape == views[key].shape for key in _BASIS if key in state]
-            self.is_ready[i] = len(fitting) == len(_BASIS) and all(fitting)
-            for key in _BASIS:
+            fitting = [state[key].shape == views[key].shape for key in BASIS if key in state]
+            self.is_ready[i] = len(fitting) == len(BASIS) and all(fitting)
+            for key in BASIS:
                 if not self.is_ready[i]:
                     views[key].zero_()
                 elif state[key] is not views[key]:

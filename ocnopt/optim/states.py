@@ -18,6 +18,7 @@ from ocnopt.optim.checks import check_same_shape
 DECAY = 0.95  # beta, of second moments and of factors made of gradients
 EPSILON = 1e-8  # keeps the first-order update of a parameter without gradients at zero
 
+BASIS = {"input_vectors", "input_values", "output_vectors", "output_values", "moments"}
 TURNED = ("momentum_left", "momentum_core", "momentum_right")  # parts of a wide momentum, that follow the gradient's
 # of a state, what stays as it is when its parameter goes elsewhere
 _OF_NO_DTYPE = ("step", "squares_step", "factor")
@@ -104,13 +105,9 @@ def restore(groups: Iterable[Mapping[str, Any]], states: Mapping[Tensor, State],
 
 
 def in_own_memory(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state without the memory around its parts, which would be saved with them."""
-
-    def is_part(value: Any) -> bool:
-        return isinstance(value, Tensor) and value.untyped_storage().nbytes() > value.numel() * value.element_size()
-
+    """A state as it is now, without the memory around its parts: of all tensors, or it would be of two iterations."""
     return {
-        key: value.clone(memory_format=torch.contiguous_format) if is_part(value) else value
+        key: value.clone(memory_format=torch.contiguous_format) if isinstance(value, Tensor) else value
         for key, value in state.items()
     }
 
@@ -150,6 +147,12 @@ def begin_anew(states: Iterable[State]) -> None:
             state["factor"] = min(1.0, state["factor"])
 
 
+def forget_changes(states: Iterable[State]) -> None:
+    """Let go of the last changes, whose memory is about to be used again: a step may be interrupted."""
+    for state in states:
+        state.pop("change", None)
+
+
 def forget_squares(states: Iterable[State]) -> None:
     """Let go of what :func:`first_order` knows of parameters that move as a matrix now."""
     for state in states:
@@ -159,7 +162,7 @@ def forget_squares(states: Iterable[State]) -> None:
 
 def fits(state: Mapping[str, Any], shape: Sequence[int]) -> bool:
     """Whether there is an eigenbasis for matrices ``(groups, b, a)``, whose shape a bias changes that is set free."""
-    if "input_vectors" not in state:
+    if not state.keys() >= BASIS:
         return False
     groups, rows, columns = shape
     return (*state["output_vectors"].shape[:2], *state["input_vectors"].shape[:2]) == (groups, rows, groups, columns)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import ocnopt
-from ocnopt.optim import SNOpt
+from ocnopt.optim import SNOpt, matrices
 from ocnopt.optim.arrangement import PADDING, arranged
 from ocnopt.optim.blocks import find_blocks
 
@@ -256,3 +256,61 @@ def test_gradients_whose_squares_are_infinite_change_nothing():
             for key in ("momentum", "step", "moments")
             if key in entry
         )
+
+
+@pytest.mark.parametrize("key", ["moments", "input_vectors", "output_values"])
+@pytest.mark.parametrize("width", [6, 200])
+def test_an_eigenbasis_of_which_a_part_was_deleted_is_made_anew(key, width):
+    torch.manual_seed(0)
+    model = nn.Linear(width, 5)
+    optimizer = SNOpt(model)
+    for i in range(12):
+        if i == 11:
+            del optimizer.state[model.weight][key]
+        model.weight.grad, model.bias.grad = torch.randn(5, width), torch.randn(5)
+        optimizer.step()
+    state = optimizer.state[model.weight]
+    vectors = state["input_vectors"]
+    torch.testing.assert_close(vectors.mT @ vectors, torch.eye(vectors.shape[-1])[None])
+    assert {key, "change"} <= state.keys()
+
+
+def test_a_step_that_is_interrupted_leaves_no_change_to_take_back(monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    model = Net()
+    optimizer = SNOpt(model)
+    for i in range(4):
+        step(model, optimizer, i)
+    before = copy.deepcopy(model.state_dict())
+    with monkeypatch.context() as patch:
+        patch.setattr(matrices, "move", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            step(model, optimizer, 4)
+    for p in model.parameters():
+        p.grad *= 1e6
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not any("change" in state for state in optimizer.state.values())
+    optimizer.step()
+    assert all("change" in state for state in optimizer.state.values())  # it was no step to take back
+
+
+def test_a_state_dict_that_is_kept_stays_as_it_was():
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Linear(4, 5), nn.Linear(200, 5), nn.Linear(170, 180), nn.LayerNorm(5)])
+    optimizer = SNOpt(model)
+
+    def move(steps):
+        for _ in range(steps):
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+
+    move(4)
+    kept = optimizer.state_dict()
+    before = copy.deepcopy(kept)
+    move(10)
+    for index, entry in kept["state"].items():
+        for key, value in entry.items():
+            torch.testing.assert_close(value, before["state"][index][key], rtol=0, atol=0)
