@@ -82,11 +82,11 @@ class SNOpt(torch.optim.Optimizer):
         adaptation: kappa of a factor f of lr for each matrix, f <- f exp(kappa c), with c in [-1, 1] the cosine of its
             negative gradient and its last step: lr grows while steps lead on in the direction of the last one, and
             shrinks where they turn back. Below 1 f also goes back towards 1, by 3 % of its logarithm and a cosine of
-            0.02, since batches of one epoch share no samples, which makes the angle look worse. Where all gradients
-            together are more than three times as long as usual, each f is divided by how much more, at most by 4.
-            Parameters that are in no matrix share one. f stays within 0.01 and 50, and where it is above 1, f lr is at
-            most 0.05 (with the lr that a schedule began with, if that is more). adaptation=0 keeps f, but for steps
-            that are taken back.
+            0.02 d, since batches of one epoch share no samples, which makes the angle look worse; d is the decline of
+            the gradients since they were largest. Where all gradients together are more than three times as long as
+            usual, each f is divided by how much more, at most by 4. Parameters that are in no matrix share one. f stays
+            within 0.01 and 50, and where it is above 1, f lr is at most 0.05 d^(1/4) (with the lr that a schedule began
+            with, if that is more). adaptation=0 keeps f, but for steps that are taken back.
         length: "noise" makes the step l long, "division" leaves it as the division has it.
         reduction: "mean" or "sum": how the loss of a backward pass combines its samples, so that batches of different
             size weigh alike. Chunks of unequal size whose losses are sums over the size of the whole batch are "sum":
