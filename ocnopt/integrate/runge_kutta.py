@@ -85,10 +85,14 @@ def step(
 
 def _moved(x: Tensor, h: float, groups: Groups, slopes: Sequence[Tensor]) -> Tensor:
     """x + h sum_i w_i k_i; slopes of one weight are summed first, so that they share a product on the way back."""
+    is_half = x.element_size() < 4  # whose sums may overflow before they are scaled
     for weight, first, others in groups:
         slope = slopes[first]
         for other in others:
-            slope = slope + slopes[other]
+            if is_half:
+                x = torch.add(x, slopes[other], alpha=h * weight)
+            else:
+                slope = slope + slopes[other]
         x = torch.add(x, slope, alpha=h * weight)
     return x
 

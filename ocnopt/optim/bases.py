@@ -21,7 +21,7 @@ LEADING = 16  # eigenvectors of a wider side that are kept beside one as wide
 BESIDE_SHORT = 32  # and beside one that is not
 MOST_OUTPUTS = 2048  # of a matrix (in a group) that has an eigenbasis at all: those of more are mostly vocabularies
 RANK = 128  # eigenvectors of A that are kept at most where it comes from samples
-TURNING = 8  # iterations in which eigenbases turn so fast that one step from the last ones would not follow
+TURNING = 8  # gradients by which eigenbases, made anew, turn so fast that one step would not follow them
 KEEP = 0.5  # share of the old factors in a refresh from samples, or of a wide side
 
 
@@ -47,6 +47,10 @@ class Eigen(NamedTuple):
     def rest(self) -> int:
         """The number of directions in the rest."""
         return self.vectors.shape[-2] - self.vectors.shape[-1]
+
+    def leading(self) -> Tensor:
+        """The vectors, those of the largest values first, as they need not be where they follow a factor."""
+        return self.vectors.take_along_dim(self.values.argsort(dim=-1, descending=True, stable=True)[:, None], -1)
 
     def spectrum(self) -> Tensor:
         """The eigenvalues, and behind them their mean over the rest, if there is one."""
@@ -151,18 +155,25 @@ class Basis(NamedTuple):
             lengths[..., -1, :] *= below**0.5
         return _sizes(lengths), _sizes(lengths.mul_(scales))
 
-    def scaled(self, turned: Turned, scales: Tensor, out: Tensor | None = None) -> Tensor:
+    def scaled(
+        self, turned: Turned, scales: Tensor, out: Tensor | None = None, factors: Tensor | None = None
+    ) -> Tensor:
         """U_B (S o U_B^T M U_A) U_A^T of a turned matrix M, with both bases completed by their rest.
 
         With scales S, laid out as second moments, the rests as factors of all of M, and of its leading parts what these
         have beyond them:
         S_rr M + U_B (S_l - S_rr) U_B^T M + M U_A (S_r - S_rr) U_A^T + U_B (S_c - S_l - S_r + S_rr) U_B^T M U_A U_A^T.
 
-        The scales are used up. ``out`` is memory for it, of the matrix's shape, that may be used.
+        The scales are used up. ``out`` is memory for it, of the matrix's shape, that may be used. ``factors``, of each
+        group ``(groups, 1, 1)``, are what it is multiplied by.
         """
         UA, UB = self.input.vectors, self.output.vectors
         if self.is_complete:
-            return torch.bmm(UB, torch.bmm(scales.mul_(turned.core), UA.mT), out=out)
+            # in this order: where a matrix is padded, scales may be infinite with the factors, and M is zero
+            core = scales.mul_(turned.core)
+            return torch.bmm(UB, torch.bmm(core if factors is None else core.mul_(factors), UA.mT), out=out)
+        if factors is not None:
+            scales.mul_(factors)
         q, r = UB.shape[-1], UA.shape[-1]
         if turned.right is not None:
             scales[..., :q, :] -= scales[..., q:, :]

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
 
 import torch
@@ -69,27 +69,35 @@ def check_together(named: Iterable[tuple[str, Tensor]], step: int | None = None)
     gradients = [gradient for _, gradient in found]
     kinds = {(gradient.dtype, gradient.device.type) for gradient in gradients}
     if kinds == {(torch.float32, "cpu")} and sum(map(Tensor.numel, gradients)) <= FEW:
-        norm = float(torch._C._nn.flatten_dense_tensors(gradients).norm())
+        norm = float(torch.linalg.vector_norm(torch.cat([gradient.reshape(-1) for gradient in gradients])))
     else:
         norm = math.hypot(*sizes(gradients).tolist())
     if not norm <= LARGE:
         _check_finite([name for name, gradient in found if not bool(gradient.isfinite().all())], step)
-        _check_squares(found, norm)
+        _check_squares(found)
     return norm
 
 
-def _check_squares(named: Iterable[tuple[str, Tensor]], norm: float) -> None:
-    """Refuse gradients that are finite, but whose squares are not, in the precision of second moments."""
-    names = [
-        name
-        for name, gradient in named
-        if norm > torch.finfo(torch.promote_types(gradient.dtype, torch.float32)).max ** 0.5
-    ]
-    if names:
+def check_decayed(gradients: Mapping[Tensor, Tensor], names: Mapping[Tensor, str]) -> float:
+    """Refuse gradients whose squares are infinite with weight decay; the norm of all together."""
+    norm = math.hypot(*sizes([*gradients.values()]).tolist())
+    if not norm <= LARGE:
+        _check_squares([(f"{names[p]} with weight decay", gradient) for p, gradient in gradients.items()])
+    return norm
+
+
+def _check_squares(named: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse gradients whose squares, added up, are not finite in the precision of their second moments."""
+    far = []
+    for name, gradient in named:
+        precision = torch.promote_types(gradient.dtype, torch.float32)
+        if not float(gradient.double().norm()) <= torch.finfo(precision).max ** 0.5:
+            far.append(name)
+    if far:
         raise NonFiniteError(
-            f"the gradients, of norm {norm:.3g}, are so large that their squares are infinite in the precision of "
-            f"{listed(names)}; expected finite second moments. Parameters and state are as before this step: scale the "
-            "loss down, lower lr, or clip the gradients"
+            f"the squares of the gradients of {listed(far)} are infinite in the precision of second moments; expected "
+            "gradients of a norm below 1e19 in single precision. Parameters and state are as before this step: scale "
+            "the loss down, lower lr, or clip the gradients"
         )
 
 

@@ -3,7 +3,7 @@
 Each matrix has a factor f of lr, and all parameters that are in none have one in common:
 
     f <- max(f, min(1, f^0.97 exp(0.02 kappa d))) exp(-kappa cos(G, last change)) / jump,
-    0.01 <= f <= 50,    f lr <= 0.05 d^0.25 where f > 1,    d = late / largest
+    0.01 <= f,    f <= d^0.25 min(50, 0.05 / lr) where f > 1,    d = late / largest
 
 It rises where the last change went against the present gradient G, and falls where it went along. With small tensors
 the cosines would leap, so that the parts of a matrix count together. The jump is what all gradients together are longer
@@ -16,6 +16,7 @@ and no noise is left that would make angles look worse. The guard takes back ste
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
 from typing import Any
 
 import torch
@@ -169,7 +170,7 @@ class Guard:
     def __init__(self, saved: Mapping[str, Any] | None = None) -> None:
         self.spent: list[int] = [*(saved or {}).get("spent", ())]
         self.norms: list[float] = [*(saved or {}).get("norms", ())]
-        self.largest: float = (saved or {}).get("largest", _size(self.norms[-LATELY:]))
+        self.largest: float = (saved or {}).get("largest", self._late())
 
     def state(self) -> dict[str, Any]:
         """Plain numbers to go on from."""
@@ -182,7 +183,7 @@ class Guard:
         >>> guard.decline()
         0.25
         """
-        late = _size(self.norms[-LATELY:])
+        late = self._late()
         return min(1.0, late / self.largest) if late > 0.0 < self.largest else 1.0
 
     def jump(self) -> float:
@@ -218,8 +219,14 @@ class Guard:
         if changed and 0.0 < GRADIENT * largest < norm and _is_uphill(changed):
             return f"the norm of the gradient, uphill along that step, from at most {largest:.3g} to {norm:.3g}"
         self.spent, self.norms = [*self.spent[1 - RECENT :], spent], [*self.norms[1 - RECENT :], norm]
-        self.largest = max(self.largest, _size(self.norms[-LATELY:]))
+        self.largest = max(self.largest, self._late())
         return None
+
+    def _late(self) -> float:
+        """The root mean square of the last norms; one that stands out counts as far as it is no jump."""
+        last = self.norms[-LATELY:]
+        most = JUMP * median(last) if last else 0.0
+        return _size([min(norm, most) for norm in last])
 
 
 def _size(norms: Sequence[float]) -> float:

@@ -35,7 +35,7 @@ from ocnopt.optim.bases import (
 )
 from ocnopt.optim.ranks import Shared
 from ocnopt.optim.stacks import Stack
-from ocnopt.optim.states import TURNED, State, basis_of, fits
+from ocnopt.optim.states import TURNED, State, age, basis_of, fits
 
 
 class Pair(NamedTuple):
@@ -92,9 +92,9 @@ def _new_basis(pair: Pair, samples: Samples | None, *, mixed: bool) -> Basis:
 def _of_gradients(state: State, factor: str, momentum: Tensor, own: Eigen | None, other: Eigen | None) -> Eigen:
     """The basis of one side: of the running mean of G^T G, or of the momentum alone where that side is wide."""
     if not is_wide(momentum.shape[-1]):
-        is_near = own is not None and not own.rest and int(state["step"]) > TURNING
+        is_near = own is not None and not own.rest and age(state) >= TURNING
         return tracked(state[factor], own.vectors) if own is not None and is_near else complete(state[factor])
-    return follow(momentum, own, None if other is None else other.vectors)
+    return follow(momentum, own, None if other is None else other.leading())
 
 
 def _go_over(pair: Pair, new: Basis) -> None:
@@ -105,6 +105,8 @@ def _go_over(pair: Pair, new: Basis) -> None:
         state.pop(part, None)
     state["moments"] = first_moments(new, gradient) if old is None else carried_moments(state["moments"], old, new)
     (state["input_vectors"], state["input_values"]), (state["output_vectors"], state["output_values"]) = new
+    if old is None:
+        state["basis_since"] = state["step"].clone()
     if is_wide(max(gradient.shape[1:])):
         state["basis_step"] = state.get("basis_step", torch.zeros((), dtype=torch.float32)) + 1
 
@@ -119,12 +121,12 @@ def changes(
     """What to add to the parameters of the matrices that have an eigenbasis: steps times -rate of each parameter."""
     found: dict[Tensor, Tensor] = {}
     for stack in stacks:
-        if not any(stack.is_ready):
-            continue
         own = [{rates.get(p, 0.0) for p in block.parameters} for block in stack.blocks]
         common = [next(iter(rate)) if len(rate) == 1 else 1.0 for rate in own]  # no bias of another group
         damping = [float(groups[block.weight]["damping"]) for block in stack.blocks]
-        stack.change = _changed(stack, common, damping, power, length)
+        if any(stack.is_ready):
+            stack.change = _changed(stack, common, damping, power, length)
+        stack.release()
         for i, is_ready in enumerate(stack.is_ready):
             if is_ready:
                 parts = stack.parts(i)
@@ -145,9 +147,8 @@ def _changed(stack: Stack, rates: list[float], damping: list[float], power: floa
     if length == "noise":
         long, short = map(stack.norms, basis.norms(momentum, scales))
         factors.mul_(long).div_(short.mul_((means + tiny).sqrt_()).clamp_(min=tiny))
-    scales.mul_(stack.spread(factors))
     # the last change has been looked at, and its memory costs more to allocate than to fill
-    return basis.scaled(momentum, scales, stack.change)
+    return basis.scaled(momentum, scales, stack.change, stack.spread(factors))
 
 
 def move(changes: Mapping[Tensor, Tensor], states: Mapping[Tensor, State]) -> None:

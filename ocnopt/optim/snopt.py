@@ -45,7 +45,7 @@ from ocnopt.optim import lengths, matrices, states
 from ocnopt.optim.blocks import Block, find_blocks, is_live, names_of
 from ocnopt.optim.checks import check_fields, check_recipe, is_distributed
 from ocnopt.optim.draw_checks import check_drawable, check_drawn, check_draws
-from ocnopt.optim.gradient_checks import check_dense, check_together, sizes
+from ocnopt.optim.gradient_checks import check_decayed, check_dense, check_together
 from ocnopt.optim.group_checks import add_group, check_groups, check_options_now, read_groups
 from ocnopt.optim.lengths import Guard
 from ocnopt.optim.matrices import Pair
@@ -84,9 +84,9 @@ class SNOpt(torch.optim.Optimizer):
             shrinks where they turn back. Below 1 f also goes back towards 1, by 3 % of its logarithm and a cosine of
             0.02 d, since batches of one epoch share no samples, which makes the angle look worse; d is the decline of
             the gradients since they were largest. Where all gradients together are more than three times as long as
-            usual, each f is divided by how much more, at most by 4. Parameters that are in no matrix share one. f stays
-            within 0.01 and 50, and where it is above 1, f lr is at most 0.05 d^(1/4) (with the lr that a schedule began
-            with, if that is more). adaptation=0 keeps f, but for steps that are taken back.
+            usual, each f is divided by how much more, at most by 4. Parameters that are in no matrix share one. f is at
+            least 0.01, and above 1 at most d^(1/4) times the lesser of 50 and 0.05 / lr (with the lr that a schedule
+            began with, if that is more). adaptation=0 keeps f, but for steps that are taken back.
         length: "noise" makes the step l long, "division" leaves it as the division has it.
         reduction: "mean" or "sum": how the loss of a backward pass combines its samples, so that batches of different
             size weigh alike. Chunks of unequal size whose losses are sums over the size of the whole batch are "sum":
@@ -210,7 +210,7 @@ class SNOpt(torch.optim.Optimizer):
         norm = check_together(live, self._step_count)
         gradients = states.received(self.param_groups)
         if any(group["weight_decay"] for group in self.param_groups):
-            norm = float(sizes([*gradients.values()]).norm())
+            norm = check_decayed(gradients, self._trained)
         if self._takes_back(spent, norm):
             return loss
         with torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext():

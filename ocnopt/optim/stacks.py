@@ -24,6 +24,7 @@ from ocnopt.optim.states import (
     DECAY,
     TURNED,
     State,
+    age,
     average,
     basis_of,
     fits,
@@ -110,6 +111,9 @@ class Stack(ABC):
         """Let all eigenbases follow their factors together, if that can be done."""
         return False
 
+    def release(self) -> None:  # noqa: B027 - most have nothing to let go of
+        """Let go of the gradients, at the end of an iteration."""
+
     def learn(self, squares: Tensor) -> None:
         """Take the squares of turned gradients into the second moments."""
         # what the moments began with counts as one observation
@@ -145,7 +149,7 @@ class Single(Stack):
 
     def __init__(self, block: Block, like: Tensor) -> None:
         super().__init__([block], like)
-        self._block = block
+        self._block, self._nothing = block, like
         self._parts: dict[Tensor, Tensor] = {}
         self.change = None
 
@@ -174,6 +178,10 @@ class Single(Stack):
         self.is_ready = [fits(state, self.gradient.shape)]
         if self.is_ready[0]:
             self.basis, self.moments = basis_of(state), state["moments"]
+
+    def release(self) -> None:
+        """See :meth:`Stack.release`."""
+        self.gradient = self.momentum = self._nothing
 
     def matrix(self, i: int, of: Tensor) -> Tensor:
         """See :meth:`Stack.matrix`."""
@@ -229,6 +237,7 @@ class Several(Stack):
         self._changes: list[dict[Tensor, Tensor]] = [{} for _ in self.blocks]
         for member in self._members:
             self._changes[member.owner][member.parameter] = member.change
+        self._weights = [next(m.number for m in self._members if m.parameter is block.weight) for block in self.blocks]
         self._own = [self._views(place) for place in self._places]
         self._used = [like.new_zeros(n, 1, d) for d in (columns, rows)]
         for place, (_, b, a) in zip(self._places, (block.shape for block in self.blocks), strict=True):
@@ -284,9 +293,7 @@ class Several(Stack):
         torch._foreach_add_([self._steps] if is_whole else [member.step for member in here], 1.0)
         counts = self._steps.tolist()
         weights = [newest(counts[member.number], of[member.parameter]["momentum"]) for member in here]
-        self._counts = [0] * len(self.blocks)
-        for member in reversed(self._members):  # the weight of each is its first
-            self._counts[member.owner] = int(counts[member.number])
+        self._counts = [int(counts[number]) for number in self._weights]
         if is_whole and len({*weights}) == 1:
             self.momentum.lerp_(self.gradient, weights[0])
         else:
@@ -324,7 +331,7 @@ class Several(Stack):
 
     def follow(self) -> bool:
         """See :meth:`Stack.follow`."""
-        if not (all(self.is_present) and all(self.is_ready) and min(self._counts) > TURNING):
+        if not (all(self.is_present) and all(self.is_ready)) or min(map(age, self._states)) < TURNING:
             return False
         found = [tracked(factor, old.vectors) for factor, old in zip(self._factors, self.basis, strict=True)]
         # in the padding they are unit vectors
@@ -364,14 +371,7 @@ class Stacks:
     def take_in(
         self, gradients: Mapping[Tensor, Tensor], states: States, names: Mapping[Tensor, str], of: Groups
     ) -> list[Stack]:
-        """Take the gradients of an iteration into all momenta; the stacks that have some of all parameters of a matrix.
-
-        Args:
-            gradients: with weight decay, in working precision.
-            states: of the parameters.
-            names: of the parameters.
-            of: the options of each parameter.
-        """
+        """Take the gradients of an iteration into all momenta; the stacks that have all of some matrix."""
         kinds = [(p.dtype, p.device, p.shape) for block in self._blocks for p in block.parameters]
         if kinds != self._made_for:
             self._made_for, self._stacks = kinds, [*self._made()]

@@ -13,9 +13,9 @@ from ocnopt.errors import ProblemError
 from ocnopt.optim.blocks import Block
 from ocnopt.optim.group_checks import check_written
 from ocnopt.optim.lengths import FACTORS
+from ocnopt.optim.states import BASIS
 
-_BASIS = ("input_vectors", "input_values", "output_vectors", "output_values", "moments")
-_TOGETHER = (_BASIS, ("squares", "squares_step"), ("momentum", "step"))  # of each the last alone does no harm
+_TOGETHER = (BASIS, ("squares", "squares_step"), ("momentum", "step"))  # of each the last alone does no harm
 _KRONECKER = ("input_factor", "output_factor")
 
 
@@ -148,7 +148,7 @@ def _shapes(entry: Mapping[str, Tensor], of: torch.Size, present: int | None) ->
     def size(key: str, axis: int) -> int:
         return entry[key].shape[axis] if key in entry and axis < entry[key].ndim else 0
 
-    found = Counter(size(key, 0) for key in (*_BASIS, *_KRONECKER))
+    found = Counter(size(key, 0) for key in (*BASIS, *_KRONECKER))
     groups = next((count for count, _ in found.most_common() if count and rows % count == 0), 1)
     widths = [size(key, 1) for key in ("input_factor", "input_vectors", "input_values")]
     own, *others = [width if width in (columns, columns + 1) else 0 for width in widths]
@@ -157,7 +157,7 @@ def _shapes(entry: Mapping[str, Tensor], of: torch.Size, present: int | None) ->
     q = _kept(b, size("output_values", 1), size("output_vectors", 2), size("moments", 1))
     return {
         **dict.fromkeys(("momentum", "squares", "change"), of),
-        **dict.fromkeys(("step", "squares_step", "basis_step"), ()),
+        **dict.fromkeys(("step", "squares_step", "basis_step", "basis_since"), ()),
         "input_vectors": (groups, a, r),
         "input_values": (groups, r),
         "output_vectors": (groups, b, q),

@@ -1,7 +1,9 @@
 """What SNOpt keeps of each parameter from one iteration to the next, and the step of those that are in no matrix.
 
-In the state of a parameter: step and momentum; change, of the last iteration alone; factor, of lr; of a weight with an
-eigenbasis its vectors, values and second moments; of one without, squares as Adam has them.
+In the state of a parameter: step and momentum; change, of the last iteration alone; factor, of lr; of a weight that is
+a matrix input_factor and output_factor, where they are of gradients; of one with an eigenbasis its vectors, values,
+second moments, since which step there is one, and of a wide one how often it was renewed and the turned parts of the
+momentum; of a parameter without, squares as Adam has them, and their number.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
@@ -18,7 +20,7 @@ from ocnopt.optim.checks import check_same_shape
 DECAY = 0.95  # beta, of second moments and of factors made of gradients
 EPSILON = 1e-8  # keeps the first-order update of a parameter without gradients at zero
 
-BASIS = {"input_vectors", "input_values", "output_vectors", "output_values", "moments"}
+BASIS = ("input_vectors", "input_values", "output_vectors", "output_values", "moments")
 TURNED = ("momentum_left", "momentum_core", "momentum_right")  # parts of a wide momentum, that follow the gradient's
 # of a state, what stays as it is when its parameter goes elsewhere
 _OF_NO_DTYPE = ("step", "squares_step", "factor")
@@ -162,7 +164,7 @@ def forget_squares(states: Iterable[State]) -> None:
 
 def fits(state: Mapping[str, Any], shape: Sequence[int]) -> bool:
     """Whether there is an eigenbasis for matrices ``(groups, b, a)``, whose shape a bias changes that is set free."""
-    if not state.keys() >= BASIS:
+    if not all(key in state for key in BASIS):
         return False
     groups, rows, columns = shape
     return (*state["output_vectors"].shape[:2], *state["input_vectors"].shape[:2]) == (groups, rows, groups, columns)
@@ -179,6 +181,11 @@ def observe(state: State, gradient: Tensor) -> None:
         if side not in state or state[side].shape != (groups, width, width):
             state[side] = gradient.new_zeros(groups, width, width)
         state[side].baddbmm_(turned, turned.mT, beta=1.0 - weight, alpha=weight)
+
+
+def age(state: Mapping[str, Any]) -> int:
+    """How many gradients a weight has had since its eigenbasis was made anew."""
+    return int(state["step"]) - int(state.get("basis_since", 1))
 
 
 def basis_of(state: Mapping[str, Any]) -> Basis:

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import weakref
 
 import pytest
 import torch
@@ -244,9 +245,7 @@ def test_gradients_whose_squares_are_infinite_change_nothing():
         before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
         if i < 2:
             optimizer.step()
-    with pytest.raises(
-        ocnopt.NonFiniteError, match=r"of norm .*, are so large that their squares are infinite .*0.weight"
-    ):
+    with pytest.raises(ocnopt.NonFiniteError, match=r"the squares of the gradients of .*0.weight.* are infinite"):
         optimizer.step()
     weights, state = before
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
@@ -314,3 +313,48 @@ def test_a_state_dict_that_is_kept_stays_as_it_was():
     for index, entry in kept["state"].items():
         for key, value in entry.items():
             torch.testing.assert_close(value, before["state"][index][key], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("power", [0.75, 0.95, 1.0])
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e3, 1e8])
+def test_padding_stays_zero_without_damping(size, power):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).float()
+    optimizer = SNOpt(model, damping=0.0, power=power)
+    for _ in range(12):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p) * size
+        optimizer.step()
+        assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+def test_gradients_whose_squares_are_infinite_are_told_apart_by_their_precision():
+    model = nn.Sequential(nn.Linear(2, 2).double(), nn.Linear(2, 2).float())
+    optimizer = SNOpt(model)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 1e60 if p.dtype == torch.float64 else 1.0)
+    optimizer.step()
+    model[1].weight.grad *= 1e25
+    with pytest.raises(ocnopt.NonFiniteError, match=r"of .1.weight. are infinite"):
+        optimizer.step()
+
+
+def test_weight_decay_may_make_squares_infinite():
+    model = nn.Linear(2, 2).float()
+    optimizer = SNOpt(model, weight_decay=0.1)
+    torch.nn.init.constant_(model.weight, 1e21)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.raises(ocnopt.NonFiniteError, match=r"of .weight with weight decay. are infinite"):
+        optimizer.step()
+    assert not optimizer.state
+
+
+def test_no_gradient_is_held_beyond_a_step():
+    model = nn.Linear(200, 200, bias=False)
+    optimizer = SNOpt(model)
+    model(torch.randn(3, 200)).square().mean().backward()
+    gone = weakref.ref(model.weight.grad)
+    optimizer.step()
+    optimizer.zero_grad()
+    assert gone() is None
