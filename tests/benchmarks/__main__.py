@@ -63,7 +63,7 @@ def show_iterations(options: Options) -> None:
     )
     rows = []
     for name, net in iterations.NETS.items():
-        found = iterations.measure(net, 20 if options.quick else 60)
+        found = iterations.measure(net, 60 if options.quick else 200)
         ratios = [f"{found.ordinary:.3f}", most(net.ordinary), f"{found.refresh:.2f}", most(net.refresh)]
         rows.append([name, *ratios, f"{found.adam_milliseconds:.1f}"])
     show(
