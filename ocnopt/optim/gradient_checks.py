@@ -73,7 +73,7 @@ def check_together(named: Iterable[tuple[str, Tensor]], step: int | None = None)
     else:
         norm = math.hypot(*sizes(gradients).tolist())
     if not norm <= LARGE:
-        _check_finite([name for name, gradient in found if not bool(gradient.isfinite().all())], step)
+        _check_finite(not_finite(found, torch.tensor(norm)), step)
         _check_squares(found)
     return norm
 
