@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ocnopt.optim.bases import is_wide
 from ocnopt.optim.blocks import Block
 
 PADDING = 2**18  # of _work(), what a matrix may do in vain to be in a stack: about what the calls of another one take
@@ -18,8 +19,11 @@ class Bin(NamedTuple):
     members: tuple[tuple[Block, bool], ...]
 
     def joined(self, block: Block) -> "Bin | None":
-        """Also with another matrix; None if too much would be done in vain."""
+        """Also with another matrix; None if too much would be done in vain, or wide ones would be padded."""
         _, b, a = block.shape
+        if is_wide(max(self.rows, self.columns, b, a)):
+            is_alike = (self.rows, self.columns) == _lain(block)[:2]
+            return self._replace(members=(*self.members, (block, _lain(block)[2]))) if is_alike else None
         for is_transposed in (b > a, b <= a):
             own = (a, b) if is_transposed else (b, a)
             wider = Bin(max(self.rows, own[0]), max(self.columns, own[1]), (*self.members, (block, is_transposed)))
@@ -46,10 +50,22 @@ def arranged(blocks: Iterable[Block]) -> list[Bin]:
                 found[i] = wider
                 break
         else:
-            groups, rows, columns = block.shape
-            is_transposed = groups == 1 and rows > columns
-            found.append(Bin(*((columns, rows) if is_transposed else (rows, columns)), ((block, is_transposed),)))
+            rows, columns, is_transposed = _lain(block)
+            found.append(Bin(rows, columns, ((block, is_transposed),)))
     return found
+
+
+def can_be_joined(block: Block) -> bool:
+    """Whether a matrix may be in a stack of several: where one side is wide, it lies along the columns."""
+    rows, columns, _ = _lain(block)
+    return is_wide(rows, columns) or not is_wide(rows)
+
+
+def _lain(block: Block) -> tuple[int, int, bool]:
+    """Rows and columns of a matrix that lies along its longer side if it may, and whether it is transposed for it."""
+    groups, b, a = block.shape
+    is_transposed = groups == 1 and b > a and not is_wide(a, b)
+    return (a, b, True) if is_transposed else (b, a, False)
 
 
 def _work(rows: int, columns: int) -> int:
@@ -70,7 +86,7 @@ class Place(NamedTuple):
         return of[self.at, :columns, :rows].mT if self.is_transposed else of[self.at, :rows, :columns]
 
     def side(self, of: Tensor, width: int) -> Tensor:
-        """What belongs to one side, ``(groups, width, ..., width)``, there."""
+        """What belongs to one side, ``(groups, width, ..., width)``, there; less of it where fewer are kept."""
         return of[(self.at, *[slice(width)] * (of.ndim - 1))]
 
 

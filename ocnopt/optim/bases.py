@@ -7,6 +7,7 @@ each direction of the other side. Products with so few vectors are thin; complet
 six whole ones in each iteration, each as much work as the gradient of as many samples as the matrix has rows.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,12 @@ def kept(width: int, other: int) -> int:
     return min(width, LEADING if is_wide(other) else BESIDE_SHORT)
 
 
+def is_leading(basis: "Basis") -> bool:
+    """Whether a basis has as many vectors as are kept, other than one from before a side was wide."""
+    (_, b, q), (_, a, r) = basis.output.vectors.shape, basis.input.vectors.shape
+    return (q, r) == (kept(b, a), kept(a, b))
+
+
 class Eigen(NamedTuple):
     """Leading eigenvectors ``(groups, d, r)`` and eigenvalues ``(groups, r)`` of a factor scaled to trace one."""
 
@@ -64,13 +71,16 @@ class Turned(NamedTuple):
     """A matrix M and what a basis makes of it.
 
     ``left`` is U_B^T M ``(..., q, a)``, ``core`` U_B^T M U_A ``(..., q, r)``, and ``right`` M U_A ``(..., b, r)`` where
-    B has a rest, else None.
+    B has a rest, else None. Where they are known beforehand, ``total`` is |M|^2 ``(..., 1, 1)``, and ``squares`` what
+    :meth:`Basis.squares` would return.
     """
 
     matrix: Tensor
     left: Tensor
     core: Tensor
     right: Tensor | None
+    total: Tensor | None = None
+    squares: Tensor | None = None
 
 
 class Basis(NamedTuple):
@@ -100,12 +110,15 @@ class Basis(NamedTuple):
         return Turned(matrix, left, torch.bmm(left, UA), torch.bmm(matrix, UA) if self.output.rest else None)
 
     def turn_both(self, both: Tensor) -> tuple[Turned, Turned]:
-        """Two matrices row by row ``(groups, b, 2, a)``, turned by complete bases in as many products as one."""
+        """Two matrices row by row ``(groups, b, 2, a)``, in as many products as one; U_B is complete."""
         groups, b, _, a = both.shape
         left = torch.bmm(self.output.vectors.mT, both.view(groups, b, 2 * a))
         core = torch.bmm(left.view(groups, 2 * b, a), self.input.vectors)
-        wholes, lefts, cores = (of.view(both.shape).unbind(2) for of in (both, left, core))
-        return Turned(wholes[0], lefts[0], cores[0], None), Turned(wholes[1], lefts[1], cores[1], None)
+        lefts, cores = left.view(both.shape), core.view(groups, b, 2, -1)
+        squares = None if self.is_complete else self.squares(Turned(both, lefts, cores, None)).unbind(2)
+        (G, M), (LG, LM), (CG, CM) = (of.unbind(2) for of in (both, lefts, cores))
+        SG, SM = squares or (None, None)
+        return Turned(G, LG, CG, None, squares=SG), Turned(M, LM, CM, None, squares=SM)
 
     def spectrum(self) -> Tensor:
         """Eigenvalues E_B E_A^T of the curvature, laid out as second moments."""
@@ -113,6 +126,8 @@ class Basis(NamedTuple):
 
     def squares(self, turned: Turned) -> Tensor:
         """Squared entries of a turned matrix, laid out as second moments."""
+        if turned.squares is not None:
+            return turned.squares
         squares = inside = turned.core.square()
         if self.is_complete:
             return squares
@@ -123,8 +138,8 @@ class Basis(NamedTuple):
             below = self.output.rest
             outside = (_norms(turned.right, -2) - inside.sum(-2, keepdim=True)) / below
             if beside:
-                total = _norms(turned.matrix, (-2, -1)) - lengths.sum(-2, keepdim=True)
-                corner = (total / below - outside.sum(-1, keepdim=True)) / beside
+                total = _norms(turned.matrix, (-2, -1)) if turned.total is None else turned.total
+                corner = ((total - lengths.sum(-2, keepdim=True)) / below - outside.sum(-1, keepdim=True)) / beside
                 outside = torch.cat([outside, corner], -1)
             squares = torch.cat([squares, outside], -2)
         return squares.clamp_(min=0.0)
@@ -135,24 +150,19 @@ class Basis(NamedTuple):
 
     def totals(self, moments: Tensor) -> Tensor:
         """Sums of second moments over all directions ``(groups,)``: the trace of the curvature."""
-        if self.is_complete:
-            return moments.sum((-2, -1))
-        total = moments.sum(-1)
-        if beside := self.input.rest:
-            total.add_(moments[..., -1], alpha=beside - 1)
-        if below := self.output.rest:
-            total[..., -1] *= below
-        return total.sum(-1)
+        return (moments if self.is_complete else moments * self._multiplicities(moments)).sum((-2, -1))
+
+    def _multiplicities(self, like: Tensor) -> Tensor:
+        """How many directions each second moment is of."""
+        rows, columns = ((side.vectors.shape[-1], side.rest) for side in (self.output, self.input))
+        return _multiplicities(rows, columns, like.dtype, like.device)
 
     def norms(self, turned: Turned, scales: Tensor) -> tuple[Tensor, Tensor]:
         """The norms of matrices M ``(groups,)``, and of what :meth:`scaled` would return, without making it."""
         if self.is_complete:
             return _sizes(turned.core), _sizes(turned.core * scales)
-        lengths = self.squares(turned).sqrt_()
-        if beside := self.input.rest:
-            lengths[..., -1] *= beside**0.5
-        if below := self.output.rest:
-            lengths[..., -1, :] *= below**0.5
+        squares = self.squares(turned)
+        lengths = (squares * self._multiplicities(squares)).sqrt_()
         return _sizes(lengths), _sizes(lengths.mul_(scales))
 
     def scaled(
@@ -183,9 +193,18 @@ class Basis(NamedTuple):
         if beside:
             part.addcmul_(scales[..., :q, r:], turned.left)
         if turned.right is None:
-            return torch.bmm(UB, part)
+            return torch.bmm(UB, part, out=out)
         step = torch.mul(turned.matrix, scales[..., q:, r:], out=out).baddbmm_(UB, part) if beside else UB @ part
         return step.baddbmm_(scales[..., q:, :r] * turned.right, UA.mT)
+
+
+@functools.cache
+def _multiplicities(
+    rows: tuple[int, int], columns: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Of as many single directions on each side, and a rest of as many."""
+    sides = [[1.0] * single + [float(rest)] * (rest > 0) for single, rest in (rows, columns)]
+    return torch.outer(*(torch.tensor(side, dtype=dtype, device=device) for side in sides))
 
 
 def _sizes(matrices: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from ocnopt.checks import listed
 from ocnopt.errors import NonFiniteError, ProblemError
 
 LARGE = 1e18  # of a norm, from which on squares may be infinite in single precision
-FEW = 2**16  # entries that are copied in less time than their norms take one by one
 
 
 def sizes(gradients: Sequence[Tensor]) -> Tensor:
@@ -60,30 +59,23 @@ def check_gradients(named: Iterable[tuple[str, Tensor]], step: int | None = None
     return norms
 
 
-def check_together(named: Iterable[tuple[str, Tensor]], step: int | None = None) -> float:
-    """As :func:`check_gradients`, also refusing those whose squares are infinite; the norm of all together.
+def check_norm(
+    norm: float, named: Sequence[tuple[str, Tensor]], decayed: Mapping[Tensor, Tensor], step: int | None = None
+) -> None:
+    """Refuse gradients that are NaN or infinite, or whose squares are; those are refused with weight decay too.
 
-    That takes one call where there is little to be copied.
+    Args:
+        norm: of all together, which tells when there is no need to look further.
+        named: parameters and their names.
+        decayed: the gradients of the parameters, with weight decay.
+        step: the number of this step.
     """
+    if norm <= LARGE:
+        return
     found = check_dense(named)
-    gradients = [gradient for _, gradient in found]
-    kinds = {(gradient.dtype, gradient.device.type) for gradient in gradients}
-    if kinds == {(torch.float32, "cpu")} and sum(map(Tensor.numel, gradients)) <= FEW:
-        norm = float(torch.linalg.vector_norm(torch.cat([gradient.reshape(-1) for gradient in gradients])))
-    else:
-        norm = math.hypot(*sizes(gradients).tolist())
-    if not norm <= LARGE:
-        _check_finite(not_finite(found, torch.tensor(norm)), step)
-        _check_squares(found)
-    return norm
-
-
-def check_decayed(gradients: Mapping[Tensor, Tensor], names: Mapping[Tensor, str]) -> float:
-    """Refuse gradients whose squares are infinite with weight decay; the norm of all together."""
-    norm = math.hypot(*sizes([*gradients.values()]).tolist())
-    if not norm <= LARGE:
-        _check_squares([(f"{names[p]} with weight decay", gradient) for p, gradient in gradients.items()])
-    return norm
+    _check_finite([name for name, gradient in found if not bool(gradient.isfinite().all())], step)
+    _check_squares(found)
+    _check_squares([(f"{name} with weight decay", decayed[p]) for name, p in named if p in decayed])
 
 
 def _check_squares(named: Iterable[tuple[str, Tensor]]) -> None:

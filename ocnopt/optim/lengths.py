@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ocnopt.optim.blocks import Block
 from ocnopt.optim.gradient_checks import gathered
-from ocnopt.optim.stacks import Stack
+from ocnopt.optim.stack import Stack
 from ocnopt.optim.states import State
 
 FACTORS = (0.01, 50.0)  # between which the factors of lr stay
@@ -97,20 +97,12 @@ def _last(states: Sequence[State]) -> float:
 
 def _of_matrices(stacks: Iterable[Stack]) -> dict[Tensor, float]:
     """The cosines of the matrices that moved as a whole and are to move again, by their weights."""
-    present = [stack for stack in stacks if any(stack.is_changed)]
-    found: dict[Tensor, float] = {}
-    for stack, angles in zip(present, _numbers([stack.angles() for stack in present]), strict=True):
-        for block, is_changed, numbers in zip(stack.blocks, stack.is_changed, zip(*angles, strict=True), strict=True):
-            if is_changed:
-                found[block.weight] = _cosine(*numbers)
-    return found
-
-
-def _numbers(tensors: Sequence[Tensor]) -> list[list[list[float]]]:
-    """Tensors of two axes as lists, read together."""
-    flat = torch.cat([tensor.reshape(-1).to(tensors[0]) for tensor in tensors]).tolist() if tensors else []
-    rest = iter(flat)
-    return [[[*itertools.islice(rest, tensor.shape[1])] for _ in range(len(tensor))] for tensor in tensors]
+    return {
+        block.weight: _cosine(*angle)
+        for stack in stacks
+        for block, is_changed, angle in zip(stack.blocks, stack.is_changed, stack.angles, strict=True)
+        if is_changed
+    }
 
 
 def _cosine(product: float, *norms: float) -> float:

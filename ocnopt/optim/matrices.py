@@ -10,7 +10,7 @@ Source: George et al., arXiv 1806.03884.
 """
 
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -28,14 +28,17 @@ from ocnopt.optim.bases import (
     eigenbasis,
     first_moments,
     follow,
+    is_leading,
     is_wide,
     kept,
     of_rows,
     tracked,
 )
 from ocnopt.optim.ranks import Shared
-from ocnopt.optim.stacks import Stack
-from ocnopt.optim.states import TURNED, State, age, basis_of, fits
+from ocnopt.optim.stack import Stack
+from ocnopt.optim.states import State, age, basis_of, fits, is_turn_of_output, renewed
+
+HIDDEN = 64  # the shorter side of a matrix, above which its steps are shorter in inverse proportion
 
 
 class Pair(NamedTuple):
@@ -44,6 +47,12 @@ class Pair(NamedTuple):
     state: State
     gradient: Tensor
     momentum: Tensor
+
+
+def in_full_precision(device_type: str) -> AbstractContextManager[Any]:
+    """Without autocast, which would make products of matrices of half precision."""
+    # entering the context takes longer than asking
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 def is_received(gradient: Tensor | None) -> bool:
@@ -77,15 +86,17 @@ def _new_basis(pair: Pair, samples: Samples | None, *, mixed: bool) -> Basis:
     if samples is not None and not mixed:
         return eigenbasis(samples, RANK, old, KEEP)
     UA, UB = (None, None) if old is None else old
+    rows, columns = gradient.shape[1:]
     # one side at a time, where the power method goes from each to the other
-    alone = old if samples is None and is_wide(max(gradient.shape[1:])) else None
-    if alone is not None and int(state.get("basis_step", 0)) % 2 == 0:
+    is_apart = samples is None and is_wide(max(rows, columns)) and old is not None and is_leading(old)
+    alone = old if is_apart else None
+    if alone is not None and is_turn_of_output(state, rows, columns):
         return alone._replace(output=_of_gradients(state, "output_factor", momentum.mT, UB, UA))
     new = _of_gradients(state, "input_factor", momentum, UA, UB)
     if alone is not None:
         return alone._replace(input=new)
     if samples is not None:
-        return Basis(new, of_rows(samples.gradients, kept(*gradient.shape[1:]), UB, KEEP))
+        return Basis(new, of_rows(samples.gradients, kept(rows, columns), UB, KEEP))
     return Basis(new, _of_gradients(state, "output_factor", momentum.mT, UB, new))
 
 
@@ -101,14 +112,12 @@ def _go_over(pair: Pair, new: Basis) -> None:
     """Take a new eigenbasis; the second moments move into it."""
     state, gradient, _ = pair
     old = basis_of(state) if fits(state, gradient.shape) else None
-    for part in TURNED:
-        state.pop(part, None)
     state["moments"] = first_moments(new, gradient) if old is None else carried_moments(state["moments"], old, new)
     (state["input_vectors"], state["input_values"]), (state["output_vectors"], state["output_values"]) = new
     if old is None:
         state["basis_since"] = state["step"].clone()
     if is_wide(max(gradient.shape[1:])):
-        state["basis_step"] = state.get("basis_step", torch.zeros((), dtype=torch.float32)) + 1
+        renewed(state)
 
 
 def changes(
@@ -123,15 +132,27 @@ def changes(
     for stack in stacks:
         own = [{rates.get(p, 0.0) for p in block.parameters} for block in stack.blocks]
         common = [next(iter(rate)) if len(rate) == 1 else 1.0 for rate in own]  # no bias of another group
+        if length == "noise":
+            common = [rate * width_scale(block.shape) for rate, block in zip(common, stack.blocks, strict=True)]
         damping = [float(groups[block.weight]["damping"]) for block in stack.blocks]
         if any(stack.is_ready):
             stack.change = _changed(stack, common, damping, power, length)
-        stack.release()
         for i, is_ready in enumerate(stack.is_ready):
             if is_ready:
                 parts = stack.parts(i)
                 found.update(parts if len(own[i]) == 1 else {p: part * rates[p] for p, part in parts.items()})
     return found
+
+
+def width_scale(shape: tuple[int, int, int]) -> float:
+    """What lr of a matrix is multiplied by: what an output changes by grows with the width of both sides.
+
+    Source: Yang et al., arXiv 2203.03466, table 3, hidden weights under Adam.
+
+    >>> width_scale((1, 512, 256)), width_scale((1, 512, 64))
+    (0.25, 1.0)
+    """
+    return min(1.0, HIDDEN / min(shape[1:]))
 
 
 def _changed(stack: Stack, rates: list[float], damping: list[float], power: float, length: str) -> Tensor:

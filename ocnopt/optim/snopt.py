@@ -5,7 +5,7 @@ and moves in every iteration by
 
     M <- mu M + (1 - mu) G,    s <- beta s + (1 - beta) (U_B^T G U_A)^2,
     D = U_B [ U_B^T M U_A / (s + damping mean(s))^power ] U_A^T,
-    W <- W - f lr l D / |D|,     l = |M| / sqrt(mean(s))
+    W <- W - f lr l D / |D|,     l = |M| / sqrt(mean(s)) min(1, 64 / min(rows, columns))
 
 with means that weigh all iterations alike at first. The division turns the step, l alone sets its length: that of M
 over the root mean square of the layer's own gradients, so that lr is the root mean square change of an entry where
@@ -30,7 +30,6 @@ was published is close to ``curvature="costate", power=1, length="division", ada
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -45,14 +44,15 @@ from ocnopt.optim import lengths, matrices, states
 from ocnopt.optim.blocks import Block, find_blocks, is_live, names_of
 from ocnopt.optim.checks import check_fields, check_recipe, is_distributed
 from ocnopt.optim.draw_checks import check_drawable, check_drawn, check_draws
-from ocnopt.optim.gradient_checks import check_decayed, check_dense, check_together
+from ocnopt.optim.gradient_checks import check_dense, check_norm
 from ocnopt.optim.group_checks import add_group, check_groups, check_options_now, read_groups
 from ocnopt.optim.lengths import Guard
-from ocnopt.optim.matrices import Pair
+from ocnopt.optim.matrices import Pair, in_full_precision
 from ocnopt.optim.notices import warn_explosion, warn_first_order, warn_new_strangers, warn_unseen
 from ocnopt.optim.ranks import Ranks, Shared, beside, unwrapped
 from ocnopt.optim.sampling import cotangents, gather, joined
-from ocnopt.optim.stacks import Stack, Stacks
+from ocnopt.optim.stack import Stack
+from ocnopt.optim.stacks import Stacks
 from ocnopt.optim.state_checks import check_state
 
 FIRST_GAPS = (1, 3, 5)  # further refreshes at the start, where the curvature changes fastest
@@ -67,7 +67,7 @@ class SNOpt(torch.optim.Optimizer):
     Args:
         model: the module that is trained, or the DistributedDataParallel around it. With any curvature but "gradient"
             its NeuralODEs need ``adjoint="discrete"`` or ``"continuous"``.
-        lr: learning rate; 0.01 is a good start.
+        lr: learning rate; 0.01 is a good start, at any width.
         param_groups: parameters to train with options of their own, as in every torch optimiser; all of the model's
             parameters if left out, frozen ones as soon as they are set free. A layer takes its damping from the group
             of its weight.
@@ -81,13 +81,10 @@ class SNOpt(torch.optim.Optimizer):
         power: of the division by the second moments.
         adaptation: kappa of a factor f of lr for each matrix, f <- f exp(kappa c), with c in [-1, 1] the cosine of its
             negative gradient and its last step: lr grows while steps lead on in the direction of the last one, and
-            shrinks where they turn back. Below 1 f also goes back towards 1, by 3 % of its logarithm and a cosine of
-            0.02 d, since batches of one epoch share no samples, which makes the angle look worse; d is the decline of
-            the gradients since they were largest. Where all gradients together are more than three times as long as
-            usual, each f is divided by how much more, at most by 4. Parameters that are in no matrix share one. f is at
-            least 0.01, and above 1 at most d^(1/4) times the lesser of 50 and 0.05 / lr (with the lr that a schedule
-            began with, if that is more). adaptation=0 keeps f, but for steps that are taken back.
-        length: "noise" makes the step l long, "division" leaves it as the division has it.
+            shrinks where they turn back. Parameters that are in no matrix share one. How f returns towards 1, what it
+            does where gradients jump or vanish, and its bounds are in :mod:`ocnopt.optim.lengths`. adaptation=0 keeps
+            f, but for steps that are taken back.
+        length: "noise" makes the step l long, "division" leaves it as the division has it, whatever the sides are.
         reduction: "mean" or "sum": how the loss of a backward pass combines its samples, so that batches of different
             size weigh alike. Chunks of unequal size whose losses are sums over the size of the whole batch are "sum":
             "mean" takes the size of each chunk for what its loss was divided by.
@@ -203,18 +200,21 @@ class SNOpt(torch.optim.Optimizer):
         spent = sum(ode.read_most_evaluations() for ode in self._odes)
         device = next((parameter.device for parameter in self._trained), torch.device("cpu"))
         ranks = beside(self._group) if is_distributed() else None
+        present = [gradient for _, gradient in check_dense(live)]
         if ranks is not None:
             compared = [parameter for _, parameter in live] if self._is_refresh() else []
-            spent = ranks.agree([gradient for _, gradient in check_dense(live)], compared, self._plan(), spent, device)
+            spent = ranks.agree(present, compared, self._plan(), spent, device)
         check_options_now(self.param_groups)  # behind agree(): all ranks refuse them together
-        norm = check_together(live, self._step_count)
         gradients = states.received(self.param_groups)
-        if any(group["weight_decay"] for group in self.param_groups):
-            norm = check_decayed(gradients, self._trained)
-        if self._takes_back(spent, norm):
-            return loss
-        with torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext():
-            self._update(gradients, ranks)
+        try:
+            with in_full_precision(device.type):
+                norm = self._stacks.gather(gradients, self.state, self._trained)
+                check_norm(norm, live, gradients, self._step_count)
+                if self._takes_back(spent, norm):
+                    return loss
+                self._update(gradients, ranks)
+        finally:
+            self._stacks.release()
         if self._is_refresh():
             warn_new_strangers(self._model, self._trained, self._unseen, whole=self._is_whole)
         self._step_count += 1

@@ -21,6 +21,7 @@ DECAY = 0.95  # beta, of second moments and of factors made of gradients
 EPSILON = 1e-8  # keeps the first-order update of a parameter without gradients at zero
 
 BASIS = ("input_vectors", "input_values", "output_vectors", "output_values", "moments")
+FACTORS = ("input_factor", "output_factor")
 TURNED = ("momentum_left", "momentum_core", "momentum_right")  # parts of a wide momentum, that follow the gradient's
 # of a state, what stays as it is when its parameter goes elsewhere
 _OF_NO_DTYPE = ("step", "squares_step", "factor")
@@ -173,7 +174,7 @@ def fits(state: Mapping[str, Any], shape: Sequence[int]) -> bool:
 def observe(state: State, gradient: Tensor) -> None:
     """Take a gradient into the running means of G^T G and G G^T, but for sides that are wide."""
     weight = newest(state["step"], DECAY)
-    for side, turned in (("input_factor", gradient.mT), ("output_factor", gradient)):
+    for side, turned in zip(FACTORS, (gradient.mT, gradient), strict=True):
         groups, width, _ = turned.shape
         if is_wide(width):
             state.pop(side, None)
@@ -186,6 +187,18 @@ def observe(state: State, gradient: Tensor) -> None:
 def age(state: Mapping[str, Any]) -> int:
     """How many gradients a weight has had since its eigenbasis was made anew."""
     return int(state["step"]) - int(state.get("basis_since", 1))
+
+
+def is_turn_of_output(state: Mapping[str, Any], rows: int, columns: int) -> bool:
+    """Which side of a matrix with a wide one gets new eigenvectors: both in turn, rows first if there are fewer."""
+    return (int(state.get("basis_step", 0)) % 2 == 0) == (rows <= columns)
+
+
+def renewed(state: State) -> None:
+    """Count the new eigenbasis of a matrix with a wide side; the turned momentum is of the one before."""
+    for part in TURNED:
+        state.pop(part, None)
+    state["basis_step"] = state.get("basis_step", torch.zeros((), dtype=torch.float32)) + 1
 
 
 def basis_of(state: Mapping[str, Any]) -> Basis:

@@ -2,7 +2,8 @@
 
 python -m tests.benchmarks [PART ...] [--quick] [--full] [--against PATH] [--keep FILE], where PART is one of
 
-    iterations memory race horizon engines layerwise control starts batch scaling mpc_pytorch gradients mpc versions
+    iterations memory wide race horizon engines layerwise
+    control starts batch scaling mpc_pytorch gradients mpc versions
 
 Peers that are not installed are named as such: see ``mpc_pytorch`` for how to install them.
 """
@@ -28,7 +29,7 @@ from tests.benchmarks import (
     starts,
     versions,
 )
-from tests.benchmarks.neural import show_engines, show_horizon, show_memory, show_race
+from tests.benchmarks.neural import show_engines, show_horizon, show_memory, show_race, show_wide
 from tests.benchmarks.table import ABSENT, Options, most, show
 
 
@@ -255,6 +256,7 @@ def show_versions(options: Options) -> None:
 PARTS: dict[str, Callable[[Options], None]] = {
     "iterations": show_iterations,
     "memory": show_memory,
+    "wide": show_wide,
     "race": show_race,
     "horizon": show_horizon,
     "engines": show_engines,

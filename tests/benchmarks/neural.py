@@ -3,7 +3,8 @@
 from itertools import chain
 from statistics import mean
 
-from tests.benchmarks import engines, horizon, memory, race
+from ocnopt.errors import DataError
+from tests.benchmarks import engines, horizon, memory, race, wide
 from tests.benchmarks.table import ABSENT, Options, most, show
 
 
@@ -18,6 +19,36 @@ def show_memory(options: Options) -> None:
             for name, peak in peaks.items()
         ],
         "live bytes of torch's CPU allocator (torch.profiler), model and state included",
+    )
+
+
+def show_wide(options: Options) -> None:
+    """Wide nets: time to Adam's final loss."""
+    rows = []
+    for name, net in wide.NETS.items():
+        try:
+            found = [wide.measure(net, seed) for seed in range(1 if options.quick else 3)]
+        except DataError:
+            rows.append([name, "its data are not there", *[""] * 5])
+            continue
+        ratios = [one.ratio for one in found]
+        ends = [
+            " / ".join(f"{mean(of):.3g}" for of in zip(*part, strict=True))
+            for part in zip(*(one[3:] for one in found), strict=True)
+        ]
+        rows.append(
+            [
+                *(name, str(net.iterations), " ".join(str(one.iterations or "-") for one in found)),
+                " ".join("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
+                *(f"{race.geometric_mean(ratios):.2f}", *ends),
+            ]
+        )
+    show(
+        "wide nets: SNOpt as it comes until the loss that Adam ends with",
+        ["net", "iterations of Adam", "iterations", "time", "mean", "loss, Adam / SNOpt", "test"],
+        rows,
+        f"means of {race.WINDOW} batches, a number a seed; time: of the processor, over Adam's, stepped in turn, which "
+        f"has the best rate of {', '.join(map(str, wide.RATES))}; loss and accuracy after Adam's iterations",
     )
 
 

@@ -17,6 +17,7 @@ from tests.benchmarks import (
     race,
     starts,
     versions,
+    wide,
 )
 
 
@@ -29,6 +30,12 @@ def test_iterations(name):
 
 def test_memory():
     assert min(memory.measure(iterations=1).values()) > 1_000_000
+
+
+def test_wide():
+    found = wide.measure(wide.NETS["digits, Neural ODE, field 64-512-64"], seed=0, iterations=wide.WINDOW)
+    assert found.rate in wide.RATES
+    assert min(*found.losses, *found.accuracies) > 0.0
 
 
 def test_race(tmp_path):

@@ -32,7 +32,9 @@ ASIDE = (
     "ocnopt/optim/notices.py",
     "ocnopt/optim/blocks.py",  # which matrices there are, and which parameters belong to each
     "ocnopt/optim/arrangement.py",  # which of them lie side by side in memory,
-    "ocnopt/optim/stacks.py",  # and that memory
+    "ocnopt/optim/stack.py",  # what is asked of that memory,
+    "ocnopt/optim/several.py",  # the memory
+    "ocnopt/optim/stacks.py",  # and the list of its parts
     "ocnopt/optim/states.py",  # running means, each in the state of its parameter
     "ocnopt/optim/bases.py",  # the algebra of a matrix, as torch.linalg is
     "ocnopt/optim/lengths.py",  # a guard, and one number for each matrix

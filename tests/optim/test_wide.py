@@ -88,8 +88,8 @@ def test_both_sides_are_refreshed_in_turn():
         now = [state["input_vectors"].clone(), state["output_vectors"].clone()]
         changed.append([before is None or not torch.equal(*pair) for pair in zip(now, before or now, strict=True)])
         before = now
-    assert [k for k, (first, _) in enumerate(changed) if first] == [0, 1, 5]
-    assert [k for k, (_, second) in enumerate(changed) if second] == [0, 3, 10]
+    assert [k for k, (first, _) in enumerate(changed) if first] == [0, 3, 10]
+    assert [k for k, (_, second) in enumerate(changed) if second] == [0, 1, 5]
 
 
 def train(model, optimizer, steps, seed=0):
@@ -198,7 +198,7 @@ def test_a_state_with_complete_bases_is_taken_over(monkeypatch):
     resumed.load_state_dict(saved)
     losses = train(model, resumed, 60)
     assert losses[-1] < losses[0]
-    assert max(losses) < 2.0 * losses[0]
+    assert max(losses) < 5.0 * losses[0]  # over 12 seeds at most 3.6, also where both sides went over in turn
     for i, shape in ((0, (1, 4, 4)), (2, (1, 3, 3)), (4, (1, 2, 4))):
         assert resumed.state[model[i].weight]["moments"].shape == shape
     assert not resumed.state[model[2].weight].keys() & {"input_factor", "output_factor"}
@@ -214,7 +214,7 @@ def test_a_complete_basis_without_bias_is_cut_short(monkeypatch):
             optimizer.load_state_dict(optimizer.state_dict())
         backward(layer, x)
         optimizer.step()
-        shape = (1, 7, 6) if i < 10 else (1, 3, 6)  # the refresh at 10 is of the outputs alone
+        shape = (1, 7, 6) if i < 7 else (1, 3, 3)
         assert optimizer.state[layer.weight]["moments"].shape == shape
 
 
@@ -249,4 +249,37 @@ def test_parts_of_the_momentum_are_kept_where_they_follow_those_of_the_gradient(
             is_kept = True
             expected = state["output_vectors"].mT @ state["momentum"][None]
             torch.testing.assert_close(state["momentum_left"], expected, rtol=1e-12, atol=1e-12)
-    assert is_kept == (not has_bias)
+    assert is_kept == (curvature == "gradient" and not has_bias)
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_matrices_of_one_size_move_as_each_by_itself(skips):
+    torch.manual_seed(0)
+    shapes = [(7, 6), (6, 3), (7, 6), (3, 6), (6, 7), (3, 6), (7, 6)]
+    together = nn.ParameterList([nn.Parameter(torch.randn(shape)) for shape in shapes])
+    apart = [nn.ParameterList([nn.Parameter(p.detach().clone())]) for p in together]
+    one = SNOpt(together, adaptation=0.0, refresh_every=4)
+    others = [SNOpt(each, adaptation=0.0, refresh_every=4) for each in apart]
+    for i in range(30):
+        for j, (p, each) in enumerate(zip(together, apart, strict=True)):
+            p.grad = None if skips and (i + j) % 5 == 0 else torch.randn_like(p)
+            each[0].grad = None if p.grad is None else p.grad.clone()
+        for optimizer in (one, *others):
+            optimizer.step()
+        for p, each in zip(together, apart, strict=True):
+            torch.testing.assert_close(p, each[0], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (8, 6), (3, 8), (8, 3)])
+def test_steps_are_shorter_where_both_sides_are_hidden(shape, monkeypatch):
+    ends = []
+    for hidden in (100, 4):
+        monkeypatch.setattr("ocnopt.optim.matrices.HIDDEN", hidden)
+        torch.manual_seed(0)
+        layer = nn.Linear(*shape, bias=False)
+        optimizer, start = SNOpt(layer, 0.01), layer.weight.detach().clone()
+        layer.weight.grad = torch.randn_like(layer.weight)
+        optimizer.step()
+        ends.append(layer.weight.detach() - start)
+    torch.testing.assert_close(ends[1], ends[0] * min(1.0, 4 / min(shape)), rtol=1e-10, atol=0.0)
+    assert ends[0].norm() == pytest.approx(0.01 * ends[0].numel() ** 0.5)

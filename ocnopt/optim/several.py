@@ -1,0 +1,285 @@
+"""Stacks of several matrices, in memory that their states hold views of.
+
+Matrices of other sizes than the largest are padded with zeros, and may lie transposed; so are their eigenbases, second
+moments and factors, and zeros stay zeros in all that is done to them. Matrices with a wide side are not padded. What is
+put in the place of a view, by load_state_dict, model.to or others, is taken up in the next iteration.
+"""
+
+import operator
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ocnopt.optim.arrangement import Bin, Member, Place
+from ocnopt.optim.bases import TURNING, Basis, Eigen, Turned, carried_moments, follow, is_wide, kept, tracked
+from ocnopt.optim.stack import Groups, Stack, States
+from ocnopt.optim.states import (
+    BASIS,
+    DECAY,
+    FACTORS,
+    TURNED,
+    age,
+    average,
+    go_along,
+    is_turn_of_output,
+    newest,
+    renewed,
+)
+
+
+class Several(Stack):
+    """Matrices whose eigenbases are made of their gradients.
+
+    Args:
+        bin_: the matrices, and where they lie.
+        like: of their precision and device.
+    """
+
+    change: Tensor
+
+    def __init__(self, bin_: Bin, like: Tensor) -> None:
+        rows, columns, members = bin_
+        super().__init__([block for block, _ in members], like)
+        self._places = [Place(block, at, turn) for (block, turn), at in zip(members, self.slices, strict=True)]
+        n, q, r = self.slices[-1].stop, kept(rows, columns), kept(columns, rows)
+        self._newest: float | None = None  # the weight of the gradients in all momenta, if it is the same
+        self.change = like.new_zeros(n, rows, columns)
+        self.moments = like.new_zeros(n, q + (q < rows), r + (r < columns))
+        sides = ((columns, r), (rows, q))
+        self.basis = Basis(*(Eigen(like.new_zeros(n, d, k), like.new_zeros(n, k)) for d, k in sides))
+        self._factors = [None if is_wide(d) else like.new_zeros(n, d, d) for d, _ in sides]
+        self._allocate(like)
+        self._steps = torch.zeros(sum(len(block.parameters) for block in self.blocks), dtype=torch.float32)
+        self._members = [*self._made(self.gradient, self.momentum, self.change)]
+        self._changes: list[dict[Tensor, Tensor]] = [{} for _ in self.blocks]
+        for member in self._members:
+            self._changes[member.owner][member.parameter] = member.change
+        self._weights = [next(m.number for m in self._members if m.parameter is block.weight) for block in self.blocks]
+        self._own = [self._views(place) for place in self._places]
+
+    @abstractmethod
+    def _allocate(self, like: Tensor) -> None:
+        """Make room for gradient and momentum."""
+
+    def _made(self, *of: Tensor) -> Iterator[Member]:
+        steps = enumerate(self._steps.unbind())
+        for i, place in enumerate(self._places):
+            parts = [place.block.parts(place.matrix(each)) for each in of]
+            for parameter in place.block.parameters:
+                gradient, momentum, change = (part[parameter] for part in parts)
+                yield Member(parameter, i, *next(steps), gradient, momentum, change)
+
+    def _views(self, place: Place) -> dict[str, Tensor]:
+        """What the state of a weight holds, besides what each parameter's does."""
+        _, b, a = place.block.shape
+        views = {"moments": place.matrix(self.moments)}
+        for i, (side, width) in enumerate((("input", a), ("output", b))):
+            there = 1 - i if place.is_transposed else i
+            vectors, values = (self.basis.input, self.basis.output)[there]
+            for key, of in (("vectors", vectors), ("values", values), ("factor", self._factors[there])):
+                if of is not None:
+                    views[f"{side}_{key}"] = place.side(of, width)
+        return views
+
+    def gather(self, gradients: Mapping[Tensor, Tensor], states: States, names: Mapping[Tensor, str]) -> Tensor:
+        """See :meth:`Stack.gather`."""
+        here = [member for member in self._members if self.is_present[member.owner]]
+        if len(here) < len(self._members):
+            self.gradient.zero_()
+        torch._foreach_copy_([member.gradient for member in here], [gradients[member.parameter] for member in here])
+        self.is_changed = [*self.is_present]
+        for member in here:
+            state = states.get(member.parameter, {})
+            if (change := state.get("change")) is None:
+                self.is_changed[member.owner] = False
+            elif change is not member.change:
+                go_along(state, names[member.parameter], gradients[member.parameter])
+                member.change.copy_(change)
+        self._norms = torch.linalg.vector_norm(self.gradient, dim=(1, 2))
+        norms = self._norms, torch.linalg.vector_norm(self.change, dim=(1, 2))
+        return torch.stack([self.sums(self._products()), *map(self.norms, norms)])
+
+    def _products(self) -> Tensor:
+        """Of gradient and change ``(n,)``."""
+        return (self.gradient * self.change).sum((1, 2))
+
+    def take_in(
+        self, gradients: Mapping[Tensor, Tensor], states: States, names: Mapping[Tensor, str], of: Groups
+    ) -> None:
+        """See :meth:`Stack.take_in`."""
+        here = [member for member in self._members if self.is_present[member.owner]]
+        for member in here:
+            state, gradient = states[member.parameter], gradients[member.parameter]
+            if state.get("momentum") is not member.momentum:
+                go_along(state, names[member.parameter], gradient)
+                state["momentum"] = member.momentum.copy_(state.get("momentum", gradient))
+            if state.get("step") is not member.step:
+                state["step"] = member.step.copy_(state.get("step", torch.zeros(())))
+        self._states = [states[block.weight] for block in self.blocks]
+        self._advance(here, of)
+        self.settle(states)
+
+    def _advance(self, here: Sequence[Member], of: Groups) -> None:
+        """Count the gradients, and take them into the momenta."""
+        is_whole = len(here) == len(self._members)
+        torch._foreach_add_([self._steps] if is_whole else [member.step for member in here], 1.0)
+        counts = self._steps.tolist()
+        weights = [newest(counts[member.number], of[member.parameter]["momentum"]) for member in here]
+        self._counts = [int(counts[number]) for number in self._weights]
+        self._newest = weights[0] if is_whole and len({*weights}) == 1 else None
+        if self._newest is not None:
+            self.momentum.lerp_(self.gradient, self._newest)
+        else:
+            average([member.momentum for member in here], [member.gradient for member in here], weights)
+
+    def settle(self, states: States) -> None:
+        """See :meth:`Stack.settle`."""
+        for i, (block, views) in enumerate(zip(self.blocks, self._own, strict=True)):
+            state = states[block.weight]
+            if not self.is_present[i] or all(map(operator.is_, map(state.get, BASIS), map(views.get, BASIS))):
+                self.is_ready[i] = self.is_present[i]
+                continue
+            fitting = [state[key].shape == views[key].shape for key in BASIS if key in state]
+            self.is_ready[i] = len(fitting) == len(BASIS) and all(fitting)
+            for key in BASIS:
+                if not self.is_ready[i]:
+                    views[key].zero_()
+                elif state[key] is not views[key]:
+                    state[key] = views[key].copy_(state[key])
+
+    def observe(self) -> None:
+        """See :meth:`Stack.observe`."""
+        for i, views in enumerate(self._own):
+            state = self._states[i]
+            for key in FACTORS if self.is_present[i] else ():
+                own, view = state.get(key), views.get(key)
+                if view is None:
+                    state.pop(key, None)
+                elif own is not view:
+                    view.copy_(own) if own is not None and own.shape == view.shape else view.zero_()
+                    state[key] = view
+        if len({*self._counts}) > 1 or not all(self.is_present):
+            super().observe()
+            return
+        weight = newest(self._counts[0], DECAY)
+        for factor, turned in zip(self._factors, (self.gradient.mT, self.gradient), strict=True):
+            if factor is not None:
+                factor.baddbmm_(turned, turned.mT, beta=1.0 - weight, alpha=weight)
+
+    def follow(self) -> bool:
+        """See :meth:`Stack.follow`."""
+        turns = {is_turn_of_output(state, *self.change.shape[1:]) for state in self._states}
+        if not (all(self.is_present) and all(self.is_ready)) or len(turns) > 1:
+            return False
+        has_factors = any(factor is not None for factor in self._factors)
+        if has_factors and min(map(age, self._states)) < TURNING:
+            return False
+        new = self._followed(turns=turns.pop())
+        self.moments.copy_(carried_moments(self.moments, self.basis, new))
+        for side, own in zip(new, self.basis, strict=True):
+            if side is not own:
+                own.vectors.copy_(side.vectors)
+                own.values.copy_(side.values)
+        for state in self._states if is_wide(self.change.shape[2]) else ():
+            renewed(state)
+        return True
+
+    def _followed(self, *, turns: bool) -> Basis:
+        """Bases that follow their factors; of matrices with a wide side those of one side: of B if it ``turns``."""
+        (UA, UB), (A, B) = self.basis, self._factors
+        if A is not None and B is not None:
+            return Basis(tracked(A, UA.vectors), tracked(B, UB.vectors))
+        if not turns:
+            return Basis(follow(self.momentum, UA, UB.leading()), UB)
+        return Basis(UA, follow(self.momentum.mT, UB, UA.leading()) if B is None else tracked(B, UB.vectors))
+
+    def matrix(self, i: int, of: Tensor) -> Tensor:
+        """See :meth:`Stack.matrix`."""
+        return self._places[i].matrix(of)
+
+    def parts(self, i: int) -> dict[Tensor, Tensor]:
+        """See :meth:`Stack.parts`."""
+        return self._changes[i]
+
+
+class Narrow(Several):
+    """Matrices that are wide on one side at most."""
+
+    def _allocate(self, like: Tensor) -> None:
+        n, rows, columns = self.change.shape
+        self._both = like.new_zeros(n, rows, 2, columns)
+        self.gradient, self.momentum = self._both.unbind(2)
+        self._used = [like.new_zeros(n, 1, d) for d in (columns, rows)]
+        for place, (_, b, a) in zip(self._places, (block.shape for block in self.blocks), strict=True):
+            for used, width in zip(self._used, (b, a) if place.is_transposed else (a, b), strict=True):
+                used[place.at, :, :width] = 1.0
+
+    def _followed(self, *, turns: bool) -> Basis:
+        found = super()._followed(turns=turns)
+        if not self.basis.is_complete:
+            return found
+        # in the padding they are unit vectors
+        return Basis(*(Eigen(each.vectors * used, each.values) for each, used in zip(found, self._used, strict=True)))
+
+    def turned(self) -> tuple[Turned, Turned]:
+        """See :meth:`Stack.turned`."""
+        return self.basis.turn_both(self._both)
+
+
+class Thin(Several):
+    """Matrices of one size that are wide on both sides.
+
+    The turned parts of the momentum are kept, as they follow those of the gradient until the basis changes: each
+    product that is spared reads the whole matrix.
+    """
+
+    def _allocate(self, like: Tensor) -> None:
+        n, rows, columns = self.change.shape
+        (_, _, r), (_, _, q) = (side.vectors.shape for side in self.basis)
+        self.gradient, self.momentum = like.new_zeros(2, n, rows, columns)
+        shapes = (q, columns), (q, r), (rows, r)
+        self._flat = like.new_zeros(2, n * sum(height * width for height, width in shapes))
+        parts = self._flat.split([n * height * width for height, width in shapes], 1)
+        self._parts = [part.view(2, n, *shape) for part, shape in zip(parts, shapes, strict=True)]
+        self._kept = [dict(zip(TURNED, (part[1, at] for part in self._parts), strict=True)) for at in self.slices]
+
+    def _products(self) -> Tensor:
+        """Without those of all entries in memory."""
+        return torch.stack([*map(torch.dot, self.gradient.flatten(1), self.change.flatten(1))])
+
+    def turned(self) -> tuple[Turned, Turned]:
+        """See :meth:`Stack.turned`."""
+        self._turn(0, self.gradient)
+        if self._newest is not None and self._are_kept():
+            self._flat[1].lerp_(self._flat[0], self._newest)
+        else:
+            self._turn(1, self.momentum)
+            for state, own, is_ready in zip(self._states, self._kept, self.is_ready, strict=True):
+                if is_ready:
+                    state.update(own)
+        norms = torch.stack([self._norms, torch.linalg.vector_norm(self.momentum, dim=(1, 2))])
+        left, core, right = self._parts
+        G, M = self.basis.squares(Turned(self.momentum, left, core, right, norms.square_()[..., None, None]))
+        return (
+            Turned(self.gradient, left[0], core[0], right[0], squares=G),
+            Turned(self.momentum, left[1], core[1], right[1], squares=M),
+        )
+
+    def _turn(self, i: int, matrix: Tensor) -> None:
+        (UA, _), (UB, _) = self.basis
+        left, core, right = (part[i] for part in self._parts)
+        torch.bmm(UB.mT, matrix, out=left)
+        torch.bmm(left, UA, out=core)
+        torch.bmm(matrix, UA, out=right)
+
+    def _are_kept(self) -> bool:
+        """Whether the states hold the turned parts of all momenta, which are taken up."""
+        if not all(key in state for state in self._states for key in TURNED):
+            return False
+        for state, own in zip(self._states, self._kept, strict=True):
+            for key, view in own.items():
+                if state[key] is not view:
+                    state[key] = view.copy_(state[key])
+        return True

@@ -1,0 +1,185 @@
+"""Matrices that one iteration works on together, so that it makes as many calls for all of them as for one.
+
+Shapes: a stack is ``(n, b, a)``, with n the groups of all its matrices, b and a the most of any of them.
+"""
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ocnopt.optim.bases import Basis, Turned
+from ocnopt.optim.blocks import Block
+from ocnopt.optim.states import DECAY, State, basis_of, fits, go_along, newest, observe, take_in
+
+Groups = Mapping[Tensor, Mapping[str, Any]]
+States = Mapping[Tensor, State]
+
+
+class Stack(ABC):
+    """Matrices of one precision and device, with all that an iteration needs of them.
+
+    Attributes:
+        blocks: the matrices.
+        slices: where each is.
+        gradient: ``(n, b, a)``, of this iteration.
+        momentum: likewise.
+        change: the last one, and memory for the next.
+        angles: of each matrix the product of gradient and last change, and the norms of both.
+        moments: second moments, laid out as by ``basis``.
+        basis: the eigenbases.
+        is_present: which matrices have gradients in this iteration; what is here of others stays as it is.
+        is_ready: which of them have an eigenbasis.
+        is_changed: of which of them the last change is known.
+    """
+
+    gradient: Tensor
+    momentum: Tensor
+    change: Tensor | None
+    angles: Sequence[Sequence[float]]
+    moments: Tensor
+    basis: Basis
+    _states: list[State]  # of the weights
+    _counts: list[int]  # of their gradients
+
+    def __init__(self, blocks: Sequence[Block], like: Tensor) -> None:
+        self.blocks = blocks
+        self.is_present, self.is_ready, self.is_changed = ([False] * len(blocks) for _ in range(3))
+        counts = [block.groups for block in blocks]
+        self.slices = [slice(end - count, end) for end, count in zip(itertools.accumulate(counts), counts, strict=True)]
+        self._sizes = like.new_tensor([float(block.groups * block.shape[1] * block.shape[2]) for block in blocks])
+        self._owners: Tensor | None = None  # which matrix each slice is of, where that is not one of its own
+        if max(counts) > 1:
+            owners = [i for i, count in enumerate(counts) for _ in range(count)]
+            self._owners = torch.tensor(owners, device=like.device)
+            self._sorting = torch.nn.functional.one_hot(self._owners).to(like)
+
+    def find(self, gradients: Mapping[Tensor, Tensor]) -> bool:
+        """Whether there are gradients of all parameters of some of the matrices."""
+        self.is_present = [all(p in gradients for p in block.parameters) for block in self.blocks]
+        return any(self.is_present)
+
+    @abstractmethod
+    def gather(self, gradients: Mapping[Tensor, Tensor], states: States, names: Mapping[Tensor, str]) -> Tensor:
+        """Take the gradients of an iteration to hand, and the last changes; :attr:`angles` ``(3, matrices)``."""
+
+    @abstractmethod
+    def take_in(
+        self, gradients: Mapping[Tensor, Tensor], states: States, names: Mapping[Tensor, str], of: Groups
+    ) -> None:
+        """Take the gradients that were gathered into the momenta, given the options of each parameter."""
+
+    @abstractmethod
+    def settle(self, states: States) -> None:
+        """Take up the eigenbases that the states hold now."""
+
+    @abstractmethod
+    def matrix(self, i: int, of: Tensor) -> Tensor:
+        """The matrix of a block in something laid out as the stack."""
+
+    @abstractmethod
+    def parts(self, i: int) -> dict[Tensor, Tensor]:
+        """The change of each parameter of a block."""
+
+    @abstractmethod
+    def turned(self) -> tuple[Turned, Turned]:
+        """Gradient and momentum, turned."""
+
+    def observe(self) -> None:
+        """Take the gradients into the running means of G^T G and G G^T, but for sides that are wide."""
+        for i, is_present in enumerate(self.is_present):
+            if is_present:
+                observe(self._states[i], self.matrix(i, self.gradient))
+
+    def follow(self) -> bool:
+        """Let all eigenbases follow their factors together, if that can be done."""
+        return False
+
+    def release(self) -> None:  # noqa: B027 - most have nothing to let go of
+        """Let go of the gradients, at the end of an iteration."""
+
+    def learn(self, squares: Tensor) -> None:
+        """Take the squares of turned gradients into the second moments."""
+        # what the moments began with counts as one observation
+        weights = [newest(n + 1, DECAY) if here else 0.0 for n, here in zip(self._counts, self.is_present, strict=True)]
+        one = weights[0] if len({*weights}) == 1 else self.spread(squares.new_tensor(weights))
+        self.moments.lerp_(squares, one)
+
+    def sums(self, numbers: Tensor) -> Tensor:
+        """Numbers ``(n,)`` of the slices, added up for each matrix."""
+        return numbers if self._owners is None else numbers @ self._sorting
+
+    def norms(self, numbers: Tensor) -> Tensor:
+        """Norms ``(n,)`` of the slices, taken together for each matrix."""
+        return numbers if self._owners is None else self.sums(numbers.square()).sqrt()
+
+    def means(self) -> Tensor:
+        """The mean second moment of each matrix: the trace of its curvature over its size."""
+        return self.sums(self.basis.totals(self.moments)) / self._sizes
+
+    def spread(self, numbers: Tensor) -> Tensor:
+        """A number of each matrix beside its entries ``(n, 1, 1)``."""
+        return (numbers if self._owners is None else numbers[self._owners])[:, None, None]
+
+
+class Single(Stack):
+    """One matrix, as its states hold it: with factors of samples, or in groups that are wide on their outputs alone."""
+
+    def __init__(self, block: Block, like: Tensor) -> None:
+        super().__init__([block], like)
+        self._block, self._nothing = block, like
+        self._parts: dict[Tensor, Tensor] = {}
+        self.change = None
+
+    def gather(self, gradients: Mapping[Tensor, Tensor], states: States, names: Mapping[Tensor, str]) -> Tensor:
+        """See :meth:`Stack.gather`."""
+        block = self._block
+        self.gradient = block.matrix(gradients)
+        own = {p: states.get(p, {}) for p in block.parameters}
+        self.is_changed = [all("change" in state for state in own.values())]
+        if not self.is_changed[0]:
+            self.change = None
+        elif any(state["change"] is not self._parts.get(p) for p, state in own.items()):
+            for p, state in own.items():
+                go_along(state, names[p], gradients[p])
+            self.change = block.matrix({p: state["change"] for p, state in own.items()}).contiguous()
+        gradient, change = ((self.gradient if of is None else of).reshape(-1) for of in (self.gradient, self.change))
+        return torch.stack([gradient.dot(change), *map(torch.linalg.vector_norm, (gradient, change))])[:, None]
+
+    def take_in(
+        self, gradients: Mapping[Tensor, Tensor], states: States, names: Mapping[Tensor, str], of: Groups
+    ) -> None:
+        """See :meth:`Stack.take_in`."""
+        block = self._block
+        take_in({p: gradients[p] for p in block.parameters}, states, names, of)
+        state = states[block.weight]
+        self._states, self._counts = [state], [int(state["step"])]
+        self.momentum = block.matrix({p: states[p]["momentum"] for p in block.parameters})
+        self.settle(states)
+
+    def settle(self, states: States) -> None:
+        """See :meth:`Stack.settle`."""
+        state = states[self._block.weight]
+        self.is_ready = [fits(state, self.gradient.shape)]
+        if self.is_ready[0]:
+            self.basis, self.moments = basis_of(state), state["moments"]
+
+    def release(self) -> None:
+        """See :meth:`Stack.release`."""
+        self.gradient = self.momentum = self._nothing
+
+    def matrix(self, i: int, of: Tensor) -> Tensor:
+        """See :meth:`Stack.matrix`."""
+        return of
+
+    def parts(self, i: int) -> dict[Tensor, Tensor]:
+        """See :meth:`Stack.parts`."""
+        self._parts = {} if self.change is None else self._block.parts(self.change)
+        return self._parts
+
+    def turned(self) -> tuple[Turned, Turned]:
+        """See :meth:`Stack.turned`."""
+        return self.basis.turn(self.gradient), self.basis.turn(self.momentum)
