@@ -160,10 +160,10 @@ class Basis(NamedTuple):
     def norms(self, turned: Turned, scales: Tensor) -> tuple[Tensor, Tensor]:
         """The norms of matrices M ``(groups,)``, and of what :meth:`scaled` would return, without making it."""
         if self.is_complete:
-            return _sizes(turned.core), _sizes(turned.core * scales)
+            return matrix_norms(turned.core), matrix_norms(turned.core * scales)
         squares = self.squares(turned)
         lengths = (squares * self._multiplicities(squares)).sqrt_()
-        return _sizes(lengths), _sizes(lengths.mul_(scales))
+        return matrix_norms(lengths), matrix_norms(lengths.mul_(scales))
 
     def scaled(
         self, turned: Turned, scales: Tensor, out: Tensor | None = None, factors: Tensor | None = None
@@ -207,8 +207,9 @@ def _multiplicities(
     return torch.outer(*(torch.tensor(side, dtype=dtype, device=device) for side in sides))
 
 
-def _sizes(matrices: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(matrices, dim=(-2, -1))
+def matrix_norms(matrices: Tensor) -> Tensor:
+    """The norms of matrices ``(..., b, a)``; where they lie row by row beside others, in a third of the usual time."""
+    return torch.linalg.vector_norm(torch.linalg.vector_norm(matrices, dim=-1), dim=-1)
 
 
 def _norms(matrix: Tensor, dim: int | tuple[int, int]) -> Tensor:

@@ -156,13 +156,15 @@ class Guard:
     Attributes:
         spent: evaluations of the fields in each.
         norms: of all gradients together in each.
-        largest: of all iterations, what norms were of late.
+        late: what norms are of late.
+        largest: the most that was in any iteration.
     """
 
     def __init__(self, saved: Mapping[str, Any] | None = None) -> None:
         self.spent: list[int] = [*(saved or {}).get("spent", ())]
         self.norms: list[float] = [*(saved or {}).get("norms", ())]
-        self.largest: float = (saved or {}).get("largest", self._late())
+        self.late = self._late()
+        self.largest: float = (saved or {}).get("largest", self.late)
 
     def state(self) -> dict[str, Any]:
         """Plain numbers to go on from."""
@@ -175,8 +177,7 @@ class Guard:
         >>> guard.decline()
         0.25
         """
-        late = self._late()
-        return min(1.0, late / self.largest) if late > 0.0 < self.largest else 1.0
+        return min(1.0, self.late / self.largest) if self.late > 0.0 < self.largest else 1.0
 
     def jump(self) -> float:
         """By what the gradients judged last exceed those before them: from 1 to what a step taken back costs.
@@ -192,7 +193,7 @@ class Guard:
     def forget_gradients(self) -> None:
         """Begin anew with what is usual of gradients."""
         self.norms.clear()
-        self.largest = 0.0
+        self.late = self.largest = 0.0
 
     def judge(self, spent: int, norm: float, changed: Sequence[tuple[Tensor, Tensor]]) -> str | None:
         """What the last step raised too much; None takes the iteration in as a usual one.
@@ -211,7 +212,8 @@ class Guard:
         if changed and 0.0 < GRADIENT * largest < norm and _is_uphill(changed):
             return f"the norm of the gradient, uphill along that step, from at most {largest:.3g} to {norm:.3g}"
         self.spent, self.norms = [*self.spent[1 - RECENT :], spent], [*self.norms[1 - RECENT :], norm]
-        self.largest = max(self.largest, self._late())
+        self.late = self._late()
+        self.largest = max(self.largest, self.late)
         return None
 
     def _late(self) -> float:

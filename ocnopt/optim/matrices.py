@@ -163,13 +163,25 @@ def _changed(stack: Stack, rates: list[float], damping: list[float], power: floa
     means = stack.means()
     tiny = torch.finfo(means.dtype).tiny
     floors, factors = means.new_tensor([*damping, *(-rate for rate in rates)]).chunk(2)
-    scales = (stack.moments + stack.spread(floors.mul_(means).add_(tiny))).pow_(-power)
+    scales = inverse_power(stack.moments + stack.spread(floors.mul_(means).add_(tiny)), power)
     # a wide step is measured, and made long, before it is made: each would read all of it
     if length == "noise":
         long, short = map(stack.norms, basis.norms(momentum, scales))
         factors.mul_(long).div_(short.mul_((means + tiny).sqrt_()).clamp_(min=tiny))
     # the last change has been looked at, and its memory costs more to allocate than to fill
     return basis.scaled(momentum, scales, stack.change, stack.spread(factors))
+
+
+def inverse_power(numbers: Tensor, power: float) -> Tensor:
+    """Numbers to the -power, in their memory.
+
+    >>> inverse_power(torch.tensor([16.0, 1.0]), 0.75)
+    tensor([0.1250, 1.0000])
+    """
+    if power != 0.75:
+        return numbers.pow_(-power)
+    root = numbers.rsqrt_()  # two roots take a third of the time
+    return root.mul_(root.sqrt())
 
 
 def move(changes: Mapping[Tensor, Tensor], states: Mapping[Tensor, State]) -> None:

@@ -13,7 +13,18 @@ import torch
 from torch import Tensor
 
 from ocnopt.optim.arrangement import Bin, Member, Place
-from ocnopt.optim.bases import TURNING, Basis, Eigen, Turned, carried_moments, follow, is_wide, kept, tracked
+from ocnopt.optim.bases import (
+    TURNING,
+    Basis,
+    Eigen,
+    Turned,
+    carried_moments,
+    follow,
+    is_wide,
+    kept,
+    matrix_norms,
+    tracked,
+)
 from ocnopt.optim.stack import Groups, Stack, States
 from ocnopt.optim.states import (
     BASIS,
@@ -97,9 +108,9 @@ class Several(Stack):
             elif change is not member.change:
                 go_along(state, names[member.parameter], gradients[member.parameter])
                 member.change.copy_(change)
-        self._norms = torch.linalg.vector_norm(self.gradient, dim=(1, 2))
-        norms = self._norms, torch.linalg.vector_norm(self.change, dim=(1, 2))
-        return torch.stack([self.sums(self._products()), *map(self.norms, norms)])
+        self._norms = matrix_norms(self.gradient)
+        norms = self.norms(self._norms), self.norms(matrix_norms(self.change))
+        return torch.stack([self.sums(self._products()), *norms])
 
     def _products(self) -> Tensor:
         """Of gradient and change ``(n,)``."""
@@ -124,7 +135,10 @@ class Several(Stack):
     def _advance(self, here: Sequence[Member], of: Groups) -> None:
         """Count the gradients, and take them into the momenta."""
         is_whole = len(here) == len(self._members)
-        torch._foreach_add_([self._steps] if is_whole else [member.step for member in here], 1.0)
+        if is_whole:
+            self._steps.add_(1.0)
+        else:
+            torch._foreach_add_([member.step for member in here], 1.0)
         counts = self._steps.tolist()
         weights = [newest(counts[member.number], of[member.parameter]["momentum"]) for member in here]
         self._counts = [int(counts[number]) for number in self._weights]
@@ -259,7 +273,7 @@ class Thin(Several):
             for state, own, is_ready in zip(self._states, self._kept, self.is_ready, strict=True):
                 if is_ready:
                     state.update(own)
-        norms = torch.stack([self._norms, torch.linalg.vector_norm(self.momentum, dim=(1, 2))])
+        norms = torch.stack([self._norms, matrix_norms(self.momentum)])
         left, core, right = self._parts
         G, M = self.basis.squares(Turned(self.momentum, left, core, right, norms.square_()[..., None, None]))
         return (

@@ -47,8 +47,10 @@ class Stacks:
                 for parameter in block.parameters:
                     del self._loose[parameter]
         numbers = [stack.gather(gradients, states, names) for stack in self._found]
-        *angles, [loose] = _read([*numbers, sizes([*self._loose.values()])[None]])
-        for stack, found in zip(self._found, angles, strict=True):
+        numbers += [sizes([*self._loose.values()])[None]] if self._loose else []
+        read = _read(numbers)
+        loose = read[-1][0] if self._loose else []
+        for stack, found in zip(self._found, read, strict=False):
             stack.angles = [*zip(*found, strict=True)]
         return math.hypot(*loose, *(size for stack in self._found for _, size, _ in stack.angles))
 
@@ -83,6 +85,8 @@ class Stacks:
 
 def _read(tensors: Sequence[Tensor]) -> list[list[list[float]]]:
     """Tensors of two axes as lists, read together."""
+    if len(tensors) < 2:
+        return [tensor.tolist() for tensor in tensors]
     if len({*map(attrgetter("dtype", "device"), tensors)}) > 1:
         widest = functools.reduce(torch.promote_types, map(attrgetter("dtype"), tensors))
         tensors = [tensor.to(tensors[0].device, widest) for tensor in tensors]
