@@ -31,6 +31,7 @@ from ocnopt.optim.states import (
     DECAY,
     FACTORS,
     TURNED,
+    adopt,
     age,
     average,
     go_along,
@@ -100,14 +101,15 @@ class Several(Stack):
         if len(here) < len(self._members):
             self.gradient.zero_()
         torch._foreach_copy_([member.gradient for member in here], [gradients[member.parameter] for member in here])
-        self.is_changed = [*self.is_present]
+        self.is_changed, others = [*self.is_present], []
         for member in here:
             state = states.get(member.parameter, {})
             if (change := state.get("change")) is None:
                 self.is_changed[member.owner] = False
             elif change is not member.change:
                 go_along(state, names[member.parameter], gradients[member.parameter])
-                member.change.copy_(change)
+                others.append((state, "change", member.change, change))
+        adopt(others)
         self._norms = matrix_norms(self.gradient)
         norms = self.norms(self._norms), self.norms(matrix_norms(self.change))
         return torch.stack([self.sums(self._products()), *norms])
@@ -121,13 +123,15 @@ class Several(Stack):
     ) -> None:
         """See :meth:`Stack.take_in`."""
         here = [member for member in self._members if self.is_present[member.owner]]
+        others = []
         for member in here:
             state, gradient = states[member.parameter], gradients[member.parameter]
-            if state.get("momentum") is not member.momentum:
+            if (momentum := state.get("momentum")) is not member.momentum:
                 go_along(state, names[member.parameter], gradient)
-                state["momentum"] = member.momentum.copy_(state.get("momentum", gradient))
-            if state.get("step") is not member.step:
-                state["step"] = member.step.copy_(state.get("step", torch.zeros(())))
+                others.append((state, "momentum", member.momentum, gradient if momentum is None else momentum))
+            if (step := state.get("step")) is not member.step:
+                others.append((state, "step", member.step, torch.zeros(()) if step is None else step))
+        adopt(others)
         self._states = [states[block.weight] for block in self.blocks]
         self._advance(here, of)
         self.settle(states)
@@ -150,6 +154,7 @@ class Several(Stack):
 
     def settle(self, states: States) -> None:
         """See :meth:`Stack.settle`."""
+        others = []
         for i, (block, views) in enumerate(zip(self.blocks, self._own, strict=True)):
             state = states[block.weight]
             if not self.is_present[i] or all(map(operator.is_, map(state.get, BASIS), map(views.get, BASIS))):
@@ -161,10 +166,12 @@ class Several(Stack):
                 if not self.is_ready[i]:
                     views[key].zero_()
                 elif state[key] is not views[key]:
-                    state[key] = views[key].copy_(state[key])
+                    others.append((state, key, views[key], state[key]))
+        adopt(others)
 
     def observe(self) -> None:
         """See :meth:`Stack.observe`."""
+        others = []
         for i, views in enumerate(self._own):
             state = self._states[i]
             for key in FACTORS if self.is_present[i] else ():
@@ -172,8 +179,9 @@ class Several(Stack):
                 if view is None:
                     state.pop(key, None)
                 elif own is not view:
-                    view.copy_(own) if own is not None and own.shape == view.shape else view.zero_()
-                    state[key] = view
+                    known = own if own is not None and own.shape == view.shape else torch.zeros_like(view)
+                    others.append((state, key, view, known))
+        adopt(others)
         if len({*self._counts}) > 1 or not all(self.is_present):
             super().observe()
             return
@@ -292,8 +300,6 @@ class Thin(Several):
         """Whether the states hold the turned parts of all momenta, which are taken up."""
         if not all(key in state for state in self._states for key in TURNED):
             return False
-        for state, own in zip(self._states, self._kept, strict=True):
-            for key, view in own.items():
-                if state[key] is not view:
-                    state[key] = view.copy_(state[key])
+        pairs = [(state, *item) for state, own in zip(self._states, self._kept, strict=True) for item in own.items()]
+        adopt((state, key, view, state[key]) for state, key, view in pairs if state[key] is not view)
         return True

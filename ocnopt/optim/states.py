@@ -189,6 +189,15 @@ def age(state: Mapping[str, Any]) -> int:
     return int(state["step"]) - int(state.get("basis_since", 1))
 
 
+def adopt(entries: Iterable[tuple[State, str, Tensor, Tensor]]) -> None:
+    """Let states hold views of common memory in the place of values, which are copied there.
+
+    Those may lie in views of one another, as where the states of two layers were exchanged.
+    """
+    for state, key, view, value in [(state, key, view, value.clone()) for state, key, view, value in entries]:
+        state[key] = view.copy_(value)
+
+
 def is_turn_of_output(state: Mapping[str, Any], rows: int, columns: int) -> bool:
     """Which side of a matrix with a wide one gets new eigenvectors: both in turn, rows first if there are fewer."""
     return (int(state.get("basis_step", 0)) % 2 == 0) == (rows <= columns)

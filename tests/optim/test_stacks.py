@@ -185,6 +185,27 @@ def test_a_state_that_is_edited_counts():
     assert not torch.equal(edited, train()[0])
 
 
+@pytest.mark.parametrize("width", [5, 200])
+def test_states_of_two_layers_may_be_exchanged(width):
+    ends = []
+    for way in ("views", "copies"):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(3)))
+        optimizer = SNOpt(model, refresh_every=4)
+        for i in range(12):
+            if i == 9:
+                first, second = model[0].weight, model[1].weight
+                one, two = optimizer.state[first], optimizer.state[second]
+                if way == "copies":
+                    one, two = copy.deepcopy((one, two))
+                optimizer.state[first], optimizer.state[second] = two, one
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+        ends.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
+    assert torch.equal(*ends)
+
+
 def test_to_another_precision_and_back():
     def goes(i, model, optimizer):
         if i == 6:
