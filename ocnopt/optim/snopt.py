@@ -318,7 +318,7 @@ class SNOpt(torch.optim.Optimizer):
     def _plan(self) -> list[Any]:
         """What must be the same in all processes."""
         present = [p.grad is not None for p in self._trained if is_live(p)]
-        options = [[g["lr"], g["momentum"], g["weight_decay"], g["damping"]] for g in self.param_groups]
+        options = [[group.get(key) for key in (*self.defaults, "initial_lr")] for group in self.param_groups]
         return [self._step_count, present, self._liveness, options, *(getattr(self, name) for name in _OPTIONS)]
 
     def _update(self, gradients: dict[Tensor, Tensor], ranks: Ranks | None) -> None:

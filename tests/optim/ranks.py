@@ -165,6 +165,7 @@ def disagree(rank, count):
     attempt("infinite", lambda model, _: model[0].weight.grad.fill_(torch.inf) if last else None)
     attempt("parameters", lambda model, _: model[0].weight.mul_(1.0 + rank))
     attempt("options", lambda _, optimizer: optimizer.param_groups[0].update(lr=0.05 * (1 + rank)))
+    attempt("schedule", lambda _, optimizer: optimizer.param_groups[0].update(initial_lr=0.05 * (1 + rank)))
     attempt("missing", lambda model, _: setattr(model[0].weight, "grad", None) if last else None)
     new_basis = matrices._new_basis
     if last:

@@ -68,6 +68,7 @@ def test_a_run_goes_on_with_another_number_of_processes(both):
         ("infinite", "NonFiniteError", "NaN or infinity"),
         ("parameters", "ProblemError", "the parameters differ among 2 processes"),
         ("options", "ProblemError", "about to take a step of its own; expected the same options"),
+        ("schedule", "ProblemError", "about to take a step of its own; expected the same options"),
         ("missing", "ProblemError", "gradients of the same parameters"),
         ("basis", "NonFiniteError", "a rank found no eigenbasis of its factors; expected finite gradients"),
         ("sharded", "ProblemError", "sharded (FSDP, DTensor); expected whole ones in every process"),
