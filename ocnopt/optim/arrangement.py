@@ -97,6 +97,5 @@ class Member(NamedTuple):
     owner: int
     number: int
     step: Tensor
-    gradient: Tensor
     momentum: Tensor
     change: Tensor

@@ -5,6 +5,7 @@ moments and factors, and zeros stay zeros in all that is done to them. Matrices 
 put in the place of a view, by load_state_dict, model.to or others, is taken up in the next iteration.
 """
 
+import itertools
 import operator
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,6 +50,7 @@ class Several(Stack):
         like: of their precision and device.
     """
 
+    momentum: Tensor  # (n, b, a)
     change: Tensor
 
     def __init__(self, bin_: Bin, like: Tensor) -> None:
@@ -63,8 +65,9 @@ class Several(Stack):
         self.basis = Basis(*(Eigen(like.new_zeros(n, d, k), like.new_zeros(n, k)) for d, k in sides))
         self._factors = [None if is_wide(d) else like.new_zeros(n, d, d) for d, _ in sides]
         self._allocate(like)
+        self._norms = like.new_zeros(n)  # of gradients
         self._steps = torch.zeros(sum(len(block.parameters) for block in self.blocks), dtype=torch.float32)
-        self._members = [*self._made(self.gradient, self.momentum, self.change)]
+        self._members = [*self._made()]
         self._changes: list[dict[Tensor, Tensor]] = [{} for _ in self.blocks]
         for member in self._members:
             self._changes[member.owner][member.parameter] = member.change
@@ -73,15 +76,22 @@ class Several(Stack):
 
     @abstractmethod
     def _allocate(self, like: Tensor) -> None:
-        """Make room for gradient and momentum."""
+        """Make room for the momentum, and what is needed besides."""
 
-    def _made(self, *of: Tensor) -> Iterator[Member]:
+    @abstractmethod
+    def _receive(self, gradients: Mapping[Tensor, Tensor], here: Sequence[Member]) -> None:
+        """Take gradients to hand."""
+
+    @abstractmethod
+    def _compare(self) -> tuple[Tensor, Tensor]:
+        """Products of gradients and changes ``(n,)``, and the norms of gradients ``(n,)``."""
+
+    def _made(self) -> Iterator[Member]:
         steps = enumerate(self._steps.unbind())
         for i, place in enumerate(self._places):
-            parts = [place.block.parts(place.matrix(each)) for each in of]
+            momentum, change = (place.block.parts(place.matrix(of)) for of in (self.momentum, self.change))
             for parameter in place.block.parameters:
-                gradient, momentum, change = (part[parameter] for part in parts)
-                yield Member(parameter, i, *next(steps), gradient, momentum, change)
+                yield Member(parameter, i, *next(steps), momentum[parameter], change[parameter])
 
     def _views(self, place: Place) -> dict[str, Tensor]:
         """What the state of a weight holds, besides what each parameter's does."""
@@ -98,9 +108,7 @@ class Several(Stack):
     def gather(self, gradients: Mapping[Tensor, Tensor], states: States, names: Mapping[Tensor, str]) -> Tensor:
         """See :meth:`Stack.gather`."""
         here = [member for member in self._members if self.is_present[member.owner]]
-        if len(here) < len(self._members):
-            self.gradient.zero_()
-        torch._foreach_copy_([member.gradient for member in here], [gradients[member.parameter] for member in here])
+        self._receive(gradients, here)
         self.is_changed, others = [*self.is_present], []
         for member in here:
             state = states.get(member.parameter, {})
@@ -110,13 +118,8 @@ class Several(Stack):
                 go_along(state, names[member.parameter], gradients[member.parameter])
                 others.append((state, "change", member.change, change))
         adopt(others)
-        self._norms = matrix_norms(self.gradient)
-        norms = self.norms(self._norms), self.norms(matrix_norms(self.change))
-        return torch.stack([self.sums(self._products()), *norms])
-
-    def _products(self) -> Tensor:
-        """Of gradient and change ``(n,)``."""
-        return (self.gradient * self.change).sum((1, 2))
+        products, self._norms = self._compare()
+        return torch.stack([self.sums(products), self.norms(self._norms), self.norms(matrix_norms(self.change))])
 
     def take_in(
         self, gradients: Mapping[Tensor, Tensor], states: States, names: Mapping[Tensor, str], of: Groups
@@ -133,11 +136,11 @@ class Several(Stack):
                 others.append((state, "step", member.step, torch.zeros(()) if step is None else step))
         adopt(others)
         self._states = [states[block.weight] for block in self.blocks]
-        self._advance(here, of)
+        self._blend(gradients, here, self._advance(here, of))
         self.settle(states)
 
-    def _advance(self, here: Sequence[Member], of: Groups) -> None:
-        """Count the gradients, and take them into the momenta."""
+    def _advance(self, here: Sequence[Member], of: Groups) -> list[float]:
+        """Count the gradients; the weights of these in the momenta."""
         is_whole = len(here) == len(self._members)
         if is_whole:
             self._steps.add_(1.0)
@@ -147,10 +150,11 @@ class Several(Stack):
         weights = [newest(counts[member.number], of[member.parameter]["momentum"]) for member in here]
         self._counts = [int(counts[number]) for number in self._weights]
         self._newest = weights[0] if is_whole and len({*weights}) == 1 else None
-        if self._newest is not None:
-            self.momentum.lerp_(self.gradient, self._newest)
-        else:
-            average([member.momentum for member in here], [member.gradient for member in here], weights)
+        return weights
+
+    def _blend(self, gradients: Mapping[Tensor, Tensor], here: Sequence[Member], weights: Sequence[float]) -> None:
+        """Take gradients into the momenta."""
+        average([member.momentum for member in here], [gradients[member.parameter] for member in here], weights)
 
     def settle(self, states: States) -> None:
         """See :meth:`Stack.settle`."""
@@ -185,10 +189,10 @@ class Several(Stack):
         if len({*self._counts}) > 1 or not all(self.is_present):
             super().observe()
             return
-        weight = newest(self._counts[0], DECAY)
-        for factor, turned in zip(self._factors, (self.gradient.mT, self.gradient), strict=True):
-            if factor is not None:
-                factor.baddbmm_(turned, turned.mT, beta=1.0 - weight, alpha=weight)
+        self._take_into_factors(newest(self._counts[0], DECAY))
+
+    def _take_into_factors(self, weight: float) -> None:
+        """Take the gradients of all matrices into their running means."""
 
     def follow(self) -> bool:
         """See :meth:`Stack.follow`."""
@@ -217,10 +221,6 @@ class Several(Stack):
             return Basis(follow(self.momentum, UA, UB.leading()), UB)
         return Basis(UA, follow(self.momentum.mT, UB, UA.leading()) if B is None else tracked(B, UB.vectors))
 
-    def matrix(self, i: int, of: Tensor) -> Tensor:
-        """See :meth:`Stack.matrix`."""
-        return self._places[i].matrix(of)
-
     def parts(self, i: int) -> dict[Tensor, Tensor]:
         """See :meth:`Stack.parts`."""
         return self._changes[i]
@@ -232,11 +232,38 @@ class Narrow(Several):
     def _allocate(self, like: Tensor) -> None:
         n, rows, columns = self.change.shape
         self._both = like.new_zeros(n, rows, 2, columns)
-        self.gradient, self.momentum = self._both.unbind(2)
+        self._gradient, self.momentum = self._both.unbind(2)
+        self._views_of_gradient: dict[Tensor, Tensor] = {}
+        for place in self._places:
+            self._views_of_gradient |= place.block.parts(place.matrix(self._gradient))
         self._used = [like.new_zeros(n, 1, d) for d in (columns, rows)]
         for place, (_, b, a) in zip(self._places, (block.shape for block in self.blocks), strict=True):
             for used, width in zip(self._used, (b, a) if place.is_transposed else (a, b), strict=True):
                 used[place.at, :, :width] = 1.0
+
+    def _receive(self, gradients: Mapping[Tensor, Tensor], here: Sequence[Member]) -> None:
+        if len(here) < len(self._members):
+            self._gradient.zero_()
+        present = [member.parameter for member in here]
+        torch._foreach_copy_([self._views_of_gradient[p] for p in present], [gradients[p] for p in present])
+
+    def _compare(self) -> tuple[Tensor, Tensor]:
+        return (self._gradient * self.change).sum((1, 2)), matrix_norms(self._gradient)
+
+    def _blend(self, gradients: Mapping[Tensor, Tensor], here: Sequence[Member], weights: Sequence[float]) -> None:
+        if self._newest is None:
+            super()._blend(gradients, here, weights)
+        else:
+            self.momentum.lerp_(self._gradient, self._newest)
+
+    def _take_into_factors(self, weight: float) -> None:
+        for factor, turned in zip(self._factors, (self._gradient.mT, self._gradient), strict=True):
+            if factor is not None:
+                factor.baddbmm_(turned, turned.mT, beta=1.0 - weight, alpha=weight)
+
+    def pair(self, i: int) -> tuple[Tensor, Tensor]:
+        """See :meth:`Stack.pair`."""
+        return self._places[i].matrix(self._gradient), self._places[i].matrix(self.momentum)
 
     def _followed(self, *, turns: bool) -> Basis:
         found = super()._followed(turns=turns)
@@ -260,41 +287,58 @@ class Thin(Several):
     def _allocate(self, like: Tensor) -> None:
         n, rows, columns = self.change.shape
         (_, _, r), (_, _, q) = (side.vectors.shape for side in self.basis)
-        self.gradient, self.momentum = like.new_zeros(2, n, rows, columns)
+        self.momentum, self._nothing = like.new_zeros(n, rows, columns), like.new_zeros(1, 1, 1)
+        self._gradients: list[Tensor] = []  # as they are: a copy would take as much memory as the parameters
         shapes = (q, columns), (q, r), (rows, r)
         self._flat = like.new_zeros(2, n * sum(height * width for height, width in shapes))
         parts = self._flat.split([n * height * width for height, width in shapes], 1)
         self._parts = [part.view(2, n, *shape) for part, shape in zip(parts, shapes, strict=True)]
         self._kept = [dict(zip(TURNED, (part[1, at] for part in self._parts), strict=True)) for at in self.slices]
 
-    def _products(self) -> Tensor:
-        """Without those of all entries in memory."""
-        return torch.stack([*map(torch.dot, self.gradient.flatten(1), self.change.flatten(1))])
+    def _receive(self, gradients: Mapping[Tensor, Tensor], here: Sequence[Member]) -> None:
+        missing = self._nothing.expand_as(self.change)
+        present = zip(self.blocks, self.slices, self.is_present, strict=True)
+        self._gradients = [block.matrix(gradients) if is_here else missing[at] for block, at, is_here in present]
+
+    def _compare(self) -> tuple[Tensor, Tensor]:
+        pairs = [*zip(self._each(), self.change.flatten(1), strict=True)]
+        products = [matrix.reshape(-1).dot(change) for matrix, change in pairs]
+        return torch.stack(products), torch.stack(torch._foreach_norm([matrix for matrix, _ in pairs]))
+
+    def _each(self) -> Iterator[Tensor]:
+        """The gradient of each slice."""
+        return itertools.chain.from_iterable(self._gradients)
+
+    def release(self) -> None:
+        """See :meth:`Stack.release`."""
+        self._gradients = []
+
+    def pair(self, i: int) -> tuple[Tensor, Tensor]:
+        """See :meth:`Stack.pair`."""
+        return self._gradients[i], self.momentum[self.slices[i]]
 
     def turned(self) -> tuple[Turned, Turned]:
         """See :meth:`Stack.turned`."""
-        self._turn(0, self.gradient)
+        (UA, _), (UB, _), (left, core, right) = *self.basis, self._parts
+        for i, matrix in enumerate(self._each()):
+            torch.mm(UB[i].mT, matrix, out=left[0, i])
+            torch.mm(matrix, UA[i], out=right[0, i])
+        torch.bmm(left[0], UA, out=core[0])
         if self._newest is not None and self._are_kept():
             self._flat[1].lerp_(self._flat[0], self._newest)
         else:
-            self._turn(1, self.momentum)
+            torch.bmm(UB.mT, self.momentum, out=left[1])
+            torch.bmm(left[1], UA, out=core[1])
+            torch.bmm(self.momentum, UA, out=right[1])
             for state, own, is_ready in zip(self._states, self._kept, self.is_ready, strict=True):
                 if is_ready:
                     state.update(own)
         norms = torch.stack([self._norms, matrix_norms(self.momentum)])
-        left, core, right = self._parts
         G, M = self.basis.squares(Turned(self.momentum, left, core, right, norms.square_()[..., None, None]))
         return (
-            Turned(self.gradient, left[0], core[0], right[0], squares=G),
+            Turned(self._nothing, left[0], core[0], right[0], squares=G),
             Turned(self.momentum, left[1], core[1], right[1], squares=M),
         )
-
-    def _turn(self, i: int, matrix: Tensor) -> None:
-        (UA, _), (UB, _) = self.basis
-        left, core, right = (part[i] for part in self._parts)
-        torch.bmm(UB.mT, matrix, out=left)
-        torch.bmm(left, UA, out=core)
-        torch.bmm(matrix, UA, out=right)
 
     def _are_kept(self) -> bool:
         """Whether the states hold the turned parts of all momenta, which are taken up."""

@@ -335,9 +335,9 @@ class SNOpt(torch.optim.Optimizer):
         states.forget_changes(self.state[p] for p in self._trained if p in self.state)
         changes = matrices.changes(stacks, rates, groups, float(self.power), self.length)
         states.forget_squares(map(self.state.__getitem__, changes))
-        for parameter in [parameter for parameter in gradients if parameter not in changes]:
-            step = states.first_order(self.state[parameter], gradients[parameter])
-            changes[parameter] = step.mul_(-rates[parameter])
+        others = [p for p in gradients if p not in changes]
+        steps = states.first_order([self.state[p] for p in others], [gradients[p] for p in others])
+        changes.update({p: step.mul_(-rates[p]) for p, step in zip(others, steps, strict=True)})
         matrices.move(changes, self.state)
 
     def _takes_back(self, spent: int, norm: float) -> bool:
@@ -371,9 +371,7 @@ class SNOpt(torch.optim.Optimizer):
                 continue
             for i, block in enumerate(stack.blocks):
                 if stack.is_present[i] and (self._is_refresh() or not (is_gathered or stack.is_ready[i])):
-                    pair = Pair(
-                        self.state[block.weight], *(stack.matrix(i, of) for of in (stack.gradient, stack.momentum))
-                    )
+                    pair = Pair(self.state[block.weight], *stack.pair(i))
                     due.append((block, pair))
         if not due:
             return

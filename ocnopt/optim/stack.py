@@ -25,9 +25,7 @@ class Stack(ABC):
     Attributes:
         blocks: the matrices.
         slices: where each is.
-        gradient: ``(n, b, a)``, of this iteration.
-        momentum: likewise.
-        change: the last one, and memory for the next.
+        change: the last one ``(n, b, a)``, and memory for the next.
         angles: of each matrix the product of gradient and last change, and the norms of both.
         moments: second moments, laid out as by ``basis``.
         basis: the eigenbases.
@@ -36,8 +34,6 @@ class Stack(ABC):
         is_changed: of which of them the last change is known.
     """
 
-    gradient: Tensor
-    momentum: Tensor
     change: Tensor | None
     angles: Sequence[Sequence[float]]
     moments: Tensor
@@ -77,8 +73,8 @@ class Stack(ABC):
         """Take up the eigenbases that the states hold now."""
 
     @abstractmethod
-    def matrix(self, i: int, of: Tensor) -> Tensor:
-        """The matrix of a block in something laid out as the stack."""
+    def pair(self, i: int) -> tuple[Tensor, Tensor]:
+        """Gradient and momentum of a block that is present, as matrices ``(groups, b, a)``."""
 
     @abstractmethod
     def parts(self, i: int) -> dict[Tensor, Tensor]:
@@ -92,7 +88,7 @@ class Stack(ABC):
         """Take the gradients into the running means of G^T G and G G^T, but for sides that are wide."""
         for i, is_present in enumerate(self.is_present):
             if is_present:
-                observe(self._states[i], self.matrix(i, self.gradient))
+                observe(self._states[i], self.pair(i)[0])
 
     def follow(self) -> bool:
         """Let all eigenbases follow their factors together, if that can be done."""
@@ -131,13 +127,14 @@ class Single(Stack):
     def __init__(self, block: Block, like: Tensor) -> None:
         super().__init__([block], like)
         self._block, self._nothing = block, like
+        self._gradient = self._momentum = like
         self._parts: dict[Tensor, Tensor] = {}
         self.change = None
 
     def gather(self, gradients: Mapping[Tensor, Tensor], states: States, names: Mapping[Tensor, str]) -> Tensor:
         """See :meth:`Stack.gather`."""
         block = self._block
-        self.gradient = block.matrix(gradients)
+        self._gradient = block.matrix(gradients)
         own = {p: states.get(p, {}) for p in block.parameters}
         self.is_changed = [all("change" in state for state in own.values())]
         if not self.is_changed[0]:
@@ -146,7 +143,7 @@ class Single(Stack):
             for p, state in own.items():
                 go_along(state, names[p], gradients[p])
             self.change = block.matrix({p: state["change"] for p, state in own.items()}).contiguous()
-        gradient, change = ((self.gradient if of is None else of).reshape(-1) for of in (self.gradient, self.change))
+        gradient, change = ((self._gradient if of is None else of).reshape(-1) for of in (self._gradient, self.change))
         return torch.stack([gradient.dot(change), *map(torch.linalg.vector_norm, (gradient, change))])[:, None]
 
     def take_in(
@@ -157,23 +154,23 @@ class Single(Stack):
         take_in({p: gradients[p] for p in block.parameters}, states, names, of)
         state = states[block.weight]
         self._states, self._counts = [state], [int(state["step"])]
-        self.momentum = block.matrix({p: states[p]["momentum"] for p in block.parameters})
+        self._momentum = block.matrix({p: states[p]["momentum"] for p in block.parameters})
         self.settle(states)
 
     def settle(self, states: States) -> None:
         """See :meth:`Stack.settle`."""
         state = states[self._block.weight]
-        self.is_ready = [fits(state, self.gradient.shape)]
+        self.is_ready = [fits(state, self._gradient.shape)]
         if self.is_ready[0]:
             self.basis, self.moments = basis_of(state), state["moments"]
 
     def release(self) -> None:
         """See :meth:`Stack.release`."""
-        self.gradient = self.momentum = self._nothing
+        self._gradient = self._momentum = self._nothing
 
-    def matrix(self, i: int, of: Tensor) -> Tensor:
-        """See :meth:`Stack.matrix`."""
-        return of
+    def pair(self, i: int) -> tuple[Tensor, Tensor]:
+        """See :meth:`Stack.pair`."""
+        return self._gradient, self._momentum
 
     def parts(self, i: int) -> dict[Tensor, Tensor]:
         """See :meth:`Stack.parts`."""
@@ -182,4 +179,4 @@ class Single(Stack):
 
     def turned(self) -> tuple[Turned, Turned]:
         """See :meth:`Stack.turned`."""
-        return self.basis.turn(self.gradient), self.basis.turn(self.momentum)
+        return self.basis.turn(self._gradient), self.basis.turn(self._momentum)

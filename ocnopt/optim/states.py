@@ -75,11 +75,8 @@ def take_in(
         if "momentum" not in state:
             state["momentum"] = gradient.clone()
             state.setdefault("step", torch.zeros((), dtype=torch.float32))
-    steps = [states[parameter]["step"] for parameter in gradients]
-    torch._foreach_add_(steps, [torch.ones((), device="cpu")] * len(steps))  # numbers would become tensors, slowly
-    weights = [
-        newest(count, groups[p]["momentum"]) for p, count in zip(gradients, torch.stack(steps).tolist(), strict=True)
-    ]
+    counts = _counted([states[parameter]["step"] for parameter in gradients])
+    weights = [newest(count, groups[p]["momentum"]) for p, count in zip(gradients, counts, strict=True)]
     average([states[parameter]["momentum"] for parameter in gradients], [*gradients.values()], weights)
 
 
@@ -115,19 +112,31 @@ def in_own_memory(state: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def first_order(state: State, gradient: Tensor) -> Tensor:
-    """The step of a parameter that is no such matrix, without lr: Adam's rule.
+def first_order(states: Sequence[State], gradients: Sequence[Tensor]) -> list[Tensor]:
+    """The steps of parameters that are no such matrix, without lr: Adam's rule.
 
     A parameter may come to it late, with a momentum of other gradients: its squares count as one of them.
     """
-    momentum = state["momentum"]
-    if "squares" not in state:
-        state["squares"] = torch.maximum(gradient.square(), momentum.square())
-        state["squares_step"] = torch.ones((), dtype=torch.float32)
-    else:
-        state["squares_step"] += 1
-        state["squares"].lerp_(gradient.square(), newest(state["squares_step"], DECAY))
-    return momentum / (state["squares"].sqrt() + EPSILON)
+    if not states:
+        return []
+    later = [(state, gradient) for state, gradient in zip(states, gradients, strict=True) if "squares" in state]
+    for state, gradient in zip(states, gradients, strict=True):
+        if "squares" not in state:
+            state["squares"] = torch.maximum(gradient.square(), state["momentum"].square())
+            state["squares_step"] = torch.ones((), dtype=torch.float32)
+    if later:
+        weights = [newest(count, DECAY) for count in _counted([state["squares_step"] for state, _ in later])]
+        found = [gradient for _, gradient in later]
+        average([state["squares"] for state, _ in later], [*torch._foreach_mul(found, found)], weights)
+    roots = torch._foreach_sqrt([state["squares"] for state in states])
+    torch._foreach_add_(roots, EPSILON)
+    return [*torch._foreach_div([state["momentum"] for state in states], roots)]
+
+
+def _counted(steps: list[Tensor]) -> list[float]:
+    """Count one more."""
+    torch._foreach_add_(steps, [torch.ones((), device="cpu")] * len(steps))  # numbers would become tensors, slowly
+    return torch.stack(steps).tolist()
 
 
 def misfits(states: Mapping[Tensor, State], blocks: Iterable[Block]) -> Iterator[State]:
