@@ -243,8 +243,8 @@ class HorizonPolicy:
         """What the rule takes from T."""
         usual = OUTLIER * median(Q_TT for _, Q_TT in self._seen)
         counted = [one for one in self._seen if one[1] <= usual or not usual]
-        Q_T, Q_TT = (sum(column) / len(counted) for column in zip(*counted, strict=True))
-        Q_T += self.penalty * float(self._ode.T)
+        mean, Q_TT = (sum(column) / len(counted) for column in zip(*counted, strict=True))
+        Q_T = mean + self.penalty * float(self._ode.T)
         if self.rule == "adjoint":
             return self.lr * Q_T
         directions = self._directions()
@@ -254,7 +254,7 @@ class HorizonPolicy:
             first, Q_TT = (value / self._count_of_ranks() for value in found)
             Q_T += first - self._seen[-1][0]
         elif self.curvature == "published":
-            Q_T += self._seen[-1][0] * sum(float(dot(p.grad, dp)) for p, dp in directions if p.grad is not None)
+            Q_T += mean * sum(float(dot(p.grad, dp)) for p, dp in directions if p.grad is not None)
         else:
             Q_T += self._response(samples, directions)
         past, weight = (self.averaging * old for old in self._past)
