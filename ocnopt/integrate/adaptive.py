@@ -4,7 +4,8 @@ After each attempted step the estimated local error e = h sum_i (b_i - b_hat_i) 
 tolerance, E = norm(e / (atol + rtol max(|x|, |x_next|))). E <= 1 accepts; either way the next length is 0.9 h
 E^(-1/order), at least h/5, at most 10 h and after a rejection at most h (Hairer, Norsett and Wanner, Solving ODEs I,
 II.4). The norm is taken over the whole tensor: one step size for all samples. A non-finite attempt counts as rejected,
-so a step that overshoots the field's domain is tried again, shorter.
+so a step that overshoots the field's domain is tried again, shorter. What is left of an interval, where it is more than
+one length and less than two, is taken in two equal steps: no sliver at the end, neither longer than it has to be.
 
 The first length is the one at which the estimate would be 0.9^order were the field linear, with the rate |F'| / |F|
 that it shows at the start; not shorter than by Hairer's rule, for paths that start at rest and for implicit methods on
