@@ -82,10 +82,10 @@ class HorizonPolicy:
         penalty: c of the cost (c/2) T^2 on the integration time.
         every: iterations from one update of T to the next. The first update is that of the first iteration, before the
             weights have learned to fill the old T.
-        averaging: weight of the past in Q_TT, a running mean over updates, as shares have heavy tails. Q_T is the mean
-            over all iterations since the last update, but for those with a Q_TT of a hundred times their median: one
-            step that went wrong, and that an optimiser takes back, would rule T for long. At zero both are those of the
-            last iteration, as published, and nothing watches in between.
+        averaging: weight of the past in Q_TT, a running mean over updates, as shares have heavy tails. Q_T, also in a
+            product of means, is the mean over all iterations since the last update, but for those with a Q_TT of a
+            hundred times their median: one step that went wrong, and that an optimiser takes back, would rule T for
+            long. At zero both are those of the last iteration, as published, and nothing watches in between.
         reduction: "mean" or "sum": how the loss combines samples.
         max_change: the largest change of T in one update, as a share of T - t0; it holds where Q_TT is small.
         scaler: the GradScaler that scales the loss, if there is one.

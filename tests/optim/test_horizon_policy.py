@@ -73,6 +73,25 @@ def test_a_mean_over_samples():
     torch.testing.assert_close(ode.T, 1.0 - 0.5 * (Q_T + Q_Tp @ dp) / Q_TT)
 
 
+def test_a_mean_over_iterations_in_the_product_of_means_too():
+    ode, policy = make(penalty=0.3, lr=0.05, every=3, averaging=0.9)
+    w, theta, found = torch.tensor([0.7, -0.4]), ode.field.theta.detach().clone(), []
+    for i in range(4):
+        x, dp, T = torch.randn(6, 2), torch.tensor([0.01, -0.02]) * (i == 3), float(ode.T)
+        ode.field.theta.grad = None
+        losses(ode(x), w).mean().backward()
+        with torch.no_grad():
+            ode.field.theta += dp
+        before = ode.T.clone()
+        policy.step()
+        parts = [exact(theta, T, row, w, 0.0) for row in x]
+        found.append([sum(part[j] for part in parts) / 6 for j in range(3)])
+    Q_T, Q_TT = (sum(one[j] for one in found[1:]) / 3 for j in range(2))
+    past = 0.1 * Q_TT + 0.09 * found[0][1]  # with weights .1 and .09 of the two updates
+    change = (0.3 * before + Q_T + Q_T * (found[3][2] @ dp)) / (0.3 + past / 0.19)
+    torch.testing.assert_close(ode.T, before - 0.05 * change)
+
+
 def test_first_and_second_derivative_against_finite_differences():
     ode, _ = make()
     x, w, h = torch.randn(5, 2), torch.tensor([0.7, -0.4]), 1e-4
