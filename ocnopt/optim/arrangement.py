@@ -8,6 +8,7 @@ from torch import Tensor
 from ocnopt.optim.bases import is_wide
 from ocnopt.optim.blocks import Block
 
+MOST_WIDE = 4  # wide matrices in one stack: where some have no gradient, all the stack is worked on
 PADDING = 2**18  # of _work(), what a matrix may do in vain to be in a stack: about what the calls of another one take
 
 
@@ -22,8 +23,9 @@ class Bin(NamedTuple):
         """Also with another matrix; None if too much would be done in vain, or wide ones would be padded."""
         _, b, a = block.shape
         if is_wide(max(self.rows, self.columns, b, a)):
-            is_alike = (self.rows, self.columns) == _lain(block)[:2]
-            return self._replace(members=(*self.members, (block, _lain(block)[2]))) if is_alike else None
+            *size, is_transposed = _lain(block)
+            may_join = size == [self.rows, self.columns] and len(self.members) < MOST_WIDE
+            return self._replace(members=(*self.members, (block, is_transposed))) if may_join else None
         for is_transposed in (b > a, b <= a):
             own = (a, b) if is_transposed else (b, a)
             wider = Bin(max(self.rows, own[0]), max(self.columns, own[1]), (*self.members, (block, is_transposed)))

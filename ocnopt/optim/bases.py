@@ -82,6 +82,10 @@ class Turned(NamedTuple):
     total: Tensor | None = None
     squares: Tensor | None = None
 
+    def norms(self) -> Tensor:
+        """|M| of each matrix."""
+        return matrix_norms(self.matrix) if self.total is None else self.total[..., 0, 0].sqrt()
+
 
 class Basis(NamedTuple):
     """Eigenbases of A and B, perhaps their leading parts alone.
@@ -97,11 +101,6 @@ class Basis(NamedTuple):
     def is_complete(self) -> bool:
         """Whether there is no rest on either side."""
         return not self.input.rest and not self.output.rest
-
-    @property
-    def is_thin(self) -> bool:
-        """Whether there is a rest on both sides."""
-        return self.input.rest > 0 and self.output.rest > 0
 
     def turn(self, matrix: Tensor) -> Turned:
         """U_B^T M, M U_A and U_B^T M U_A."""
@@ -132,13 +131,13 @@ class Basis(NamedTuple):
         if self.is_complete:
             return squares
         if beside := self.input.rest:
-            lengths = _norms(turned.left, -1)
+            lengths = _sums_of_squares(turned.left, -1)
             squares = torch.cat([squares, (lengths - inside.sum(-1, keepdim=True)) / beside], -1)
         if turned.right is not None:
             below = self.output.rest
-            outside = (_norms(turned.right, -2) - inside.sum(-2, keepdim=True)) / below
+            outside = (_sums_of_squares(turned.right, -2) - inside.sum(-2, keepdim=True)) / below
             if beside:
-                total = _norms(turned.matrix, (-2, -1)) if turned.total is None else turned.total
+                total = _sums_of_squares(turned.matrix, (-2, -1)) if turned.total is None else turned.total
                 corner = ((total - lengths.sum(-2, keepdim=True)) / below - outside.sum(-1, keepdim=True)) / beside
                 outside = torch.cat([outside, corner], -1)
             squares = torch.cat([squares, outside], -2)
@@ -157,33 +156,18 @@ class Basis(NamedTuple):
         rows, columns = ((side.vectors.shape[-1], side.rest) for side in (self.output, self.input))
         return _multiplicities(rows, columns, like.dtype, like.device)
 
-    def norms(self, turned: Turned, scales: Tensor) -> tuple[Tensor, Tensor]:
-        """The norms of matrices M ``(groups,)``, and of what :meth:`scaled` would return, without making it."""
-        if self.is_complete:
-            return matrix_norms(turned.core), matrix_norms(turned.core * scales)
-        squares = self.squares(turned)
-        lengths = (squares * self._multiplicities(squares)).sqrt_()
-        return matrix_norms(lengths), matrix_norms(lengths.mul_(scales))
-
-    def scaled(
-        self, turned: Turned, scales: Tensor, out: Tensor | None = None, factors: Tensor | None = None
-    ) -> Tensor:
+    def scaled(self, turned: Turned, scales: Tensor, out: Tensor | None = None) -> Tensor:
         """U_B (S o U_B^T M U_A) U_A^T of a turned matrix M, with both bases completed by their rest.
 
         With scales S, laid out as second moments, the rests as factors of all of M, and of its leading parts what these
         have beyond them:
         S_rr M + U_B (S_l - S_rr) U_B^T M + M U_A (S_r - S_rr) U_A^T + U_B (S_c - S_l - S_r + S_rr) U_B^T M U_A U_A^T.
 
-        The scales are used up. ``out`` is memory for it, of the matrix's shape, that may be used. ``factors``, of each
-        group ``(groups, 1, 1)``, are what it is multiplied by.
+        The scales are used up. ``out`` is memory for it, of the matrix's shape, that may be used.
         """
         UA, UB = self.input.vectors, self.output.vectors
         if self.is_complete:
-            # in this order: where a matrix is padded, scales may be infinite with the factors, and M is zero
-            core = scales.mul_(turned.core)
-            return torch.bmm(UB, torch.bmm(core if factors is None else core.mul_(factors), UA.mT), out=out)
-        if factors is not None:
-            scales.mul_(factors)
+            return torch.bmm(UB, torch.bmm(scales.mul_(turned.core), UA.mT), out=out)
         q, r = UB.shape[-1], UA.shape[-1]
         if turned.right is not None:
             scales[..., :q, :] -= scales[..., q:, :]
@@ -212,7 +196,7 @@ def matrix_norms(matrices: Tensor) -> Tensor:
     return torch.linalg.vector_norm(torch.linalg.vector_norm(matrices, dim=-1), dim=-1)
 
 
-def _norms(matrix: Tensor, dim: int | tuple[int, int]) -> Tensor:
+def _sums_of_squares(matrix: Tensor, dim: int | tuple[int, int]) -> Tensor:
     """Sums of squares, without their squares in memory."""
     return torch.linalg.vector_norm(matrix, dim=dim, keepdim=True).square()
 
@@ -244,7 +228,9 @@ def of_rows(rows: Tensor, rank: int, old: Eigen | None, keep: float) -> Eigen:
     """
     if rows.shape[-1] > rank:
         rows = rows[:, :: max(1, rows.shape[1] // (4 * rank))]
-    rows = rows / torch.linalg.matrix_norm(rows, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
+    tiny = torch.finfo(rows.dtype).tiny
+    rows = rows / rows.abs().amax((-2, -1), keepdim=True).clamp(min=tiny)  # or squares of small ones would be zero
+    rows = rows / torch.linalg.matrix_norm(rows, keepdim=True).clamp(min=tiny)
     if old is not None:
         kept = (keep * old.values).sqrt()[..., None] * old.vectors.mT
         rows = torch.cat([kept, (1.0 - keep) ** 0.5 * rows], -2)
@@ -288,7 +274,7 @@ def tracked(factor: Tensor, old: Tensor) -> Eigen:
     values = triangle.diagonal(dim1=-2, dim2=-1).abs()
     if not bool(values.isfinite().all()):
         return complete(factor)  # which says so
-    return Eigen(span, values / values.sum(-1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny))
+    return Eigen(span.contiguous(), values / values.sum(-1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny))
 
 
 def _of_trace_one(factor: Tensor) -> Tensor:

@@ -31,9 +31,11 @@ from ocnopt.optim.bases import (
     is_leading,
     is_wide,
     kept,
+    matrix_norms,
     of_rows,
     tracked,
 )
+from ocnopt.optim.blocks import Block
 from ocnopt.optim.ranks import Shared
 from ocnopt.optim.stack import Stack
 from ocnopt.optim.states import State, age, basis_of, fits, is_turn_of_output, renewed
@@ -133,7 +135,7 @@ def changes(
         own = [{rates.get(p, 0.0) for p in block.parameters} for block in stack.blocks]
         common = [next(iter(rate)) if len(rate) == 1 else 1.0 for rate in own]  # no bias of another group
         if length == "noise":
-            common = [rate * width_scale(block.shape) for rate, block in zip(common, stack.blocks, strict=True)]
+            common = [rate * width_scale(block) for rate, block in zip(common, stack.blocks, strict=True)]
         damping = [float(groups[block.weight]["damping"]) for block in stack.blocks]
         if any(stack.is_ready):
             stack.change = _changed(stack, common, damping, power, length)
@@ -144,15 +146,18 @@ def changes(
     return found
 
 
-def width_scale(shape: tuple[int, int, int]) -> float:
+def width_scale(block: Block) -> float:
     """What lr of a matrix is multiplied by: what an output changes by grows with the width of both sides.
 
-    Source: Yang et al., arXiv 2203.03466, table 3, hidden weights under Adam.
-
-    >>> width_scale((1, 512, 256)), width_scale((1, 512, 64))
-    (0.25, 1.0)
+    After Yang et al., arXiv 2203.03466, table 3, who take the inputs alone, and those of output layers too.
     """
-    return min(1.0, HIDDEN / min(shape[1:]))
+    columns = block.weight.numel() // len(block.weight)
+    return min(1.0, HIDDEN / min(block.shape[1], columns))
+
+
+def width_scales(blocks: Iterable[Block], length: str) -> dict[Tensor, float]:
+    """By weights; what "division" makes is left as it is."""
+    return {block.weight: width_scale(block) for block in blocks} if length == "noise" else {}
 
 
 def _changed(stack: Stack, rates: list[float], damping: list[float], power: float, length: str) -> Tensor:
@@ -161,15 +166,18 @@ def _changed(stack: Stack, rates: list[float], damping: list[float], power: floa
     gradient, momentum = stack.turned()
     stack.learn(basis.squares(gradient))
     means = stack.means()
-    tiny = torch.finfo(means.dtype).tiny
+    tiny, eps = torch.finfo(means.dtype).tiny, torch.finfo(means.dtype).eps
+    if not basis.is_complete:
+        damping = [max(eps, one) for one in damping]  # where a rest has nothing, its moments are rounding
     floors, factors = means.new_tensor([*damping, *(-rate for rate in rates)]).chunk(2)
     scales = inverse_power(stack.moments + stack.spread(floors.mul_(means).add_(tiny)), power)
-    # a wide step is measured, and made long, before it is made: each would read all of it
-    if length == "noise":
-        long, short = map(stack.norms, basis.norms(momentum, scales))
-        factors.mul_(long).div_(short.mul_((means + tiny).sqrt_()).clamp_(min=tiny))
     # the last change has been looked at, and its memory costs more to allocate than to fill
-    return basis.scaled(momentum, scales, stack.change, stack.spread(factors))
+    step = basis.scaled(momentum, scales, stack.change)
+    if length == "noise":
+        # measured as it is: what the moments of a rest say of it, a difference of squares, may be rounding
+        long, short = stack.norms(momentum.norms()), stack.norms(matrix_norms(step))
+        factors.mul_(long).div_(short.mul_((means + tiny).sqrt_()).clamp_(min=tiny))
+    return step.mul_(stack.spread(factors))
 
 
 def inverse_power(numbers: Tensor, power: float) -> Tensor:

@@ -9,6 +9,7 @@ import itertools
 import operator
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,12 +27,14 @@ from ocnopt.optim.bases import (
     matrix_norms,
     tracked,
 )
+from ocnopt.optim.blocks import Block
 from ocnopt.optim.stack import Groups, Stack, States
 from ocnopt.optim.states import (
     BASIS,
     DECAY,
     FACTORS,
     TURNED,
+    State,
     adopt,
     age,
     average,
@@ -293,7 +296,8 @@ class Thin(Several):
         self._flat = like.new_zeros(2, n * sum(height * width for height, width in shapes))
         parts = self._flat.split([n * height * width for height, width in shapes], 1)
         self._parts = [part.view(2, n, *shape) for part, shape in zip(parts, shapes, strict=True)]
-        self._kept = [dict(zip(TURNED, (part[1, at] for part in self._parts), strict=True)) for at in self.slices]
+        self._follows, self._version = False, 0  # whether the turned parts of the momentum are those of the last one
+        self._turned = [dict(zip(TURNED, (part[1, at] for part in self._parts), strict=True)) for at in self.slices]
 
     def _receive(self, gradients: Mapping[Tensor, Tensor], here: Sequence[Member]) -> None:
         missing = self._nothing.expand_as(self.change)
@@ -324,26 +328,59 @@ class Thin(Several):
             torch.mm(UB[i].mT, matrix, out=left[0, i])
             torch.mm(matrix, UA[i], out=right[0, i])
         torch.bmm(left[0], UA, out=core[0])
-        if self._newest is not None and self._are_kept():
+        if self._newest is not None and self._follows:
             self._flat[1].lerp_(self._flat[0], self._newest)
         else:
             torch.bmm(UB.mT, self.momentum, out=left[1])
             torch.bmm(left[1], UA, out=core[1])
             torch.bmm(self.momentum, UA, out=right[1])
-            for state, own, is_ready in zip(self._states, self._kept, self.is_ready, strict=True):
-                if is_ready:
-                    state.update(own)
-        norms = torch.stack([self._norms, matrix_norms(self.momentum)])
-        G, M = self.basis.squares(Turned(self.momentum, left, core, right, norms.square_()[..., None, None]))
+        for state, own, is_ready in zip(self._states, self._turned, self.is_ready, strict=True):
+            if is_ready:
+                state.update(own)
+        self._version = self.momentum._version
+        total = torch.stack([self._norms, matrix_norms(self.momentum)]).square_()[..., None, None]
+        G, M = self.basis.squares(Turned(self.momentum, left, core, right, total))
         return (
             Turned(self._nothing, left[0], core[0], right[0], squares=G),
-            Turned(self.momentum, left[1], core[1], right[1], squares=M),
+            Turned(self.momentum, left[1], core[1], right[1], total[1], M),
         )
 
-    def _are_kept(self) -> bool:
-        """Whether the states hold the turned parts of all momenta, which are taken up."""
-        if not all(key in state for state in self._states for key in TURNED):
+    def take_in(
+        self, gradients: Mapping[Tensor, Tensor], states: States, names: Mapping[Tensor, str], of: Groups
+    ) -> None:
+        """See :meth:`Stack.take_in`."""
+        follows = all(self.is_present) and self._are_kept([states[block.weight] for block in self.blocks])
+        for block in self.blocks:
+            for key in TURNED:  # until the change is made: an iteration may be interrupted
+                states[block.weight].pop(key, None)
+        super().take_in(gradients, states, names, of)
+        self._follows = follows and all(self.is_ready)
+
+    def settle(self, states: States) -> None:
+        """See :meth:`Stack.settle`."""
+        own = [states[block.weight].get(key) is views[key] for block, views in self._bases() for key in BASIS]
+        self._follows = self._follows and all(own)
+        super().settle(states)
+
+    def follow(self) -> bool:
+        """See :meth:`Stack.follow`."""
+        has_followed = super().follow()
+        self._follows = self._follows and not has_followed
+        return has_followed
+
+    def _bases(self) -> Iterator[tuple[Block, dict[str, Tensor]]]:
+        return zip(self.blocks, self._own, strict=True)
+
+    def _are_kept(self, states: Sequence[State]) -> bool:
+        """Whether states hold turned parts that belong to their momenta and bases: as they were left, or all loaded."""
+        pairs: list[tuple[State, str, Tensor, Any]] = []
+        for state, number, own, parts in zip(states, self._weights, self._own, self._turned, strict=True):
+            views = {"momentum": self._members[number].momentum, **{key: own[key] for key in BASIS}, **parts}
+            pairs += [(state, key, view, state.get(key)) for key, view in views.items()]
+        if all(value is view for _, _, view, value in pairs):
+            return self.momentum._version == self._version
+        others = [(state, key, view, value) for state, key, view, value in pairs if isinstance(value, Tensor)]
+        if len(others) < len(pairs) or any(value is view or value.shape != view.shape for _, _, view, value in others):
             return False
-        pairs = [(state, *item) for state, own in zip(self._states, self._kept, strict=True) for item in own.items()]
-        adopt((state, key, view, state[key]) for state, key, view in pairs if state[key] is not view)
+        adopt([other for other in others if other[1] in TURNED])
         return True

@@ -335,9 +335,10 @@ class SNOpt(torch.optim.Optimizer):
         states.forget_changes(self.state[p] for p in self._trained if p in self.state)
         changes = matrices.changes(stacks, rates, groups, float(self.power), self.length)
         states.forget_squares(map(self.state.__getitem__, changes))
-        others = [p for p in gradients if p not in changes]
-        steps = states.first_order([self.state[p] for p in others], [gradients[p] for p in others])
-        changes.update({p: step.mul_(-rates[p]) for p, step in zip(others, steps, strict=True)})
+        scales = matrices.width_scales(self._blocks, self.length)
+        for parameter in [parameter for parameter in gradients if parameter not in changes]:
+            step = states.first_order(self.state[parameter], gradients[parameter])
+            changes[parameter] = step.mul_(-rates[parameter] * scales.get(parameter, 1.0))
         matrices.move(changes, self.state)
 
     def _takes_back(self, spent: int, norm: float) -> bool:

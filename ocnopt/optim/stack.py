@@ -51,7 +51,6 @@ class Stack(ABC):
         if max(counts) > 1:
             owners = [i for i, count in enumerate(counts) for _ in range(count)]
             self._owners = torch.tensor(owners, device=like.device)
-            self._sorting = torch.nn.functional.one_hot(self._owners).to(like)
 
     def find(self, gradients: Mapping[Tensor, Tensor]) -> bool:
         """Whether there are gradients of all parameters of some of the matrices."""
@@ -106,11 +105,15 @@ class Stack(ABC):
 
     def sums(self, numbers: Tensor) -> Tensor:
         """Numbers ``(n,)`` of the slices, added up for each matrix."""
-        return numbers if self._owners is None else numbers @ self._sorting
+        if self._owners is None:
+            return numbers
+        return numbers.new_zeros(len(self.blocks)).index_add_(0, self._owners, numbers)
 
     def norms(self, numbers: Tensor) -> Tensor:
         """Norms ``(n,)`` of the slices, taken together for each matrix."""
-        return numbers if self._owners is None else self.sums(numbers.square()).sqrt()
+        if self._owners is None:
+            return numbers
+        return torch.stack([torch.linalg.vector_norm(numbers[at]) for at in self.slices])
 
     def means(self) -> Tensor:
         """The mean second moment of each matrix: the trace of its curvature over its size."""

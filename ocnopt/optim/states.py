@@ -24,7 +24,7 @@ BASIS = ("input_vectors", "input_values", "output_vectors", "output_values", "mo
 FACTORS = ("input_factor", "output_factor")
 TURNED = ("momentum_left", "momentum_core", "momentum_right")  # parts of a wide momentum, that follow the gradient's
 # of a state, what stays as it is when its parameter goes elsewhere
-_OF_NO_DTYPE = ("step", "squares_step", "factor")
+_OF_NO_DTYPE = ("step", "squares_step", "basis_step", "basis_since", "factor")
 
 State = MutableMapping[str, Any]
 
@@ -72,11 +72,14 @@ def take_in(
     for parameter, gradient in gradients.items():
         state = states[parameter]
         go_along(state, names[parameter], gradient)
+        state.setdefault("step", torch.zeros((), dtype=torch.float32))
         if "momentum" not in state:
             state["momentum"] = gradient.clone()
-            state.setdefault("step", torch.zeros((), dtype=torch.float32))
-    counts = _counted([states[parameter]["step"] for parameter in gradients])
-    weights = [newest(count, groups[p]["momentum"]) for p, count in zip(gradients, counts, strict=True)]
+    steps = [states[parameter]["step"] for parameter in gradients]
+    torch._foreach_add_(steps, [torch.ones((), device="cpu")] * len(steps))  # numbers would become tensors, slowly
+    weights = [
+        newest(count, groups[p]["momentum"]) for p, count in zip(gradients, torch.stack(steps).tolist(), strict=True)
+    ]
     average([states[parameter]["momentum"] for parameter in gradients], [*gradients.values()], weights)
 
 
@@ -112,31 +115,19 @@ def in_own_memory(state: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def first_order(states: Sequence[State], gradients: Sequence[Tensor]) -> list[Tensor]:
-    """The steps of parameters that are no such matrix, without lr: Adam's rule.
+def first_order(state: State, gradient: Tensor) -> Tensor:
+    """The step of a parameter that is no such matrix, without lr: Adam's rule.
 
     A parameter may come to it late, with a momentum of other gradients: its squares count as one of them.
     """
-    if not states:
-        return []
-    later = [(state, gradient) for state, gradient in zip(states, gradients, strict=True) if "squares" in state]
-    for state, gradient in zip(states, gradients, strict=True):
-        if "squares" not in state:
-            state["squares"] = torch.maximum(gradient.square(), state["momentum"].square())
-            state["squares_step"] = torch.ones((), dtype=torch.float32)
-    if later:
-        weights = [newest(count, DECAY) for count in _counted([state["squares_step"] for state, _ in later])]
-        found = [gradient for _, gradient in later]
-        average([state["squares"] for state, _ in later], [*torch._foreach_mul(found, found)], weights)
-    roots = torch._foreach_sqrt([state["squares"] for state in states])
-    torch._foreach_add_(roots, EPSILON)
-    return [*torch._foreach_div([state["momentum"] for state in states], roots)]
-
-
-def _counted(steps: list[Tensor]) -> list[float]:
-    """Count one more."""
-    torch._foreach_add_(steps, [torch.ones((), device="cpu")] * len(steps))  # numbers would become tensors, slowly
-    return torch.stack(steps).tolist()
+    momentum = state["momentum"]
+    if "squares" not in state or "squares_step" not in state:
+        state["squares_step"] = torch.ones((), dtype=torch.float32)
+        state["squares"] = torch.maximum(gradient.square(), momentum.square())
+    else:
+        state["squares_step"] += 1
+        state["squares"].lerp_(gradient.square(), newest(state["squares_step"], DECAY))
+    return momentum / state["squares"].sqrt().add_(EPSILON)
 
 
 def misfits(states: Mapping[Tensor, State], blocks: Iterable[Block]) -> Iterator[State]:
@@ -198,17 +189,22 @@ def age(state: Mapping[str, Any]) -> int:
     return int(state["step"]) - int(state.get("basis_since", 1))
 
 
-def adopt(entries: Iterable[tuple[State, str, Tensor, Tensor]]) -> None:
+def adopt(entries: Sequence[tuple[State, str, Tensor, Tensor]]) -> None:
     """Let states hold views of common memory in the place of values, which are copied there.
 
     Those may lie in views of one another, as where the states of two layers were exchanged.
     """
-    for state, key, view, value in [(state, key, view, value.clone()) for state, key, view, value in entries]:
+    places = {view.untyped_storage().data_ptr() for _, _, view, _ in entries}
+    apart = [value.clone() if value.untyped_storage().data_ptr() in places else value for *_, value in entries]
+    for (state, key, view, _), value in zip(entries, apart, strict=True):
         state[key] = view.copy_(value)
 
 
 def is_turn_of_output(state: Mapping[str, Any], rows: int, columns: int) -> bool:
-    """Which side of a matrix with a wide one gets new eigenvectors: both in turn, rows first if there are fewer."""
+    """Which side of a matrix with a wide one gets new eigenvectors: both in turn, and the longer one first.
+
+    At the first refresh after the two were made together that is the one of which less is known.
+    """
     return (int(state.get("basis_step", 0)) % 2 == 0) == (rows <= columns)
 
 

@@ -170,19 +170,112 @@ def test_what_is_put_in_the_place_of_views_is_taken_up_bit_for_bit(change):
     assert torch.equal(train()[0], train(change)[0])
 
 
-def test_a_state_that_is_edited_counts():
-    def edits(i, model, optimizer):
-        if i == 6:
-            optimizer.state[model.tall.weight]["momentum"].zero_()
+@pytest.mark.parametrize("width", [20, 200])
+@pytest.mark.parametrize("key", ["momentum", "output_vectors"])
+def test_a_state_that_is_edited_counts(width, key):
+    def run(way):
+        torch.manual_seed(0)
+        layer = nn.Linear(width, width, bias=False)
+        optimizer = SNOpt(layer)
+        for i in range(9):
+            state = optimizer.state[layer.weight]
+            if i == 8 and way == "in place":
+                state[key].mul_(-1.0)
+            elif i == 8 and way != "not":
+                state[key] = -state[key]
+                if way == "with nothing kept":
+                    for part in ("momentum_left", "momentum_core", "momentum_right"):
+                        state.pop(part, None)
+            layer.weight.grad = torch.randn(width, width)
+            optimizer.step()
+        return layer.weight.detach()
 
-    def puts(i, model, optimizer):
-        if i == 6:
-            state = optimizer.state[model.tall.weight]
-            state["momentum"] = torch.zeros_like(state["momentum"])
+    expected = run("with nothing kept")
+    torch.testing.assert_close(run("put"), expected, rtol=1e-10, atol=1e-12)
+    if key == "momentum":
+        torch.testing.assert_close(run("in place"), expected, rtol=1e-10, atol=1e-12)
+        assert (run("not") - expected).norm() > 1e-3
 
-    edited, put = train(edits)[0], train(puts)[0]
-    assert torch.equal(edited, put)
-    assert not torch.equal(edited, train()[0])
+
+@pytest.mark.parametrize("width", [20, 200])
+def test_what_is_kept_survives_no_interruption(width, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    torch.manual_seed(0)
+    layer = nn.Linear(width, width, bias=False)
+    optimizer = SNOpt(layer)
+    for i in range(9):
+        layer.weight.grad = torch.randn(width, width)
+        if i == 7:
+            with monkeypatch.context() as patch:
+                patch.setattr(matrices, "changes", interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    optimizer.step()
+        else:
+            optimizer.step()
+    state = optimizer.state[layer.weight]
+    for part in {"momentum_left"} & state.keys():
+        expected = state["output_vectors"].mT @ state["momentum"][None]
+        torch.testing.assert_close(state[part], expected, rtol=1e-10, atol=1e-12)
+    assert ("momentum_left" in state) == (width == 200)
+
+
+@pytest.mark.parametrize("size", [1e-17, 1e-20, 1e-23, 1e-26, 1e-30, 1e-40])
+def test_a_small_gradient_spoils_neither_its_matrix_nor_others(size):
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Conv2d(64, 400, 3, groups=2, bias=False), nn.Linear(288, 200), nn.Linear(200, 3)]).float()
+    optimizer = SNOpt(model)
+    for _ in range(6):
+        for i, p in enumerate(model.parameters()):
+            p.grad = torch.randn_like(p) * (size if i == 0 else 1.0)
+        optimizer.step()
+        assert all(bool(p.isfinite().all()) for p in model.parameters())
+    for state in optimizer.state.values():
+        for key in {"input_values", "output_values"} & state.keys():
+            assert float(state[key].sum(-1).amax()) < 1.001
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-8, 1e-2])
+@pytest.mark.parametrize("shape", [(1, 20000), (2, 2000), (2000, 2), (300, 200), (12, 5, 3)])
+def test_steps_in_single_precision_have_their_length(shape, damping):
+    """What a rest has is a difference of squares, and rounding where all of a gradient is in the leading part."""
+    torch.manual_seed(0)
+    layer = (
+        nn.Conv1d(shape[0], shape[1] * shape[0], shape[2], groups=shape[0])
+        if len(shape) > 2
+        else nn.Linear(*shape[::-1])
+    ).float()
+    optimizer = SNOpt(layer, 0.01, adaptation=0.0, damping=damping)
+    before = layer.weight.detach().clone()
+    layer.weight.grad = torch.randn_like(before)
+    optimizer.step()
+    rms = float((layer.weight.detach() - before).square().mean().sqrt())
+    assert rms == pytest.approx(0.01 * min(1.0, 64 / min(before[0].numel(), len(before))), rel=1e-4)
+
+
+def test_an_interruption_between_two_parts_of_a_state_leaves_one_to_go_on_from():
+    for missing in ("step", "squares", "squares_step", "momentum"):
+        torch.manual_seed(0)
+        layer = nn.LayerNorm(6)
+        optimizer = SNOpt(layer)
+        for i in range(3):
+            if i == 2:
+                del optimizer.state[layer.weight][missing]
+            for p in layer.parameters():
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+        assert bool(layer.weight.isfinite().all())
+
+
+def test_the_length_of_a_step_in_groups_is_that_of_all_groups():
+    torch.manual_seed(0)
+    layer = nn.Conv1d(4, 6, 3, groups=2, bias=False)
+    optimizer, before = SNOpt(layer, 0.01), layer.weight.detach().clone()
+    layer.weight.grad = torch.randn_like(before)
+    layer.weight.grad[3:] *= 5.0
+    optimizer.step()
+    assert float((layer.weight.detach() - before).square().mean().sqrt()) == pytest.approx(0.01, rel=1e-6)
 
 
 @pytest.mark.parametrize("width", [5, 200])
@@ -220,9 +313,9 @@ def test_to_another_precision_and_back():
 
     _, optimizer = train(goes)
     for state in optimizer.state.values():
-        assert {value.dtype for key, value in state.items() if key not in ("step", "squares_step", "factor")} == {
-            torch.float64
-        }
+        counts = {key for key in state if key.endswith("step") or key in ("basis_since", "factor")}
+        assert {value.dtype for key, value in state.items() if key not in counts} == {torch.float64}
+        assert {state[key].dtype for key in counts - {"factor"}} == {torch.float32}
 
 
 def test_states_are_saved_without_the_memory_around_them():
