@@ -4,6 +4,7 @@ Groups, gradients and states have checks of their own: :mod:`ocnopt.optim.group_
 :mod:`ocnopt.optim.gradient_checks`, :mod:`ocnopt.optim.state_checks`.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -68,8 +69,11 @@ def check_fields(odes: Sequence[NeuralODE]) -> None:
 def check_recipe(options: Mapping[str, Any]) -> None:
     """Refuse options of SNOpt as a whole that are out of range, given or loaded."""
     check_choice("curvature", options["curvature"], CURVATURES)
-    check_number("power", options["power"], "a number >= 0, 0.75 by default")
-    check_number("adaptation", options["adaptation"], "a number >= 0, 3 by default")
+    check_number("power", options["power"], "a number from 0 to 1, 0.75 by default", below=math.nextafter(1.0, 2.0))
+    # exp(adaptation) is a number
+    check_number("adaptation", options["adaptation"], "a number >= 0 and below 100, 3 by default", below=100.0)
+    if not isinstance(options["everywhere"], bool):
+        raise ProblemError(f"everywhere is {options['everywhere']!r}; expected True or False")
     check_count("refresh_every", options["refresh_every"], default=10)
     check_choice("length", options["length"], ("noise", "division"))
     check_choice("reduction", options["reduction"], ("mean", "sum"))

@@ -136,7 +136,7 @@ class SNOpt(torch.optim.Optimizer):
         adaptation: float | Any = 3.0,
         length: str | Any = "noise",
         reduction: str = "mean",
-        everywhere: bool = True,
+        everywhere: bool | Any = True,
         process_group: Any | None = None,
     ) -> None:
         check_model(model)

@@ -36,7 +36,7 @@ class Stacks:
         self._made_for: list[Any] = []
 
     def gather(self, gradients: Mapping[Tensor, Tensor], states: States, names: Mapping[Tensor, str]) -> float:
-        """Take the gradients of an iteration to hand, without a change to any value of a state; the norm of all together."""
+        """Take the gradients of an iteration to hand; the norm of all together. No value of a state changes."""
         kinds = [(p.dtype, p.device, p.shape) for block in self._blocks for p in block.parameters]
         if kinds != self._made_for:
             self._made_for, self._stacks = kinds, [*self._made()]

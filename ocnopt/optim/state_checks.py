@@ -75,9 +75,10 @@ def check_state(
 
 def _check_course(state: Mapping[str, Any]) -> None:
     """Refuse numbers in a state of SNOpt that none of its runs writes."""
-    lists = {
-        key: [*one] if isinstance(one := state.get(key, ()), list | tuple) else [one] for key in ("spent", "norms")
-    }
+    lists = {key: state.get(key, ()) for key in ("spent", "norms")}
+    for key, one in lists.items():
+        if not isinstance(one, list | tuple):
+            raise ProblemError(f"{key} in the state is {one!r}; expected a list of numbers: the state is damaged")
     factors = [one["factor"] for one in (state, *state["state"].values()) if "factor" in one]
     for key, values, (least, most), is_right in (
         ("step_count", [state["step_count"]], (0, math.inf), is_whole),
