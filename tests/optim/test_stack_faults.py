@@ -1,0 +1,165 @@
+"""Matrices in stacks: single precision at its ends, edited states, interruptions."""
+
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import ocnopt
+from ocnopt.optim import SNOpt, matrices
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+@pytest.mark.parametrize("width", [20, 200])
+@pytest.mark.parametrize("key", ["momentum", "output_vectors"])
+def test_a_state_that_is_edited_counts(width, key):
+    def run(way):
+        torch.manual_seed(0)
+        layer = nn.Linear(width, width, bias=False)
+        optimizer = SNOpt(layer)
+        for i in range(9):
+            state = optimizer.state[layer.weight]
+            if i == 8 and way == "in place":
+                state[key].mul_(-1.0)
+            elif i == 8 and way != "not":
+                state[key] = -state[key]
+                if way == "with nothing kept":
+                    for part in ("momentum_left", "momentum_core", "momentum_right"):
+                        state.pop(part, None)
+            layer.weight.grad = torch.randn(width, width)
+            optimizer.step()
+        return layer.weight.detach()
+
+    expected = run("with nothing kept")
+    torch.testing.assert_close(run("put"), expected, rtol=1e-10, atol=1e-12)
+    if key == "momentum":
+        torch.testing.assert_close(run("in place"), expected, rtol=1e-10, atol=1e-12)
+        assert (run("not") - expected).norm() > 1e-3
+
+
+@pytest.mark.parametrize("width", [20, 200])
+def test_what_is_kept_survives_no_interruption(width, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    torch.manual_seed(0)
+    layer = nn.Linear(width, width, bias=False)
+    optimizer = SNOpt(layer)
+    for i in range(9):
+        layer.weight.grad = torch.randn(width, width)
+        if i == 7:
+            with monkeypatch.context() as patch:
+                patch.setattr(matrices, "changes", interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    optimizer.step()
+        else:
+            optimizer.step()
+    state = optimizer.state[layer.weight]
+    for part in {"momentum_left"} & state.keys():
+        expected = state["output_vectors"].mT @ state["momentum"][None]
+        torch.testing.assert_close(state[part], expected, rtol=1e-10, atol=1e-12)
+    assert ("momentum_left" in state) == (width == 200)
+
+
+@pytest.mark.parametrize("size", [1e-17, 1e-20, 1e-23, 1e-26, 1e-30, 1e-40])
+def test_a_small_gradient_spoils_neither_its_matrix_nor_others(size):
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Conv2d(64, 400, 3, groups=2, bias=False), nn.Linear(288, 200), nn.Linear(200, 3)]).float()
+    optimizer = SNOpt(model)
+    for _ in range(6):
+        for i, p in enumerate(model.parameters()):
+            p.grad = torch.randn_like(p) * (size if i == 0 else 1.0)
+        optimizer.step()
+        assert all(bool(p.isfinite().all()) for p in model.parameters())
+    for state in optimizer.state.values():
+        for key in {"input_values", "output_values"} & state.keys():
+            assert float(state[key].sum(-1).amax()) < 1.001
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-8, 1e-2])
+@pytest.mark.parametrize("shape", [(1, 20000), (2, 2000), (2000, 2), (300, 200), (12, 5, 3)])
+def test_steps_in_single_precision_have_their_length(shape, damping):
+    """What a rest has is a difference of squares, and rounding where all of a gradient is in the leading part."""
+    torch.manual_seed(0)
+    layer = (
+        nn.Conv1d(shape[0], shape[1] * shape[0], shape[2], groups=shape[0])
+        if len(shape) > 2
+        else nn.Linear(*shape[::-1])
+    ).float()
+    optimizer = SNOpt(layer, 0.01, adaptation=0.0, damping=damping)
+    before = layer.weight.detach().clone()
+    layer.weight.grad = torch.randn_like(before)
+    optimizer.step()
+    rms = float((layer.weight.detach() - before).square().mean().sqrt())
+    assert rms == pytest.approx(0.01 * min(1.0, 64 / min(before[0].numel(), len(before))), rel=1e-4)
+
+
+def test_an_interruption_between_two_parts_of_a_state_leaves_one_to_go_on_from():
+    for missing in ("step", "squares", "squares_step", "momentum"):
+        torch.manual_seed(0)
+        layer = nn.LayerNorm(6)
+        optimizer = SNOpt(layer)
+        for i in range(3):
+            if i == 2:
+                del optimizer.state[layer.weight][missing]
+            for p in layer.parameters():
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+        assert bool(layer.weight.isfinite().all())
+
+
+def test_the_length_of_a_step_in_groups_is_that_of_all_groups():
+    torch.manual_seed(0)
+    layer = nn.Conv1d(4, 6, 3, groups=2, bias=False)
+    optimizer, before = SNOpt(layer, 0.01), layer.weight.detach().clone()
+    layer.weight.grad = torch.randn_like(before)
+    layer.weight.grad[3:] *= 5.0
+    optimizer.step()
+    assert float((layer.weight.detach() - before).square().mean().sqrt()) == pytest.approx(0.01, rel=1e-6)
+
+
+@pytest.mark.parametrize("power", [0.75, 0.95, 1.0])
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e3, 1e8])
+def test_padding_stays_zero_without_damping(size, power):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).float()
+    optimizer = SNOpt(model, damping=0.0, power=power)
+    for _ in range(12):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p) * size
+        optimizer.step()
+        assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+def test_gradients_whose_squares_are_infinite_are_told_apart_by_their_precision():
+    model = nn.Sequential(nn.Linear(2, 2).double(), nn.Linear(2, 2).float())
+    optimizer = SNOpt(model)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 1e60 if p.dtype == torch.float64 else 1.0)
+    optimizer.step()
+    model[1].weight.grad *= 1e25
+    with pytest.raises(ocnopt.NonFiniteError, match=r"of .1.weight. are infinite"):
+        optimizer.step()
+
+
+def test_weight_decay_may_make_squares_infinite():
+    model = nn.Linear(2, 2).float()
+    optimizer = SNOpt(model, weight_decay=0.1)
+    torch.nn.init.constant_(model.weight, 1e21)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.raises(ocnopt.NonFiniteError, match=r"of .weight with weight decay. are infinite"):
+        optimizer.step()
+    assert not optimizer.state
+
+
+def test_no_gradient_is_held_beyond_a_step():
+    model = nn.Linear(200, 200, bias=False)
+    optimizer = SNOpt(model)
+    model(torch.randn(3, 200)).square().mean().backward()
+    gone = weakref.ref(model.weight.grad)
+    optimizer.step()
+    optimizer.zero_grad()
+    assert gone() is None
