@@ -178,8 +178,9 @@ class Basis(NamedTuple):
             part.addcmul_(scales[..., :q, r:], turned.left)
         if turned.right is None:
             return torch.bmm(UB, part, out=out)
-        step = torch.mul(turned.matrix, scales[..., q:, r:], out=out).baddbmm_(UB, part) if beside else UB @ part
-        return step.baddbmm_(scales[..., q:, :r] * turned.right, UA.mT)
+        # one product of twice the rank reads and writes the matrix once
+        pair = torch.cat([UB, scales[..., q:, :r] * turned.right], -1), torch.cat([part, UA.mT], -2)
+        return torch.mul(turned.matrix, scales[..., q:, r:], out=out).baddbmm_(*pair) if beside else torch.bmm(*pair)
 
 
 @functools.cache

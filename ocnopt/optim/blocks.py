@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from ocnopt.differential.kronecker import as_matrix, is_layer
 from ocnopt.optim.bases import MOST_OUTPUTS, is_wide
 
+HIDDEN = 64  # the shorter side of a matrix, above which its steps are shorter in inverse proportion
+
 
 class Block(NamedTuple):
     """Live parameters that move as one matrix ``(groups, b, a)``: a weight, with its layer's bias as last column."""
@@ -29,6 +31,15 @@ class Block(NamedTuple):
         """Groups, b and a."""
         rows = len(self.weight) // self.groups
         return self.groups, rows, self.weight.numel() // len(self.weight) + (self.bias is not None)
+
+    @property
+    def width_scale(self) -> float:
+        """What lr is multiplied by: what an output changes by grows with the width of both sides.
+
+        After Yang et al., arXiv 2203.03466, table 3, who take the inputs alone, and those of output layers too.
+        """
+        _, rows, columns = self.shape
+        return min(1.0, HIDDEN / min(rows, columns - (self.bias is not None)))
 
     def matrix(self, of: Mapping[Tensor, Tensor]) -> Tensor:
         """What belongs to the parameters, as one matrix."""

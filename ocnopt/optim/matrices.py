@@ -35,12 +35,9 @@ from ocnopt.optim.bases import (
     of_rows,
     tracked,
 )
-from ocnopt.optim.blocks import Block
 from ocnopt.optim.ranks import Shared
 from ocnopt.optim.stack import Stack
 from ocnopt.optim.states import State, age, basis_of, fits, is_turn_of_output, renewed
-
-HIDDEN = 64  # the shorter side of a matrix, above which its steps are shorter in inverse proportion
 
 
 class Pair(NamedTuple):
@@ -134,8 +131,6 @@ def changes(
     for stack in stacks:
         own = [{rates.get(p, 0.0) for p in block.parameters} for block in stack.blocks]
         common = [next(iter(rate)) if len(rate) == 1 else 1.0 for rate in own]  # no bias of another group
-        if length == "noise":
-            common = [rate * width_scale(block) for rate, block in zip(common, stack.blocks, strict=True)]
         damping = [float(groups[block.weight]["damping"]) for block in stack.blocks]
         if any(stack.is_ready):
             stack.change = _changed(stack, common, damping, power, length)
@@ -144,20 +139,6 @@ def changes(
                 parts = stack.parts(i)
                 found.update(parts if len(own[i]) == 1 else {p: part * rates[p] for p, part in parts.items()})
     return found
-
-
-def width_scale(block: Block) -> float:
-    """What lr of a matrix is multiplied by: what an output changes by grows with the width of both sides.
-
-    After Yang et al., arXiv 2203.03466, table 3, who take the inputs alone, and those of output layers too.
-    """
-    columns = block.weight.numel() // len(block.weight)
-    return min(1.0, HIDDEN / min(block.shape[1], columns))
-
-
-def width_scales(blocks: Iterable[Block], length: str) -> dict[Tensor, float]:
-    """By weights; what "division" makes is left as it is."""
-    return {block.weight: width_scale(block) for block in blocks} if length == "noise" else {}
 
 
 def _changed(stack: Stack, rates: list[float], damping: list[float], power: float, length: str) -> Tensor:
@@ -169,15 +150,15 @@ def _changed(stack: Stack, rates: list[float], damping: list[float], power: floa
     tiny, eps = torch.finfo(means.dtype).tiny, torch.finfo(means.dtype).eps
     if not basis.is_complete:
         damping = [max(eps, one) for one in damping]  # where a rest has nothing, its moments are rounding
-    floors, factors = means.new_tensor([*damping, *(-rate for rate in rates)]).chunk(2)
-    scales = inverse_power(stack.moments + stack.spread(floors.mul_(means).add_(tiny)), power)
+    floors, factors = means.new_tensor(stack.of_slices(damping) + stack.of_slices([-rate for rate in rates])).chunk(2)
+    scales = inverse_power(stack.moments + floors.mul_(means).add_(tiny)[:, None, None], power)
     # the last change has been looked at, and its memory costs more to allocate than to fill
     step = basis.scaled(momentum, scales, stack.change)
     if length == "noise":
         # measured as it is: what the moments of a rest say of it, a difference of squares, may be rounding
-        long, short = stack.norms(momentum.norms()), stack.norms(matrix_norms(step))
+        long, short = momentum.norms(), matrix_norms(step)
         factors.mul_(long).div_(short.mul_((means + tiny).sqrt_()).clamp_(min=tiny))
-    return step.mul_(stack.spread(factors))
+    return step.mul_(factors[:, None, None])
 
 
 def inverse_power(numbers: Tensor, power: float) -> Tensor:

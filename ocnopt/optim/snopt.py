@@ -198,7 +198,7 @@ class SNOpt(torch.optim.Optimizer):
             self._begin_anew()
         live = [(name, p) for p, name in self._trained.items() if is_live(p)]
         spent = sum(ode.read_most_evaluations() for ode in self._odes)
-        device = next((parameter.device for parameter in self._trained), torch.device("cpu"))
+        device = next((p.device for p in self._trained), torch.device("cpu"))
         ranks = beside(self._group) if is_distributed() else None
         present = [gradient for _, gradient in check_dense(live)]
         if ranks is not None:
@@ -295,6 +295,7 @@ class SNOpt(torch.optim.Optimizer):
         if not self.everywhere:
             check_fields(self._odes)
         self._blocks = [b for b in find_blocks(self._model, self._trained) if self.everywhere or b.layer in timed]
+        self._scales: dict[Tensor, float] = {p: block.width_scale for block in self._blocks for p in block.parameters}
         watched = [b for b in self._blocks if is_layer(b.layer)] if self.curvature != "gradient" else []
         layers: dict[nn.Module, bool] = {block.layer: block.bias is not None for block in watched}
         self._collector = Collector(layers, timed & layers.keys(), mean=self.reduction == "mean")
@@ -331,20 +332,20 @@ class SNOpt(torch.optim.Optimizer):
             kappa = float(self.adaptation)
             lengths.adapt(self._blocks, stacks, gradients, self.state, groups, kappa, self._guard)
         self._learn(stacks, samples, ranks)
-        rates = {p: float(groups[p]["lr"]) * self.state[p].get("factor", 1.0) for p in gradients}
+        scales = self._scales if self.length == "noise" else {}
+        rates = {p: float(groups[p]["lr"]) * self.state[p].get("factor", 1.0) * scales.get(p, 1.0) for p in gradients}
         states.forget_changes(self.state[p] for p in self._trained if p in self.state)
         changes = matrices.changes(stacks, rates, groups, float(self.power), self.length)
         states.forget_squares(map(self.state.__getitem__, changes))
-        scales = matrices.width_scales(self._blocks, self.length)
         for parameter in [parameter for parameter in gradients if parameter not in changes]:
             step = states.first_order(self.state[parameter], gradients[parameter])
-            changes[parameter] = step.mul_(-rates[parameter] * scales.get(parameter, 1.0))
+            changes[parameter] = step.mul_(-rates[parameter])
         matrices.move(changes, self.state)
 
     def _takes_back(self, spent: int, norm: float) -> bool:
         """Undo the last step, and shorten those that follow, if the guard objects to it."""
-        moved = [p for p in self._trained if is_live(p) and "change" in self.state.get(p, ())]
-        changed = [(p, self.state[p]["change"]) for p in moved]
+        last = {p: self.state.get(p, {}).get("change") for p in self._trained if is_live(p)}
+        changed = [(p, change) for p, change in last.items() if change is not None]
         objection = self._guard.judge(spent, norm, changed)
         if objection is None:
             return False

@@ -4,6 +4,7 @@ Shapes: a stack is ``(n, b, a)``, with n the groups of all its matrices, b and a
 """
 
 import itertools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -46,7 +47,7 @@ class Stack(ABC):
         self.is_present, self.is_ready, self.is_changed = ([False] * len(blocks) for _ in range(3))
         counts = [block.groups for block in blocks]
         self.slices = [slice(end - count, end) for end, count in zip(itertools.accumulate(counts), counts, strict=True)]
-        self._sizes = like.new_tensor([float(block.groups * block.shape[1] * block.shape[2]) for block in blocks])
+        self._sizes = like.new_tensor(self.of_slices([float(math.prod(block.shape[1:])) for block in blocks]))
         self._owners: Tensor | None = None  # which matrix each slice is of, where that is not one of its own
         if max(counts) > 1:
             owners = [i for i, count in enumerate(counts) for _ in range(count)]
@@ -100,7 +101,7 @@ class Stack(ABC):
         """Take the squares of turned gradients into the second moments."""
         # what the moments began with counts as one observation
         weights = [newest(n + 1, DECAY) if here else 0.0 for n, here in zip(self._counts, self.is_present, strict=True)]
-        one = weights[0] if len({*weights}) == 1 else self.spread(squares.new_tensor(weights))
+        one = weights[0] if len({*weights}) == 1 else squares.new_tensor(self.of_slices(weights))[:, None, None]
         self.moments.lerp_(squares, one)
 
     def sums(self, numbers: Tensor) -> Tensor:
@@ -116,12 +117,12 @@ class Stack(ABC):
         return torch.stack([torch.linalg.vector_norm(numbers[at]) for at in self.slices])
 
     def means(self) -> Tensor:
-        """The mean second moment of each matrix: the trace of its curvature over its size."""
-        return self.sums(self.basis.totals(self.moments)) / self._sizes
+        """The mean second moment of each slice ``(n,)``: the trace of its curvature over its size."""
+        return self.basis.totals(self.moments) / self._sizes
 
-    def spread(self, numbers: Tensor) -> Tensor:
-        """A number of each matrix beside its entries ``(n, 1, 1)``."""
-        return (numbers if self._owners is None else numbers[self._owners])[:, None, None]
+    def of_slices(self, numbers: Sequence[float]) -> list[float]:
+        """A number of each matrix, for each of its slices."""
+        return [number for number, block in zip(numbers, self.blocks, strict=True) for _ in range(block.groups)]
 
 
 class Single(Stack):

@@ -274,7 +274,7 @@ def test_matrices_of_one_size_move_as_each_by_itself(skips):
 def test_steps_are_shorter_where_both_sides_are_hidden(shape, monkeypatch):
     ends = []
     for hidden in (100, 4):
-        monkeypatch.setattr("ocnopt.optim.matrices.HIDDEN", hidden)
+        monkeypatch.setattr("ocnopt.optim.blocks.HIDDEN", hidden)
         torch.manual_seed(0)
         layer = nn.Linear(*shape, bias=False)
         optimizer, start = SNOpt(layer, 0.01), layer.weight.detach().clone()
