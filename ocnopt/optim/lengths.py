@@ -27,7 +27,7 @@ from ocnopt.optim.gradient_checks import gathered
 from ocnopt.optim.stack import Stack
 from ocnopt.optim.states import State
 
-FACTORS = (0.01, 50.0)  # between which the factors of lr stay
+BOUNDS = (0.01, 50.0)  # between which the factors of lr stay
 SHORTENED = 0.25  # a factor by a step that was taken back
 RETURN = 0.03  # share of its logarithm by which a factor below 1 goes back towards 1 in each iteration
 PERPENDICULAR = 0.02  # cosine that counts as a right angle for factors below 1, while gradients are large
@@ -84,7 +84,7 @@ def adapt(
             factor = max(factor, min(1.0, factor ** (1.0 - RETURN) * lift))
             factor *= math.exp(-adaptation * whole.get(parameters[0], cosine)) / jump
             for state in own:
-                state["factor"] = min(most, max(FACTORS[0], factor))
+                state["factor"] = min(most, max(BOUNDS[0], factor))
 
 
 def _last(states: Sequence[State]) -> float:
@@ -120,13 +120,13 @@ def _apart(
 def _most(options: Mapping[str, Any], decline: float) -> float:
     """The largest factor: by the lr that a schedule began with, if that is more, so that it may lower lr."""
     lr = max(float(options["lr"]), float(options.get("initial_lr", 0.0)))
-    return max(1.0, decline**DECLINE * (FACTORS[1] if lr * FACTORS[1] <= LONGEST else LONGEST / lr))
+    return max(1.0, decline**DECLINE * (BOUNDS[1] if lr * BOUNDS[1] <= LONGEST else LONGEST / lr))
 
 
 def shorten(states: Iterable[State]) -> None:
     """The factors of lr after a step that was taken back."""
     for state in states:
-        state["factor"] = max(FACTORS[0], state.get("factor", 1.0) * SHORTENED)
+        state["factor"] = max(BOUNDS[0], state.get("factor", 1.0) * SHORTENED)
 
 
 def cosines(groups: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> list[float]:

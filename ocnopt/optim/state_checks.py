@@ -12,11 +12,12 @@ from ocnopt.checks import is_number, is_whole, listed
 from ocnopt.errors import ProblemError
 from ocnopt.optim.blocks import Block
 from ocnopt.optim.group_checks import check_written
-from ocnopt.optim.lengths import FACTORS
-from ocnopt.optim.states import BASIS
+from ocnopt.optim.lengths import BOUNDS
+from ocnopt.optim.states import BASIS, FACTORS
 
 _TOGETHER = (BASIS, ("squares", "squares_step"), ("momentum", "step"))  # of each the last alone does no harm
-_KRONECKER = ("input_factor", "output_factor")
+_SQUARES = ("moments", "squares", "input_values", "output_values")
+_COUNTS = ("step", "squares_step", "basis_step", "basis_since")
 
 
 def check_state(
@@ -85,7 +86,7 @@ def _check_course(state: Mapping[str, Any]) -> None:
         ("spent", lists["spent"], (0, math.inf), is_whole),
         ("norms", lists["norms"], (0, math.inf), is_number),
         ("largest", [state.get("largest", 0.0)], (0, math.inf), is_number),
-        ("factor", factors, FACTORS, is_number),
+        ("factor", factors, BOUNDS, is_number),
     ):
         wrong = [value for value in values if not (is_right(value) and least <= value <= most and value < math.inf)]
         if wrong:
@@ -110,6 +111,11 @@ def _check_tensors(state: Mapping[str, Any]) -> None:
                 raise ProblemError(
                     f"{key} of parameter {index} in the state holds NaN or infinity; expected finite numbers: the "
                     "state is damaged"
+                )
+            if key in (*_SQUARES, *_COUNTS) and bool((value < 0.0).any()):
+                raise ProblemError(
+                    f"{key} of parameter {index} in the state holds {float(value.amin()):g}; expected no number below "
+                    "zero: the state is damaged"
                 )
 
 
@@ -149,7 +155,7 @@ def _shapes(entry: Mapping[str, Tensor], of: torch.Size, present: int | None) ->
     def size(key: str, axis: int) -> int:
         return entry[key].shape[axis] if key in entry and axis < entry[key].ndim else 0
 
-    found = Counter(size(key, 0) for key in (*BASIS, *_KRONECKER))
+    found = Counter(size(key, 0) for key in (*BASIS, *FACTORS))
     groups = next((count for count, _ in found.most_common() if count and rows % count == 0), 1)
     widths = [size(key, 1) for key in ("input_factor", "input_vectors", "input_values")]
     own, *others = [width if width in (columns, columns + 1) else 0 for width in widths]
@@ -158,7 +164,7 @@ def _shapes(entry: Mapping[str, Tensor], of: torch.Size, present: int | None) ->
     q = _kept(b, size("output_values", 1), size("output_vectors", 2), size("moments", 1))
     return {
         **dict.fromkeys(("momentum", "squares", "change"), of),
-        **dict.fromkeys(("step", "squares_step", "basis_step", "basis_since"), ()),
+        **dict.fromkeys(_COUNTS, ()),
         "input_vectors": (groups, a, r),
         "input_values": (groups, r),
         "output_vectors": (groups, b, q),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from ocnopt.optim.lengths import FACTORS, Guard
+from ocnopt.optim.lengths import BOUNDS, Guard
 from ocnopt.optim.snopt import SNOpt
 from tests.optim.cases import backward
 
@@ -37,7 +37,7 @@ def test_lr_of_each_matrix_follows_the_angle_between_its_gradient_and_its_last_s
         for p in model.parameters():
             p.grad = optimizer.state[p]["change"].clone()
         optimizer.step()
-    assert {*optimizer.factors.values()} == {FACTORS[0]}
+    assert {*optimizer.factors.values()} == {BOUNDS[0]}
 
 
 def test_the_one_factor_of_an_earlier_state_is_that_of_each_parameter():
@@ -174,4 +174,4 @@ def test_what_comes_back_takes_the_factor_that_the_others_have_by_now(order):
         model["usual"].grad = torch.full((3,), (-1.0) ** i)
         model["rare"].grad = torch.full((3,), 1e-6) if i in (0, 29) else None
         optimizer.step()
-    assert optimizer.factors == {"usual": FACTORS[0], "rare": FACTORS[0]}
+    assert optimizer.factors == {"usual": BOUNDS[0], "rare": BOUNDS[0]}

@@ -9,7 +9,7 @@ from torch import nn
 
 from ocnopt.errors import ProblemError
 from ocnopt.neural.neural_ode import NeuralODE
-from ocnopt.optim.lengths import FACTORS
+from ocnopt.optim.lengths import BOUNDS
 from ocnopt.optim.snopt import SNOpt
 from tests.optim.cases import backward
 
@@ -285,7 +285,7 @@ def test_what_is_frozen_stays_where_it_is_when_a_step_is_taken_back():
     kept, moved = model[0].weight.detach().clone(), model[2].weight.detach().clone()
     factors = optimizer.factors
     jump(model, optimizer, x)
-    assert optimizer.factors == {name: max(FACTORS[0], factor / 4.0) for name, factor in factors.items()}
+    assert optimizer.factors == {name: max(BOUNDS[0], factor / 4.0) for name, factor in factors.items()}
     assert torch.equal(model[0].weight, kept)
     assert not torch.equal(model[2].weight, moved)
 
