@@ -8,6 +8,7 @@ six whole ones in each iteration, each as much work as the gradient of as many s
 """
 
 import functools
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -284,13 +285,19 @@ def _of_trace_one(factor: Tensor) -> Tensor:
 
 
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, rising, and eigenvectors of symmetric matrices ``(..., d, d)``."""
-    try:
-        return torch.linalg.eigh(matrix)
-    except torch.linalg.LinAlgError:
-        # Single precision can fail to converge on nearly equal eigenvalues.
-        values, vectors = torch.linalg.eigh(matrix.double())
-        return values.to(matrix), vectors.to(matrix)
+    """Eigenvalues, rising, and eigenvectors of symmetric matrices ``(..., d, d)`` of trace one.
+
+    Raises:
+        LinAlgError: there are none in double precision either.
+    """
+    # entries that are nothing beside rounding let single precision end in NaN; nearly equal eigenvalues, without an end
+    matrix = matrix.masked_fill(matrix.abs() <= torch.finfo(matrix.dtype).eps ** 2, 0.0)
+    for precise in (matrix, matrix.double()):
+        with suppress(torch.linalg.LinAlgError):
+            values, vectors = torch.linalg.eigh(precise)
+            if bool(vectors.isfinite().all()):
+                return values.to(matrix), vectors.to(matrix)
+    raise torch.linalg.LinAlgError("the eigenvectors of a factor are NaN, or were not found, in double precision too")
 
 
 def first_moments(basis: Basis, gradient: Tensor) -> Tensor:

@@ -258,6 +258,31 @@ def test_eigenvectors_are_found_again_in_double_precision(monkeypatch):
     assert torch.float64 in calls
 
 
+@pytest.mark.parametrize("lost", ["an error", "NaN"])
+def test_no_eigenvectors_at_all_are_an_error(lost, monkeypatch):
+    def hopeless(matrix):
+        if lost == "NaN":
+            return matrix[..., 0], matrix * torch.nan
+        raise torch.linalg.LinAlgError("no convergence")
+
+    monkeypatch.setattr(torch.linalg, "eigh", hopeless)
+    with pytest.raises(torch.linalg.LinAlgError, match="in double precision too"):
+        complete(torch.eye(3)[None])
+
+
+@pytest.mark.parametrize("exponent", range(4, 46, 2))
+def test_rows_of_any_size_leave_eigenvectors_orthonormal(exponent):
+    for width in (8, 16, 32):
+        torch.manual_seed(exponent)
+        rows = torch.randn(20, width, width, dtype=torch.float32)
+        rows[:, width // 2 :] *= 10.0**-exponent
+        factor = rows @ rows.mT
+        vectors, values = complete(factor)
+        torch.testing.assert_close(vectors.mT @ vectors, torch.eye(width).expand_as(factor).float(), rtol=0, atol=1e-5)
+        factor /= factor.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
+        torch.testing.assert_close((vectors * values[:, None]) @ vectors.mT, factor, rtol=0, atol=1e-6)
+
+
 def test_records_know_their_rest():
     assert Eigen(torch.zeros(1, 5, 2), torch.zeros(1, 2)).rest == 3
     assert (

@@ -163,3 +163,16 @@ def test_no_gradient_is_held_beyond_a_step():
     optimizer.step()
     optimizer.zero_grad()
     assert gone() is None
+
+
+@pytest.mark.parametrize("size", [1e-8, 1e-22, 1e-23, 1e-25])
+def test_rows_of_very_small_gradients_make_no_nan(size):
+    torch.manual_seed(0)
+    model = nn.ParameterList([nn.Parameter(torch.zeros(16, 16, dtype=torch.float32)) for _ in range(20)])
+    optimizer = SNOpt(model)
+    for _ in range(12):
+        for p in model:
+            p.grad = torch.randn_like(p)
+            p.grad[8:] *= size
+        optimizer.step()
+    assert all(bool(p.isfinite().all()) for p in model)
