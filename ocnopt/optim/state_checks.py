@@ -72,6 +72,7 @@ def check_state(
         entry, name = state["state"].get(index, {}), names.get(parameter, "no longer in the model")
         _check_together(name, entry)
         _check_shapes(name, entry, _shapes(entry, parameter.shape, columns.get(parameter)))
+        _check_signs(name, entry)
 
 
 def _check_course(state: Mapping[str, Any]) -> None:
@@ -112,11 +113,6 @@ def _check_tensors(state: Mapping[str, Any]) -> None:
                     f"{key} of parameter {index} in the state holds NaN or infinity; expected finite numbers: the "
                     "state is damaged"
                 )
-            if key in (*_SQUARES, *_COUNTS) and bool((value < 0.0).any()):
-                raise ProblemError(
-                    f"{key} of parameter {index} in the state holds {float(value.amin()):g}; expected no number below "
-                    "zero: the state is damaged"
-                )
 
 
 def _check_together(name: str, entry: Mapping[str, Any]) -> None:
@@ -141,6 +137,18 @@ def _check_shapes(name: str, entry: Mapping[str, Tensor], shapes: Mapping[str, t
                 f"{key} of {name!r} in the state has shape {tuple(entry[key].shape)}; expected {tuple(expected)}, as "
                 "fits the parameter and the rest of its state: the state is damaged"
             )
+
+
+def _check_signs(name: str, entry: Mapping[str, Tensor]) -> None:
+    """Refuse counts, means of squares and eigenvalues below zero, in a state whose shapes are right."""
+    for key in (*_COUNTS, *_SQUARES, *FACTORS):
+        if key in entry:
+            values = entry[key].diagonal(dim1=-2, dim2=-1) if key in FACTORS else entry[key]
+            if bool((values < 0.0).any()):
+                came = f"{float(values.amin()):g}{' on a diagonal' if key in FACTORS else ''}"
+                raise ProblemError(
+                    f"{key} of {name!r} in the state holds {came}; expected no number below zero: the state is damaged"
+                )
 
 
 def _shapes(entry: Mapping[str, Tensor], of: torch.Size, present: int | None) -> dict[str, tuple[int, ...]]:

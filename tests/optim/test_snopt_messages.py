@@ -190,8 +190,9 @@ def test_complex_parameters():
         ({"factor": -3.0}, "factor in the state holds -3.0"),
         ({"factor": 60.0}, "factor in the state holds 60.0"),
         ({"momenta": math.nan}, "momentum of parameter 0 in the state holds NaN or infinity"),
-        ({"moments": -1.0}, "moments of parameter 0 in the state holds -1; expected no number below zero"),
-        ({"step": -2.0}, "step of parameter 0 in the state holds -2; expected no number below zero"),
+        ({"moments": -1.0}, "moments of 'weight' in the state holds -1; expected no number below zero"),
+        ({"input_factor": -1.0}, "input_factor of 'weight' in the state holds -1 on a diagonal; expected no number"),
+        ({"step": -2.0}, "step of 'weight' in the state holds -2; expected no number below zero"),
         ({"lr": math.nan}, "lr is nan; expected"),
         ({"momentum": 1.0}, "momentum is 1.0; expected"),
         ({"state": 3}, "the state holds no dictionary for each parameter"),
@@ -209,7 +210,7 @@ def test_a_damaged_state_is_refused(damage, message):
         state["state"][0].update(damage)
     elif damage is not None and "momenta" in damage:
         state["state"][0]["momentum"][0, 0] = damage["momenta"]
-    elif damage is not None and damage.keys() & {"moments", "step"}:
+    elif damage is not None and damage.keys() & {"moments", "input_factor", "step"}:
         for key, value in damage.items():
             state["state"][0][key].fill_(value)
     elif damage is not None and damage.keys() & optimizer.defaults.keys():
