@@ -13,7 +13,10 @@ HIDDEN = 64  # the shorter side of a matrix, above which its steps are shorter i
 
 
 class Block(NamedTuple):
-    """Live parameters that move as one matrix ``(groups, b, a)``: a weight, with its layer's bias as last column."""
+    """Live parameters with one factor of lr: a weight ``(groups, b, a)``, with its layer's bias as last column.
+
+    Each of the groups moves as a matrix of its own.
+    """
 
     name: str
     layer: nn.Module

@@ -122,7 +122,7 @@ class Several(Stack):
                 others.append((state, "change", member.change, change))
         adopt(others)
         products, self._norms = self._compare()
-        return torch.stack([self.sums(products), self.norms(self._norms), self.norms(matrix_norms(self.change))])
+        return torch.stack([products, self._norms, matrix_norms(self.change)])
 
     def take_in(
         self, gradients: Mapping[Tensor, Tensor], states: States, names: Mapping[Tensor, str], of: Groups

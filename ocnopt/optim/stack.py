@@ -48,10 +48,6 @@ class Stack(ABC):
         counts = [block.groups for block in blocks]
         self.slices = [slice(end - count, end) for end, count in zip(itertools.accumulate(counts), counts, strict=True)]
         self._sizes = like.new_tensor(self.of_slices([float(math.prod(block.shape[1:])) for block in blocks]))
-        self._owners: Tensor | None = None  # which matrix each slice is of, where that is not one of its own
-        if max(counts) > 1:
-            owners = [i for i, count in enumerate(counts) for _ in range(count)]
-            self._owners = torch.tensor(owners, device=like.device)
 
     def find(self, gradients: Mapping[Tensor, Tensor]) -> bool:
         """Whether there are gradients of all parameters of some of the matrices."""
@@ -60,7 +56,12 @@ class Stack(ABC):
 
     @abstractmethod
     def gather(self, gradients: Mapping[Tensor, Tensor], states: States, names: Mapping[Tensor, str]) -> Tensor:
-        """Take the gradients of an iteration to hand, and the last changes; :attr:`angles` ``(3, matrices)``."""
+        """Take the gradients of an iteration to hand, and the last changes; what :meth:`read` wants ``(3, n)``."""
+
+    def read(self, numbers: Sequence[Sequence[float]]) -> None:
+        """Take products of gradients and last changes, and the norms of both, of all slices."""
+        products, *norms = numbers
+        self.angles = [(sum(products[at]), *(math.hypot(*each[at]) for each in norms)) for at in self.slices]
 
     @abstractmethod
     def take_in(
@@ -103,18 +104,6 @@ class Stack(ABC):
         weights = [newest(n + 1, DECAY) if here else 0.0 for n, here in zip(self._counts, self.is_present, strict=True)]
         one = weights[0] if len({*weights}) == 1 else squares.new_tensor(self.of_slices(weights))[:, None, None]
         self.moments.lerp_(squares, one)
-
-    def sums(self, numbers: Tensor) -> Tensor:
-        """Numbers ``(n,)`` of the slices, added up for each matrix."""
-        if self._owners is None:
-            return numbers
-        return numbers.new_zeros(len(self.blocks)).index_add_(0, self._owners, numbers)
-
-    def norms(self, numbers: Tensor) -> Tensor:
-        """Norms ``(n,)`` of the slices, taken together for each matrix."""
-        if self._owners is None:
-            return numbers
-        return torch.stack([torch.linalg.vector_norm(numbers[at]) for at in self.slices])
 
     def means(self) -> Tensor:
         """The mean second moment of each slice ``(n,)``: the trace of its curvature over its size."""

@@ -51,7 +51,7 @@ class Stacks:
         read = _read(numbers)
         loose = read[-1][0] if self._loose else []
         for stack, found in zip(self._found, read, strict=False):
-            stack.angles = [*zip(*found, strict=True)]
+            stack.read(found)
         return math.hypot(*loose, *(size for stack in self._found for _, size, _ in stack.angles))
 
     def take_in(

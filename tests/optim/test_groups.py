@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from ocnopt.errors import NonFiniteError
 from ocnopt.optim.snopt import SNOpt
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -71,3 +72,15 @@ def test_a_group_whose_gradients_begin_late_moves_by_steps_of_usual_length():
         optimizer.step()
         moved = (layer.weight.detach() - start)[4:].square().mean().sqrt()
         assert not moved if k <= 12 else 1e-3 < moved < 0.05
+
+
+def test_infinite_gradients_of_several_groups_are_refused():
+    layer = nn.Conv1d(4, 4, 3, groups=4, bias=False)
+    optimizer = SNOpt(layer, 0.01)
+    layer.weight.grad = torch.ones_like(layer.weight)
+    optimizer.step()
+    layer.weight.grad[:2] = torch.tensor([torch.inf, -torch.inf])[:, None, None]
+    start = layer.weight.detach().clone()
+    with pytest.raises(NonFiniteError, match="hold NaN or infinity at step 1"):
+        optimizer.step()
+    assert torch.equal(layer.weight, start)
