@@ -72,8 +72,7 @@ class Turned(NamedTuple):
     """A matrix M and what a basis makes of it.
 
     ``left`` is U_B^T M ``(..., q, a)``, ``core`` U_B^T M U_A ``(..., q, r)``, and ``right`` M U_A ``(..., b, r)`` where
-    B has a rest, else None. Where they are known beforehand, ``total`` is |M|^2 ``(..., 1, 1)``, and ``squares`` what
-    :meth:`Basis.squares` would return.
+    B has a rest, else None. ``total`` is |M|^2 ``(..., 1, 1)`` where that is known beforehand.
     """
 
     matrix: Tensor
@@ -81,11 +80,6 @@ class Turned(NamedTuple):
     core: Tensor
     right: Tensor | None
     total: Tensor | None = None
-    squares: Tensor | None = None
-
-    def norms(self) -> Tensor:
-        """|M| of each matrix."""
-        return matrix_norms(self.matrix) if self.total is None else self.total[..., 0, 0].sqrt()
 
 
 class Basis(NamedTuple):
@@ -115,10 +109,8 @@ class Basis(NamedTuple):
         left = torch.bmm(self.output.vectors.mT, both.view(groups, b, 2 * a))
         core = torch.bmm(left.view(groups, 2 * b, a), self.input.vectors)
         lefts, cores = left.view(both.shape), core.view(groups, b, 2, -1)
-        squares = None if self.is_complete else self.squares(Turned(both, lefts, cores, None)).unbind(2)
         (G, M), (LG, LM), (CG, CM) = (of.unbind(2) for of in (both, lefts, cores))
-        SG, SM = squares or (None, None)
-        return Turned(G, LG, CG, None, squares=SG), Turned(M, LM, CM, None, squares=SM)
+        return Turned(G, LG, CG, None), Turned(M, LM, CM, None)
 
     def spectrum(self) -> Tensor:
         """Eigenvalues E_B E_A^T of the curvature, laid out as second moments."""
@@ -126,8 +118,6 @@ class Basis(NamedTuple):
 
     def squares(self, turned: Turned) -> Tensor:
         """Squared entries of a turned matrix, laid out as second moments."""
-        if turned.squares is not None:
-            return turned.squares
         squares = inside = turned.core.square()
         if self.is_complete:
             return squares
@@ -181,7 +171,9 @@ class Basis(NamedTuple):
             return torch.bmm(UB, part, out=out)
         # one product of twice the rank reads and writes the matrix once
         pair = torch.cat([UB, scales[..., q:, :r] * turned.right], -1), torch.cat([part, UA.mT], -2)
-        return torch.mul(turned.matrix, scales[..., q:, r:], out=out).baddbmm_(*pair) if beside else torch.bmm(*pair)
+        if not beside:
+            return torch.bmm(*pair, out=out)
+        return torch.mul(turned.matrix, scales[..., q:, r:], out=out).baddbmm_(*pair)
 
 
 @functools.cache

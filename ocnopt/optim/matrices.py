@@ -156,7 +156,7 @@ def _changed(stack: Stack, rates: list[float], damping: list[float], power: floa
     step = basis.scaled(momentum, scales, stack.change)
     if length == "noise":
         # measured as it is: what the moments of a rest say of it, a difference of squares, may be rounding
-        long, short = momentum.norms(), matrix_norms(step)
+        long, short = matrix_norms(momentum.matrix), matrix_norms(step)
         factors.mul_(long).div_(short.mul_((means + tiny).sqrt_()).clamp_(min=tiny))
     return step.mul_(factors[:, None, None])
 

@@ -296,7 +296,8 @@ class Thin(Several):
         self._flat = like.new_zeros(2, n * sum(height * width for height, width in shapes))
         parts = self._flat.split([n * height * width for height, width in shapes], 1)
         self._parts = [part.view(2, n, *shape) for part, shape in zip(parts, shapes, strict=True)]
-        self._follows, self._version = False, 0  # whether the turned parts of the momentum are those of the last one
+        self._follows = False  # whether the turned parts of the momentum are those of the last one
+        self._versions: list[int] = []
         self._turned = [dict(zip(TURNED, (part[1, at] for part in self._parts), strict=True)) for at in self.slices]
 
     def _receive(self, gradients: Mapping[Tensor, Tensor], here: Sequence[Member]) -> None:
@@ -337,12 +338,10 @@ class Thin(Several):
         for state, own, is_ready in zip(self._states, self._turned, self.is_ready, strict=True):
             if is_ready:
                 state.update(own)
-        self._version = self.momentum._version
-        total = torch.stack([self._norms, matrix_norms(self.momentum)]).square_()[..., None, None]
-        G, M = self.basis.squares(Turned(self.momentum, left, core, right, total))
-        return (
-            Turned(self._nothing, left[0], core[0], right[0], squares=G),
-            Turned(self.momentum, left[1], core[1], right[1], total[1], M),
+        self._versions = self._versions_now()
+        total = self._norms.square()[:, None, None]
+        return Turned(self._nothing, left[0], core[0], right[0], total), Turned(
+            self.momentum, left[1], core[1], right[1]
         )
 
     def take_in(
@@ -378,9 +377,22 @@ class Thin(Several):
             views = {"momentum": self._members[number].momentum, **{key: own[key] for key in BASIS}, **parts}
             pairs += [(state, key, view, state.get(key)) for key, view in views.items()]
         if all(value is view for _, _, view, value in pairs):
-            return self.momentum._version == self._version
+            return self._versions_now() == self._versions
         others = [(state, key, view, value) for state, key, view, value in pairs if isinstance(value, Tensor)]
         if len(others) < len(pairs) or any(value is view or value.shape != view.shape for _, _, view, value in others):
             return False
+        if not all(map(_belong, states, self.blocks)):
+            return False
         adopt([other for other in others if other[1] in TURNED])
         return True
+
+    def _versions_now(self) -> list[int]:
+        """What is counted up as momenta and eigenvectors are edited where they are."""
+        return [tensor._version for tensor in (self.momentum, *(side.vectors for side in self.basis))]
+
+
+def _belong(state: State, block: Block) -> bool:
+    """Whether turned parts are those of the momentum beside them: a state may be edited before it is loaded."""
+    M, (left, _, right) = block.matrix({block.weight: state["momentum"]}), (state[key] for key in TURNED)
+    off = (state["output_vectors"].mT @ M - left).norm(), (M @ state["input_vectors"] - right).norm()
+    return bool(max(off) <= torch.finfo(M.dtype).eps ** 0.5 * M.norm())

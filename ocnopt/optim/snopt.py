@@ -73,7 +73,7 @@ class SNOpt(torch.optim.Optimizer):
             of its weight.
         momentum: mu, of the running mean of gradients.
         weight_decay: gamma of the term (gamma/2) |p|^2 added to the loss.
-        damping: relative to the mean of the second moments, which is the trace of the curvature over its size.
+        damping: relative to the mean of the second moments; 0 counts as the rounding of the precision on wide sides.
         refresh_every: iterations from one refresh of the eigenbases to the next; the first ones come sooner. The sides
             of a matrix of which one is wide take turns.
         curvature: "gradient", "costate", "mixed", "sampled" or "gauss_newton": where the Kronecker factors come from,

@@ -85,13 +85,11 @@ def take_in(
 
 def go_along(state: State, name: str, gradient: Tensor) -> None:
     """Let a state go where its parameter went (``model.to``); refuse that of another shape."""
-    momentum = state.get("momentum")
-    if momentum is None:
-        return
-    if momentum.dtype != gradient.dtype or momentum.device != gradient.device:
-        for key, value in state.items():
-            state[key] = value if key in _OF_NO_DTYPE else value.to(gradient)
-    check_same_shape(name, "momentum", momentum.shape, gradient.shape)
+    for key, value in state.items():
+        if key not in _OF_NO_DTYPE and (value.dtype != gradient.dtype or value.device != gradient.device):
+            state[key] = value.to(gradient)
+    if "momentum" in state:
+        check_same_shape(name, "momentum", state["momentum"].shape, gradient.shape)
 
 
 def restore(groups: Iterable[Mapping[str, Any]], states: Mapping[Tensor, State], saved: Mapping[str, Any]) -> None:
@@ -103,7 +101,7 @@ def restore(groups: Iterable[Mapping[str, Any]], states: Mapping[Tensor, State],
             states[parameter].setdefault("factor", saved["factor"])
         for key, value in saved["state"].get(index, {}).items():
             if key != "factor":
-                place = value.device if key in _OF_NO_DTYPE else parameter.device
+                place = "cpu" if key in _OF_NO_DTYPE else parameter.device
                 states[parameter][key] = value.to(place, copy=True)
 
 

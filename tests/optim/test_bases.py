@@ -103,7 +103,6 @@ def test_precondition_against_dense_matrices(dense, power, has_memory):
     out = torch.full_like(M, torch.nan) if has_memory else None
     turned, scales = basis.turn(M), (moments + floor) ** -power
     expected = dense.UB @ scaled @ dense.UA.mT
-    torch.testing.assert_close(turned.norms(), torch.linalg.matrix_norm(M), **EXACT)
     torch.testing.assert_close(basis.scaled(turned, scales, out), expected, **EXACT)
 
 

@@ -10,10 +10,12 @@ from ocnopt.optim.snopt import SNOpt
 pytestmark = pytest.mark.usefixtures("float64")
 
 # Module, the names of a parameter that holds several matrices and of their biases, how many it holds. With its bias
-# each is square: one gradient is of full rank, and no eigenvector a matter of rounding.
+# each is square, or has a wide side: one gradient has the rank of all that is kept, no eigenvector is made by rounding.
 CASES = {
     "convolution": (lambda: nn.Conv1d(6, 15, 2, groups=3), "weight", "bias", 3),
     "depthwise": (lambda: nn.Conv1d(4, 12, 3, groups=4, bias=False), "weight", None, 4),
+    "tall": (lambda: nn.Conv1d(4, 26, 2, groups=2, bias=False), "weight", None, 2),
+    "flat": (lambda: nn.Conv1d(26, 8, 1, groups=2, bias=False), "weight", None, 2),
     "cell": (lambda: nn.GRUCell(3, 7), "weight_hh", None, 3),
     "attention": (lambda: nn.MultiheadAttention(6, 2), "in_proj_weight", None, 3),
 }
@@ -37,7 +39,11 @@ class Part(nn.Module):
 def test_each_moves_as_a_layer_of_its_own(case, widest, monkeypatch):
     monkeypatch.setattr("ocnopt.optim.bases.WIDEST", widest)
     monkeypatch.setattr("ocnopt.optim.bases.LEADING", 2)
+    monkeypatch.setattr("ocnopt.optim.bases.BESIDE_SHORT", 3)
     torch.manual_seed(0)
+    if case in ("tall", "flat"):
+        widest = min(widest, 5)
+        monkeypatch.setattr("ocnopt.optim.bases.WIDEST", widest)
     make, key, bias_key, count = CASES[case]
     module = make()
     weight, bias = getattr(module, key), bias_key and getattr(module, bias_key)
