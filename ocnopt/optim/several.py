@@ -357,7 +357,8 @@ class Thin(Several):
 
     def settle(self, states: States) -> None:
         """See :meth:`Stack.settle`."""
-        own = [states[block.weight].get(key) is views[key] for block, views in self._bases() for key in BASIS]
+        pairs = zip(self.blocks, self._own, strict=True)
+        own = [states[block.weight].get(key) is views[key] for block, views in pairs for key in BASIS]
         self._follows = self._follows and all(own)
         super().settle(states)
 
@@ -366,9 +367,6 @@ class Thin(Several):
         has_followed = super().follow()
         self._follows = self._follows and not has_followed
         return has_followed
-
-    def _bases(self) -> Iterator[tuple[Block, dict[str, Tensor]]]:
-        return zip(self.blocks, self._own, strict=True)
 
     def _are_kept(self, states: Sequence[State]) -> bool:
         """Whether states hold turned parts that belong to their momenta and bases: as they were left, or all loaded."""

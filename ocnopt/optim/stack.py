@@ -59,7 +59,7 @@ class Stack(ABC):
         """Take the gradients of an iteration to hand, and the last changes; what :meth:`read` wants ``(3, n)``."""
 
     def read(self, numbers: Sequence[Sequence[float]]) -> None:
-        """Take products of gradients and last changes, and the norms of both, of all slices."""
+        """Take products of gradients and last changes, and the norms of both: of each slice, or of all in one."""
         products, *norms = numbers
         self.angles = [(sum(products[at]), *(math.hypot(*each[at]) for each in norms)) for at in self.slices]
 

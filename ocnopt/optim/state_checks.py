@@ -13,11 +13,10 @@ from ocnopt.errors import ProblemError
 from ocnopt.optim.blocks import Block
 from ocnopt.optim.group_checks import check_written
 from ocnopt.optim.lengths import BOUNDS
-from ocnopt.optim.states import BASIS, FACTORS
+from ocnopt.optim.states import BASIS, COUNTS, FACTORS
 
 _TOGETHER = (BASIS, ("squares", "squares_step"), ("momentum", "step"))  # of each the last alone does no harm
 _SQUARES = ("moments", "squares", "input_values", "output_values")
-_COUNTS = ("step", "squares_step", "basis_step", "basis_since")
 
 
 def check_state(
@@ -141,7 +140,7 @@ def _check_shapes(name: str, entry: Mapping[str, Tensor], shapes: Mapping[str, t
 
 def _check_signs(name: str, entry: Mapping[str, Tensor]) -> None:
     """Refuse counts, means of squares and eigenvalues below zero, in a state whose shapes are right."""
-    for key in (*_COUNTS, *_SQUARES, *FACTORS):
+    for key in (*COUNTS, *_SQUARES, *FACTORS):
         if key in entry:
             values = entry[key].diagonal(dim1=-2, dim2=-1) if key in FACTORS else entry[key]
             if bool((values < 0.0).any()):
@@ -172,7 +171,7 @@ def _shapes(entry: Mapping[str, Tensor], of: torch.Size, present: int | None) ->
     q = _kept(b, size("output_values", 1), size("output_vectors", 2), size("moments", 1))
     return {
         **dict.fromkeys(("momentum", "squares", "change"), of),
-        **dict.fromkeys(_COUNTS, ()),
+        **dict.fromkeys(COUNTS, ()),
         "input_vectors": (groups, a, r),
         "input_values": (groups, r),
         "output_vectors": (groups, b, q),

@@ -23,8 +23,8 @@ EPSILON = 1e-8  # keeps the first-order update of a parameter without gradients 
 BASIS = ("input_vectors", "input_values", "output_vectors", "output_values", "moments")
 FACTORS = ("input_factor", "output_factor")
 TURNED = ("momentum_left", "momentum_core", "momentum_right")  # parts of a wide momentum, that follow the gradient's
-# of a state, what stays as it is when its parameter goes elsewhere
-_OF_NO_DTYPE = ("step", "squares_step", "basis_step", "basis_since", "factor")
+COUNTS = ("step", "squares_step", "basis_step", "basis_since")
+_OF_NO_DTYPE = (*COUNTS, "factor")  # of a state, what stays as it is when its parameter goes elsewhere
 
 State = MutableMapping[str, Any]
 
