@@ -71,12 +71,12 @@ class Eigen(NamedTuple):
 class Turned(NamedTuple):
     """A matrix M and what a basis makes of it.
 
-    ``left`` is U_B^T M ``(..., q, a)``, ``core`` U_B^T M U_A ``(..., q, r)``, and ``right`` M U_A ``(..., b, r)`` where
-    B has a rest, else None. ``total`` is |M|^2 ``(..., 1, 1)`` where that is known beforehand.
+    ``core`` is U_B^T M U_A ``(..., q, r)``, ``left`` U_B^T M ``(..., q, a)`` where A has a rest, and ``right`` M U_A
+    ``(..., b, r)`` where B has one, else None. ``total`` is |M|^2 ``(..., 1, 1)`` where that is known beforehand.
     """
 
     matrix: Tensor
-    left: Tensor
+    left: Tensor | None
     core: Tensor
     right: Tensor | None
     total: Tensor | None = None
@@ -98,19 +98,19 @@ class Basis(NamedTuple):
         return not self.input.rest and not self.output.rest
 
     def turn(self, matrix: Tensor) -> Turned:
-        """U_B^T M, M U_A and U_B^T M U_A."""
+        """U_B^T M U_A, and U_B^T M and M U_A where there are rests."""
         UA, UB = self.input.vectors, self.output.vectors
-        left = torch.bmm(UB.mT, matrix)
-        return Turned(matrix, left, torch.bmm(left, UA), torch.bmm(matrix, UA) if self.output.rest else None)
+        left, right = torch.bmm(UB.mT, matrix), torch.bmm(matrix, UA) if self.output.rest else None
+        return Turned(matrix, left if self.input.rest else None, torch.bmm(left, UA), right)
 
     def turn_both(self, both: Tensor) -> tuple[Turned, Turned]:
         """Two matrices row by row ``(groups, b, 2, a)``, in as many products as one; U_B is complete."""
         groups, b, _, a = both.shape
         left = torch.bmm(self.output.vectors.mT, both.view(groups, b, 2 * a))
-        core = torch.bmm(left.view(groups, 2 * b, a), self.input.vectors)
-        lefts, cores = left.view(both.shape), core.view(groups, b, 2, -1)
-        (G, M), (LG, LM), (CG, CM) = (of.unbind(2) for of in (both, lefts, cores))
-        return Turned(G, LG, CG, None), Turned(M, LM, CM, None)
+        cores = torch.bmm(left.view(groups, 2 * b, a), self.input.vectors).view(groups, b, 2, -1)
+        lefts = left.view(both.shape).unbind(2) if self.input.rest else (None, None)
+        G, M = (Turned(*parts, None) for parts in zip(both.unbind(2), lefts, cores.unbind(2), strict=True))
+        return G, M
 
     def spectrum(self) -> Tensor:
         """Eigenvalues E_B E_A^T of the curvature, laid out as second moments."""
@@ -121,13 +121,13 @@ class Basis(NamedTuple):
         squares = inside = turned.core.square()
         if self.is_complete:
             return squares
-        if beside := self.input.rest:
-            lengths = _sums_of_squares(turned.left, -1)
+        if turned.left is not None:
+            beside, lengths = self.input.rest, _sums_of_squares(turned.left, -1)
             squares = torch.cat([squares, (lengths - inside.sum(-1, keepdim=True)) / beside], -1)
         if turned.right is not None:
             below = self.output.rest
             outside = (_sums_of_squares(turned.right, -2) - inside.sum(-2, keepdim=True)) / below
-            if beside:
+            if turned.left is not None:
                 total = _sums_of_squares(turned.matrix, (-2, -1)) if turned.total is None else turned.total
                 corner = ((total - lengths.sum(-2, keepdim=True)) / below - outside.sum(-1, keepdim=True)) / beside
                 outside = torch.cat([outside, corner], -1)
@@ -139,8 +139,8 @@ class Basis(NamedTuple):
         return moments[..., : self.output.vectors.shape[-1], : self.input.vectors.shape[-1]]
 
     def totals(self, moments: Tensor) -> Tensor:
-        """Sums of second moments over all directions ``(groups,)``: the trace of the curvature."""
-        return (moments if self.is_complete else moments * self._multiplicities(moments)).sum((-2, -1))
+        """Sums of second moments over all directions ``(groups, 1, 1)``: the trace of the curvature."""
+        return (moments if self.is_complete else moments * self._multiplicities(moments)).sum((-2, -1), keepdim=True)
 
     def _multiplicities(self, like: Tensor) -> Tensor:
         """How many directions each second moment is of."""
@@ -160,20 +160,21 @@ class Basis(NamedTuple):
         if self.is_complete:
             return torch.bmm(UB, torch.bmm(scales.mul_(turned.core), UA.mT), out=out)
         q, r = UB.shape[-1], UA.shape[-1]
+        inner, beside = scales[..., :q, :], scales[..., r:]
         if turned.right is not None:
-            scales[..., :q, :] -= scales[..., q:, :]
-        if beside := self.input.rest:
-            scales[..., :r] -= scales[..., r:]
-        part = torch.bmm(scales[..., :q, :r] * turned.core, UA.mT)
-        if beside:
-            part.addcmul_(scales[..., :q, r:], turned.left)
+            inner.sub_(scales[..., q:, :])
+        if turned.left is not None:
+            scales[..., :r].sub_(beside)
+        part = torch.bmm(inner[..., :r] * turned.core, UA.mT)
+        if turned.left is not None:
+            part.addcmul_(inner[..., r:], turned.left)
         if turned.right is None:
             return torch.bmm(UB, part, out=out)
         # one product of twice the rank reads and writes the matrix once
         pair = torch.cat([UB, scales[..., q:, :r] * turned.right], -1), torch.cat([part, UA.mT], -2)
-        if not beside:
+        if turned.left is None:
             return torch.bmm(*pair, out=out)
-        return torch.mul(turned.matrix, scales[..., q:, r:], out=out).baddbmm_(*pair)
+        return torch.mul(turned.matrix, beside[..., q:, :], out=out).baddbmm_(*pair)
 
 
 @functools.cache
@@ -185,9 +186,10 @@ def _multiplicities(
     return torch.outer(*(torch.tensor(side, dtype=dtype, device=device) for side in sides))
 
 
-def matrix_norms(matrices: Tensor) -> Tensor:
+def matrix_norms(matrices: Tensor, *, keepdim: bool = False) -> Tensor:
     """The norms of matrices ``(..., b, a)``; where they lie row by row beside others, in a third of the usual time."""
-    return torch.linalg.vector_norm(torch.linalg.vector_norm(matrices, dim=-1), dim=-1)
+    rows = torch.linalg.vector_norm(matrices, dim=-1, keepdim=keepdim)
+    return torch.linalg.vector_norm(rows, dim=-2 if keepdim else -1, keepdim=keepdim)
 
 
 def _sums_of_squares(matrix: Tensor, dim: int | tuple[int, int]) -> Tensor:

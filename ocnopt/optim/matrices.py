@@ -146,19 +146,20 @@ def _changed(stack: Stack, rates: list[float], damping: list[float], power: floa
     basis = stack.basis
     gradient, momentum = stack.turned()
     stack.learn(basis.squares(gradient))
-    means = stack.means()
-    tiny, eps = torch.finfo(means.dtype).tiny, torch.finfo(means.dtype).eps
+    tiny, eps = torch.finfo(gradient.core.dtype).tiny, torch.finfo(gradient.core.dtype).eps
+    means = stack.means().clamp_(min=tiny)
     if not basis.is_complete:
         damping = [max(eps, one) for one in damping]  # where a rest has nothing, its moments are rounding
-    floors, factors = means.new_tensor(stack.of_slices(damping) + stack.of_slices([-rate for rate in rates])).chunk(2)
-    scales = inverse_power(stack.moments + floors.mul_(means).add_(tiny)[:, None, None], power)
+    numbers = means.new_tensor(stack.of_slices(damping) + stack.of_slices([-rate for rate in rates]))
+    floors, factors = numbers.view(2, *means.shape)
+    scales = inverse_power(torch.addcmul(stack.moments, floors, means).clamp_(min=tiny), power)
     # the last change has been looked at, and its memory costs more to allocate than to fill
     step = basis.scaled(momentum, scales, stack.change)
     if length == "noise":
         # measured as it is: what the moments of a rest say of it, a difference of squares, may be rounding
-        long, short = matrix_norms(momentum.matrix), matrix_norms(step)
-        factors.mul_(long).div_(short.mul_((means + tiny).sqrt_()).clamp_(min=tiny))
-    return step.mul_(factors[:, None, None])
+        long, short = (matrix_norms(of, keepdim=True) for of in (momentum.matrix, step))
+        factors = factors.mul_(long).div_(short.mul_(means.sqrt_()).clamp_(min=tiny))
+    return step.mul_(factors)
 
 
 def inverse_power(numbers: Tensor, power: float) -> Tensor:

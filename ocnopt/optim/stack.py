@@ -47,7 +47,8 @@ class Stack(ABC):
         self.is_present, self.is_ready, self.is_changed = ([False] * len(blocks) for _ in range(3))
         counts = [block.groups for block in blocks]
         self.slices = [slice(end - count, end) for end, count in zip(itertools.accumulate(counts), counts, strict=True)]
-        self._sizes = like.new_tensor(self.of_slices([float(math.prod(block.shape[1:])) for block in blocks]))
+        sizes = self.of_slices([float(math.prod(block.shape[1:])) for block in blocks])
+        self._sizes = like.new_tensor(sizes)[:, None, None]
 
     def find(self, gradients: Mapping[Tensor, Tensor]) -> bool:
         """Whether there are gradients of all parameters of some of the matrices."""
@@ -106,8 +107,8 @@ class Stack(ABC):
         self.moments.lerp_(squares, one)
 
     def means(self) -> Tensor:
-        """The mean second moment of each slice ``(n,)``: the trace of its curvature over its size."""
-        return self.basis.totals(self.moments) / self._sizes
+        """The mean second moment of each slice ``(n, 1, 1)``: the trace of its curvature over its size."""
+        return self.basis.totals(self.moments).div_(self._sizes)
 
     def of_slices(self, numbers: Sequence[float]) -> list[float]:
         """A number of each matrix, for each of its slices."""
