@@ -8,6 +8,7 @@ six whole ones in each iteration, each as much work as the gradient of as many s
 """
 
 import functools
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -97,20 +98,12 @@ class Basis(NamedTuple):
         """Whether there is no rest on either side."""
         return not self.input.rest and not self.output.rest
 
-    def turn(self, matrix: Tensor) -> Turned:
-        """U_B^T M U_A, and U_B^T M and M U_A where there are rests."""
+    def turn(self, matrix: Tensor, out: Sequence[Tensor | None] = (None, None, None)) -> Turned:
+        """U_B^T M U_A, and U_B^T M and M U_A where there are rests; ``out`` may be memory for left, core and right."""
         UA, UB = self.input.vectors, self.output.vectors
-        left, right = torch.bmm(UB.mT, matrix), torch.bmm(matrix, UA) if self.output.rest else None
-        return Turned(matrix, left if self.input.rest else None, torch.bmm(left, UA), right)
-
-    def turn_both(self, both: Tensor) -> tuple[Turned, Turned]:
-        """Two matrices row by row ``(groups, b, 2, a)``, in as many products as one; U_B is complete."""
-        groups, b, _, a = both.shape
-        left = torch.bmm(self.output.vectors.mT, both.view(groups, b, 2 * a))
-        cores = torch.bmm(left.view(groups, 2 * b, a), self.input.vectors).view(groups, b, 2, -1)
-        lefts = left.view(both.shape).unbind(2) if self.input.rest else (None, None)
-        G, M = (Turned(*parts, None) for parts in zip(both.unbind(2), lefts, cores.unbind(2), strict=True))
-        return G, M
+        left = torch.bmm(UB.mT, matrix, out=out[0])
+        right = torch.bmm(matrix, UA, out=out[2]) if self.output.rest else None
+        return Turned(matrix, left if self.input.rest else None, torch.bmm(left, UA, out=out[1]), right)
 
     def spectrum(self) -> Tensor:
         """Eigenvalues E_B E_A^T of the curvature, laid out as second moments."""
@@ -184,12 +177,6 @@ def _multiplicities(
     """Of as many single directions on each side, and a rest of as many."""
     sides = [[1.0] * single + [float(rest)] * (rest > 0) for single, rest in (rows, columns)]
     return torch.outer(*(torch.tensor(side, dtype=dtype, device=device) for side in sides))
-
-
-def matrix_norms(matrices: Tensor, *, keepdim: bool = False) -> Tensor:
-    """The norms of matrices ``(..., b, a)``; where they lie row by row beside others, in a third of the usual time."""
-    rows = torch.linalg.vector_norm(matrices, dim=-1, keepdim=keepdim)
-    return torch.linalg.vector_norm(rows, dim=-2 if keepdim else -1, keepdim=keepdim)
 
 
 def _sums_of_squares(matrix: Tensor, dim: int | tuple[int, int]) -> Tensor:

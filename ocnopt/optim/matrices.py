@@ -31,7 +31,6 @@ from ocnopt.optim.bases import (
     is_leading,
     is_wide,
     kept,
-    matrix_norms,
     of_rows,
     tracked,
 )
@@ -157,7 +156,7 @@ def _changed(stack: Stack, rates: list[float], damping: list[float], power: floa
     step = basis.scaled(momentum, scales, stack.change)
     if length == "noise":
         # measured as it is: what the moments of a rest say of it, a difference of squares, may be rounding
-        long, short = (matrix_norms(of, keepdim=True) for of in (momentum.matrix, step))
+        long, short = (torch.linalg.vector_norm(of, dim=(-2, -1), keepdim=True) for of in (momentum.matrix, step))
         factors = factors.mul_(long).div_(short.mul_(means.sqrt_()).clamp_(min=tiny))
     return step.mul_(factors)
 

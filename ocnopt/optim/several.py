@@ -5,7 +5,7 @@ moments and factors, and zeros stay zeros in all that is done to them. Matrices 
 put in the place of a view, by load_state_dict, model.to or others, is taken up in the next iteration.
 """
 
-import itertools
+import math
 import operator
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,10 +24,8 @@ from ocnopt.optim.bases import (
     follow,
     is_wide,
     kept,
-    matrix_norms,
     tracked,
 )
-from ocnopt.optim.blocks import Block
 from ocnopt.optim.stack import Groups, Stack, States
 from ocnopt.optim.states import (
     BASIS,
@@ -38,6 +36,7 @@ from ocnopt.optim.states import (
     adopt,
     age,
     average,
+    basis_of,
     go_along,
     is_turn_of_output,
     newest,
@@ -62,11 +61,12 @@ class Several(Stack):
         self._places = [Place(block, at, turn) for (block, turn), at in zip(members, self.slices, strict=True)]
         n, q, r = self.slices[-1].stop, kept(rows, columns), kept(columns, rows)
         self._newest: float | None = None  # the weight of the gradients in all momenta, if it is the same
-        self.change = like.new_zeros(n, rows, columns)
+        self.momentum, self.change = (like.new_zeros(n, rows, columns) for _ in range(2))
         self.moments = like.new_zeros(n, q + (q < rows), r + (r < columns))
         sides = ((columns, r), (rows, q))
         self.basis = Basis(*(Eigen(like.new_zeros(n, d, k), like.new_zeros(n, k)) for d, k in sides))
         self._factors = [None if is_wide(d) else like.new_zeros(n, d, d) for d, _ in sides]
+        self._allocate_turned(like, ((q, columns), (q, r), (rows, r)), (r < columns, True, q < rows))
         self._allocate(like)
         self._norms = like.new_zeros(n)  # of gradients
         self._steps = torch.zeros(sum(len(block.parameters) for block in self.blocks), dtype=torch.float32)
@@ -76,14 +76,31 @@ class Several(Stack):
             self._changes[member.owner][member.parameter] = member.change
         self._weights = [next(m.number for m in self._members if m.parameter is block.weight) for block in self.blocks]
         self._own = [self._views(place) for place in self._places]
+        self._turned = [self._turned_views(place) for place in self._places]
+
+    def _allocate_turned(self, like: Tensor, shapes: Sequence[tuple[int, int]], are_used: Sequence[bool]) -> None:
+        """Make room for what the basis makes of gradients and momenta: of each the parts that :class:`Turned` has."""
+        sizes = [len(self.change) * math.prod(shape) * is_used for shape, is_used in zip(shapes, are_used, strict=True)]
+        flat = like.new_zeros(2, sum(sizes))
+        parts = [
+            part.view(2, -1, *shape).unbind() if is_used else (None, None)
+            for part, shape, is_used in zip(flat.split(sizes, 1), shapes, are_used, strict=True)
+        ]
+        (self._of_gradient, self._of_momentum), self._flat = zip(*parts, strict=True), flat.unbind()
+        self._follows = False  # whether the turned parts of the momentum are those of the last one
+        self._versions: list[int] = []
 
     @abstractmethod
     def _allocate(self, like: Tensor) -> None:
-        """Make room for the momentum, and what is needed besides."""
+        """Make room for what is needed besides."""
 
     @abstractmethod
     def _receive(self, gradients: Mapping[Tensor, Tensor], here: Sequence[Member]) -> None:
         """Take gradients to hand."""
+
+    @abstractmethod
+    def _turned_gradient(self) -> Turned:
+        """The gradients, turned, in the memory for it."""
 
     @abstractmethod
     def _compare(self) -> tuple[Tensor, Tensor]:
@@ -108,6 +125,12 @@ class Several(Stack):
                     views[f"{side}_{key}"] = place.side(of, width)
         return views
 
+    def _turned_views(self, place: Place) -> dict[str, Tensor]:
+        """The turned parts of a momentum, as its state holds them."""
+        keys = reversed(TURNED) if place.is_transposed else TURNED
+        pairs = zip(keys, self._of_momentum, strict=True)
+        return {key: place.matrix(part) for key, part in pairs if part is not None}
+
     def gather(self, gradients: Mapping[Tensor, Tensor], states: States, names: Mapping[Tensor, str]) -> Tensor:
         """See :meth:`Stack.gather`."""
         here = [member for member in self._members if self.is_present[member.owner]]
@@ -122,7 +145,7 @@ class Several(Stack):
                 others.append((state, "change", member.change, change))
         adopt(others)
         products, self._norms = self._compare()
-        return torch.stack([products, self._norms, matrix_norms(self.change)])
+        return torch.stack([products, self._norms, torch.linalg.vector_norm(self.change, dim=(1, 2))])
 
     def take_in(
         self, gradients: Mapping[Tensor, Tensor], states: States, names: Mapping[Tensor, str], of: Groups
@@ -130,6 +153,12 @@ class Several(Stack):
         """See :meth:`Stack.take_in`."""
         here = [member for member in self._members if self.is_present[member.owner]]
         others = []
+        are_left, are_loaded = self._are_left(states), self._are_loaded(states)
+        self._states = [states[block.weight] for block in self.blocks]
+        for state in self._states:
+            for key in TURNED:  # until the change is made: an iteration may be interrupted
+                state.pop(key, None)
+        self._follows = True
         for member in here:
             state, gradient = states[member.parameter], gradients[member.parameter]
             if (momentum := state.get("momentum")) is not member.momentum:
@@ -138,9 +167,9 @@ class Several(Stack):
             if (step := state.get("step")) is not member.step:
                 others.append((state, "step", member.step, torch.zeros(()) if step is None else step))
         adopt(others)
-        self._states = [states[block.weight] for block in self.blocks]
         self._blend(gradients, here, self._advance(here, of))
         self.settle(states)
+        self._follows = all(self.is_ready) and (are_loaded or (are_left and self._follows))
 
     def _advance(self, here: Sequence[Member], of: Groups) -> list[float]:
         """Count the gradients; the weights of these in the momenta."""
@@ -167,6 +196,7 @@ class Several(Stack):
             if not self.is_present[i] or all(map(operator.is_, map(state.get, BASIS), map(views.get, BASIS))):
                 self.is_ready[i] = self.is_present[i]
                 continue
+            self._follows = False
             fitting = [state[key].shape == views[key].shape for key in BASIS if key in state]
             self.is_ready[i] = len(fitting) == len(BASIS) and all(fitting)
             for key in BASIS:
@@ -205,6 +235,7 @@ class Several(Stack):
         has_factors = any(factor is not None for factor in self._factors)
         if has_factors and min(map(age, self._states)) < TURNING:
             return False
+        self._follows = False
         new = self._followed(turns=turns.pop())
         self.moments.copy_(carried_moments(self.moments, self.basis, new))
         for side, own in zip(new, self.basis, strict=True):
@@ -228,169 +259,58 @@ class Several(Stack):
         """See :meth:`Stack.parts`."""
         return self._changes[i]
 
-
-class Narrow(Several):
-    """Matrices that are wide on one side at most."""
-
-    def _allocate(self, like: Tensor) -> None:
-        n, rows, columns = self.change.shape
-        self._both = like.new_zeros(n, rows, 2, columns)
-        self._gradient, self.momentum = self._both.unbind(2)
-        self._views_of_gradient: dict[Tensor, Tensor] = {}
-        for place in self._places:
-            self._views_of_gradient |= place.block.parts(place.matrix(self._gradient))
-        self._used = [like.new_zeros(n, 1, d) for d in (columns, rows)]
-        for place, (_, b, a) in zip(self._places, (block.shape for block in self.blocks), strict=True):
-            for used, width in zip(self._used, (b, a) if place.is_transposed else (a, b), strict=True):
-                used[place.at, :, :width] = 1.0
-
-    def _receive(self, gradients: Mapping[Tensor, Tensor], here: Sequence[Member]) -> None:
-        if len(here) < len(self._members):
-            self._gradient.zero_()
-        present = [member.parameter for member in here]
-        torch._foreach_copy_([self._views_of_gradient[p] for p in present], [gradients[p] for p in present])
-
-    def _compare(self) -> tuple[Tensor, Tensor]:
-        return (self._gradient * self.change).sum((1, 2)), matrix_norms(self._gradient)
-
-    def _blend(self, gradients: Mapping[Tensor, Tensor], here: Sequence[Member], weights: Sequence[float]) -> None:
-        if self._newest is None:
-            super()._blend(gradients, here, weights)
-        else:
-            self.momentum.lerp_(self._gradient, self._newest)
-
-    def _take_into_factors(self, weight: float) -> None:
-        for factor, turned in zip(self._factors, (self._gradient.mT, self._gradient), strict=True):
-            if factor is not None:
-                factor.baddbmm_(turned, turned.mT, beta=1.0 - weight, alpha=weight)
-
-    def pair(self, i: int) -> tuple[Tensor, Tensor]:
-        """See :meth:`Stack.pair`."""
-        return self._places[i].matrix(self._gradient), self._places[i].matrix(self.momentum)
-
-    def _followed(self, *, turns: bool) -> Basis:
-        found = super()._followed(turns=turns)
-        if not self.basis.is_complete:
-            return found
-        # in the padding they are unit vectors
-        return Basis(*(Eigen(each.vectors * used, each.values) for each, used in zip(found, self._used, strict=True)))
-
     def turned(self) -> tuple[Turned, Turned]:
-        """See :meth:`Stack.turned`."""
-        return self.basis.turn_both(self._both)
+        """See :meth:`Stack.turned`.
 
-
-class Thin(Several):
-    """Matrices of one size that are wide on both sides.
-
-    The turned parts of the momentum are kept, as they follow those of the gradient until the basis changes: each
-    product that is spared reads the whole matrix.
-    """
-
-    def _allocate(self, like: Tensor) -> None:
-        n, rows, columns = self.change.shape
-        (_, _, r), (_, _, q) = (side.vectors.shape for side in self.basis)
-        self.momentum, self._nothing = like.new_zeros(n, rows, columns), like.new_zeros(1, 1, 1)
-        self._gradients: list[Tensor] = []  # as they are: a copy would take as much memory as the parameters
-        shapes = (q, columns), (q, r), (rows, r)
-        self._flat = like.new_zeros(2, n * sum(height * width for height, width in shapes))
-        parts = self._flat.split([n * height * width for height, width in shapes], 1)
-        self._parts = [part.view(2, n, *shape) for part, shape in zip(parts, shapes, strict=True)]
-        self._follows = False  # whether the turned parts of the momentum are those of the last one
-        self._versions: list[int] = []
-        self._turned = [dict(zip(TURNED, (part[1, at] for part in self._parts), strict=True)) for at in self.slices]
-
-    def _receive(self, gradients: Mapping[Tensor, Tensor], here: Sequence[Member]) -> None:
-        missing = self._nothing.expand_as(self.change)
-        present = zip(self.blocks, self.slices, self.is_present, strict=True)
-        self._gradients = [block.matrix(gradients) if is_here else missing[at] for block, at, is_here in present]
-
-    def _compare(self) -> tuple[Tensor, Tensor]:
-        pairs = [*zip(self._each(), self.change.flatten(1), strict=True)]
-        products = [matrix.reshape(-1).dot(change) for matrix, change in pairs]
-        return torch.stack(products), torch.stack(torch._foreach_norm([matrix for matrix, _ in pairs]))
-
-    def _each(self) -> Iterator[Tensor]:
-        """The gradient of each slice."""
-        return itertools.chain.from_iterable(self._gradients)
-
-    def release(self) -> None:
-        """See :meth:`Stack.release`."""
-        self._gradients = []
-
-    def pair(self, i: int) -> tuple[Tensor, Tensor]:
-        """See :meth:`Stack.pair`."""
-        return self._gradients[i], self.momentum[self.slices[i]]
-
-    def turned(self) -> tuple[Turned, Turned]:
-        """See :meth:`Stack.turned`."""
-        (UA, _), (UB, _), (left, core, right) = *self.basis, self._parts
-        for i, matrix in enumerate(self._each()):
-            torch.mm(UB[i].mT, matrix, out=left[0, i])
-            torch.mm(matrix, UA[i], out=right[0, i])
-        torch.bmm(left[0], UA, out=core[0])
+        Until the basis changes, the parts of the momenta follow those of the gradients, which spares their products.
+        """
+        gradient = self._turned_gradient()
         if self._newest is not None and self._follows:
-            self._flat[1].lerp_(self._flat[0], self._newest)
+            of_gradient, of_momentum = self._flat
+            of_momentum.lerp_(of_gradient, self._newest)
+            momentum = Turned(self.momentum, *self._of_momentum)
         else:
-            torch.bmm(UB.mT, self.momentum, out=left[1])
-            torch.bmm(left[1], UA, out=core[1])
-            torch.bmm(self.momentum, UA, out=right[1])
+            momentum = self.basis.turn(self.momentum, self._of_momentum)
         for state, own, is_ready in zip(self._states, self._turned, self.is_ready, strict=True):
             if is_ready:
                 state.update(own)
         self._versions = self._versions_now()
-        total = self._norms.square()[:, None, None]
-        return Turned(self._nothing, left[0], core[0], right[0], total), Turned(
-            self.momentum, left[1], core[1], right[1]
-        )
+        return gradient, momentum
 
-    def take_in(
-        self, gradients: Mapping[Tensor, Tensor], states: States, names: Mapping[Tensor, str], of: Groups
-    ) -> None:
-        """See :meth:`Stack.take_in`."""
-        follows = all(self.is_present) and self._are_kept([states[block.weight] for block in self.blocks])
-        for block in self.blocks:
-            for key in TURNED:  # until the change is made: an iteration may be interrupted
-                states[block.weight].pop(key, None)
-        super().take_in(gradients, states, names, of)
-        self._follows = follows and all(self.is_ready)
+    def _are_left(self, states: States) -> bool:
+        """Whether momenta and their turned parts are as the last iteration left them."""
+        for block, views in zip(self.blocks, self._turned, strict=True):
+            state = states.get(block.weight, {})
+            if any(state.get(key) is not view for key, view in views.items()):
+                return False
+        momenta = (states.get(member.parameter, {}).get("momentum") is member.momentum for member in self._members)
+        return all(momenta) and self._versions == self._versions_now()
 
-    def settle(self, states: States) -> None:
-        """See :meth:`Stack.settle`."""
-        pairs = zip(self.blocks, self._own, strict=True)
-        own = [states[block.weight].get(key) is views[key] for block, views in pairs for key in BASIS]
-        self._follows = self._follows and all(own)
-        super().settle(states)
-
-    def follow(self) -> bool:
-        """See :meth:`Stack.follow`."""
-        has_followed = super().follow()
-        self._follows = self._follows and not has_followed
-        return has_followed
-
-    def _are_kept(self, states: Sequence[State]) -> bool:
-        """Whether states hold turned parts that belong to their momenta and bases: as they were left, or all loaded."""
-        pairs: list[tuple[State, str, Tensor, Any]] = []
-        for state, number, own, parts in zip(states, self._weights, self._own, self._turned, strict=True):
-            views = {"momentum": self._members[number].momentum, **{key: own[key] for key in BASIS}, **parts}
-            pairs += [(state, key, view, state.get(key)) for key, view in views.items()]
-        if all(value is view for _, _, view, value in pairs):
-            return self._versions_now() == self._versions
-        others = [(state, key, view, value) for state, key, view, value in pairs if isinstance(value, Tensor)]
-        if len(others) < len(pairs) or any(value is view or value.shape != view.shape for _, _, view, value in others):
+    def _are_loaded(self, states: States) -> bool:
+        """Take up turned parts where all is loaded, if they are those of the momenta: a state may be edited before."""
+        if any(states.get(member.parameter, {}).get("momentum") is member.momentum for member in self._members):
             return False
-        if not all(map(_belong, states, self.blocks)):
+        entries = [(states.get(member.parameter, {}), "momentum", member.momentum) for member in self._members]
+        own = [states.get(block.weight, {}) for block in self.blocks]
+        for state, views, parts in zip(own, self._own, self._turned, strict=True):
+            entries += [(state, key, view) for key, view in ({key: views[key] for key in BASIS} | parts).items()]
+        found: list[tuple[State, str, Tensor, Any]] = [(*entry, entry[0].get(entry[1])) for entry in entries]
+        if any(value is None or value is view or _kind(value) != _kind(view) for *_, view, value in found):
             return False
-        adopt([other for other in others if other[1] in TURNED])
+        for block, state, parts in zip(self.blocks, own, self._turned, strict=True):
+            M = block.matrix({p: states[p]["momentum"] for p in block.parameters})
+            expected = dict(zip(TURNED, basis_of(state).turn(M)[1:], strict=False))
+            most = torch.finfo(M.dtype).eps ** 0.5 * M.norm()
+            if any(bool((state[key] - expected[key]).norm() > most) for key in parts):
+                return False
+        adopt([each for each in found if each[1] in TURNED])
         return True
 
     def _versions_now(self) -> list[int]:
-        """What is counted up as momenta and eigenvectors are edited where they are."""
-        return [tensor._version for tensor in (self.momentum, *(side.vectors for side in self.basis))]
+        """What is counted up as momenta, their turned parts and eigenvectors are edited where they are."""
+        edited = self.momentum, self._flat[1], *(side.vectors for side in self.basis)
+        return [tensor._version for tensor in edited]
 
 
-def _belong(state: State, block: Block) -> bool:
-    """Whether turned parts are those of the momentum beside them: a state may be edited before it is loaded."""
-    M, (left, _, right) = block.matrix({block.weight: state["momentum"]}), (state[key] for key in TURNED)
-    off = (state["output_vectors"].mT @ M - left).norm(), (M @ state["input_vectors"] - right).norm()
-    return bool(max(off) <= torch.finfo(M.dtype).eps ** 0.5 * M.norm())
+def _kind(value: Tensor) -> tuple[Any, ...]:
+    return value.shape, value.dtype, value.device

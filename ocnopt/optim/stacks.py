@@ -15,9 +15,10 @@ from ocnopt.optim.arrangement import arranged, can_be_joined
 from ocnopt.optim.bases import is_wide
 from ocnopt.optim.blocks import Block
 from ocnopt.optim.gradient_checks import sizes
-from ocnopt.optim.several import Narrow, Thin
+from ocnopt.optim.narrow import Narrow
 from ocnopt.optim.stack import Groups, Single, Stack, States
 from ocnopt.optim.states import take_in
+from ocnopt.optim.thin import Thin
 
 
 class Stacks:

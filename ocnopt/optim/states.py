@@ -2,8 +2,8 @@
 
 In the state of a parameter: step and momentum; change, of the last iteration alone; factor, of lr; of a weight that is
 a matrix input_factor and output_factor, where they are of gradients; of one with an eigenbasis its vectors, values,
-second moments, since which step there is one, and of a wide one how often it was renewed and the turned parts of the
-momentum; of a parameter without, squares as Adam has them, and their number.
+second moments, since which step there is one, the turned parts of the momentum, and of a wide one how often it was
+renewed; of a parameter without, squares as Adam has them, and their number.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
@@ -22,7 +22,7 @@ EPSILON = 1e-8  # keeps the first-order update of a parameter without gradients 
 
 BASIS = ("input_vectors", "input_values", "output_vectors", "output_values", "moments")
 FACTORS = ("input_factor", "output_factor")
-TURNED = ("momentum_left", "momentum_core", "momentum_right")  # parts of a wide momentum, that follow the gradient's
+TURNED = ("momentum_left", "momentum_core", "momentum_right")  # parts of the momentum, that follow the gradient's
 COUNTS = ("step", "squares_step", "basis_step", "basis_since")
 _OF_NO_DTYPE = (*COUNTS, "factor")  # of a state, what stays as it is when its parameter goes elsewhere
 
@@ -207,9 +207,7 @@ def is_turn_of_output(state: Mapping[str, Any], rows: int, columns: int) -> bool
 
 
 def renewed(state: State) -> None:
-    """Count the new eigenbasis of a matrix with a wide side; the turned momentum is of the one before."""
-    for part in TURNED:
-        state.pop(part, None)
+    """Count the new eigenbasis of a matrix with a wide side."""
     state["basis_step"] = state.get("basis_step", torch.zeros((), dtype=torch.float32)) + 1
 
 

@@ -133,15 +133,6 @@ def test_moments_move_with_the_basis(old, data):
     torch.testing.assert_close(carried_moments(moments, old.basis, alone), whole, **EXACT)
 
 
-@given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 5))
-def test_two_matrices_are_turned_alike(groups, b, a):
-    basis, both = Dense(groups, b, a, b, a).basis, torch.randn(groups, b, 2, a)
-    for turned, matrix in zip(basis.turn_both(both), both.unbind(2), strict=True):
-        for part, alone in zip(turned, basis.turn(matrix), strict=True):
-            if part is not None:
-                torch.testing.assert_close(part, alone, **EXACT)
-
-
 @given(st.integers(1, 3), st.integers(2, 6), st.integers(0, 2), st.sampled_from([1e-200, 1.0, 1e100]))
 def test_steps_of_orthogonal_iteration_lead_to_all_eigenvectors(groups, width, missing, size):
     exact = torch.linalg.qr(torch.randn(groups, width, width)).Q
