@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ocnopt.optim.bases import is_wide
+from ocnopt.optim.bases import is_wide, kept
 from ocnopt.optim.blocks import Block
 
 MOST_WIDE = 4  # wide matrices in one stack: where some have no gradient, all the stack is worked on
-PADDING = 2**18  # of _work(), what a matrix may do in vain to be in a stack: about what the calls of another one take
+PADDING = 2**19  # of _work(), what a matrix may do in vain to be in a stack: about what the calls of another one take
 
 
 class Bin(NamedTuple):
@@ -20,12 +20,15 @@ class Bin(NamedTuple):
     members: tuple[tuple[Block, bool], ...]
 
     def joined(self, block: Block) -> "Bin | None":
-        """Also with another matrix; None if too much would be done in vain, or wide ones would be padded."""
+        """Also with another matrix; None if too much would be done in vain, or a wide one does not fit."""
         _, b, a = block.shape
         if is_wide(max(self.rows, self.columns, b, a)):
-            *size, is_transposed = _lain(block)
-            may_join = size == [self.rows, self.columns] and len(self.members) < MOST_WIDE
-            return self._replace(members=(*self.members, (block, is_transposed))) if may_join else None
+            rows, columns, is_transposed = _lain(block)
+            is_equal = (rows, columns) == (self.rows, self.columns)
+            # the columns of those that are wide on one side may be padded
+            may_join = is_equal or (rows == self.rows and is_wide(self.columns, columns) and not is_wide(rows))
+            wider = Bin(rows, max(self.columns, columns), (*self.members, (block, is_transposed)))
+            return wider if may_join and len(self.members) < MOST_WIDE and wider.is_good() else None
         for is_transposed in (b > a, b <= a):
             own = (a, b) if is_transposed else (b, a)
             wider = Bin(max(self.rows, own[0]), max(self.columns, own[1]), (*self.members, (block, is_transposed)))
@@ -72,7 +75,7 @@ def _lain(block: Block) -> tuple[int, int, bool]:
 
 def _work(rows: int, columns: int) -> int:
     """Of the products with the eigenvectors of both sides."""
-    return rows * columns * (rows + columns)
+    return rows * columns * (kept(rows, columns) + kept(columns, rows))
 
 
 class Place(NamedTuple):
@@ -82,10 +85,17 @@ class Place(NamedTuple):
     at: slice
     is_transposed: bool
 
+    @property
+    def lain(self) -> tuple[int, int]:
+        """Its rows and columns there."""
+        rows, columns = self.block.shape[1:]
+        return (columns, rows) if self.is_transposed else (rows, columns)
+
     def matrix(self, of: Tensor) -> Tensor:
         """The matrix there."""
-        rows, columns = self.block.shape[1:]
-        return of[self.at, :columns, :rows].mT if self.is_transposed else of[self.at, :rows, :columns]
+        rows, columns = self.lain
+        there = of[self.at, :rows, :columns]
+        return there.mT if self.is_transposed else there
 
     def side(self, of: Tensor, width: int) -> Tensor:
         """What belongs to one side, ``(groups, width, ..., width)``, there; less of it where fewer are kept."""

@@ -7,7 +7,6 @@ each direction of the other side. Products with so few vectors are thin; complet
 six whole ones in each iteration, each as much work as the gradient of as many samples as the matrix has rows.
 """
 
-import functools
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import NamedTuple
@@ -47,15 +46,32 @@ def is_leading(basis: "Basis") -> bool:
 
 
 class Eigen(NamedTuple):
-    """Leading eigenvectors ``(groups, d, r)`` and eigenvalues ``(groups, r)`` of a factor scaled to trace one."""
+    """Leading eigenvectors ``(groups, d, r)`` and eigenvalues ``(groups, r)`` of a factor scaled to trace one.
+
+    ``rests`` are the directions in the rest of each ``(groups, 1, 1)``, if some have fewer than d, and are padded.
+    """
 
     vectors: Tensor
     values: Tensor
+    rests: Tensor | None = None
 
     @property
-    def rest(self) -> int:
+    def is_part(self) -> bool:
+        """Whether there is a rest."""
+        return self.vectors.shape[-2] > self.vectors.shape[-1]
+
+    @property
+    def rest(self) -> int | Tensor:
         """The number of directions in the rest."""
-        return self.vectors.shape[-2] - self.vectors.shape[-1]
+        return self.vectors.shape[-2] - self.vectors.shape[-1] if self.rests is None else self.rests
+
+    def multiplicities(self) -> Tensor:
+        """How many directions each vector, and behind them the rest, is of: ``(1 or groups, 1, r + 1)``."""
+        single = self.values.new_ones(1, 1, self.values.shape[-1])
+        if not self.is_part:
+            return single
+        rest = single.new_full((1, 1, 1), self.rest) if isinstance(self.rest, int) else self.rest
+        return torch.cat([single.expand(len(rest), -1, -1), rest], -1)
 
     def leading(self) -> Tensor:
         """The vectors, those of the largest values first, as they need not be where they follow a factor."""
@@ -63,7 +79,7 @@ class Eigen(NamedTuple):
 
     def spectrum(self) -> Tensor:
         """The eigenvalues, and behind them their mean over the rest, if there is one."""
-        if not self.rest:
+        if not self.is_part:
             return self.values
         outside = (1.0 - self.values.sum(-1, keepdim=True)).clamp(min=0.0) / self.rest
         return torch.cat([self.values, outside], -1)
@@ -96,14 +112,14 @@ class Basis(NamedTuple):
     @property
     def is_complete(self) -> bool:
         """Whether there is no rest on either side."""
-        return not self.input.rest and not self.output.rest
+        return not self.input.is_part and not self.output.is_part
 
     def turn(self, matrix: Tensor, out: Sequence[Tensor | None] = (None, None, None)) -> Turned:
         """U_B^T M U_A, and U_B^T M and M U_A where there are rests; ``out`` may be memory for left, core and right."""
         UA, UB = self.input.vectors, self.output.vectors
         left = torch.bmm(UB.mT, matrix, out=out[0])
-        right = torch.bmm(matrix, UA, out=out[2]) if self.output.rest else None
-        return Turned(matrix, left if self.input.rest else None, torch.bmm(left, UA, out=out[1]), right)
+        right = torch.bmm(matrix, UA, out=out[2]) if self.output.is_part else None
+        return Turned(matrix, left if self.input.is_part else None, torch.bmm(left, UA, out=out[1]), right)
 
     def spectrum(self) -> Tensor:
         """Eigenvalues E_B E_A^T of the curvature, laid out as second moments."""
@@ -133,12 +149,11 @@ class Basis(NamedTuple):
 
     def totals(self, moments: Tensor) -> Tensor:
         """Sums of second moments over all directions ``(groups, 1, 1)``: the trace of the curvature."""
-        return (moments if self.is_complete else moments * self._multiplicities(moments)).sum((-2, -1), keepdim=True)
+        return (moments * self.multiplicities()).sum((-2, -1), keepdim=True)
 
-    def _multiplicities(self, like: Tensor) -> Tensor:
+    def multiplicities(self) -> Tensor:
         """How many directions each second moment is of."""
-        rows, columns = ((side.vectors.shape[-1], side.rest) for side in (self.output, self.input))
-        return _multiplicities(rows, columns, like.dtype, like.device)
+        return self.output.multiplicities().mT * self.input.multiplicities()
 
     def scaled(self, turned: Turned, scales: Tensor, out: Tensor | None = None) -> Tensor:
         """U_B (S o U_B^T M U_A) U_A^T of a turned matrix M, with both bases completed by their rest.
@@ -168,15 +183,6 @@ class Basis(NamedTuple):
         if turned.left is None:
             return torch.bmm(*pair, out=out)
         return torch.mul(turned.matrix, beside[..., q:, :], out=out).baddbmm_(*pair)
-
-
-@functools.cache
-def _multiplicities(
-    rows: tuple[int, int], columns: tuple[int, int], dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """Of as many single directions on each side, and a rest of as many."""
-    sides = [[1.0] * single + [float(rest)] * (rest > 0) for single, rest in (rows, columns)]
-    return torch.outer(*(torch.tensor(side, dtype=dtype, device=device) for side in sides))
 
 
 def _sums_of_squares(matrix: Tensor, dim: int | tuple[int, int]) -> Tensor:
@@ -287,9 +293,9 @@ def first_moments(basis: Basis, gradient: Tensor) -> Tensor:
     inside, shape = basis.inside(squares), basis.inside(spectrum)
     tiny = torch.finfo(shape.dtype).tiny
     moments = spectrum * (inside.sum((-2, -1), keepdim=True) / shape.sum((-2, -1), keepdim=True).clamp(min=tiny))
-    if basis.input.rest:
+    if basis.input.is_part:
         moments[..., -1] = squares[..., -1]
-    if basis.output.rest:
+    if basis.output.is_part:
         moments[..., -1, :] = squares[..., -1, :]
     return moments
 
@@ -308,11 +314,9 @@ def carried_moments(moments: Tensor, old: Basis, new: Basis) -> Tensor:
 def _mixing(old: Eigen, new: Eigen) -> Tensor:
     """How much of each old direction is in each new one, ``(groups, r' + 1, r + 1)`` where both have a rest."""
     mixing = (new.vectors.mT @ old.vectors).square()
-    if old.rest:
+    if old.is_part:
         mixing = torch.cat([mixing, (1.0 - mixing.sum(-1, keepdim=True)).clamp(min=0.0)], -1)
-    if new.rest:
-        sizes = mixing.new_ones(mixing.shape[-1])
-        sizes[old.vectors.shape[-1] :] = old.rest
-        left = (sizes - mixing.sum(-2, keepdim=True)).clamp(min=0.0)
+    if new.is_part:
+        left = (old.multiplicities() - mixing.sum(-2, keepdim=True)).clamp(min=0.0)
         mixing = torch.cat([mixing, left / new.rest], -2)
     return mixing

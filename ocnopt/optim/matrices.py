@@ -73,7 +73,7 @@ def refresh(due: Mapping[int, tuple[Pair, Samples | None]], shared: Shared | Non
                 made[i] = _new_basis(pair, samples, mixed=mixed)
     if shared is not None:
         for i, (UA, EA, UB, EB) in shared.spread(
-            {i: [*new.input, *new.output] for i, new in made.items()}, due
+            {i: [part for side in new for part in side[:2]] for i, new in made.items()}, due
         ).items():
             _go_over(due[i][0], Basis(Eigen(UA, EA), Eigen(UB, EB)))
 
@@ -101,7 +101,7 @@ def _new_basis(pair: Pair, samples: Samples | None, *, mixed: bool) -> Basis:
 def _of_gradients(state: State, factor: str, momentum: Tensor, own: Eigen | None, other: Eigen | None) -> Eigen:
     """The basis of one side: of the running mean of G^T G, or of the momentum alone where that side is wide."""
     if not is_wide(momentum.shape[-1]):
-        is_near = own is not None and not own.rest and age(state) >= TURNING
+        is_near = own is not None and not own.is_part and age(state) >= TURNING
         return tracked(state[factor], own.vectors) if own is not None and is_near else complete(state[factor])
     return follow(momentum, own, None if other is None else other.leading())
 
@@ -111,7 +111,8 @@ def _go_over(pair: Pair, new: Basis) -> None:
     state, gradient, _ = pair
     old = basis_of(state) if fits(state, gradient.shape) else None
     state["moments"] = first_moments(new, gradient) if old is None else carried_moments(state["moments"], old, new)
-    (state["input_vectors"], state["input_values"]), (state["output_vectors"], state["output_values"]) = new
+    for side, (vectors, values, _) in zip(("input", "output"), new, strict=True):
+        state[f"{side}_vectors"], state[f"{side}_values"] = vectors, values
     if old is None:
         state["basis_since"] = state["step"].clone()
     if is_wide(max(gradient.shape[1:])):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ocnopt.optim.arrangement import Member
-from ocnopt.optim.bases import Basis, Eigen, Turned
+from ocnopt.optim.bases import Basis, Turned
 from ocnopt.optim.several import Several
 
 
@@ -20,8 +20,8 @@ class Narrow(Several):
         for place in self._places:
             self._views_of_gradient |= place.block.parts(place.matrix(self._gradient))
         self._used = [like.new_zeros(n, 1, d) for d in (columns, rows)]
-        for place, (_, b, a) in zip(self._places, (block.shape for block in self.blocks), strict=True):
-            for used, width in zip(self._used, (b, a) if place.is_transposed else (a, b), strict=True):
+        for place in self._places:
+            for used, width in zip(self._used, reversed(place.lain), strict=True):
                 used[place.at, :, :width] = 1.0
 
     def _receive(self, gradients: Mapping[Tensor, Tensor], here: Sequence[Member]) -> None:
@@ -54,7 +54,8 @@ class Narrow(Several):
         if not self.basis.is_complete:
             return found
         # in the padding they are unit vectors
-        return Basis(*(Eigen(each.vectors * used, each.values) for each, used in zip(found, self._used, strict=True)))
+        pairs = zip(found, self._used, strict=True)
+        return Basis(*(side._replace(vectors=side.vectors * used) for side, used in pairs))
 
     def _turned_gradient(self) -> Turned:
         return self.basis.turn(self._gradient, self._of_gradient)

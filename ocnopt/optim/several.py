@@ -64,7 +64,12 @@ class Several(Stack):
         self.momentum, self.change = (like.new_zeros(n, rows, columns) for _ in range(2))
         self.moments = like.new_zeros(n, q + (q < rows), r + (r < columns))
         sides = ((columns, r), (rows, q))
-        self.basis = Basis(*(Eigen(like.new_zeros(n, d, k), like.new_zeros(n, k)) for d, k in sides))
+        lain = zip(*(map(float, place.lain) for place in self._places), strict=True)
+        heights, widths = (like.new_tensor(self.of_slices(each))[:, None, None] for each in lain)
+        A, B = (Eigen(like.new_zeros(n, d, k), like.new_zeros(n, k)) for d, k in sides)
+        is_padded = r < columns > widths.amin()
+        self.basis = Basis(A._replace(rests=widths - r) if is_padded else A, B)
+        self._shares = self.basis.multiplicities() / (heights * widths)
         self._factors = [None if is_wide(d) else like.new_zeros(n, d, d) for d, _ in sides]
         self._allocate_turned(like, ((q, columns), (q, r), (rows, r)), (r < columns, True, q < rows))
         self._allocate(like)
@@ -119,7 +124,7 @@ class Several(Stack):
         views = {"moments": place.matrix(self.moments)}
         for i, (side, width) in enumerate((("input", a), ("output", b))):
             there = 1 - i if place.is_transposed else i
-            vectors, values = (self.basis.input, self.basis.output)[there]
+            vectors, values, _ = self.basis[there]
             for key, of in (("vectors", vectors), ("values", values), ("factor", self._factors[there])):
                 if of is not None:
                     views[f"{side}_{key}"] = place.side(of, width)
@@ -252,8 +257,12 @@ class Several(Stack):
         if A is not None and B is not None:
             return Basis(tracked(A, UA.vectors), tracked(B, UB.vectors))
         if not turns:
-            return Basis(follow(self.momentum, UA, UB.leading()), UB)
+            return Basis(follow(self.momentum, UA, UB.leading())._replace(rests=UA.rests), UB)
         return Basis(UA, follow(self.momentum.mT, UB, UA.leading()) if B is None else tracked(B, UB.vectors))
+
+    def means(self) -> Tensor:
+        """See :meth:`Stack.means`."""
+        return (self.moments * self._shares).sum((1, 2), keepdim=True)
 
     def parts(self, i: int) -> dict[Tensor, Tensor]:
         """See :meth:`Stack.parts`."""

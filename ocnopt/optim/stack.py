@@ -47,8 +47,6 @@ class Stack(ABC):
         self.is_present, self.is_ready, self.is_changed = ([False] * len(blocks) for _ in range(3))
         counts = [block.groups for block in blocks]
         self.slices = [slice(end - count, end) for end, count in zip(itertools.accumulate(counts), counts, strict=True)]
-        sizes = self.of_slices([float(math.prod(block.shape[1:])) for block in blocks])
-        self._sizes = like.new_tensor(sizes)[:, None, None]
 
     def find(self, gradients: Mapping[Tensor, Tensor]) -> bool:
         """Whether there are gradients of all parameters of some of the matrices."""
@@ -106,9 +104,9 @@ class Stack(ABC):
         one = weights[0] if len({*weights}) == 1 else squares.new_tensor(self.of_slices(weights))[:, None, None]
         self.moments.lerp_(squares, one)
 
+    @abstractmethod
     def means(self) -> Tensor:
         """The mean second moment of each slice ``(n, 1, 1)``: the trace of its curvature over its size."""
-        return self.basis.totals(self.moments).div_(self._sizes)
 
     def of_slices(self, numbers: Sequence[float]) -> list[float]:
         """A number of each matrix, for each of its slices."""
@@ -167,6 +165,10 @@ class Single(Stack):
     def pair(self, i: int) -> tuple[Tensor, Tensor]:
         """See :meth:`Stack.pair`."""
         return self._gradient, self._momentum
+
+    def means(self) -> Tensor:
+        """See :meth:`Stack.means`."""
+        return self.basis.totals(self.moments).div_(math.prod(self._gradient.shape[1:]))
 
     def parts(self, i: int) -> dict[Tensor, Tensor]:
         """See :meth:`Stack.parts`."""

@@ -41,7 +41,7 @@ class Thin(Several):
         return self._gradients[i], self.momentum[self.slices[i]]
 
     def _turned_gradient(self) -> Turned:
-        (UA, _), (UB, _), (left, core, right) = *self.basis, self._of_gradient
+        (UA, *_), (UB, *_), (left, core, right) = *self.basis, self._of_gradient
         for i, matrix in enumerate(self._each()):
             torch.mm(UB[i].mT, matrix, out=left[i])
             torch.mm(matrix, UA[i], out=right[i])

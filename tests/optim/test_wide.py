@@ -252,10 +252,17 @@ def test_parts_of_the_momentum_are_kept_where_they_follow_those_of_the_gradient(
     assert is_kept == (curvature == "gradient" and not has_bias)
 
 
+SHAPES = {
+    "of one size": [(7, 6), (6, 3), (7, 6), (3, 6), (6, 7), (3, 6), (7, 6)],
+    "padded": [(3, 6), (9, 3), (3, 7), (3, 9), (4, 11), (2, 8)],
+}
+
+
 @pytest.mark.parametrize("skips", [False, True])
-def test_matrices_of_one_size_move_as_each_by_itself(skips):
+@pytest.mark.parametrize(("kind", "count"), [("of one size", 3), ("padded", 3)])
+def test_matrices_of_one_stack_move_as_each_by_itself(skips, kind, count):
     torch.manual_seed(0)
-    shapes = [(7, 6), (6, 3), (7, 6), (3, 6), (6, 7), (3, 6), (7, 6)]
+    shapes = SHAPES[kind]
     together = nn.ParameterList([nn.Parameter(torch.randn(shape)) for shape in shapes])
     apart = [nn.ParameterList([nn.Parameter(p.detach().clone())]) for p in together]
     one = SNOpt(together, adaptation=0.0, refresh_every=4)
@@ -266,6 +273,7 @@ def test_matrices_of_one_size_move_as_each_by_itself(skips):
             each[0].grad = None if p.grad is None else p.grad.clone()
         for optimizer in (one, *others):
             optimizer.step()
+        assert len(one._stacks._stacks) == count
         for p, each in zip(together, apart, strict=True):
             torch.testing.assert_close(p, each[0], rtol=1e-9, atol=1e-9)
 
@@ -283,3 +291,20 @@ def test_steps_are_shorter_where_both_sides_are_hidden(shape, monkeypatch):
         ends.append(layer.weight.detach() - start)
     torch.testing.assert_close(ends[1], ends[0] * min(1.0, 4 / min(shape)), rtol=1e-10, atol=0.0)
     assert ends[0].norm() == pytest.approx(0.01 * ends[0].numel() ** 0.5)
+
+
+def test_groups_with_long_rows_may_be_padded(monkeypatch):
+    torch.manual_seed(0)
+    groups, layer = nn.Conv1d(10, 6, 1, groups=2), nn.Linear(8, 3)
+    models = [nn.ModuleList([groups, layer]), copy.deepcopy(nn.ModuleList([groups, layer]))]
+    optimizers = [SNOpt(model, everywhere=True, refresh_every=4) for model in models]
+    for _ in range(20):
+        gradients = [torch.randn_like(p) for p in models[0].parameters()]
+        for model, optimizer, padding in zip(models, optimizers, (2**18, -1), strict=True):
+            monkeypatch.setattr("ocnopt.optim.arrangement.PADDING", padding)
+            for p, gradient in zip(model.parameters(), gradients, strict=True):
+                p.grad = gradient.clone()
+            optimizer.step()
+        for p, q in zip(*(model.parameters() for model in models), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9)
+    assert [len(optimizer._stacks._stacks) for optimizer in optimizers] == [1, 2]
