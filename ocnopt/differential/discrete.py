@@ -96,8 +96,8 @@ class Differentiable(Protocol):
     def noted(self, notes: Sequence[Any], stages: Iterator[AbstractContextManager[Any]] | None = None) -> Field:
         """Return the field for a row of evaluations that see what the notes say, each within its context."""
 
-    def require_same(self, came: Tensor, expected: Tensor, inputs: Sequence[Tensor]) -> None:
-        """Raise if a replayed state, differentiable in ``inputs``, is not that of the forward pass."""
+    def require_same(self, came: Tensor, expected: Tensor | None, inputs: Sequence[Tensor]) -> None:
+        """Raise if a replayed state is not the expected one, or depends on something besides ``inputs``."""
 
 
 def accumulate(totals: list[Tensor | None], terms: Sequence[Tensor | None]) -> None:
@@ -329,8 +329,7 @@ class DiscreteStep:
 
         def advance(start: Tensor) -> list[Tensor]:
             end, seen = step(tableau, field, taken.time, taken.size, start, None, inner)
-            if replay.expected is not None:
-                self._field.require_same(end, replay.expected, (start, *inputs))
+            self._field.require_same(end, replay.expected, (start, *inputs))
             if not inside:
                 return [end]
             stretch, shift, at = moves or (1.0, 0.0, _leaf([self._outputs[i] for i in inside], start))

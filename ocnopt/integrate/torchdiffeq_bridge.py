@@ -28,6 +28,7 @@ def integrate(
     atol: float,
     step_size: float | None = None,
     adjoint_parameters: Sequence[Tensor] | None = None,
+    on_gradients: Callable[..., Any] | None = None,
 ) -> Tensor:
     """Integrate with torchdiffeq from ``times[0]`` through ``times[1:]``.
 
@@ -41,6 +42,7 @@ def integrate(
         step_size: longest step of a method on a fixed grid.
         adjoint_parameters: None back-propagates through the solve; otherwise the continuous adjoint runs and
             differentiates these.
+        on_gradients: hears of the gradients that the continuous adjoint has found, and may replace them.
 
     Returns:
         The states at ``times[1:]``, along a new leading axis.
@@ -51,4 +53,7 @@ def integrate(
     settings: dict[str, Any] = {"rtol": rtol, "atol": atol, "method": method, "options": options}
     if adjoint_parameters is None:
         return odeint(field, x, times, **settings)[1:]
-    return odeint_adjoint(field, x, times, adjoint_params=tuple(adjoint_parameters), **settings)[1:]
+    states = odeint_adjoint(field, x, times, adjoint_params=tuple(adjoint_parameters), **settings)
+    if on_gradients is not None and states.grad_fn is not None:
+        states.grad_fn.register_hook(on_gradients)
+    return states[1:]

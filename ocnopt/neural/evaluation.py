@@ -7,7 +7,7 @@ care of that, as torch.utils.checkpoint does for a plain function.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,9 +18,10 @@ from ocnopt.differential.discrete import Pull
 from ocnopt.integrate.runge_kutta import Field, Time
 from ocnopt.integrate.walk import StageLog
 from ocnopt.neural import checks
+from ocnopt.neural.memory import NO_MEMORY, check_memory
+from ocnopt.neural.surroundings import Noise, Surroundings
 
 State = Tensor | tuple[Tensor, ...]
-Noise = tuple[Tensor, Tensor | None]
 _NO_TIME = float("nan"), torch.empty(())
 
 
@@ -61,96 +62,6 @@ class StateLayout(NamedTuple):
         parts = torch.split(x, [*self.sizes], dim=-1)
         lead = x.shape[:-2]
         return tuple(part.reshape(lead + shape) for part, shape in zip(parts, self.shapes, strict=True))
-
-
-class Surroundings:
-    """What a field sees besides its arguments, as it was in the forward pass."""
-
-    def __init__(self, field: nn.Module, device: torch.device) -> None:
-        self.field, self.device = field, device
-        self.training = [(module, module.training) for module in checks.modules(field)]
-        self.parameters = self.parameters_now()
-        kinds = (kind for kind in {"cpu", device.type} if torch.amp.is_autocast_available(kind))
-        self.autocast = {kind: _autocast(kind) for kind in kinds}
-        self.buffers: list[tuple[Tensor, Tensor]] = []
-
-    def parameters_now(self) -> list[Tensor]:
-        """The field's parameters; without the search for shared ones that ``field.parameters()`` spends its time on."""
-        return [value for module, _ in self.training for value in module._parameters.values() if value is not None]
-
-    def buffers_now(self) -> list[Tensor]:
-        """The field's buffers, likewise."""
-        return [value for module, _ in self.training for value in module._buffers.values() if value is not None]
-
-    def note_buffers(self) -> None:
-        """Note the values of the buffers."""
-        self.buffers = [(buffer, buffer.clone()) for buffer in self.buffers_now()]
-
-    def set_buffers(self) -> None:
-        """Put them back; through .data, as batch normalisation moves its statistics without telling autograd."""
-        for buffer, was in self.buffers:
-            if not torch.equal(buffer, was):
-                buffer.data.copy_(was)
-
-    def still(self) -> list[tuple[Tensor, Tensor]]:
-        """Buffers that stand where they stood when they were noted: those that the field itself does not move."""
-        return [(buffer, was) for buffer, was in self.buffers if torch.equal(buffer, was)]
-
-    def close(self) -> None:
-        """The forward pass is over."""
-        if any(enabled for enabled, _, _ in self.autocast.values()):
-            # Weights that autocast has cast without a graph: later uses in the same region would lose gradients.
-            torch.clear_autocast_cache()
-
-    def noise(self) -> Noise:
-        """The state of the random generators that a field may draw from."""
-        on_device = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-        return torch.get_rng_state(), on_device
-
-    def set_noise(self, noise: Noise) -> None:
-        """Put the generators back."""
-        torch.set_rng_state(noise[0])
-        if noise[1] is not None:
-            torch.cuda.set_rng_state(noise[1], self.device)
-
-    def moved(self, noise: Noise) -> bool:
-        """Whether random numbers were drawn since ``noise``."""
-        now, before = self.noise(), noise[1]
-        on_device = now[1] is not None and before is not None and not torch.equal(now[1], before)
-        return on_device or not torch.equal(now[0], noise[0])
-
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """As in the forward pass; afterwards as before."""
-        flags = [(module, flag) for module, flag in self.training if module.training != flag]
-        noise, buffers = self.noise(), [(buffer, buffer.clone()) for buffer, was in self.buffers]
-        try:
-            for module, flag in flags:
-                module.training = flag
-            self.set_buffers()
-            with self.autocasting():
-                yield
-        finally:
-            for module, flag in flags:
-                module.training = not flag
-            self.set_noise(noise)
-            for buffer, now in buffers:
-                if not torch.equal(buffer, now):
-                    buffer.data.copy_(now)
-
-    def autocasting(self) -> ExitStack:
-        """The autocast of the forward pass."""
-        stack = ExitStack()
-        for kind, was in self.autocast.items():
-            if was != _autocast(kind):
-                on, dtype, cached = was
-                stack.enter_context(torch.autocast(kind, enabled=on, dtype=dtype, cache_enabled=cached))
-        return stack
-
-
-def _autocast(kind: str) -> tuple[bool, torch.dtype, bool]:
-    """Whether autocast is on, to what it casts and whether it remembers."""
-    return torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled()
 
 
 @dataclass
@@ -199,11 +110,11 @@ class Evaluation:
         self.field, self.layout, self.parameters = field, layout, parameters
         self.surroundings, self.moving = surroundings, moving
         self._weights = {} if weights is None else weights
-        self.statistics, self.is_backward, self._is_searched = Statistics(), False, False
+        self.statistics, self.is_backward = Statistics(), False
         self._noted_attributes: list[tuple[nn.Module, dict[str, object]]] = []
         self.log: StageLog[Noise] | None = None
         self._differentiates = False
-        self._clock = _NO_TIME
+        self._clock, self._memory = _NO_TIME, NO_MEMORY
 
     def __call__(self, t: Time, x: Tensor) -> Tensor:
         """F(t, x) in the current gradient mode."""
@@ -242,15 +153,26 @@ class Evaluation:
         weigh: AbstractContextManager[dict[int, int]] = checks.weighed(own) if unknown else nullcontext({})
         with torch.enable_grad(), weigh as sizes:
             slope = self.at(t, leaf)
-        stray, nodes = checks.search(slope, (leaf, *self.parameters))
-        if stray is not None:
-            raise checks.is_lost(self._name(stray), stray.shape)
+        nodes = self.require_known(slope, (leaf, *self.parameters))
         self.surroundings.note_buffers()
         if not joins:
             return Root(leaf.detach(), slope.detach())
         if unknown:
             self._weights[key] = sum(sizes.values()) + checks.NODE * nodes
         return Root(leaf, slope, self._weights.get(key, (x.nbytes + checks.NODE) * nodes))
+
+    def require_known(self, came: Tensor, inputs: Sequence[Tensor]) -> int:
+        """Look for leaves that something depends on besides its inputs; the size of its graph.
+
+        A field may meet a tensor on its way alone (a switch in time), so that each replay looks anew.
+
+        Raises:
+            ProblemError: there is one, whose gradient would be lost.
+        """
+        stray, nodes = checks.search(came, inputs)
+        if stray is not None:
+            raise checks.is_lost(self._name(stray), stray.shape)
+        return nodes
 
     def _name(self, tensor: Tensor) -> str | None:
         """How the field calls a tensor, in quotes."""
@@ -289,6 +211,7 @@ class Evaluation:
         leaf = x.detach().requires_grad_()
         with torch.enable_grad(), watch or nullcontext():
             slope = self.at(t, leaf)
+        self.require_known(slope, (leaf, *self.parameters))
         if not slope.requires_grad:
             return Pull(slope, torch.zeros_like(x), (None,) * len(parameters))
         found: Sequence[Tensor | None] = torch.autograd.grad(slope, (leaf, *parameters), cotangent, allow_unused=True)
@@ -314,25 +237,27 @@ class Evaluation:
         for state in states if still else ():
             state.register_hook(check)
 
-    def require_same(self, came: Tensor, expected: Tensor, inputs: Sequence[Tensor] = ()) -> None:
+    def require_same(self, came: Tensor, expected: Tensor | None, inputs: Sequence[Tensor] = ()) -> None:
         """Compare a replayed tensor with that of the forward pass: equal but for rounding.
 
         Args:
             came: the replayed one.
-            expected: that of the forward pass.
+            expected: that of the forward pass, where it is known.
             inputs: all that it may depend on, if that is to be looked at.
 
         Raises:
-            OcnoptError: they differ, or it depends on other tensors, whose gradients would be lost.
+            OcnoptError: they differ.
+            ProblemError: it depends on other tensors, whose gradients would be lost.
         """
         # Compiled fields and some kernels round differently with a graph than without.
         slack = 256 * torch.finfo(came.dtype).eps
-        is_same = torch.equal(came, expected) or bool(
-            (came.detach() - expected).abs().max() <= slack * expected.abs().max()
+        is_same = (
+            expected is None
+            or torch.equal(came, expected)
+            or bool((came.detach() - expected).abs().max() <= slack * expected.abs().max())
         )
-        strays = bool(inputs) and not self._is_searched and checks.search(came, inputs)[0] is not None
-        self._is_searched |= bool(inputs)
-        if is_same and not strays:
+        stray = checks.search(came, inputs)[0] if inputs else None
+        if is_same and stray is None:
             return
         was = {(m, name): value for m, noted in self._noted_attributes for name, value in noted.items()}
         changed = [
@@ -341,12 +266,14 @@ class Evaluation:
             for name, value in (vars(m) | m._buffers).items()
             if was.get((m, name)) is not value
         ]
+        if is_same and stray is not None and not changed:
+            raise checks.is_lost(self._name(stray), stray.shape)
         raise checks.has_changed(changed)
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
         """The backward pass: surroundings as in the forward pass, evaluations counted apart."""
-        self.is_backward, self.statistics.backward, self._is_searched = True, 0, False
+        self.is_backward, self.statistics.backward = True, 0
         # When autograd has a whole gradient from us, hooks act on it, once; it drops that of frozen parameters.
         touched = [p for p in self.parameters if p._backward_hooks or not p.requires_grad]
         were = [(p, p._backward_hooks, p.requires_grad) for p in touched]
@@ -386,7 +313,7 @@ class Evaluation:
         else:
             clock = x.new_full((), t)
             self._clock = t, clock
-        shapes = self.layout.shapes
+        shapes, version = self.layout.shapes, x._version
         try:
             slope = self.field(clock, x if shapes is None else self.layout.split(x))
         except RuntimeError as error:
@@ -395,4 +322,5 @@ class Evaluation:
         if shapes is not None or not isinstance(slope, Tensor) or slope.shape != x.shape:
             slope = checks.check_slope(slope, shapes or (x.shape,), is_tuple=shapes is not None)
             slope = self.layout.join(slope)
+        self._memory = check_memory(slope, self._memory, is_edited=x._version != version)
         return slope if slope.dtype == x.dtype else checks.as_real(slope, x.dtype)

@@ -1,15 +1,17 @@
 """A solve by a method of torchdiffeq."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ocnopt.errors import ConvergenceError
+from ocnopt.errors import ConvergenceError, ProblemError
 from ocnopt.integrate import fixed, torchdiffeq_bridge
 from ocnopt.neural.checks import in_forward_mode
 from ocnopt.neural.evaluation import Evaluation
+from ocnopt.neural.second import ONCE, Last
 
 
 def solve(
@@ -35,10 +37,17 @@ def solve(
 
     Raises:
         ConvergenceError: the cap was reached.
+        ProblemError: times before the last need gradients, and torchdiffeq would give those of some none.
     """
     if not x.numel():  # torchdiffeq's error control divides by the number of entries
         return fixed.integrate(evaluation, x, times, step_size=options["step_size"]).states
     continuous = continuous and torch.is_grad_enabled() and not in_forward_mode()
+    if moving is not None and len(times) > 2 and not continuous and options["method"] in torchdiffeq_bridge.GRID:
+        raise ProblemError(
+            f"times that need gradients met method={options['method']!r}, one of torchdiffeq's on a fixed grid, whose "
+            "points get no gradient there; expected detached times, a method of this library "
+            '(method="rk4"), or adjoint="continuous"'
+        )
     if continuous:
         evaluation.root(times[0], x)
 
@@ -49,14 +58,27 @@ def solve(
                 f"and stands at t = {t.item():.6g}; expected to reach the end within max_evaluations: the field "
                 "has grown stiff or fast, the tolerance is too tight, or the cap too low"
             )
-        return evaluation.at(t, x)
+        slope = evaluation.at(t, x)
+        if continuous and evaluation.is_backward and slope.requires_grad:
+            evaluation.require_known(slope, (t, x, *evaluation.parameters))
+        return slope
 
     states = torchdiffeq_bridge.integrate(
         field,
         x,
         torch.tensor(times, dtype=x.dtype, device=x.device) if moving is None else moving,
         adjoint_parameters=evaluation.parameters if continuous else None,
+        on_gradients=partial(_refuse_second, (x, *evaluation.parameters)),
         **options,
     )
     evaluation.is_backward = True
     return states.unbind(0)
+
+
+def _refuse_second(
+    inputs: Sequence[Tensor], gradients: Sequence[Tensor | None], cotangents: Sequence[Tensor | None]
+) -> Sequence[Tensor | None] | None:
+    """Let the gradients of torchdiffeq's adjoint, which have no graph, refuse to be differentiated once more."""
+    if not torch.is_grad_enabled():
+        return None
+    return Last.apply(ONCE, len(gradients), *gradients, *inputs, *cotangents)

@@ -41,11 +41,12 @@ from ocnopt.neural.checks import (
     read_times,
 )
 from ocnopt.neural.continuous import Continuous
-from ocnopt.neural.evaluation import Evaluation, State, StateLayout, Statistics, Surroundings
+from ocnopt.neural.evaluation import Evaluation, State, StateLayout, Statistics
 from ocnopt.neural.function_field import FunctionField, as_field
 from ocnopt.neural.meeting import meet
 from ocnopt.neural.samples import SampleDiscrete, SampleJob, check_samples, read_sample_times
 from ocnopt.neural.solve import Discrete, Job, solve
+from ocnopt.neural.surroundings import Surroundings
 from ocnopt.neural.trees import mapped
 from ocnopt.ocp import FreeHorizon, Horizon, read_horizon
 
@@ -157,9 +158,9 @@ class NeuralODE(nn.Module):
 
         Args:
             x: the state at the start: a tensor, or a tuple of tensors.
-            times: where to report instead of at the end, in one direction, equal ones side by side; from the horizon's
-                start, or, where they run against the horizon, from its end. Their gradients are exact too. With
-                ``error_norm="sample"`` also ``(K, B)``, times for each sample: ``ends[None]`` for one end each.
+            times: where to report, not at the end, in one direction, equal ones side by side; from the horizon's start,
+                or, against the horizon, from its end. Their gradients are exact too; a first one that is the start
+                moves it. With ``error_norm="sample"`` also ``(K, B)``, for each sample: ``ends[None]`` for one end.
 
         Raises:
             ProblemError: the state, the times or the field's output do not fit.
@@ -353,9 +354,8 @@ class NeuralODE(nn.Module):
         )
         span = (float(times.min()), float(times.max())) if len(x) else (0.0, 0.0)
         require_apart(job.evaluation, span, x, self._weights, 'error_norm="sample"', each=True)
-        if self._walks_alone(moving):
-            return job.walk(x).states
-        return solve(SampleDiscrete(job, self.checkpoint_bytes), x, moving)
+        walks = self._walks_alone(moving)
+        return job.walk(x).states if walks else solve(SampleDiscrete(job, self.checkpoint_bytes), x, moving)
 
     def _evaluation(self, layout: StateLayout, x: Tensor, moving: Tensor | None) -> Evaluation:
         surroundings = Surroundings(self.field, x.device)
@@ -392,8 +392,8 @@ class NeuralODE(nn.Module):
         return self._adaptive(adaptive.integrate, tableau)
 
     def _adaptive(self, integrate: Callable[..., Any], tableau: Tableau) -> partial[Any]:
-        options = {"rtol": self.rtol, "atol": self.atol, "max_evaluations": self.max_evaluations}
-        return partial(integrate, tableau=tableau, **options)
+        cap = self.max_evaluations
+        return partial(integrate, tableau=tableau, rtol=self.rtol, atol=self.atol, max_evaluations=cap)
 
     def _observer(self) -> Observer | None:
         observers = [each for each in self._observers.values() if isinstance(each, Observer)]

@@ -79,7 +79,8 @@ class HorizonPolicy:
             derivatives of the loss, for which ``policy.step(closure)`` needs a function that computes it again, with
             layers around the Neural ODE as they are by then; an update costs about three iterations.
         lr: eta; at most 1 is sensible for "feedback".
-        penalty: c of the cost (c/2) T^2 on the integration time.
+        penalty: c of the cost (c/2) T^2 on the integration time. At zero the steps of "feedback" grow as the shares
+            vanish with a loss that is fitted, up to ``max_change``.
         every: iterations from one update of T to the next. The first update is that of the first iteration, before the
             weights have learned to fill the old T.
         averaging: weight of the past in Q_TT, a running mean over updates, as shares have heavy tails. Q_T, also in a

@@ -261,6 +261,24 @@ class TestCapturedTensors:
         assert distance(found[3], found[0]) < (1e-12 if adjoint == "discrete" else 1e-6)
         assert torch.equal(found[3], found[2])
 
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"checkpoint_bytes": 0},
+            {"checkpoint_bytes": 2000, "method": "rk4"},
+            {"checkpoint_bytes": 0, "method": "rk4"},
+            {"method": "heun3", "adjoint": "continuous"},
+        ],
+    )
+    def test_what_is_met_on_the_way_alone_is_refused_on_the_way_back(self, adjoint, options):
+        scale = torch.ones(1, dtype=torch.float64, requires_grad=True)
+        net = Tanh()
+        field = Plain(lambda t, x: net(t, x) * scale if 0.4 < t < 0.6 else net(t, x))
+        field.net = net
+        y = NeuralODE(field, **{"adjoint": adjoint, "steps": 10, "method": "dopri5"} | options)(start(4, 3))
+        with pytest.raises(ProblemError, match=r"a tensor of shape \(1,\).*its gradient would be lost"):
+            y.sum().backward()
+
     def test_without_gradients_nothing_is_lost(self, adjoint):
         scale = torch.ones(1, dtype=torch.float64, requires_grad=True)
         with torch.no_grad():

@@ -129,3 +129,18 @@ def test_third_derivatives_and_second_ones_of_the_continuous_adjoint_and_of_time
         (first,) = torch.autograd.grad(ode(x).sum(), x, create_graph=True)
         with refused:
             first.sum().backward()
+
+
+@pytest.mark.parametrize("method", ["heun3", "fehlberg2", "implicit_adams"])
+def test_second_derivatives_of_an_adjoint_of_torchdiffeq_are_refused(method):
+    pytest.importorskip("torchdiffeq")
+    field, x = Tanh(), start(4, 3).requires_grad_()
+    y = NeuralODE(field, method=method, adjoint="continuous")(x)
+    weight = next(field.parameters())
+    (plain,) = torch.autograd.grad(y.square().sum(), weight, retain_graph=True)
+    by_x, by_weight = torch.autograd.grad(y.square().sum(), (x, weight), create_graph=True)
+    torch.testing.assert_close(by_weight, plain, rtol=0, atol=0)
+    for gradient in (by_x, by_weight):
+        for wanted in (x, weight):
+            with pytest.raises(OcnoptError, match="was differentiated once more"):
+                torch.autograd.grad(y.mean() + gradient.square().sum(), wanted, retain_graph=True)
