@@ -245,7 +245,11 @@ def follow(matrix: Tensor, old: Eigen | None, other: Tensor | None) -> Eigen:
         generator = torch.Generator().manual_seed(0)  # the same in all processes, and in a run that is resumed
         other = torch.randn(b, rank, generator=generator).to(matrix)
     leading = old and Eigen(old.vectors[..., :rank], old.values[..., :rank])
-    return of_rows(other[..., :rank].mT @ matrix, rank, leading, KEEP)
+    rows = other[..., :rank].mT @ matrix
+    known = rows.shape[-2] + (0 if leading is None else leading.values.shape[-1])
+    # a row of zeros stands for any other direction
+    rows = torch.nn.functional.pad(rows, (0, 0, 0, max(0, rank - known)))
+    return of_rows(rows, rank, leading, KEEP)
 
 
 def complete(factor: Tensor) -> Eigen:

@@ -308,3 +308,22 @@ def test_groups_with_long_rows_may_be_padded(monkeypatch):
         for p, q in zip(*(model.parameters() for model in models), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9)
     assert [len(optimizer._stacks._stacks) for optimizer in optimizers] == [1, 2]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_wide_side_beside_very_few_inputs_has_all_its_vectors_at_once(groups, monkeypatch):
+    monkeypatch.setattr("ocnopt.optim.bases.BESIDE_SHORT", 5)
+    torch.manual_seed(0)
+    layer = nn.Conv1d(2 * groups, 9 * groups, 1, groups=groups, bias=False)
+    optimizer = SNOpt(layer, everywhere=True)
+    for _ in range(5):
+        layer.weight.grad = torch.randn_like(layer.weight)
+        optimizer.step()
+        state = optimizer.state[layer.weight]
+        assert "squares" not in state  # no step by Adam's rule
+        vectors = state["output_vectors"]
+        assert vectors.shape == (groups, 9, 5)
+        torch.testing.assert_close(vectors.mT @ vectors, torch.eye(5).expand(groups, 5, 5), rtol=0, atol=1e-12)
+        outside = layer.weight.grad.view(groups, 9, 2)
+        outside = outside - vectors @ (vectors.mT @ outside)
+        assert outside.norm() < 1e-10 or int(state["step"]) > 1
