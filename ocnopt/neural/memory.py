@@ -29,8 +29,8 @@ def check_memory(slope: Tensor, last: Memory, *, is_edited: bool) -> Memory:
             "the field changes its state x in place; expected it to leave x as it is: write y = f(x) for x.f_() and "
             "x = x + y for x += y"
         )
-    if slope.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(slope):
-        return NO_MEMORY
+    if slope.is_inference() or not slope._version or torch._C._functorch.is_functorch_wrapped_tensor(slope):
+        return NO_MEMORY  # it is new, or cannot be told
     now = Memory(StorageWeakRef(slope.untyped_storage()), slope._version)
     if last.place is not None and now.place == last.place and now.version != last.version:
         raise ProblemError(
