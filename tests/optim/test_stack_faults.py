@@ -13,6 +13,9 @@ from ocnopt.optim.several import Several
 pytestmark = pytest.mark.usefixtures("float64")
 
 
+PARTS = ("momentum_left", "momentum_core", "momentum_right")
+
+
 def negated(momentum):
     return -momentum
 
@@ -23,31 +26,41 @@ def rotated(vectors):
     return torch.cat([torch.stack([u + v, u - v], -1) / 2**0.5, vectors[..., 2:]], -1)
 
 
-@pytest.mark.parametrize("width", [20, 200])
-@pytest.mark.parametrize("key", ["momentum", "output_vectors", "input_vectors"])
-def test_a_state_that_is_edited_counts(width, key):
+@pytest.mark.parametrize(
+    ("width", "of", "key"),
+    [
+        *((width, "weight", key) for width in (20, 200) for key in ("momentum", "output_vectors", "input_vectors")),
+        (20, "bias", "momentum"),
+        ((20, 170), "bias", "momentum"),
+        ((170, 20), "weight", "momentum"),
+    ],
+)
+def test_a_state_that_is_edited_counts(width, of, key):
     edit = negated if key == "momentum" else rotated
+    outputs, inputs = width if isinstance(width, tuple) else (width, width)
 
     def run(way):
         torch.manual_seed(0)
-        layer = nn.Linear(width, width, bias=False)
+        layer = nn.Linear(inputs, outputs, bias=min(outputs, inputs) == 20)
         optimizer = SNOpt(layer)
         for i in range(9):
-            state = optimizer.state[layer.weight]
+            state = optimizer.state[getattr(layer, of)]
             if i == 8 and way == "in place":
                 state[key].copy_(edit(state[key]))
             elif i == 8 and way in ("put", "with nothing kept"):
                 state[key] = edit(state[key])
             elif i == 8 and way == "loaded":
                 saved = optimizer.state_dict()
-                saved["state"][0][key] = edit(saved["state"][0][key])
+                entry = saved["state"][[*dict(layer.named_parameters())].index(of)]
+                entry[key] = edit(entry[key])
                 optimizer.load_state_dict(saved)
             if i == 8 and way == "with nothing kept":
-                for part in ("momentum_left", "momentum_core", "momentum_right"):
-                    state.pop(part, None)
-            layer.weight.grad = torch.randn(width, width)
+                for part in PARTS:
+                    optimizer.state[layer.weight].pop(part, None)
+            for parameter in layer.parameters():
+                parameter.grad = torch.randn_like(parameter)
             optimizer.step()
-        return layer.weight.detach()
+        return torch.cat([parameter.detach().reshape(-1) for parameter in layer.parameters()])
 
     expected = run("with nothing kept")
     for way in ("put", "in place", "loaded"):
@@ -55,35 +68,37 @@ def test_a_state_that_is_edited_counts(width, key):
     assert (run("not") - expected).norm() > 1e-5
 
 
-def test_an_interruption_leaves_no_parts_of_another_momentum(monkeypatch):
+@pytest.mark.parametrize("width", [20, 200])
+def test_an_interruption_leaves_no_parts_of_another_momentum(width, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
     torch.manual_seed(0)
-    layer = nn.Linear(200, 200, bias=False)
+    layer = nn.Linear(width, width, bias=False)
     optimizer = SNOpt(layer)
     for i in range(9):
-        layer.weight.grad = torch.randn(200, 200)
+        layer.weight.grad = torch.randn(width, width)
         if i == 7:
             with monkeypatch.context() as patch:
                 patch.setattr(matrices, "changes", interrupt)
                 with pytest.raises(KeyboardInterrupt):
                     optimizer.step()
-            assert "momentum_left" not in optimizer.state[layer.weight]
+            assert "momentum_core" not in optimizer.state[layer.weight]
         else:
             optimizer.step()
     state = optimizer.state[layer.weight]
-    expected = state["output_vectors"].mT @ state["momentum"][None]
-    torch.testing.assert_close(state["momentum_left"], expected, rtol=1e-10, atol=1e-12)
+    expected = state["output_vectors"].mT @ state["momentum"][None] @ state["input_vectors"]
+    torch.testing.assert_close(state["momentum_core"], expected, rtol=1e-10, atol=1e-12)
 
 
-def test_parts_of_the_momentum_are_those_of_bases_that_were_made_apart(monkeypatch):
+@pytest.mark.parametrize("width", [20, 200])
+def test_parts_of_the_momentum_are_those_of_bases_that_were_made_apart(width, monkeypatch):
     def run():
         torch.manual_seed(0)
-        layer = nn.Linear(200, 200, bias=False)
+        layer = nn.Linear(width, width, bias=False)
         optimizer = SNOpt(layer, refresh_every=4)
         for _ in range(14):
-            layer.weight.grad = torch.randn(200, 200)
+            layer.weight.grad = torch.randn(width, width)
             optimizer.step()
         return layer.weight.detach()
 

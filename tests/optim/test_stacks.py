@@ -318,3 +318,21 @@ def test_a_state_dict_that_is_kept_stays_as_it_was():
     for index, entry in kept["state"].items():
         for key, value in entry.items():
             torch.testing.assert_close(value, before["state"][index][key], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_momenta_are_kept_in_their_eigenbases(skips):
+    """Of matrices that are padded, transposed, in groups, with and without a bias."""
+    model = Net()
+    optimizer, compared = SNOpt(model, refresh_every=6), 0
+    blocks = find_blocks(model, dict.fromkeys(model.parameters(), ""))
+    for i in range(20):
+        step(model, optimizer, i, skips=skips and i % 3 == 1)
+        for block in blocks:
+            state = optimizer.state[block.weight]
+            if "momentum_core" in state:
+                momentum = block.matrix({p: optimizer.state[p]["momentum"] for p in block.parameters})
+                expected = state["output_vectors"].mT @ momentum @ state["input_vectors"]
+                torch.testing.assert_close(state["momentum_core"], expected, rtol=1e-10, atol=1e-12)
+                compared += 1
+    assert compared > 100
