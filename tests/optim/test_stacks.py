@@ -335,4 +335,4 @@ def test_momenta_are_kept_in_their_eigenbases(skips):
                 expected = state["output_vectors"].mT @ momentum @ state["input_vectors"]
                 torch.testing.assert_close(state["momentum_core"], expected, rtol=1e-10, atol=1e-12)
                 compared += 1
-    assert compared > 100
+    assert compared > 90
