@@ -18,11 +18,10 @@ from ocnopt.differential.discrete import Pull
 from ocnopt.integrate.runge_kutta import Field, Time
 from ocnopt.integrate.walk import StageLog
 from ocnopt.neural import checks
-from ocnopt.neural.memory import NO_MEMORY, check_memory
+from ocnopt.neural.memory import Slopes
 from ocnopt.neural.surroundings import Noise, Surroundings
 
 State = Tensor | tuple[Tensor, ...]
-_SEARCHED = 4  # one in so many evaluations of a backward pass is searched for lost gradients: a tenth of its time
 _NO_TIME = float("nan"), torch.empty(())
 
 
@@ -115,7 +114,7 @@ class Evaluation:
         self._noted_attributes: list[tuple[nn.Module, dict[str, object]]] = []
         self.log: StageLog[Noise] | None = None
         self._differentiates = False
-        self._clock, self._memory = _NO_TIME, NO_MEMORY
+        self._clock, self._slopes = _NO_TIME, Slopes()
 
     def __call__(self, t: Time, x: Tensor) -> Tensor:
         """F(t, x) in the current gradient mode."""
@@ -212,8 +211,7 @@ class Evaluation:
         leaf = x.detach().requires_grad_()
         with torch.enable_grad(), watch or nullcontext():
             slope = self.at(t, leaf)
-        if not self.statistics.backward % _SEARCHED:
-            self.require_known(slope, (leaf, *self.parameters))
+        self.require_known(slope, (leaf, *self.parameters))
         if not slope.requires_grad:
             return Pull(slope, torch.zeros_like(x), (None,) * len(parameters))
         found: Sequence[Tensor | None] = torch.autograd.grad(slope, (leaf, *parameters), cotangent, allow_unused=True)
@@ -324,5 +322,6 @@ class Evaluation:
         if shapes is not None or not isinstance(slope, Tensor) or slope.shape != x.shape:
             slope = checks.check_slope(slope, shapes or (x.shape,), is_tuple=shapes is not None)
             slope = self.layout.join(slope)
-        self._memory = check_memory(slope, self._memory, is_edited=x._version != version)
-        return slope if slope.dtype == x.dtype else checks.as_real(slope, x.dtype)
+        slope = slope if slope.dtype == x.dtype else checks.as_real(slope, x.dtype)
+        self._slopes.check(slope, is_edited=x._version != version)
+        return slope

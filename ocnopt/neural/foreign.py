@@ -68,14 +68,14 @@ def solve(
         x,
         torch.tensor(times, dtype=x.dtype, device=x.device) if moving is None else moving,
         adjoint_parameters=evaluation.parameters if continuous else None,
-        on_gradients=partial(_refuse_second, (x, *evaluation.parameters)),
+        on_gradients=partial(_only_once, (x, *evaluation.parameters)),
         **options,
     )
     evaluation.is_backward = True
     return states.unbind(0)
 
 
-def _refuse_second(
+def _only_once(
     inputs: Sequence[Tensor], gradients: Sequence[Tensor | None], cotangents: Sequence[Tensor | None]
 ) -> Sequence[Tensor | None] | None:
     """Let the gradients of torchdiffeq's adjoint, which have no graph, refuse to be differentiated once more."""

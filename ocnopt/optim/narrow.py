@@ -52,7 +52,7 @@ class Narrow(Several):
     def _followed(self, *, turns: bool) -> Basis:
         found = super()._followed(turns=turns)
         if not self.basis.is_complete:
-            return found
+            return found  # rows are not padded then, and what follows momenta has their zeros
         # in the padding they are unit vectors
         pairs = zip(found, self._used, strict=True)
         return Basis(*(side._replace(vectors=side.vectors * used) for side, used in pairs))

@@ -1,8 +1,9 @@
 """Stacks of several matrices, in memory that their states hold views of.
 
 Matrices of other sizes than the largest are padded with zeros, and may lie transposed; so are their eigenbases, second
-moments and factors, and zeros stay zeros in all that is done to them. Matrices with a wide side are not padded. What is
-put in the place of a view, by load_state_dict, model.to or others, is taken up in the next iteration.
+moments and factors, and zeros stay zeros in all that is done to them. Matrices that are wide on both sides are not
+padded, and of those that are wide on one the columns alone. What is put in the place of a view, by load_state_dict,
+model.to or others, is taken up in the next iteration.
 """
 
 import math
@@ -26,7 +27,7 @@ from ocnopt.optim.bases import (
     kept,
     tracked,
 )
-from ocnopt.optim.stack import Groups, Stack, States
+from ocnopt.optim.stack import Groups, Stack, States, kind_of
 from ocnopt.optim.states import (
     BASIS,
     DECAY,
@@ -64,10 +65,10 @@ class Several(Stack):
         self.momentum, self.change = (like.new_zeros(n, rows, columns) for _ in range(2))
         self.moments = like.new_zeros(n, q + (q < rows), r + (r < columns))
         sides = ((columns, r), (rows, q))
-        lain = zip(*(map(float, place.lain) for place in self._places), strict=True)
-        heights, widths = (like.new_tensor(self.of_slices(each))[:, None, None] for each in lain)
+        own = [[float(side) for side in place.lain] for place in self._places]
+        heights, widths = (like.new_tensor(self.of_slices(each))[:, None, None] for each in zip(*own, strict=True))
         A, B = (Eigen(like.new_zeros(n, d, k), like.new_zeros(n, k)) for d, k in sides)
-        is_padded = r < columns > widths.amin()
+        is_padded = r < columns and min(width for _, width in own) < columns
         self.basis = Basis(A._replace(rests=widths - r) if is_padded else A, B)
         self._shares = self.basis.multiplicities() / (heights * widths)
         self._factors = [None if is_wide(d) else like.new_zeros(n, d, d) for d, _ in sides]
@@ -93,7 +94,7 @@ class Several(Stack):
         ]
         (self._of_gradient, self._of_momentum), self._flat = zip(*parts, strict=True), flat.unbind()
         self._follows = False  # whether the turned parts of the momentum are those of the last one
-        self._versions: list[int] = []
+        self._versions: list[object] = []
 
     @abstractmethod
     def _allocate(self, like: Tensor) -> None:
@@ -138,15 +139,14 @@ class Several(Stack):
 
     def gather(self, gradients: Mapping[Tensor, Tensor], states: States, names: Mapping[Tensor, str]) -> Tensor:
         """See :meth:`Stack.gather`."""
-        here = [member for member in self._members if self.is_present[member.owner]]
-        self._receive(gradients, here)
+        self._receive(gradients, [member for member in self._members if self.is_present[member.owner]])
         self.is_changed, others = [*self.is_present], []
-        for member in here:
+        for member in self._members:
             state = states.get(member.parameter, {})
             if (change := state.get("change")) is None:
                 self.is_changed[member.owner] = False
             elif change is not member.change:
-                go_along(state, names[member.parameter], gradients[member.parameter])
+                go_along(state, names[member.parameter], member.change)
                 others.append((state, "change", member.change, change))
         adopt(others)
         products, self._norms = self._compare()
@@ -156,25 +156,34 @@ class Several(Stack):
         self, gradients: Mapping[Tensor, Tensor], states: States, names: Mapping[Tensor, str], of: Groups
     ) -> None:
         """See :meth:`Stack.take_in`."""
-        here = [member for member in self._members if self.is_present[member.owner]]
-        others = []
-        are_left, are_loaded = self._are_left(states), self._are_loaded(states)
+        are_left = self._are_left(states)
+        loaded = [] if are_left else self._loaded(states)
+        adopt(loaded)
         self._states = [states[block.weight] for block in self.blocks]
         for state in self._states:
             for key in TURNED:  # until the change is made: an iteration may be interrupted
                 state.pop(key, None)
-        self._follows = True
-        for member in here:
-            state, gradient = states[member.parameter], gradients[member.parameter]
-            if (momentum := state.get("momentum")) is not member.momentum:
-                go_along(state, names[member.parameter], gradient)
-                others.append((state, "momentum", member.momentum, gradient if momentum is None else momentum))
-            if (step := state.get("step")) is not member.step:
-                others.append((state, "step", member.step, torch.zeros(()) if step is None else step))
-        adopt(others)
+        self._adopt_momenta(gradients, states, names)
+        here = [member for member in self._members if self.is_present[member.owner]]
         self._blend(gradients, here, self._advance(here, of))
         self.settle(states)
-        self._follows = all(self.is_ready) and (are_loaded or (are_left and self._follows))
+        self._follows = all(self.is_ready) and (are_left or bool(loaded))
+
+    def _adopt_momenta(self, gradients: Mapping[Tensor, Tensor], states: States, names: Mapping[Tensor, str]) -> None:
+        """Take up momenta and counts, also of what has no gradient: it may hold views that are to be overwritten."""
+        others: list[tuple[State, str, Tensor, Any]] = []
+        for member in self._members:
+            parameter, is_here = member.parameter, self.is_present[member.owner]
+            state = states[parameter] if is_here else states.get(parameter, {})
+            momentum, step = state.get("momentum"), state.get("step")
+            if momentum is not member.momentum and (is_here or momentum is not None):
+                go_along(state, names[parameter], member.momentum)
+                others.append(
+                    (state, "momentum", member.momentum, gradients[parameter] if momentum is None else momentum)
+                )
+            if step is not member.step and (is_here or step is not None):
+                others.append((state, "step", member.step, torch.zeros(()) if step is None else step))
+        adopt(others)
 
     def _advance(self, here: Sequence[Member], of: Groups) -> list[float]:
         """Count the gradients; the weights of these in the momenta."""
@@ -195,34 +204,36 @@ class Several(Stack):
 
     def settle(self, states: States) -> None:
         """See :meth:`Stack.settle`."""
-        others = []
+        others, blank = [], list[Tensor]()
         for i, (block, views) in enumerate(zip(self.blocks, self._own, strict=True)):
-            state = states[block.weight]
-            if not self.is_present[i] or all(map(operator.is_, map(state.get, BASIS), map(views.get, BASIS))):
+            state = states.get(block.weight, {})
+            if all(map(operator.is_, map(state.get, BASIS), map(views.get, BASIS))):
                 self.is_ready[i] = self.is_present[i]
                 continue
             self._follows = False
             fitting = [state[key].shape == views[key].shape for key in BASIS if key in state]
-            self.is_ready[i] = len(fitting) == len(BASIS) and all(fitting)
-            for key in BASIS:
-                if not self.is_ready[i]:
-                    views[key].zero_()
-                elif state[key] is not views[key]:
-                    others.append((state, key, views[key], state[key]))
+            fits = len(fitting) == len(BASIS) and all(fitting)
+            self.is_ready[i] = fits and self.is_present[i]
+            if fits:
+                others += [(state, key, views[key], state[key]) for key in BASIS if state[key] is not views[key]]
+            elif self.is_present[i]:
+                blank += [views[key] for key in BASIS]
         adopt(others)
+        for view in blank:  # last, as states may have been exchanged
+            view.zero_()
 
     def observe(self) -> None:
         """See :meth:`Stack.observe`."""
-        others = []
+        others: list[tuple[State, str, Tensor, Any]] = []
         for i, views in enumerate(self._own):
             state = self._states[i]
-            for key in FACTORS if self.is_present[i] else ():
+            for key in FACTORS:
                 own, view = state.get(key), views.get(key)
+                fits = own is not None and view is not None and own.shape == view.shape
                 if view is None:
                     state.pop(key, None)
-                elif own is not view:
-                    known = own if own is not None and own.shape == view.shape else torch.zeros_like(view)
-                    others.append((state, key, view, known))
+                elif own is not view and (fits or self.is_present[i]):
+                    others.append((state, key, view, own if fits else torch.zeros_like(view)))
         adopt(others)
         if len({*self._counts}) > 1 or not all(self.is_present):
             super().observe()
@@ -287,39 +298,40 @@ class Several(Stack):
         return gradient, momentum
 
     def _are_left(self, states: States) -> bool:
-        """Whether momenta and their turned parts are as the last iteration left them."""
-        for block, views in zip(self.blocks, self._turned, strict=True):
+        """Whether momenta, bases and the turned parts of the momenta are as the last iteration left them."""
+        for block, views, parts in zip(self.blocks, self._own, self._turned, strict=True):
             state = states.get(block.weight, {})
-            if any(state.get(key) is not view for key, view in views.items()):
+            if any(state.get(key) is not view for key, view in parts.items()):
+                return False
+            if any(state.get(key) is not views[key] for key in BASIS):
                 return False
         momenta = (states.get(member.parameter, {}).get("momentum") is member.momentum for member in self._members)
         return all(momenta) and self._versions == self._versions_now()
 
-    def _are_loaded(self, states: States) -> bool:
-        """Take up turned parts where all is loaded, if they are those of the momenta: a state may be edited before."""
-        if any(states.get(member.parameter, {}).get("momentum") is member.momentum for member in self._members):
-            return False
-        entries = [(states.get(member.parameter, {}), "momentum", member.momentum) for member in self._members]
+    def _loaded(self, states: States) -> list[tuple[State, str, Tensor, Any]]:
+        """Turned parts to take up where all was loaded, if they are those of the momenta beside them."""
         own = [states.get(block.weight, {}) for block in self.blocks]
-        for state, views, parts in zip(own, self._own, self._turned, strict=True):
-            entries += [(state, key, view) for key, view in ({key: views[key] for key in BASIS} | parts).items()]
-        found: list[tuple[State, str, Tensor, Any]] = [(*entry, entry[0].get(entry[1])) for entry in entries]
-        if any(value is None or value is view or _kind(value) != _kind(view) for *_, view, value in found):
-            return False
-        for block, state, parts in zip(self.blocks, own, self._turned, strict=True):
+        pairs = [(states.get(member.parameter, {}).get("momentum"), member.momentum) for member in self._members]
+        parts: list[tuple[State, str, Tensor, Any]] = []
+        for state, views, turned in zip(own, self._own, self._turned, strict=True):
+            pairs += [(state.get(key), views[key]) for key in BASIS]
+            parts += [(state, key, view, state.get(key)) for key, view in turned.items()]
+        pairs += [(value, view) for *_, view, value in parts]
+        if any(value is None or value is view or kind_of(value) != kind_of(view) for value, view in pairs):
+            return []
+        for block, state, turned in zip(self.blocks, own, self._turned, strict=True):
             M = block.matrix({p: states[p]["momentum"] for p in block.parameters})
             expected = dict(zip(TURNED, basis_of(state).turn(M)[1:], strict=False))
+            # a state may be edited before it is loaded; what is less than this is gone with the next few gradients
             most = torch.finfo(M.dtype).eps ** 0.5 * M.norm()
-            if any(bool((state[key] - expected[key]).norm() > most) for key in parts):
-                return False
-        adopt([each for each in found if each[1] in TURNED])
-        return True
+            if any(bool((state[key] - expected[key]).norm() > most) for key in turned):
+                return []
+        return parts
 
-    def _versions_now(self) -> list[int]:
-        """What is counted up as momenta, their turned parts and eigenvectors are edited where they are."""
+    def _versions_now(self) -> list[object]:
+        """What is counted up as momenta, their turned parts and eigenvectors are edited where they are.
+
+        Memory of inference mode counts nothing, and is never as it was.
+        """
         edited = self.momentum, self._flat[1], *(side.vectors for side in self.basis)
-        return [tensor._version for tensor in edited]
-
-
-def _kind(value: Tensor) -> tuple[Any, ...]:
-    return value.shape, value.dtype, value.device
+        return [object() if tensor.is_inference() else tensor._version for tensor in edited]

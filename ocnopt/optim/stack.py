@@ -14,10 +14,15 @@ from torch import Tensor
 
 from ocnopt.optim.bases import Basis, Turned
 from ocnopt.optim.blocks import Block
-from ocnopt.optim.states import DECAY, TURNED, State, basis_of, fits, go_along, newest, observe, take_in
+from ocnopt.optim.states import DECAY, State, basis_of, fits, go_along, newest, observe, take_in
 
 Groups = Mapping[Tensor, Mapping[str, Any]]
 States = Mapping[Tensor, State]
+
+
+def kind_of(tensor: Tensor) -> tuple[Any, ...]:
+    """What must be the same for one tensor to take the place of another."""
+    return tensor.dtype, tensor.device, tensor.shape
 
 
 class Stack(ABC):
@@ -145,8 +150,6 @@ class Single(Stack):
         block = self._block
         take_in({p: gradients[p] for p in block.parameters}, states, names, of)
         state = states[block.weight]
-        for key in TURNED:  # of a run in which it was in a stack of several
-            state.pop(key, None)
         self._states, self._counts = [state], [int(state["step"])]
         self._momentum = block.matrix({p: states[p]["momentum"] for p in block.parameters})
         self.settle(states)

@@ -16,7 +16,7 @@ from ocnopt.optim.bases import is_wide
 from ocnopt.optim.blocks import Block
 from ocnopt.optim.gradient_checks import sizes
 from ocnopt.optim.narrow import Narrow
-from ocnopt.optim.stack import Groups, Single, Stack, States
+from ocnopt.optim.stack import Groups, Single, Stack, States, kind_of
 from ocnopt.optim.states import take_in
 from ocnopt.optim.thin import Thin
 
@@ -38,7 +38,7 @@ class Stacks:
 
     def gather(self, gradients: Mapping[Tensor, Tensor], states: States, names: Mapping[Tensor, str]) -> float:
         """Take the gradients of an iteration to hand; the norm of all together. No value of a state changes."""
-        kinds = [(p.dtype, p.device, p.shape) for block in self._blocks for p in block.parameters]
+        kinds = [kind_of(p) for block in self._blocks for p in block.parameters]
         if kinds != self._made_for:
             self._made_for, self._stacks = kinds, [*self._made()]
         self._loose = {**gradients}

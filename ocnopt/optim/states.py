@@ -22,7 +22,7 @@ EPSILON = 1e-8  # keeps the first-order update of a parameter without gradients 
 
 BASIS = ("input_vectors", "input_values", "output_vectors", "output_values", "moments")
 FACTORS = ("input_factor", "output_factor")
-TURNED = ("momentum_left", "momentum_core", "momentum_right")  # parts of the momentum, that follow the gradient's
+TURNED = ("momentum_left", "momentum_core", "momentum_right")  # U_B^T M, U_B^T M U_A and M U_A of the momentum M
 COUNTS = ("step", "squares_step", "basis_step", "basis_since")
 _OF_NO_DTYPE = (*COUNTS, "factor")  # of a state, what stays as it is when its parameter goes elsewhere
 
@@ -73,6 +73,8 @@ def take_in(
         state = states[parameter]
         go_along(state, names[parameter], gradient)
         state.setdefault("step", torch.zeros((), dtype=torch.float32))
+        for key in TURNED:  # of a stack that it has left, if for this iteration alone
+            state.pop(key, None)
         if "momentum" not in state:
             state["momentum"] = gradient.clone()
     steps = [states[parameter]["step"] for parameter in gradients]

@@ -20,8 +20,29 @@ def test_a_slope_written_over_the_last_one_is_refused(method, mode):
         def field(t, x, slope=slope):
             return torch.mul(x, -1.0, out=slope)
 
-        with mode(), pytest.raises(ProblemError, match="written its slope over the one that it returned before"):
+        with mode(), pytest.raises(ProblemError, match="written its slope over one that it returned before"):
             NeuralODE(field, method=method)(torch.ones(slope.shape))
+
+
+@pytest.mark.parametrize("method", ["rk4", "dopri5", "dopri8"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_slopes_written_in_turn_to_buffers_are_refused(method, mode):
+    buffers, calls = [torch.zeros(2) for _ in range(3)], []
+
+    def field(t, x):
+        calls.append(t)
+        with torch.no_grad():
+            return buffers[len(calls) % 3].copy_(-x)
+
+    with mode(), pytest.raises(ProblemError, match="written its slope over one that it returned before"):
+        NeuralODE(field, method=method)(torch.ones(2))
+
+
+def test_a_buffer_of_another_precision_is_copied_anyway():
+    buffer = torch.zeros(2, dtype=torch.float32)
+    with torch.no_grad():
+        end = NeuralODE(lambda t, x: torch.mul(x.float(), -1.0, out=buffer), method="rk4")(torch.ones(2))
+    torch.testing.assert_close(end, torch.full((2,), -1.0).exp(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,5 +1,6 @@
 """Matrices in stacks: single precision at its ends, edited states, interruptions."""
 
+import copy
 import weakref
 
 import pytest
@@ -239,3 +240,60 @@ def test_rows_of_very_small_gradients_make_no_nan(size):
             p.grad[8:] *= size
         optimizer.step()
     assert all(bool(p.isfinite().all()) for p in model)
+
+
+@pytest.mark.parametrize("width", [6, 200])
+def test_states_may_be_exchanged_before_a_layer_has_no_gradient(width):
+    def run(*, copies):
+        torch.manual_seed(0)
+        layers = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(2))
+        optimizer = SNOpt(layers, adaptation=0.0)
+        weights = [layer.weight for layer in layers]
+        for i in range(10):
+            if i == 6:
+                first, second = (dict(optimizer.state[weight]) for weight in weights)
+                if copies:
+                    first, second = copy.deepcopy((first, second))
+                optimizer.state[weights[0]], optimizer.state[weights[1]] = second, first
+            for weight in weights:
+                weight.grad = torch.randn_like(weight)
+            weights[1].grad = None if i == 6 else weights[1].grad
+            optimizer.step()
+        return torch.stack([weight.detach() for weight in weights])
+
+    torch.testing.assert_close(run(copies=False), run(copies=True), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("width", [6, 200])
+def test_a_state_may_be_given_to_another_layer_and_emptied(width):
+    torch.manual_seed(0)
+    layers = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(2))
+    optimizer = SNOpt(layers, adaptation=0.0)
+    for i in range(8):
+        if i == 7:  # no refresh
+            optimizer.state[layers[0].weight] = optimizer.state[layers[1].weight]
+            optimizer.state[layers[1].weight] = {}
+            expected = optimizer.state[layers[0].weight]["output_vectors"].clone()
+        for layer in layers:
+            layer.weight.grad = torch.randn(width, width)
+        optimizer.step()
+    torch.testing.assert_close(optimizer.state[layers[0].weight]["output_vectors"], expected, rtol=0, atol=0)
+    for layer in layers:
+        assert float(optimizer.state[layer.weight]["change"].norm()) > 1e-3
+
+
+@pytest.mark.parametrize("width", [6, 200])
+def test_steps_in_inference_mode_are_those_without_gradients(width):
+    def run(mode):
+        torch.manual_seed(0)
+        weight = torch.randn(width, width)
+        layer = nn.Linear(width, width, bias=False)
+        layer.weight.data.copy_(weight)
+        optimizer = SNOpt(layer)
+        for _ in range(8):
+            layer.weight.grad = torch.randn(width, width)
+            with mode():
+                optimizer.step()
+        return layer.weight.detach().clone()
+
+    torch.testing.assert_close(run(torch.inference_mode), run(torch.no_grad), rtol=1e-9, atol=1e-12)

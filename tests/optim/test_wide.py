@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from ocnopt.optim.arrangement import PADDING
+from ocnopt.optim.blocks import find_blocks
 from ocnopt.optim.snopt import SNOpt
 from tests.optim.cases import backward
 
@@ -245,11 +247,16 @@ def test_parts_of_the_momentum_are_kept_where_they_follow_those_of_the_gradient(
             layer.bias.grad = None if i == 6 else layer.bias.grad
         optimizer.step()
         state = optimizer.state[layer.weight]
-        if "momentum_left" in state:
+        (block,) = find_blocks(layer, dict.fromkeys(layer.parameters(), ""))
+        if "momentum_core" in state:
             is_kept = True
-            expected = state["output_vectors"].mT @ state["momentum"][None]
-            torch.testing.assert_close(state["momentum_left"], expected, rtol=1e-12, atol=1e-12)
-    assert is_kept == (curvature == "gradient" and not has_bias)
+            momentum = block.matrix({p: optimizer.state[p]["momentum"] for p in block.parameters})
+            UA, UB = state["input_vectors"], state["output_vectors"]
+            expected = {"left": UB.mT @ momentum, "core": UB.mT @ momentum @ UA, "right": momentum @ UA}
+            for name in {key.removeprefix("momentum_") for key in state} & expected.keys():
+                torch.testing.assert_close(state[f"momentum_{name}"], expected[name], rtol=1e-12, atol=1e-12)
+            assert ("momentum_left" in state and "momentum_right" in state) == (not has_bias)
+    assert is_kept == (curvature == "gradient")
 
 
 SHAPES = {
@@ -259,8 +266,8 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("skips", [False, True])
-@pytest.mark.parametrize(("kind", "count"), [("of one size", 3), ("padded", 3)])
-def test_matrices_of_one_stack_move_as_each_by_itself(skips, kind, count):
+@pytest.mark.parametrize("kind", SHAPES)
+def test_matrices_of_one_stack_move_as_each_by_itself(skips, kind):
     torch.manual_seed(0)
     shapes = SHAPES[kind]
     together = nn.ParameterList([nn.Parameter(torch.randn(shape)) for shape in shapes])
@@ -273,7 +280,7 @@ def test_matrices_of_one_stack_move_as_each_by_itself(skips, kind, count):
             each[0].grad = None if p.grad is None else p.grad.clone()
         for optimizer in (one, *others):
             optimizer.step()
-        assert len(one._stacks._stacks) == count
+        assert len(one._stacks._stacks) == 3
         for p, each in zip(together, apart, strict=True):
             torch.testing.assert_close(p, each[0], rtol=1e-9, atol=1e-9)
 
@@ -300,7 +307,7 @@ def test_groups_with_long_rows_may_be_padded(monkeypatch):
     optimizers = [SNOpt(model, everywhere=True, refresh_every=4) for model in models]
     for _ in range(20):
         gradients = [torch.randn_like(p) for p in models[0].parameters()]
-        for model, optimizer, padding in zip(models, optimizers, (2**18, -1), strict=True):
+        for model, optimizer, padding in zip(models, optimizers, (PADDING, -1), strict=True):
             monkeypatch.setattr("ocnopt.optim.arrangement.PADDING", padding)
             for p, gradient in zip(model.parameters(), gradients, strict=True):
                 p.grad = gradient.clone()
