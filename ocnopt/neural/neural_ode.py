@@ -57,8 +57,8 @@ class NeuralODE(nn.Module):
     """The flow of ``dx/dt = field(t, x)`` over a horizon, as a layer.
 
     Args:
-        field: any module or function ``field(t, x) -> dx/dt`` with t a 0-d tensor; x a tensor of any shape or a tuple
-            of tensors.
+        field: any module or function ``field(t, x) -> dx/dt`` with t a 0-d tensor; x, which it leaves as it is, a
+            tensor of any shape or a tuple of tensors; dx/dt a new one.
         horizon: the end time T (from 0), ``Horizon(t0, t1)``, also backwards, or ``FreeHorizon``: then T is the buffer
             ``T``, saved with the module and moved by a horizon policy.
         method: with error control ``"dopri5"``, ``"tsit5"``, ``"dopri8"`` (tight tolerances), ``"bosh3"``,
@@ -158,9 +158,9 @@ class NeuralODE(nn.Module):
 
         Args:
             x: the state at the start: a tensor, or a tuple of tensors.
-            times: where to report, not at the end, in one direction, equal ones side by side; from the horizon's start,
-                or, against the horizon, from its end. Their gradients are exact too; a first one that is the start
-                moves it. With ``error_norm="sample"`` also ``(K, B)``, for each sample: ``ends[None]`` for one end.
+            times: where to report instead of at the end, in one direction, equal ones side by side; from the start of
+                the horizon, or its end where they run against it. Their gradients are exact too; a first one that is
+                the start moves it. With ``error_norm="sample"`` also ``(K, B)``, one row for one end of each sample.
 
         Raises:
             ProblemError: the state, the times or the field's output do not fit.
