@@ -2,13 +2,11 @@
 
 A user's module ``field(t, x)`` takes t as a 0-d tensor and x as a tensor or a tuple. Here it is called, counted,
 checked and differentiated. A backward pass evaluates it again and must see what the forward pass saw: the same random
-numbers, autocast and training flags, and buffers (batch statistics) must not move twice. :class:`Surroundings` takes
-care of that, as torch.utils.checkpoint does for a plain function.
+numbers, autocast and flags, and no buffers moved twice: :class:`Surroundings`, as torch.utils.checkpoint does it.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +16,11 @@ from ocnopt.differential.discrete import Pull
 from ocnopt.integrate.runge_kutta import Field, Time
 from ocnopt.integrate.walk import StageLog
 from ocnopt.neural import checks
-from ocnopt.neural.memory import Slopes
-from ocnopt.neural.surroundings import Noise, Surroundings
+from ocnopt.neural.memory_checks import Slopes
+from ocnopt.neural.statistics import Statistics
 
 State = Tensor | tuple[Tensor, ...]
+Noise = tuple[Tensor, Tensor | None]
 _NO_TIME = float("nan"), torch.empty(())
 
 
@@ -64,18 +63,94 @@ class StateLayout(NamedTuple):
         return tuple(part.reshape(lead + shape) for part, shape in zip(parts, self.shapes, strict=True))
 
 
-@dataclass
-class Statistics:
-    """What one solve cost: evaluations of the field forward and in its backward pass, steps taken and steps rejected.
+class Surroundings:
+    """What a field sees besides its arguments, as it was in the forward pass."""
 
-    Steps are counted for methods of ours alone; with ``error_norm="sample"`` for each sample ``(B,)``, while an
-    evaluation is of all samples.
-    """
+    def __init__(self, field: nn.Module, device: torch.device) -> None:
+        self.field, self.device = field, device
+        self.training = [(module, module.training) for module in checks.modules(field)]
+        self.parameters = self.parameters_now()
+        kinds = (kind for kind in {"cpu", device.type} if torch.amp.is_autocast_available(kind))
+        self.autocast = {kind: _autocast(kind) for kind in kinds}
+        self.buffers: list[tuple[Tensor, Tensor]] = []
 
-    forward: int = 0
-    backward: int = 0
-    steps: int | Tensor = 0
-    rejected: int | Tensor = 0
+    def parameters_now(self) -> list[Tensor]:
+        """The field's parameters; without the search for shared ones that ``field.parameters()`` spends its time on."""
+        return [value for module, _ in self.training for value in module._parameters.values() if value is not None]
+
+    def buffers_now(self) -> list[Tensor]:
+        """The field's buffers, likewise."""
+        return [value for module, _ in self.training for value in module._buffers.values() if value is not None]
+
+    def note_buffers(self) -> None:
+        """Note the values of the buffers."""
+        self.buffers = [(buffer, buffer.clone()) for buffer in self.buffers_now()]
+
+    def set_buffers(self) -> None:
+        """Put them back; through .data, as batch normalisation moves its statistics without telling autograd."""
+        for buffer, was in self.buffers:
+            if not torch.equal(buffer, was):
+                buffer.data.copy_(was)
+
+    def still(self) -> list[tuple[Tensor, Tensor]]:
+        """Buffers that stand where they stood when they were noted: those that the field itself does not move."""
+        return [(buffer, was) for buffer, was in self.buffers if torch.equal(buffer, was)]
+
+    def close(self) -> None:
+        """The forward pass is over."""
+        if any(enabled for enabled, _, _ in self.autocast.values()):
+            # Weights that autocast has cast without a graph: later uses in the same region would lose gradients.
+            torch.clear_autocast_cache()
+
+    def noise(self) -> Noise:
+        """The state of the random generators that a field may draw from."""
+        on_device = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        return torch.get_rng_state(), on_device
+
+    def set_noise(self, noise: Noise) -> None:
+        """Put the generators back."""
+        torch.set_rng_state(noise[0])
+        if noise[1] is not None:
+            torch.cuda.set_rng_state(noise[1], self.device)
+
+    def moved(self, noise: Noise) -> bool:
+        """Whether random numbers were drawn since ``noise``."""
+        now, before = self.noise(), noise[1]
+        on_device = now[1] is not None and before is not None and not torch.equal(now[1], before)
+        return on_device or not torch.equal(now[0], noise[0])
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """As in the forward pass; afterwards as before."""
+        flags = [(module, flag) for module, flag in self.training if module.training != flag]
+        noise, buffers = self.noise(), [(buffer, buffer.clone()) for buffer, was in self.buffers]
+        try:
+            for module, flag in flags:
+                module.training = flag
+            self.set_buffers()
+            with self.autocasting():
+                yield
+        finally:
+            for module, flag in flags:
+                module.training = not flag
+            self.set_noise(noise)
+            for buffer, now in buffers:
+                if not torch.equal(buffer, now):
+                    buffer.data.copy_(now)
+
+    def autocasting(self) -> ExitStack:
+        """The autocast of the forward pass."""
+        stack = ExitStack()
+        for kind, was in self.autocast.items():
+            if was != _autocast(kind):
+                on, dtype, cached = was
+                stack.enter_context(torch.autocast(kind, enabled=on, dtype=dtype, cache_enabled=cached))
+        return stack
+
+
+def _autocast(kind: str) -> tuple[bool, torch.dtype, bool]:
+    """Whether autocast is on, to what it casts and whether it remembers."""
+    return torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled()
 
 
 class Root(NamedTuple):
@@ -162,9 +237,7 @@ class Evaluation:
         return Root(leaf, slope, self._weights.get(key, (x.nbytes + checks.NODE) * nodes))
 
     def require_known(self, came: Tensor, inputs: Sequence[Tensor]) -> int:
-        """Look for leaves that something depends on besides its inputs; the size of its graph.
-
-        A field may meet a tensor on its way alone (a switch in time), so that each replay looks anew.
+        """The size of a graph whose leaves must be its inputs, at each replay: others may be met on the way alone.
 
         Raises:
             ProblemError: there is one, whose gradient would be lost.

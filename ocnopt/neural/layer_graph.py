@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ocnopt.checks import check_model
 from ocnopt.errors import ProblemError
+from ocnopt.neural.evaluation import Surroundings
 from ocnopt.neural.players import plan
-from ocnopt.neural.surroundings import Surroundings
 from ocnopt.neural.tape import Recorder, Tape
 from ocnopt.neural.trees import tensors
 

@@ -41,12 +41,12 @@ from ocnopt.neural.checks import (
     read_times,
 )
 from ocnopt.neural.continuous import Continuous
-from ocnopt.neural.evaluation import Evaluation, State, StateLayout, Statistics
+from ocnopt.neural.evaluation import Evaluation, State, StateLayout, Surroundings
 from ocnopt.neural.function_field import FunctionField, as_field
 from ocnopt.neural.meeting import meet
 from ocnopt.neural.samples import SampleDiscrete, SampleJob, check_samples, read_sample_times
 from ocnopt.neural.solve import Discrete, Job, solve
-from ocnopt.neural.surroundings import Surroundings
+from ocnopt.neural.statistics import Statistics
 from ocnopt.neural.trees import mapped
 from ocnopt.ocp import FreeHorizon, Horizon, read_horizon
 

@@ -35,8 +35,8 @@ from ocnopt.integrate.runge_kutta import Size
 from ocnopt.integrate.runge_kutta import step as take_step
 from ocnopt.integrate.tableaus import HEUN, RK4, TABLEAUS, Tableau
 from ocnopt.neural.checks import search
+from ocnopt.neural.evaluation import Surroundings
 from ocnopt.neural.stability import Activation, Stability, check_entrywise, stability
-from ocnopt.neural.surroundings import Surroundings
 
 METHODS: Mapping[str, Tableau] = MappingProxyType({"improved_euler": HEUN, "kutta4": RK4, **TABLEAUS})
 STEPS = ("fixed", "free", "simplex")

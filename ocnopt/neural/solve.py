@@ -20,9 +20,8 @@ from ocnopt.integrate.runge_kutta import step as take_step
 from ocnopt.integrate.tableaus import Tableau
 from ocnopt.integrate.walk import StageLog, Step, Walk
 from ocnopt.neural.checks import check_not_transformed, noisy_stages
-from ocnopt.neural.evaluation import Evaluation, Root
+from ocnopt.neural.evaluation import Evaluation, Noise, Root
 from ocnopt.neural.second import ONCE, Last, Repeatable, Twice, take_again
-from ocnopt.neural.surroundings import Noise
 
 
 @dataclass(frozen=True)

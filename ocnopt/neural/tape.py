@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from ocnopt.differential.kronecker import present_pass
 from ocnopt.errors import ProblemError
-from ocnopt.neural.surroundings import Noise, Surroundings
+from ocnopt.neural.evaluation import Noise, Surroundings
 from ocnopt.neural.trees import like, mapped, tensors
 
 # Attributes of a tensor that are tensors on its path; all others are only looked at.

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from ocnopt.neural.surroundings import Surroundings
+from ocnopt.neural.evaluation import Surroundings
 from ocnopt.neural.tape import Recorder, Tape
 
 

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from ocnopt.checks import nearest
 from ocnopt.errors import DataError, NonFiniteError, ProblemError
-from ocnopt.neural.evaluation import Statistics
 from ocnopt.neural.neural_ode import NeuralODE
+from ocnopt.neural.statistics import Statistics
 from ocnopt.ocp import FreeHorizon
 from ocnopt.optim.checks import is_distributed
 from ocnopt.optim.horizon_policy import HorizonPolicy

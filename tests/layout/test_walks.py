@@ -24,6 +24,7 @@ ASIDE = (
     "solvers/guess.py",
     "solvers/endings.py",
     "ocnopt/neural/checks.py",
+    "ocnopt/neural/memory_checks.py",
     "ocnopt/optim/checks.py",
     "ocnopt/optim/draw_checks.py",
     "ocnopt/optim/gradient_checks.py",
@@ -33,7 +34,9 @@ ASIDE = (
     "ocnopt/optim/blocks.py",  # which matrices there are, and which parameters belong to each
     "ocnopt/optim/arrangement.py",  # which of them lie side by side in memory,
     "ocnopt/optim/stack.py",  # what is asked of that memory,
-    "ocnopt/optim/several.py",  # the memory
+    "ocnopt/optim/several.py",  # the memory,
+    "ocnopt/optim/narrow.py",  # of two kinds
+    "ocnopt/optim/thin.py",
     "ocnopt/optim/stacks.py",  # and the list of its parts
     "ocnopt/optim/states.py",  # running means, each in the state of its parameter
     "ocnopt/optim/bases.py",  # the algebra of a matrix, as torch.linalg is

@@ -4,8 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from ocnopt.neural.evaluation import Surroundings
 from ocnopt.neural.neural_ode import NeuralODE
-from ocnopt.neural.surroundings import Surroundings
 from ocnopt.neural.tape import Recorder, Tape
 from tests.neural.cases import Tanh
 

@@ -8,9 +8,8 @@ from ocnopt.differential.discrete import Costate, DiscreteStep, Replay, Replays,
 from ocnopt.differential.sweep import sweep
 from ocnopt.integrate import fixed
 from ocnopt.integrate.tableaus import TABLEAUS
-from ocnopt.neural.evaluation import Evaluation, StateLayout
+from ocnopt.neural.evaluation import Evaluation, StateLayout, Surroundings
 from ocnopt.neural.neural_ode import NeuralODE
-from ocnopt.neural.surroundings import Surroundings
 from tests.neural.cases import Plain, Tanh, distance, start
 
 METHODS = sorted(TABLEAUS.keys() - {"adaptive_heun", "tsit5"})
