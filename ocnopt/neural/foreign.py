@@ -58,7 +58,7 @@ def solve(
                 f"and stands at t = {t.item():.6g}; expected to reach the end within max_evaluations: the field "
                 "has grown stiff or fast, the tolerance is too tight, or the cap too low"
             )
-        slope = evaluation.at(t, x)
+        slope = evaluation(t, x)
         if continuous and evaluation.is_backward and slope.requires_grad:
             evaluation.require_known(slope, (t, x, *evaluation.parameters))
         return slope

@@ -300,6 +300,9 @@ def test_back_propagation_through_torchdiffeq_needs_no_adjoint_params():
     assert scale.grad is not None
     with pytest.raises(ProblemError, match="its gradient would be lost"):
         NeuralODE(field, method="fehlberg2", adjoint="continuous")(start(4, 3))
+    late = Plain(lambda t, x: -x * scale if t > 0.5 else -x)
+    with pytest.raises(ProblemError, match="its gradient would be lost"):
+        NeuralODE(late, method="fehlberg2", adjoint="continuous")(start(4, 3))
 
 
 class Potential(nn.Module):
@@ -340,6 +343,28 @@ def test_a_field_may_differentiate_inside_by_data_that_need_no_gradient(adjoint,
         found[kind] = torch.autograd.grad((x.square().sum(1) + density).sum(), [*field.parameters()], allow_unused=True)
     for ours, expected in zip(found[adjoint], found["backprop"], strict=True):
         assert ours is expected is None or (ours - expected).abs().max() < 1e-6 * expected.abs().max().clamp(min=1.0)
+
+
+@pytest.mark.parametrize("options", [{"adjoint": "discrete"}, {"adjoint": "continuous"}, {"error_norm": "sample"}])
+@pytest.mark.parametrize("detaches", [None, False, True])
+def test_a_tensor_that_is_met_later_is_refused_where_nothing_before_needs_gradients(options, detaches):
+    scale = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    net = Potential(detaches).requires_grad_(False)
+    data, until = (start(3, 2), torch.zeros(3, 1, dtype=torch.float64)), 0.5
+
+    def switched(t, state):
+        slope, trace = tuple(-part for part in state) if detaches is None else net(t, state)
+        return slope if float(t.detach().max()) < until else scale * slope, trace.view(-1, 1)
+
+    ode = NeuralODE(Plain(switched), **options)
+    with pytest.raises(ProblemError, match=r"of shape \(1,\).*its gradient would be lost"):
+        ode(data)
+    with torch.no_grad():
+        value = ode(data)
+    until = 2.0
+    found = ode(data)
+    assert not found[0].requires_grad
+    torch.testing.assert_close(found, value, rtol=1e-12, atol=1e-12)
 
 
 def test_errors_of_the_field_pass_through():
