@@ -175,11 +175,11 @@ class Shares:
         if gradient is not None and (self.witness is None or self.witness[0] is parameter):
             self.witness = parameter, gradient.norm()
 
-    def _begin(self, neural_ode: NeuralODE, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, neural_ode: NeuralODE, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x, times = (*args, kwargs.get("x"))[0], kwargs.get("times", args[1] if len(args) > 1 else None)
         self._pending = Solve(neural_ode, x, times) if self._replay and torch.is_grad_enabled() else None
         if is_within_backward():
-            return
+            return None
         if times is not None and torch.is_grad_enabled():
             for row in times.T.tolist() if isinstance(times, Tensor) and times.ndim == 2 else [times]:
                 check_times(neural_ode._read_times(row)[0], float(neural_ode.T))
@@ -190,6 +190,12 @@ class Shares:
         new = [parameter for parameter in self._live() if parameter not in self._hooked]
         self._handles += [parameter.register_post_accumulate_grad_hook(self._arrive) for parameter in new]
         self._hooked.update(new)
+        if not self._live() and torch.is_grad_enabled() and not any(part.requires_grad for part in _parts(x)):
+            # Nothing else would let a gradient come back to the end.
+            felt = [part.detach().requires_grad_() for part in _parts(x)]
+            x = tuple(felt) if isinstance(x, tuple) else felt[0]
+            return ((x, *args[1:]), kwargs) if args else ((), {**kwargs, "x": x})
+        return None
 
     def _end(self, neural_ode: NeuralODE, args: tuple[Any, ...], output: State) -> None:
         parts = _parts(output)

@@ -4,8 +4,11 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ocnopt.neural.neural_ode import NeuralODE
+from ocnopt.ocp import FreeHorizon
 from ocnopt.optim.horizon_policy import HorizonPolicy
 from ocnopt.optim.shares import Shares
 from ocnopt.optim.snopt import SNOpt
@@ -55,6 +58,40 @@ def test_the_end_time_feels_the_passes_that_reach_the_gradients(curvature):
         moved.append(model.ode.T)
     assert moved[0] != plain.ode.T
     torch.testing.assert_close(moved[1], moved[0], rtol=0, atol=0)
+
+
+class Pair(nn.Module):
+    """A field of a pair of states."""
+
+    def forward(self, t, state):
+        x, y = state
+        return y, -x
+
+
+@pytest.mark.parametrize("rule", ["feedback", "adjoint"])
+@pytest.mark.parametrize("options", [{}, {"checkpoint_bytes": 0}, {"adjoint": "continuous"}, {"error_norm": "sample"}])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_the_end_time_of_a_field_with_nothing_to_train_is_felt_though_it_is_fed_with_data(rule, options, by_name):
+    data, moved = (torch.randn(4, 2), torch.randn(4, 2)), []
+    for needs in (True, False):
+        ode = NeuralODE(Pair(), FreeHorizon(initial=1.0, lower=0.1, upper=3.0), **options)
+        policy = HorizonPolicy(ode, rule=rule, lr=0.1)
+        state = tuple(part.clone().requires_grad_(needs) for part in data)
+        for _ in range(2):
+            end, _ = ode(x=state) if by_name else ode(state)
+            end.square().sum(1).mean().backward()
+            policy.step()
+        moved.append(ode.T.clone())
+        assert needs or all(part.grad is None and not part.requires_grad for part in state)
+    assert moved[0] != 1.0
+    assert torch.equal(*moved)
+
+
+def test_a_field_with_nothing_to_train_is_not_followed_without_gradients():
+    ode = NeuralODE(Pair(), FreeHorizon(initial=1.0, lower=0.1, upper=3.0))
+    _policy = HorizonPolicy(ode)
+    with torch.no_grad():
+        assert not ode((torch.randn(4, 2), torch.randn(4, 2)))[0].requires_grad
 
 
 def test_two_losses_of_the_same_samples_add_up():
