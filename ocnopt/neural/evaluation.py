@@ -108,9 +108,10 @@ class Surroundings:
 
     def set_noise(self, noise: Noise | None) -> None:
         """Put the generators back, if there is a note of them."""
-        if noise is not None:
-            torch.set_rng_state(noise[0])
-        if noise is not None and noise[1] is not None:
+        if noise is None:
+            return
+        torch.set_rng_state(noise[0])
+        if noise[1] is not None:
             torch.cuda.set_rng_state(noise[1], self.device)
 
     def moved(self, noise: Noise) -> bool:
@@ -208,9 +209,8 @@ class Evaluation:
                 # The field differentiates inside (a divergence, an energy): it needs a graph even where we do not.
                 self._differentiates = True
                 self.surroundings.set_noise(note)
-        leaf = x.detach().requires_grad_()
         with torch.enable_grad():
-            return self._alone(self.at(t, leaf), leaf)
+            return self._alone(self.at(t, leaf := x.detach().requires_grad_()), leaf)
 
     def _alone(self, slope: Tensor, x: Tensor) -> Tensor:
         """F(t, x) without its graph, in which nothing else may need gradients where no backward pass would tell."""
