@@ -221,11 +221,12 @@ class Collector:
         }
         self._stage: tuple[float, float] | None = None
 
-    def attach(self) -> list[RemovableHandle]:
-        """Begin with nothing gathered, and watch until the handles are removed."""
+    def attach(self, layers: Collection[nn.Module] | None = None) -> list[RemovableHandle]:
+        """Begin with nothing gathered, and watch some of the layers, or all, until the handles are removed."""
         self.take()
-        hooks = [layer.register_forward_hook(self._see, with_kwargs=True) for layer in self._uses]
-        return hooks + [uses.parameter.register_post_accumulate_grad_hook(uses.count) for uses in self._uses.values()]
+        watched = {layer: uses for layer, uses in self._uses.items() if layers is None or layer in layers}
+        hooks = [layer.register_forward_hook(self._see, with_kwargs=True) for layer in watched]
+        return hooks + [uses.parameter.register_post_accumulate_grad_hook(uses.count) for uses in watched.values()]
 
     @contextmanager
     def stage(self, input_weight: float, gradient_weight: float) -> Iterator[None]:

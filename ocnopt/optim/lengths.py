@@ -91,8 +91,7 @@ def _last(states: Sequence[State]) -> float:
     """The last factor of parameters that have one together."""
     known = [state for state in states if "factor" in state]
     # of one that comes back after iterations without a gradient, the factor is that of then
-    recent = [state for state in known if "change" in state] or known
-    return recent[0]["factor"] if recent else 1.0
+    return max(known, key=lambda state: state.get("changed_at", -1))["factor"] if known else 1.0
 
 
 def _of_matrices(stacks: Iterable[Stack]) -> dict[Tensor, float]:
@@ -113,8 +112,11 @@ def _cosine(product: float, *norms: float) -> float:
 def _apart(
     parameters: Iterable[Tensor], gradients: Mapping[Tensor, Tensor], states: Mapping[Tensor, State]
 ) -> list[tuple[Tensor, Tensor]]:
-    """The present gradients of parameters beside their last changes, contiguous as those of a state that was loaded."""
-    return [(gradients[p], states[p]["change"].contiguous()) for p in parameters if "change" in states[p]]
+    """The present gradients of parameters that moved in their last step together, beside these changes."""
+    changed = [(p, states[p]) for p in parameters if "change" in states[p]]
+    last = max((state["changed_at"] for _, state in changed), default=0)
+    # contiguous as those of a state that was loaded
+    return [(gradients[p], state["change"].contiguous()) for p, state in changed if state["changed_at"] == last]
 
 
 def _most(options: Mapping[str, Any], decline: float) -> float:
@@ -123,9 +125,12 @@ def _most(options: Mapping[str, Any], decline: float) -> float:
     return max(1.0, decline**DECLINE * (BOUNDS[1] if lr * BOUNDS[1] <= LONGEST else LONGEST / lr))
 
 
-def shorten(states: Iterable[State]) -> None:
-    """The factors of lr after a step that was taken back."""
-    for state in states:
+def take_back(changed: Iterable[tuple[Tensor, Tensor]], states: Mapping[Tensor, State]) -> None:
+    """Undo changes of parameters, and shorten the steps of all."""
+    for parameter, change in changed:
+        parameter.sub_(change)
+        del states[parameter]["change"]
+    for state in states.values():
         state["factor"] = max(BOUNDS[0], state.get("factor", 1.0) * SHORTENED)
 
 

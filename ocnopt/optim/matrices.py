@@ -133,7 +133,7 @@ def changes(
         common = [next(iter(rate)) if len(rate) == 1 else 1.0 for rate in own]  # no bias of another group
         damping = [float(groups[block.weight]["damping"]) for block in stack.blocks]
         if any(stack.is_ready):
-            stack.change = _changed(stack, common, damping, power, length)
+            stack.keep(_changed(stack, common, damping, power, length))
         for i, is_ready in enumerate(stack.is_ready):
             if is_ready:
                 parts = stack.parts(i)
@@ -153,8 +153,7 @@ def _changed(stack: Stack, rates: list[float], damping: list[float], power: floa
     numbers = means.new_tensor(stack.of_slices(damping) + stack.of_slices([-rate for rate in rates]))
     floors, factors = numbers.view(2, *means.shape)
     scales = inverse_power(torch.addcmul(stack.moments, floors, means).clamp_(min=tiny), power)
-    # the last change has been looked at, and its memory costs more to allocate than to fill
-    step = basis.scaled(momentum, scales, stack.change)
+    step = basis.scaled(momentum, scales, stack.room())  # memory costs more to allocate than to fill
     if length == "noise":
         # measured as it is: what the moments of a rest say of it, a difference of squares, may be rounding
         long, short = (torch.linalg.vector_norm(of, dim=(-2, -1), keepdim=True) for of in (momentum.matrix, step))
@@ -174,9 +173,9 @@ def inverse_power(numbers: Tensor, power: float) -> Tensor:
     return root.mul_(root.sqrt())
 
 
-def move(changes: Mapping[Tensor, Tensor], states: Mapping[Tensor, State]) -> None:
-    """Move parameters, and remember the changes."""
-    if changes:
-        torch._foreach_add_([*changes], [*changes.values()])
+def move(changes: Mapping[Tensor, Tensor], states: Mapping[Tensor, State], step: int) -> None:
+    """Move parameters, and remember the changes, and that they are of this step of the optimiser."""
+    torch._foreach_add_([*changes], [*changes.values()])
     for parameter, change in changes.items():
-        states[parameter]["change"] = change
+        state = states[parameter]
+        state["change"], state["changed_at"] = change, step

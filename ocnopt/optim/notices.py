@@ -23,8 +23,11 @@ def warn_first_order(places: Iterable[nn.Module], blocks: Iterable[Block], train
         )
 
 
-def warn_explosion(step: int, objection: str) -> None:
-    """Tell that a step was taken back."""
+def warn_explosion(step: int, objection: str, known: set[str]) -> None:
+    """Tell that a step was taken back, for the first one."""
+    if "explosion" in known:
+        return
+    known.add("explosion")
     warnings.warn(
         f"the step before step {step} raised {objection} and was taken back, as each will be that does so; the "
         "factors of lr are a quarter now. Expected a step that shortens the way to go: lower lr, or raise weight_decay "
@@ -33,8 +36,11 @@ def warn_explosion(step: int, objection: str) -> None:
     )
 
 
-def warn_unseen(name: str) -> None:
-    """Name a layer that has gradients but was never seen at work."""
+def warn_unseen(name: str, known: set[str]) -> None:
+    """Name a layer that has gradients but was never seen at work, if it is not known yet."""
+    if name in known:
+        return
+    known.add(name)
     warnings.warn(
         f"the layer {name!r} received a gradient without a forward pass that SNOpt could see: its "
         "weights are used without calling it, or its inputs are not those of its type; expected the layer "

@@ -6,6 +6,7 @@ padded, and of those that are wide on one the columns alone. What is put in the 
 model.to or others, is taken up in the next iteration.
 """
 
+import itertools
 import math
 import operator
 from abc import abstractmethod
@@ -39,6 +40,7 @@ from ocnopt.optim.states import (
     average,
     basis_of,
     go_along,
+    is_changed_together,
     is_turn_of_output,
     newest,
     renewed,
@@ -140,12 +142,14 @@ class Several(Stack):
     def gather(self, gradients: Mapping[Tensor, Tensor], states: States, names: Mapping[Tensor, str]) -> Tensor:
         """See :meth:`Stack.gather`."""
         self._receive(gradients, [member for member in self._members if self.is_present[member.owner]])
-        self.is_changed, others = [*self.is_present], []
-        for member in self._members:
-            state = states.get(member.parameter, {})
-            if (change := state.get("change")) is None:
-                self.is_changed[member.owner] = False
-            elif change is not member.change:
+        own = [[states.get(parameter, {}) for parameter in block.parameters] for block in self.blocks]
+        self.is_changed = [
+            is_here and is_changed_together(each) for is_here, each in zip(self.is_present, own, strict=True)
+        ]
+        others = []
+        for member, state in zip(self._members, itertools.chain(*own), strict=True):
+            change = state.get("change", member.change)
+            if change is not member.change:
                 go_along(state, names[member.parameter], member.change)
                 others.append((state, "change", member.change, change))
         adopt(others)
@@ -194,7 +198,7 @@ class Several(Stack):
             torch._foreach_add_([member.step for member in here], 1.0)
         counts = self._steps.tolist()
         weights = [newest(counts[member.number], of[member.parameter]["momentum"]) for member in here]
-        self._counts = [int(counts[number]) for number in self._weights]
+        self.counts = [int(counts[number]) for number in self._weights]
         self._newest = weights[0] if is_whole and len({*weights}) == 1 else None
         return weights
 
@@ -235,10 +239,10 @@ class Several(Stack):
                 elif own is not view and (fits or self.is_present[i]):
                     others.append((state, key, view, own if fits else torch.zeros_like(view)))
         adopt(others)
-        if len({*self._counts}) > 1 or not all(self.is_present):
+        if len({*self.counts}) > 1 or not all(self.is_present):
             super().observe()
             return
-        self._take_into_factors(newest(self._counts[0], DECAY))
+        self._take_into_factors(newest(self.counts[0], DECAY))
 
     def _take_into_factors(self, weight: float) -> None:
         """Take the gradients of all matrices into their running means."""
@@ -274,6 +278,15 @@ class Several(Stack):
     def means(self) -> Tensor:
         """See :meth:`Stack.means`."""
         return (self.moments * self._shares).sum((1, 2), keepdim=True)
+
+    def room(self) -> Tensor:
+        """See :meth:`Stack.room`."""
+        return self.change if all(self.is_present) else torch.empty_like(self.change)
+
+    def keep(self, changes: Tensor) -> None:
+        """See :meth:`Stack.keep`."""
+        for at in [] if changes is self.change else itertools.compress(self.slices, self.is_present):
+            self.change[at].copy_(changes[at])
 
     def parts(self, i: int) -> dict[Tensor, Tensor]:
         """See :meth:`Stack.parts`."""

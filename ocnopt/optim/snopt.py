@@ -55,8 +55,6 @@ from ocnopt.optim.stack import Stack
 from ocnopt.optim.stacks import Stacks
 from ocnopt.optim.state_checks import check_state
 
-FIRST_GAPS = (1, 3, 5)  # further refreshes at the start, where the curvature changes fastest
-
 # What a state brings back besides the options of the groups.
 _OPTIONS = ("refresh_every", "curvature", "power", "adaptation", "length", "reduction", "everywhere")
 
@@ -74,8 +72,8 @@ class SNOpt(torch.optim.Optimizer):
         momentum: mu, of the running mean of gradients.
         weight_decay: gamma of the term (gamma/2) |p|^2 added to the loss.
         damping: relative to the mean of the second moments; 0 counts as the rounding of the precision on wide sides.
-        refresh_every: iterations from one refresh of the eigenbases to the next; the first ones come sooner. The sides
-            of a matrix of which one is wide take turns.
+        refresh_every: gradients of a matrix from one refresh of its eigenbases to the next; the first ones come sooner.
+            The sides of a matrix of which one is wide take turns.
         curvature: "gradient", "costate", "mixed", "sampled" or "gauss_newton": where the Kronecker factors come from,
             the last two by :meth:`sample`.
         power: of the division by the second moments.
@@ -102,6 +100,9 @@ class SNOpt(torch.optim.Optimizer):
     ``zero_grad`` add up, and what ``zero_grad`` threw away is forgotten. Forward passes of equal size that one backward
     pass goes through count as several uses by the same samples: of different samples, give each its backward pass, or
     join them in one batch. Every sample of a batch counts, also one of weight 0 in the loss.
+
+    Parameters without a gradient stay as they are with all that is known of them, so that parts may train in turn; a
+    step without any gradient does nothing.
 
     A copy, by copy or pickle, trains the copy of the model that came with it; what is dropped lets go of its model.
     What is set free, and a matrix with other columns, begins with its next gradient as momentum and no f above 1.
@@ -192,19 +193,24 @@ class SNOpt(torch.optim.Optimizer):
         """
         with torch.enable_grad():
             loss = None if closure is None else closure()
-        check_drawn(self.curvature, any_drawn=bool(self._drawn) or not self._is_refresh())
-        self._is_new = [*map(is_live, self._trained)] != self._liveness
+        live = [(name, p) for p, name in self._trained.items() if is_live(p)]
+        present = [gradient for _, gradient in check_dense(live)]
+        self._is_new = bool(present) and [*map(is_live, self._trained)] != self._liveness
         if self._is_new:
             self._begin_anew()
-        live = [(name, p) for p, name in self._trained.items() if is_live(p)]
-        spent = sum(ode.read_most_evaluations() for ode in self._odes)
+        is_lacking = any(block.weight.grad is not None for block in self._due())
+        check_drawn(self.curvature, any_drawn=bool(self._drawn) or not is_lacking)
+        spent = sum(ode.read_most_evaluations() for ode in self._odes) if present else 0
         device = next((p.device for p in self._trained), torch.device("cpu"))
         ranks = beside(self._group) if is_distributed() else None
-        present = [gradient for _, gradient in check_dense(live)]
         if ranks is not None:
-            compared = [parameter for _, parameter in live] if self._is_refresh() else []
+            compared = [parameter for _, parameter in live] if self._is_due(0) else []
             spent = ranks.agree(present, compared, self._plan(), spent, device)
         check_options_now(self.param_groups)  # behind agree(): all ranks refuse them together
+        if not present or self._is_due(0):
+            warn_new_strangers(self._model, self._trained, self._unseen, whole=self._is_whole)
+        if not present:
+            return loss
         gradients = states.received(self.param_groups)
         try:
             with in_full_precision(device.type):
@@ -215,8 +221,6 @@ class SNOpt(torch.optim.Optimizer):
                 self._update(gradients, ranks)
         finally:
             self._stacks.release()
-        if self._is_refresh():
-            warn_new_strangers(self._model, self._trained, self._unseen, whole=self._is_whole)
         self._step_count += 1
         self._watch()
         return loss
@@ -238,7 +242,7 @@ class SNOpt(torch.optim.Optimizer):
             ProblemError: another curvature, no such outputs, or several processes.
         """
         check_draws(self.curvature, outputs, likelihood, draws, self._odes, self._collector)
-        if self._is_refresh():
+        if self._due():
             columns = cotangents(outputs, likelihood, draws=None if self.curvature == "gauss_newton" else draws)
             self._drawn = gather(self._collector, outputs, columns, self._trained, self.reduction, self._drawn)
 
@@ -280,11 +284,12 @@ class SNOpt(torch.optim.Optimizer):
     def _begin_anew(self) -> None:
         """Take in what was frozen or set free: what was gathered, and what is usual, is of other matrices."""
         former = {(*map(id, block.parameters),) for block in self._blocks}
-        free = [p for p, was_live in zip(self._trained, self._liveness, strict=True) if is_live(p) and not was_live]
+        turned = [p for p, was_live in zip(self._trained, self._liveness, strict=True) if is_live(p) != was_live]
         self._find_blocks()
         self._guard.forget_gradients()
         changed = [block.parameters for block in self._blocks if (*map(id, block.parameters),) not in former]
-        states.begin_anew(self.state.get(parameter, {}) for parameter in itertools.chain(free, *changed))
+        states.forget_changes(self.state.get(parameter, {}) for parameter in turned)
+        states.begin_anew(self.state.get(p, {}) for p in itertools.chain(filter(is_live, turned), *changed))
 
     def _find_blocks(self) -> None:
         names = names_of(self._model)
@@ -296,25 +301,28 @@ class SNOpt(torch.optim.Optimizer):
             check_fields(self._odes)
         self._blocks = [b for b in find_blocks(self._model, self._trained) if self.everywhere or b.layer in timed]
         self._scales: dict[Tensor, float] = {p: block.width_scale for block in self._blocks for p in block.parameters}
-        watched = [b for b in self._blocks if is_layer(b.layer)] if self.curvature != "gradient" else []
-        layers: dict[nn.Module, bool] = {block.layer: block.bias is not None for block in watched}
+        self._sampled = [block for block in self._blocks if self._has_samples(block)]
+        layers: dict[nn.Module, bool] = {block.layer: block.bias is not None for block in self._sampled}
         self._collector = Collector(layers, timed & layers.keys(), mean=self.reduction == "mean")
-        self._watched = [ode for ode in self._odes if not layers.keys().isdisjoint(ode.field.modules())]
         self._drawn = []
-        self._stacks = Stacks(self._blocks, {block.weight for block in watched})
+        self._stacks = Stacks(self._blocks, {block.weight for block in self._sampled})
         self._watch()
 
-    def _is_refresh(self) -> bool:
-        """Whether this iteration refreshes the eigenbases."""
-        return self._step_count % self.refresh_every == 0 or self._step_count in FIRST_GAPS
+    def _is_due(self, count: int) -> bool:
+        """Whether the gradient after so many of a matrix refreshes its basis; for the first one by the steps so far."""
+        return states.is_due(count or self._step_count, self.refresh_every)
+
+    def _due(self) -> list[Block]:
+        """The matrices whose next gradient refreshes a basis that is made of samples."""
+        return [b for b in self._sampled if self._is_due(int(self.state.get(b.weight, {}).get("step", 0)))]
 
     def _watch(self) -> None:
-        """Watch the next iteration if it refreshes the factors, and let go of it otherwise."""
+        """Watch the layers that need samples of the next iteration, and let go of all others."""
         release(self._handles)
-        if self._is_refresh():
-            self._handles += self._collector.attach()
-            for ode in self._watched:
-                self._handles.append(ode.observe(self._collector))
+        due = {block.layer for block in self._due()}
+        if due:
+            self._handles += self._collector.attach(due)
+            self._handles += [o.observe(self._collector) for o in self._odes if not due.isdisjoint(o.field.modules())]
 
     def _plan(self) -> list[Any]:
         """What must be the same in all processes."""
@@ -329,34 +337,27 @@ class SNOpt(torch.optim.Optimizer):
         groups = {parameter: group for group in self.param_groups for parameter in group["params"]}
         stacks = self._stacks.take_in(gradients, self.state, self._trained, groups)
         if self.adaptation:
-            kappa = float(self.adaptation)
-            lengths.adapt(self._blocks, stacks, gradients, self.state, groups, kappa, self._guard)
+            lengths.adapt(self._blocks, stacks, gradients, self.state, groups, float(self.adaptation), self._guard)
         self._learn(stacks, samples, ranks)
         scales = self._scales if self.length == "noise" else {}
         rates = {p: float(groups[p]["lr"]) * self.state[p].get("factor", 1.0) * scales.get(p, 1.0) for p in gradients}
-        states.forget_changes(self.state[p] for p in self._trained if p in self.state)
+        states.forget_changes(map(self.state.__getitem__, gradients))
         changes = matrices.changes(stacks, rates, groups, float(self.power), self.length)
         states.forget_squares(map(self.state.__getitem__, changes))
-        for parameter in [parameter for parameter in gradients if parameter not in changes]:
-            step = states.first_order(self.state[parameter], gradients[parameter])
-            changes[parameter] = step.mul_(-rates[parameter])
-        matrices.move(changes, self.state)
+        rest = [p for p in gradients if p not in changes]
+        changes |= {p: states.first_order(self.state[p], gradients[p]).mul_(-rates[p]) for p in rest}
+        matrices.move(changes, self.state, self._step_count)
 
     def _takes_back(self, spent: int, norm: float) -> bool:
         """Undo the last step, and shorten those that follow, if the guard objects to it."""
-        last = {p: self.state.get(p, {}).get("change") for p in self._trained if is_live(p)}
-        changed = [(p, change) for p, change in last.items() if change is not None]
+        last = [(p, state) for p, state in self.state.items() if state.get("changed_at") == self._step_count - 1]
+        changed = [(p, state["change"]) for p, state in last if "change" in state and is_live(p)]
         objection = self._guard.judge(spent, norm, changed)
         if objection is None:
             return False
-        for parameter, change in changed:
-            parameter.sub_(change)
-            del self.state[parameter]["change"]
-        lengths.shorten(self.state.values())
+        lengths.take_back(changed, self.state)
         self._drawn = []
-        if "explosion" not in self._unseen:
-            self._unseen.add("explosion")
-            warn_explosion(self._step_count, objection)
+        warn_explosion(self._step_count, objection, self._unseen)
         return True
 
     def _has_samples(self, block: Block) -> bool:
@@ -369,10 +370,11 @@ class SNOpt(torch.optim.Optimizer):
             is_gathered = self._has_samples(stack.blocks[0])
             if not is_gathered or self.curvature == "mixed":
                 stack.observe()
-            if self._is_refresh() and ranks is None and stack.follow():
+            are_due = [self._is_due(count - 1) for count in stack.counts]
+            if all(are_due) and ranks is None and stack.follow():
                 continue
             for i, block in enumerate(stack.blocks):
-                if stack.is_present[i] and (self._is_refresh() or not (is_gathered or stack.is_ready[i])):
+                if stack.is_present[i] and (are_due[i] or not (is_gathered or stack.is_ready[i])):
                     pair = Pair(self.state[block.weight], *stack.pair(i))
                     due.append((block, pair))
         if not due:
@@ -393,8 +395,6 @@ class SNOpt(torch.optim.Optimizer):
         received = matrices.is_received(block.weight.grad)
         if not self._has_samples(block):
             return has_basis or received
-        is_told = has_basis or block.name in self._unseen or self._is_new
-        if not seen and received and not is_told:
-            self._unseen.add(block.name)
-            warn_unseen(block.name)
+        if received and not (seen or has_basis or self._is_new):
+            warn_unseen(block.name, self._unseen)
         return seen

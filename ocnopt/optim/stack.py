@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ocnopt.optim.bases import Basis, Turned
 from ocnopt.optim.blocks import Block
-from ocnopt.optim.states import DECAY, State, basis_of, fits, go_along, newest, observe, take_in
+from ocnopt.optim.states import DECAY, State, basis_of, fits, go_along, is_changed_together, newest, observe, take_in
 
 Groups = Mapping[Tensor, Mapping[str, Any]]
 States = Mapping[Tensor, State]
@@ -31,21 +31,22 @@ class Stack(ABC):
     Attributes:
         blocks: the matrices.
         slices: where each is.
-        change: the last one ``(n, b, a)``, and memory for the next.
+        change: the last one of each ``(n, b, a)``.
         angles: of each matrix the product of gradient and last change, and the norms of both.
         moments: second moments, laid out as by ``basis``.
         basis: the eigenbases.
         is_present: which matrices have gradients in this iteration; what is here of others stays as it is.
         is_ready: which of them have an eigenbasis.
-        is_changed: of which of them the last change is known.
+        is_changed: of which of them the last change is known, of all parameters in one step.
+        counts: how many gradients the weight of each has had.
     """
 
     change: Tensor | None
     angles: Sequence[Sequence[float]]
     moments: Tensor
     basis: Basis
+    counts: Sequence[int]
     _states: list[State]  # of the weights
-    _counts: list[int]  # of their gradients
 
     def __init__(self, blocks: Sequence[Block], like: Tensor) -> None:
         self.blocks = blocks
@@ -81,6 +82,14 @@ class Stack(ABC):
     def pair(self, i: int) -> tuple[Tensor, Tensor]:
         """Gradient and momentum of a block that is present, as matrices ``(groups, b, a)``."""
 
+    def room(self) -> Tensor | None:
+        """Memory for the next changes, if there is some: the last ones have been looked at."""
+        return self.change
+
+    def keep(self, changes: Tensor) -> None:
+        """Take the changes of an iteration for those of the matrices that are present."""
+        self.change = changes
+
     @abstractmethod
     def parts(self, i: int) -> dict[Tensor, Tensor]:
         """The change of each parameter of a block."""
@@ -105,7 +114,7 @@ class Stack(ABC):
     def learn(self, squares: Tensor) -> None:
         """Take the squares of turned gradients into the second moments."""
         # what the moments began with counts as one observation
-        weights = [newest(n + 1, DECAY) if here else 0.0 for n, here in zip(self._counts, self.is_present, strict=True)]
+        weights = [newest(n + 1, DECAY) if here else 0.0 for n, here in zip(self.counts, self.is_present, strict=True)]
         one = weights[0] if len({*weights}) == 1 else squares.new_tensor(self.of_slices(weights))[:, None, None]
         self.moments.lerp_(squares, one)
 
@@ -133,7 +142,7 @@ class Single(Stack):
         block = self._block
         self._gradient = block.matrix(gradients)
         own = {p: states.get(p, {}) for p in block.parameters}
-        self.is_changed = [all("change" in state for state in own.values())]
+        self.is_changed = [is_changed_together([*own.values()])]
         if not self.is_changed[0]:
             self.change = None
         elif any(state["change"] is not self._parts.get(p) for p, state in own.items()):
@@ -150,7 +159,7 @@ class Single(Stack):
         block = self._block
         take_in({p: gradients[p] for p in block.parameters}, states, names, of)
         state = states[block.weight]
-        self._states, self._counts = [state], [int(state["step"])]
+        self._states, self.counts = [state], [int(state["step"])]
         self._momentum = block.matrix({p: states[p]["momentum"] for p in block.parameters})
         self.settle(states)
 

@@ -13,7 +13,7 @@ from ocnopt.errors import ProblemError
 from ocnopt.optim.blocks import Block
 from ocnopt.optim.group_checks import check_written
 from ocnopt.optim.lengths import BOUNDS
-from ocnopt.optim.states import BASIS, COUNTS, FACTORS
+from ocnopt.optim.states import BASIS, COUNTS, FACTORS, NUMBERS
 
 _TOGETHER = (BASIS, ("squares", "squares_step"), ("momentum", "step"))  # of each the last alone does no harm
 _SQUARES = ("moments", "squares", "input_values", "output_values")
@@ -81,12 +81,14 @@ def _check_course(state: Mapping[str, Any]) -> None:
         if not isinstance(one, list | tuple):
             raise ProblemError(f"{key} in the state is {one!r}; expected a list of numbers: the state is damaged")
     factors = [one["factor"] for one in (state, *state["state"].values()) if "factor" in one]
+    steps = [one["changed_at"] for one in state["state"].values() if "changed_at" in one]
     for key, values, (least, most), is_right in (
         ("step_count", [state["step_count"]], (0, math.inf), is_whole),
         ("spent", lists["spent"], (0, math.inf), is_whole),
         ("norms", lists["norms"], (0, math.inf), is_number),
         ("largest", [state.get("largest", 0.0)], (0, math.inf), is_number),
         ("factor", factors, BOUNDS, is_number),
+        ("changed_at", steps, (0, math.inf), is_whole),
     ):
         wrong = [value for value in values if not (is_right(value) and least <= value <= most and value < math.inf)]
         if wrong:
@@ -99,7 +101,7 @@ def _check_tensors(state: Mapping[str, Any]) -> None:
     """Refuse what is no tensor of finite real numbers where the state of each parameter should hold one."""
     for index, entry in state["state"].items():
         for key, value in entry.items():
-            if key == "factor":
+            if key in NUMBERS:
                 continue
             if not (isinstance(value, Tensor) and value.is_floating_point()):
                 came = value.dtype if isinstance(value, Tensor) else type(value).__name__

@@ -1,9 +1,10 @@
 """What SNOpt keeps of each parameter from one iteration to the next, and the step of those that are in no matrix.
 
-In the state of a parameter: step and momentum; change, of the last iteration alone; factor, of lr; of a weight that is
-a matrix input_factor and output_factor, where they are of gradients; of one with an eigenbasis its vectors, values,
-second moments, since which step there is one, the turned parts of the momentum, and of a wide one how often it was
-renewed; of a parameter without, squares as Adam has them, and their number.
+In the state of a parameter: step, the number of its gradients, and momentum; change, the last one, and changed_at, the
+number of the optimiser's step that made it; factor, of lr; of a weight that is a matrix input_factor and output_factor,
+where they are of gradients; of one with an eigenbasis its vectors, values, second moments, since which step there is
+one, the turned parts of the momentum, and of a wide one how often it was renewed; of a parameter without, squares as
+Adam has them, and their number.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
@@ -17,6 +18,7 @@ from ocnopt.optim.bases import Basis, Eigen, is_wide
 from ocnopt.optim.blocks import Block, is_live
 from ocnopt.optim.checks import check_same_shape
 
+FIRST_GAPS = (1, 3, 5)  # further refreshes at the start, where the curvature changes fastest
 DECAY = 0.95  # beta, of second moments and of factors made of gradients
 EPSILON = 1e-8  # keeps the first-order update of a parameter without gradients at zero
 
@@ -24,7 +26,8 @@ BASIS = ("input_vectors", "input_values", "output_vectors", "output_values", "mo
 FACTORS = ("input_factor", "output_factor")
 TURNED = ("momentum_left", "momentum_core", "momentum_right")  # U_B^T M, U_B^T M U_A and M U_A of the momentum M
 COUNTS = ("step", "squares_step", "basis_step", "basis_since")
-_OF_NO_DTYPE = (*COUNTS, "factor")  # of a state, what stays as it is when its parameter goes elsewhere
+NUMBERS = ("factor", "changed_at")  # of a state, what is no tensor
+_OF_NO_DTYPE = (*COUNTS, *NUMBERS)  # what stays as it is when its parameter goes elsewhere
 
 State = MutableMapping[str, Any]
 
@@ -101,8 +104,11 @@ def restore(groups: Iterable[Mapping[str, Any]], states: Mapping[Tensor, State],
     for index, parameter in zip(indices, parameters, strict=True):
         if "factor" in saved:  # of an earlier version, one for all
             states[parameter].setdefault("factor", saved["factor"])
-        for key, value in saved["state"].get(index, {}).items():
-            if key != "factor":
+        own = saved["state"].get(index, {})
+        if "change" in own:  # of an earlier version, always of the last step
+            states[parameter].setdefault("changed_at", saved["step_count"] - 1)
+        for key, value in own.items():
+            if key not in NUMBERS:
                 place = "cpu" if key in _OF_NO_DTYPE else parameter.device
                 states[parameter][key] = value.to(place, copy=True)
 
@@ -150,6 +156,13 @@ def begin_anew(states: Iterable[State]) -> None:
             state["factor"] = min(1.0, state["factor"])
 
 
+def is_changed_together(states: Sequence[State]) -> bool:
+    """Whether the last changes of all are known, and of one step."""
+    first, *others = states
+    is_known = all("change" in state for state in states)
+    return is_known and all(state["changed_at"] == first["changed_at"] for state in others)
+
+
 def forget_changes(states: Iterable[State]) -> None:
     """Let go of the last changes, whose memory is about to be used again: a step may be interrupted."""
     for state in states:
@@ -182,6 +195,15 @@ def observe(state: State, gradient: Tensor) -> None:
         if side not in state or state[side].shape != (groups, width, width):
             state[side] = gradient.new_zeros(groups, width, width)
         state[side].baddbmm_(turned, turned.mT, beta=1.0 - weight, alpha=weight)
+
+
+def is_due(count: int, every: int) -> bool:
+    """Whether the gradient that follows so many refreshes an eigenbasis.
+
+    >>> [count for count in range(25) if is_due(count, every=10)]
+    [0, 1, 3, 5, 10, 20]
+    """
+    return count % every == 0 or count in FIRST_GAPS
 
 
 def age(state: Mapping[str, Any]) -> int:

@@ -96,7 +96,7 @@ def test_a_loaded_state_is_a_copy_and_keeps_its_precision():
     assert weight.dtype == torch.bfloat16
     assert "moments" in optimizer.state[weight]
     for key, value in optimizer.state[weight].items():
-        if key == "factor":
+        if not isinstance(value, torch.Tensor):
             continue
         assert key == "step" or value.dtype == torch.float32
         assert torch.equal(other.state[weight][key], value)

@@ -189,6 +189,7 @@ def test_complex_parameters():
         ({"factor": math.nan}, "factor in the state holds nan; expected finite numbers from 0.01 to 50"),
         ({"factor": -3.0}, "factor in the state holds -3.0"),
         ({"factor": 60.0}, "factor in the state holds 60.0"),
+        ({"changed_at": -1}, "changed_at in the state holds -1; expected whole numbers from 0 on"),
         ({"momenta": math.nan}, "momentum of parameter 0 in the state holds NaN or infinity"),
         ({"moments": -1.0}, "moments of 'weight' in the state holds -1; expected no number below zero"),
         ({"input_factor": -1.0}, "input_factor of 'weight' in the state holds -1 on a diagonal; expected no number"),
@@ -206,7 +207,7 @@ def test_a_damaged_state_is_refused(damage, message):
         backward(layer, x)
         optimizer.step()
     state = copy.deepcopy(optimizer.state_dict())
-    if damage is not None and "factor" in damage:
+    if damage is not None and damage.keys() & {"factor", "changed_at"}:
         state["state"][0].update(damage)
     elif damage is not None and "momenta" in damage:
         state["state"][0]["momentum"][0, 0] = damage["momenta"]
