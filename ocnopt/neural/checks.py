@@ -1,7 +1,6 @@
 """What a Neural ODE is given, checked at the door, and what the graph of its field leads to and holds."""
 
 import inspect
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ocnopt.checks import check_choice, float_tensor, is_whole, times_in_order
+from ocnopt.checks import check_choice, is_whole
+from ocnopt.differential.discrete import EndObserver, Observer
 from ocnopt.errors import OcnoptError, ProblemError
 from ocnopt.integrate import torchdiffeq_bridge
 from ocnopt.integrate.tableaus import STIFF, TABLEAUS, WALKING
@@ -93,6 +93,22 @@ def check_one_step_for_all(error_norm: str, what: str, why: str) -> None:
         raise ProblemError(f'{what} met error_norm="sample": {why}; expected error_norm="batch"')
 
 
+def check_observer(observer: object, method: str, adjoint: str, error_norm: str) -> None:
+    """Refuse who cannot watch, and solves that cannot be watched."""
+    if not isinstance(observer, EndObserver):
+        raise ProblemError(
+            f"observer is {type(observer).__name__}; expected an object with the method terminal(x, slope, costate), "
+            "and stage(input_weight, gradient_weight) to watch the steps: see ocnopt.differential.discrete.Observer"
+        )
+    if isinstance(observer, Observer):  # of the steps
+        check_one_step_for_all(error_norm, "an observer of the steps", "it weighs the evaluations of all samples alike")
+    if method not in WALKING or adjoint == "backprop":
+        raise ProblemError(
+            f"a solve with method={method!r}, adjoint={adjoint!r} cannot be observed; expected one of "
+            f'{", ".join(WALKING)} with adjoint="discrete" or "continuous"'
+        )
+
+
 def check_state(state: object) -> None:
     """Refuse what is not a floating-point tensor or a tuple of such, and parts of different dtype or device."""
     parts = state if isinstance(state, tuple) else (state,)
@@ -109,49 +125,6 @@ def check_state(state: object) -> None:
             f"the parts of the state differ: {sorted(f'{dtype} on {device}' for dtype, device in kinds)}; expected one "
             "dtype and one device (a non-empty tuple): convert them with .to(...)"
         )
-
-
-def check_times(times: Any) -> Tensor:
-    """Read output times; equal ones may stand side by side, unless they need gradients."""
-    given = times if isinstance(times, Tensor) else float_tensor("times", times, torch.float64)
-    if given.ndim != 1 or not given.numel() or not given.is_floating_point():
-        raise ProblemError(
-            f"times has shape {tuple(given.shape)} and dtype {given.dtype}; expected a vector of one or more "
-            "floating-point times: torch.linspace(0.0, 1.0, 5); times for each sample, (K, B), need "
-            'error_norm="sample"'
-        )
-    if given.requires_grad and bool((given.diff() == 0).any()):
-        raise ProblemError(
-            "times that need gradients are repeated; expected each of them once, as equal ones share a gradient: drop "
-            "the repetitions and index the output"
-        )
-    return given
-
-
-def read_times(times: Any, t0: float, end: float) -> tuple[list[float], Tensor | None, list[int]]:
-    """Start and outputs as numbers, as a tensor if they need gradients, and which of them are wanted.
-
-    Of equal outputs side by side there is one; a path against the horizon from ``t0`` to ``end`` starts from its end.
-    """
-    given, values, wanted = check_times(times), list[float](), list[int]()
-    for time in given.tolist():
-        if not values or time != values[-1]:
-            values.append(time)
-        wanted.append(len(values) - 1)
-    against = len(values) > 1 and (values[1] - values[0]) * (end - t0) < 0
-    start = end if against else t0
-    from_start = math.isclose(values[0], start, rel_tol=1e-6, abs_tol=1e-9)
-    if not from_start and (values[0] - start) * (end - t0) * (-1 if against else 1) <= 0:
-        raise ProblemError(
-            f"times begin at {values[0]}, behind the start {start} of the path; expected times that lead on from "
-            "there: set horizon=oc.Horizon(start, end)"
-        )
-    if not from_start:
-        values, wanted = [start, *values], [i + 1 for i in wanted]
-    if len(values) > 1:
-        times_in_order(values)
-    moving = given if from_start else torch.cat([given.new_full((1,), start), given])
-    return values, moving if given.requires_grad else None, wanted
 
 
 def check_slope(slope: object, shapes: Sequence[Sequence[int]], *, is_tuple: bool) -> Any:

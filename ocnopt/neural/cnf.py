@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from ocnopt.checks import check_choice, check_count
 from ocnopt.errors import ProblemError
-from ocnopt.neural.evaluation import State
 from ocnopt.neural.neural_ode import NeuralODE
+from ocnopt.neural.state_layout import State
 from ocnopt.ocp import FreeHorizon, Horizon
 
 TRACES = ("auto", "hutchinson", "exact")

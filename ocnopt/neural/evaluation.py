@@ -17,49 +17,11 @@ from ocnopt.integrate.runge_kutta import Field, Time
 from ocnopt.integrate.walk import StageLog
 from ocnopt.neural import checks
 from ocnopt.neural.memory_checks import Slopes
+from ocnopt.neural.state_layout import StateLayout
 from ocnopt.neural.statistics import Statistics
 
-State = Tensor | tuple[Tensor, ...]
 Noise = tuple[Tensor, Tensor | None]
 _NO_TIME = float("nan"), torch.empty(())
-
-
-class StateLayout(NamedTuple):
-    """How a state travels as one tensor: a tensor as it is.
-
-    A tuple becomes ``(batch, sum of sizes)`` where all parts share their leading axis, else ``(1, sum of sizes)``.
-    """
-
-    shapes: tuple[torch.Size, ...] | None = None
-    rows: int = 1
-    sizes: tuple[int, ...] = ()
-
-    @staticmethod
-    def of(state: object) -> "StateLayout":
-        """Read the layout of a state; see :func:`ocnopt.neural.checks.check_state`."""
-        if not isinstance(state, Tensor) or not state.is_floating_point():
-            checks.check_state(state)
-        if not isinstance(state, tuple):
-            return StateLayout()
-        shapes = tuple(part.shape for part in state)
-        leading = {shape[:1] for shape in shapes}
-        together = len(leading) == 1 and leading != {torch.Size()}
-        sizes = tuple((shape[1:] if together else shape).numel() for shape in shapes)
-        return StateLayout(shapes, shapes[0][0] if together else 1, sizes)
-
-    def join(self, state: State) -> Tensor:
-        """A state as one tensor; one of inference mode is copied, as no graph may keep it."""
-        if isinstance(state, Tensor):
-            return state.clone() if state.is_inference() else state
-        return torch.cat([part.reshape(self.rows, size) for part, size in zip(state, self.sizes, strict=True)], dim=1)
-
-    def split(self, x: Tensor) -> State:
-        """The inverse of :meth:`join`; an axis in front (output times) stays in front."""
-        if self.shapes is None:
-            return x
-        parts = torch.split(x, [*self.sizes], dim=-1)
-        lead = x.shape[:-2]
-        return tuple(part.reshape(lead + shape) for part, shape in zip(parts, self.shapes, strict=True))
 
 
 class Surroundings:
@@ -172,6 +134,7 @@ class Evaluation:
         surroundings: random numbers, flags and autocast of the forward pass.
         moving: whether dL/dt is wanted.
         weights: what a graph weighs, by the shape of the state, where that was found before.
+        followed: whether autograd goes through the evaluations itself, so that no gradient is lost.
     """
 
     def __init__(
@@ -182,6 +145,8 @@ class Evaluation:
         surroundings: Surroundings,
         moving: bool = False,
         weights: dict[object, int] | None = None,
+        *,
+        followed: bool = False,
     ) -> None:
         self.field, self.layout, self.parameters = field, layout, parameters
         self.surroundings, self.moving = surroundings, moving
@@ -189,7 +154,8 @@ class Evaluation:
         self.statistics, self.is_backward = Statistics(), False
         self._noted_attributes: list[tuple[nn.Module, dict[str, object]]] = []
         self.log: StageLog[Noise] | None = None
-        self._differentiates, self._looks = False, torch.is_grad_enabled() and not parameters
+        self._differentiates = False
+        self._looks = torch.is_grad_enabled() and not parameters and not followed
         self._clock, self._slopes = _NO_TIME, Slopes()
 
     def __call__(self, t: Time, x: Tensor) -> Tensor:
@@ -202,17 +168,18 @@ class Evaluation:
         if not self._differentiates:
             try:
                 with torch.set_grad_enabled(self._looks):
-                    return self._alone(self.at(t, x), x)
+                    return self._without_graph(self.at(t, x), x)
             except RuntimeError as error:
                 if "does not require grad" not in str(error) or checks.in_forward_mode():
                     raise
                 # The field differentiates inside (a divergence, an energy): it needs a graph even where we do not.
                 self._differentiates = True
                 self.surroundings.set_noise(note)
+        leaf = x.detach().requires_grad_()
         with torch.enable_grad():
-            return self._alone(self.at(t, leaf := x.detach().requires_grad_()), leaf)
+            return self._without_graph(self.at(t, leaf), leaf)
 
-    def _alone(self, slope: Tensor, x: Tensor) -> Tensor:
+    def _without_graph(self, slope: Tensor, x: Tensor) -> Tensor:
         """F(t, x) without its graph, in which nothing else may need gradients where no backward pass would tell."""
         if self._looks and slope.requires_grad:
             self.require_known(slope, (x,))

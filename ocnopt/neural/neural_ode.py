@@ -33,20 +33,21 @@ from ocnopt.neural.checks import (
     check_not_looked_into,
     check_not_mapped,
     check_not_observed,
+    check_observer,
     check_one_step_for_all,
     check_options,
     check_real,
-    check_without_tangent,
     in_forward_mode,
-    read_times,
 )
 from ocnopt.neural.continuous import Continuous
-from ocnopt.neural.evaluation import Evaluation, State, StateLayout, Surroundings
+from ocnopt.neural.evaluation import Evaluation, Surroundings
 from ocnopt.neural.function_field import FunctionField, as_field
 from ocnopt.neural.meeting import meet
-from ocnopt.neural.samples import SampleDiscrete, SampleJob, check_samples, read_sample_times
+from ocnopt.neural.samples import SampleDiscrete, SampleJob, check_samples
 from ocnopt.neural.solve import Discrete, Job, solve
+from ocnopt.neural.state_layout import State, StateLayout
 from ocnopt.neural.statistics import Statistics
+from ocnopt.neural.times import Times, read_end, read_sample_times, read_times
 from ocnopt.neural.trees import mapped
 from ocnopt.ocp import FreeHorizon, Horizon, read_horizon
 
@@ -138,7 +139,6 @@ class NeuralODE(nn.Module):
         if max_evaluations is not None:
             check_count("max_evaluations", max_evaluations, default=100_000)
         self.field = field
-        self.horizon = read_horizon(horizon)
         self.method, self.rtol, self.atol, self.adjoint, self.dense = method, rtol, atol, adjoint, dense
         self.error_norm = error_norm
         self.steps, self.checkpoint_bytes, self.max_evaluations = steps, checkpoint_bytes, max_evaluations
@@ -146,14 +146,26 @@ class NeuralODE(nn.Module):
         self.adjoint_params: Any = (
             adjoint_params if is_function else as_tensors(() if adjoint_params is None else adjoint_params)
         )
-        if isinstance(self.horizon, FreeHorizon):
-            self.register_buffer("T", torch.tensor(self.horizon.initial, dtype=torch.float64))
+        self.horizon = horizon
         self.statistics = self._latest = Statistics()
         self._most, self._is_read = 0, False
         self._weights: dict[object, int] = {}
         self._observers: OrderedDict[int, Observer | EndObserver] = OrderedDict()
 
-    def forward(self, x: State, times: Sequence[float] | Tensor | None = None) -> State:
+    @property
+    def horizon(self) -> Any:
+        """The ``Horizon`` or ``FreeHorizon``; what the argument may be can be assigned, and T is the initial one."""
+        return self.__dict__["horizon"]
+
+    @horizon.setter
+    def horizon(self, horizon: Any) -> None:
+        read = self.__dict__["horizon"] = read_horizon(horizon)
+        T = self._buffers.pop("T", torch.zeros((), dtype=torch.float64))
+        if isinstance(read, FreeHorizon):
+            self.register_buffer("T", T)
+            self.T.data.fill_(read.initial)
+
+    def forward(self, x: State, times: Times | None = None) -> State:
         """The state at the end of the horizon, or at ``times`` along a new leading axis.
 
         Args:
@@ -251,20 +263,7 @@ class NeuralODE(nn.Module):
         Raises:
             ProblemError: it is no observer, or the adjoint is not one of ours.
         """
-        if not isinstance(observer, EndObserver):
-            raise ProblemError(
-                f"observer is {type(observer).__name__}; expected an object with the method terminal(x, slope, "
-                "costate), and stage(input_weight, gradient_weight) to watch the steps: see "
-                "ocnopt.differential.discrete.Observer"
-            )
-        if isinstance(observer, Observer):  # of the steps
-            why = "it weighs the evaluations of all samples alike"
-            check_one_step_for_all(self.error_norm, "an observer of the steps", why)
-        if self.method not in WALKING or self.adjoint == "backprop":
-            raise ProblemError(
-                f"a solve with method={self.method!r}, adjoint={self.adjoint!r} cannot be observed; expected one of "
-                f'{", ".join(WALKING)} with adjoint="discrete" or "continuous"'
-            )
+        check_observer(observer, self.method, self.adjoint, self.error_norm)
         handle = RemovableHandle(self._observers)
         self._observers[handle.id] = observer
         return handle
@@ -288,9 +287,8 @@ class NeuralODE(nn.Module):
         # A copy is a new module: whoever observes this one has not asked to observe that one.
         return {**self.__dict__, "_observers": OrderedDict()}
 
-    def _read_times(self, times: Sequence[float] | Tensor | None) -> tuple[list[float], Tensor | None, list[int]]:
+    def _read_times(self, times: Times | None) -> tuple[list[float], Tensor | None, list[int]]:
         """Start and outputs as numbers, as a tensor if they need gradients, and which of them are wanted."""
-        self._check_tangents(times)
         start, end, moving = self.horizon.t0, self._end(), None
         if times is None:
             if isinstance(self.horizon, FreeHorizon) and self.T.requires_grad:
@@ -298,13 +296,8 @@ class NeuralODE(nn.Module):
             return [start, end], moving, [1]
         return read_times(times, start, end)
 
-    def _check_tangents(self, times: object) -> None:
-        for moved in (times, self._buffers.get("T")):
-            if isinstance(moved, Tensor):
-                check_without_tangent(moved)
-
     def _end(self) -> float:
-        return self.T.item() if isinstance(self.horizon, FreeHorizon) else self.horizon.t1
+        return read_end(self.T, self.horizon) if isinstance(self.horizon, FreeHorizon) else self.horizon.t1
 
     def _differentiated(self, own: Sequence[Tensor]) -> list[Tensor]:
         extra = as_tensors(self.adjoint_params()) if callable(self.adjoint_params) else self.adjoint_params
@@ -337,11 +330,8 @@ class NeuralODE(nn.Module):
         adjoint = Discrete(job, self.checkpoint_bytes) if self.adjoint == "discrete" else Continuous(job)
         return solve(adjoint, x, moving)
 
-    def _solve_samples(
-        self, layout: StateLayout, x: Tensor, given: Sequence[float] | Tensor | None
-    ) -> Sequence[Tensor]:
+    def _solve_samples(self, layout: StateLayout, x: Tensor, given: Times | None) -> Sequence[Tensor]:
         """The states at the output times, each sample with steps of its own."""
-        self._check_tangents(given)
         check_samples(layout, x)
         times, moving = read_sample_times(given, (self.horizon.t0, self._end()), self._buffers.get("T"), x)
         at_end = [math.isclose(end, self._end(), rel_tol=1e-6, abs_tol=1e-9) for end in times[-1].tolist()]
@@ -364,7 +354,8 @@ class NeuralODE(nn.Module):
         parameters = self._differentiated(surroundings.parameters)
         if self.adjoint == "continuous":
             check_real(parameters)
-        evaluation = Evaluation(self.field, layout, parameters, surroundings, moving is not None, self._weights)
+        followed, moves = self.adjoint == "backprop", moving is not None
+        evaluation = Evaluation(self.field, layout, parameters, surroundings, moves, self._weights, followed=followed)
         self.statistics = evaluation.statistics
         if torch.is_grad_enabled():
             self._most = 0 if self._is_read else max(self._most, self._latest.forward)

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocnopt.checks import float_tensor
 from ocnopt.differential.discrete import Costate, EndObserver, Replays, Trajectory
 from ocnopt.differential.samples import Arrival, SampleBack
 from ocnopt.differential.sweep import sweep
@@ -20,9 +19,10 @@ from ocnopt.errors import ProblemError
 from ocnopt.integrate.runge_kutta import closed
 from ocnopt.integrate.samples import SampleStep, SampleWalk, column
 from ocnopt.integrate.walk import Step
-from ocnopt.neural.evaluation import Evaluation, StateLayout
+from ocnopt.neural.evaluation import Evaluation
 from ocnopt.neural.second import take_again
 from ocnopt.neural.solve import Walked
+from ocnopt.neural.state_layout import StateLayout
 
 
 def check_samples(layout: StateLayout, x: Tensor) -> None:
@@ -34,62 +34,6 @@ def check_samples(layout: StateLayout, x: Tensor) -> None:
             f'error_norm="sample" met a state with {came}; expected the samples along the leading axis of every part: '
             "write x[None] for a single one"
         )
-
-
-def read_sample_times(
-    given: Sequence[float] | Tensor | None, span: tuple[float, float], T: Tensor | None, x: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """Start and outputs of each sample ``(1 + K, B)``, float64, and the same with its graph if gradients are wanted.
-
-    Args:
-        given: what the user gave.
-        span: start and end of the horizon.
-        T: the end as a tensor that moves, if there is one.
-        x: the state at the start.
-    """
-    start, end = span
-    count = len(x)
-    if given is None:
-        end_times = (torch.tensor(end, dtype=torch.float64) if T is None else T).to(x.device, torch.float64)
-        wanted = end_times.expand(1, count)
-    else:
-        wanted = _as_table(given, count).to(x.device, torch.float64).expand(-1, count)
-    times, horizon = wanted.detach(), end - start
-    turns = (times[-1] - times[0]) * horizon
-    against = bool((turns <= 0).all() and (turns < 0).any())
-    first = end if against else start
-    # A first output that is the start but for rounding is the start.
-    near = (times[0] - first).abs() <= 1e-6 * max(abs(first), 1e-3)
-    origin = torch.where(near, wanted[0], first)
-    moving = torch.cat([origin[None], wanted])
-    times = moving.detach()
-    ahead = (-horizon if against else horizon) * times.diff(dim=0)
-    wrong = ~((ahead >= 0) & times[1:].isfinite()).all(0)
-    if bool(wrong.any()):
-        sample = int(wrong.nonzero()[0])
-        raise ProblemError(
-            f"the times of sample {sample}, {times[1:, sample].tolist()}, do not lead on from the start {first} of the "
-            f"path towards {start if against else end}; expected times in that direction, equal ones side by side: "
-            "sort them, or set horizon=oc.Horizon(start, end)"
-        )
-    return times, moving if moving.requires_grad else None
-
-
-def _as_table(given: Sequence[float] | Tensor, count: int) -> Tensor:
-    """Output times as ``(K, B)`` or ``(K, 1)``."""
-    times = given if isinstance(given, Tensor) else float_tensor("times", given, torch.float64)
-    if isinstance(given, Tensor) and times.shape == (count,) and count > 1:
-        raise ProblemError(
-            f"times has shape ({count},) for {count} samples: an end for each of them, or {count} times for all; "
-            "expected one of both to be said: times[None, :] for ends of their own, times[:, None] for common times"
-        )
-    table = times[:, None] if times.ndim == 1 else times
-    if table.ndim != 2 or not table.numel() or not times.is_floating_point() or table.shape[1] not in (1, count):
-        raise ProblemError(
-            f"times has shape {tuple(times.shape)} and dtype {times.dtype}; expected floating-point times (K,) for all "
-            f"samples, or (K, {count}) with a column for each of them: ends[None, :] for one end each"
-        )
-    return table
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,9 @@ class HorizonPolicy:
     while all solves within one forward and backward pass are of the same samples.
 
     A solve with output times counts where the last of them is T, the others being held. Where T is none of them it adds
-    nothing, as nothing depends on T; where it is one before the last (they start from T, or go on) it is refused. With
-    times for each sample those that end at T have shares, the others, held, shares of zero.
+    nothing, as nothing depends on T, and an update with nothing else raises; where it is one before the last (they
+    start from T, or go on) it is refused. With times for each sample those that end at T have shares, the others, held,
+    shares of zero.
 
     With a ``torch.amp.GradScaler`` say ``HorizonPolicy(ode, lr=0.1, scaler=scaler)`` and call, in this order,
     ``scaler.scale(loss).backward()``, ``scaler.step(optimizer)``, ``policy.step()``, ``scaler.update()``. The scale is
@@ -129,7 +130,8 @@ class HorizonPolicy:
         if is_distributed() and isinstance(neural_ode, nn.Module):
             neural_ode, self._group = unwrapped(neural_ode, process_group)
         check_scaler(scaler)
-        self._ode, self._bounds, self._scaler = neural_ode, free_horizon(neural_ode), scaler
+        free_horizon(neural_ode)
+        self._ode, self._scaler = neural_ode, scaler
         self.rule, self.curvature, self.lr, self.penalty, self.every = rule, curvature, lr, penalty, every
         self.averaging, self.reduction, self.max_change = averaging, reduction, max_change
         check_policy_options(self._options())
@@ -236,8 +238,9 @@ class HorizonPolicy:
             self._past = past
             return self._skip(change)
         self._seen = []
-        T, longest = self._ode.T, self.max_change * abs(float(self._ode.T) - self._bounds.t0)
-        T.sub_(max(-longest, min(longest, change))).clamp_(self._bounds.lower, self._bounds.upper)
+        T, bounds = self._ode.T, free_horizon(self._ode)
+        longest = self.max_change * abs(float(T) - bounds.t0)
+        T.sub_(max(-longest, min(longest, change))).clamp_(bounds.lower, bounds.upper)
         return True
 
     def _change(self, samples: Sequence[Seen], closure: Callable[[], Tensor] | None) -> float:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ocnopt.differential.kronecker import is_gone, is_within_backward, present_pass
-from ocnopt.neural.evaluation import State, StateLayout, Surroundings
+from ocnopt.neural.evaluation import Surroundings
 from ocnopt.neural.neural_ode import NeuralODE
+from ocnopt.neural.state_layout import State, StateLayout
 from ocnopt.optim.policy_checks import check_times
 
 Pair = tuple[Tensor, Tensor]

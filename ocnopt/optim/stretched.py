@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ocnopt.errors import ProblemError
-from ocnopt.neural.evaluation import State
 from ocnopt.neural.neural_ode import NeuralODE
+from ocnopt.neural.state_layout import State
 from ocnopt.optim.shares import Pair, dot
 
 

@@ -1,7 +1,8 @@
 """The walks that the layout must keep short: one solve, one training step, one Hessian.
 
 At most nine files each (checks and warnings, SNOpt's lengths of steps, its list of matrices and where they lie, the
-reading of a start, of bounds and of names, errors and tableaus aside), and no two files that call each other both ways.
+reading of a start, a state, times, bounds and names, errors and tableaus aside), and no two files that call each other
+both ways.
 How the lowered kernel is built is left out: it happens once, before anything is iterated, and hands the problem's step
 down to the tracer, which calls it back by design.
 """
@@ -25,6 +26,8 @@ ASIDE = (
     "solvers/endings.py",
     "ocnopt/neural/checks.py",
     "ocnopt/neural/memory_checks.py",
+    "ocnopt/neural/state_layout.py",  # a tuple as one tensor
+    "ocnopt/neural/times.py",
     "ocnopt/optim/checks.py",
     "ocnopt/optim/draw_checks.py",
     "ocnopt/optim/gradient_checks.py",

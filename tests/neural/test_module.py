@@ -283,7 +283,7 @@ def test_steps_must_be_positive(steps):
     [
         ([], r"times has shape \(0,\)"),
         (torch.ones(2, 2, dtype=torch.float64), r"times has shape \(2, 2\)"),
-        (torch.tensor([0, 1]), "dtype torch.int64; expected a vector"),
+        (torch.tensor([False, True]), "dtype torch.bool; expected a vector"),
         ([-0.5, 1.0], "times begin at -0.5, behind the start 0.0 of the path; .*horizon=oc.Horizon"),
         ([2.0, 1.0], "times begin at 2.0, behind the start 1.0"),
         ([0.5, 1.0, 0.5], "do not run in one direction"),

@@ -165,7 +165,7 @@ def test_options_that_do_not_go_together(options, match):
         (torch.tensor([[0.2, 0.5], [0.3, 0.4]]), "times of sample 1, .* do not lead on"),
         (torch.tensor([[-0.2, 0.5]]), "times of sample 0, .* do not lead on"),
         (torch.ones(2, 3), r"times has shape \(2, 3\)"),
-        (torch.ones(2, 2, dtype=torch.long), "floating-point"),
+        (torch.ones(2, 2, dtype=torch.bool), "floating-point"),
         ([0.5, 0.2, 0.9], "do not lead on"),
         ([0.5, float("nan")], "NaN"),
     ],

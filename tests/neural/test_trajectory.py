@@ -8,8 +8,9 @@ from ocnopt.differential.discrete import Costate, DiscreteStep, Replay, Replays,
 from ocnopt.differential.sweep import sweep
 from ocnopt.integrate import fixed
 from ocnopt.integrate.tableaus import TABLEAUS
-from ocnopt.neural.evaluation import Evaluation, StateLayout, Surroundings
+from ocnopt.neural.evaluation import Evaluation, Surroundings
 from ocnopt.neural.neural_ode import NeuralODE
+from ocnopt.neural.state_layout import StateLayout
 from tests.neural.cases import Plain, Tanh, distance, start
 
 METHODS = sorted(TABLEAUS.keys() - {"adaptive_heun", "tsit5"})
