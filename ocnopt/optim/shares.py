@@ -17,6 +17,8 @@ from ocnopt.differential.kronecker import is_gone, is_within_backward, present_p
 from ocnopt.neural.evaluation import Surroundings
 from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.neural.state_layout import State, StateLayout
+from ocnopt.neural.times import as_times
+from ocnopt.neural.trees import mapped
 from ocnopt.optim.policy_checks import check_times
 
 Pair = tuple[Tensor, Tensor]
@@ -182,21 +184,25 @@ class Shares:
         if is_within_backward():
             return None
         if times is not None and torch.is_grad_enabled():
-            for row in times.T.tolist() if isinstance(times, Tensor) and times.ndim == 2 else [times]:
+            given = as_times(times).detach()
+            for row in given.T if given.ndim == 2 else [given]:
                 check_times(neural_ode._read_times(row)[0], float(neural_ode.T))
         self.take()
+        self._hook(neural_ode)
+        if self._live() or not torch.is_grad_enabled() or any(part.requires_grad for part in _parts(x)):
+            return None
+        # Nothing else would let a gradient come back to the end.
+        felt = mapped(x, lambda part: part.detach().requires_grad_())
+        return ((felt, *args[1:]), kwargs) if args else ((), {**kwargs, "x": felt})
+
+    def _hook(self, neural_ode: NeuralODE) -> None:
+        """Hear of the gradients of the parameters as they are by now."""
         now = [*neural_ode.parameters()]
         if all(isinstance(parameter, nn.Parameter) for parameter in now):  # torch.func lends tensors for one call
             self._parameters = now  # load_state_dict(assign=True) may have exchanged them
         new = [parameter for parameter in self._live() if parameter not in self._hooked]
         self._handles += [parameter.register_post_accumulate_grad_hook(self._arrive) for parameter in new]
         self._hooked.update(new)
-        if not self._live() and torch.is_grad_enabled() and not any(part.requires_grad for part in _parts(x)):
-            # Nothing else would let a gradient come back to the end.
-            felt = [part.detach().requires_grad_() for part in _parts(x)]
-            x = tuple(felt) if isinstance(x, tuple) else felt[0]
-            return ((x, *args[1:]), kwargs) if args else ((), {**kwargs, "x": x})
-        return None
 
     def _end(self, neural_ode: NeuralODE, args: tuple[Any, ...], output: State) -> None:
         parts = _parts(output)

@@ -293,12 +293,13 @@ def test_samples_with_steps_of_their_own(curvature, times):
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-8, atol=0)
 
 
-def test_ends_of_samples_with_steps_of_their_own():
+@pytest.mark.parametrize("given", [torch.tensor, list, lambda rows: [*torch.tensor(rows)]])
+def test_ends_of_samples_with_steps_of_their_own(given):
     ode, x = NeuralODE(Field(), FreeHorizon(1.0, 0.2, 3.0), error_norm="sample"), torch.randn(2, 3)
     policy = HorizonPolicy(ode)
     with pytest.raises(ProblemError, match="with T = .* before the last; expected T as the last, or not at all"):
-        ode(x, torch.tensor([[0.2, 0.4], [0.8, 1.0], [1.2, 1.2]]))
-    ode(x, torch.tensor([[0.7, 0.9]]))[-1].sum().backward()
+        ode(x, given([[0.2, 0.4], [0.8, 1.0], [1.2, 1.2]]))
+    ode(x, given([[0.7, 0.9]]))[-1].sum().backward()
     with pytest.raises(ProblemError, match="none that ended at T"):
         policy.step()
 
