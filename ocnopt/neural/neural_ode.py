@@ -46,7 +46,7 @@ from ocnopt.neural.meeting import meet
 from ocnopt.neural.samples import SampleDiscrete, SampleJob, check_samples
 from ocnopt.neural.solve import Discrete, Job, solve
 from ocnopt.neural.state_layout import State, StateLayout
-from ocnopt.neural.statistics import Statistics
+from ocnopt.neural.statistics import Dearest, Statistics
 from ocnopt.neural.times import Times, read_end, read_sample_times, read_times
 from ocnopt.neural.trees import mapped
 from ocnopt.ocp import FreeHorizon, Horizon, read_horizon
@@ -147,8 +147,7 @@ class NeuralODE(nn.Module):
             adjoint_params if is_function else as_tensors(() if adjoint_params is None else adjoint_params)
         )
         self.horizon = horizon
-        self.statistics = self._latest = Statistics()
-        self._most, self._is_read = 0, False
+        self.statistics, self._dearest = Statistics(), Dearest()
         self._weights: dict[object, int] = {}
         self._observers: OrderedDict[int, Observer | EndObserver] = OrderedDict()
 
@@ -249,8 +248,7 @@ class NeuralODE(nn.Module):
 
         Until there is another such solve it reads the same again.
         """
-        self._is_read = True
-        return max(self._most, self._latest.forward)
+        return self._dearest.read()
 
     @property
     def observers(self) -> list[Any]:
@@ -358,8 +356,7 @@ class NeuralODE(nn.Module):
         evaluation = Evaluation(self.field, layout, parameters, surroundings, moves, self._weights, followed=followed)
         self.statistics = evaluation.statistics
         if torch.is_grad_enabled():
-            self._most = 0 if self._is_read else max(self._most, self._latest.forward)
-            self._latest, self._is_read = self.statistics, False
+            self._dearest.begin(self.statistics)
         return evaluation
 
     def _walks_alone(self, moving: Tensor | None) -> bool:

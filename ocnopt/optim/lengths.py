@@ -61,30 +61,25 @@ def adapt(
         adaptation: kappa.
         guard: which knows how long gradients have been.
     """
-    options = {id(group): group for group in groups.values()}
     jump, decline = guard.jump(), guard.decline()
-    bounds = {key: _most(group, decline) for key, group in options.items()}
     lift = math.exp(adaptation * PERPENDICULAR * decline)
-    loose = {**gradients}
     whole = _of_matrices(stacks)
-    members: list[Sequence[Tensor]] = []
-    apart: list[list[tuple[Tensor, Tensor]]] = []
-    for block in blocks:
-        found = [p for p in block.parameters if loose.pop(p, None) is not None]
-        members.append(found)
-        apart.append([] if block.weight in whole else _apart(found, gradients, states))
-    members.append([*loose])
-    apart.append(_apart(loose, gradients, states))
-    for parameters, cosine in zip(members, cosines(apart), strict=True):
-        if parameters:
-            most = min(bounds[id(groups[p])] for p in parameters)
-            own = [states[p] for p in parameters]
-            factor = _last(own)
-            # batches that share no sample disagree, so that cosines are above zero however short steps are
-            factor = max(factor, min(1.0, factor ** (1.0 - RETURN) * lift))
-            factor *= math.exp(-adaptation * whole.get(parameters[0], cosine)) / jump
-            for state in own:
-                state["factor"] = min(most, max(BOUNDS[0], factor))
+    loose = {**gradients}
+    members = [[p for p in block.parameters if loose.pop(p, None) is not None] for block in blocks]
+    members = [parameters for parameters in (*members, [*loose]) if parameters]
+    partly = [parameters for parameters in members if parameters[0] not in whole]
+    angles = iter(cosines([_apart(parameters, gradients, states) for parameters in partly]))
+    for parameters in members:
+        cosine = whole[parameters[0]] if parameters[0] in whole else next(angles)
+        own = [states[p] for p in parameters]
+        factor = _last(own)
+        # batches that share no sample disagree, so that cosines are above zero however short steps are
+        factor = max(factor, min(1.0, factor ** (1.0 - RETURN) * lift)) * math.exp(-adaptation * cosine) / jump
+        if factor > 1.0:
+            factor = min(factor, *(_most(groups[p], decline) for p in parameters))
+        factor = max(BOUNDS[0], factor)
+        for state in own:
+            state["factor"] = factor
 
 
 def _last(states: Sequence[State]) -> float:

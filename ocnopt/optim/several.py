@@ -85,6 +85,8 @@ class Several(Stack):
         self._weights = [next(m.number for m in self._members if m.parameter is block.weight) for block in self.blocks]
         self._own = [self._views(place) for place in self._places]
         self._turned = [self._turned_views(place) for place in self._places]
+        self._expected = [*self._all_views()]
+        self._is_left = False  # whether the states hold all views, as the last iteration left them
 
     def _allocate_turned(self, like: Tensor, shapes: Sequence[tuple[int, int]], are_used: Sequence[bool]) -> None:
         """Make room for what the basis makes of gradients and momenta: of each the parts that :class:`Turned` has."""
@@ -139,6 +141,14 @@ class Several(Stack):
         pairs = zip(keys, self._of_momentum, strict=True)
         return {key: place.matrix(part) for key, part in pairs if part is not None}
 
+    def _all_views(self) -> Iterator[tuple[Tensor, list[tuple[str, Tensor | None]]]]:
+        """What the state of each parameter holds between two iterations."""
+        for member, own, turned in ((m, self._own[m.owner], self._turned[m.owner]) for m in self._members):
+            views: dict[str, Tensor | None] = {"step": member.step, "momentum": member.momentum}
+            if member.parameter is self.blocks[member.owner].weight:
+                views |= {**dict.fromkeys(FACTORS), **own, **turned}
+            yield member.parameter, [*views.items()]
+
     def gather(self, gradients: Mapping[Tensor, Tensor], states: States, names: Mapping[Tensor, str]) -> Tensor:
         """See :meth:`Stack.gather`."""
         self._receive(gradients, [member for member in self._members if self.is_present[member.owner]])
@@ -160,18 +170,23 @@ class Several(Stack):
         self, gradients: Mapping[Tensor, Tensor], states: States, names: Mapping[Tensor, str], of: Groups
     ) -> None:
         """See :meth:`Stack.take_in`."""
-        are_left = self._are_left(states)
-        loaded = [] if are_left else self._loaded(states)
+        self._is_left = self._holds_views(states)
+        loaded = [] if self._is_left else self._loaded(states)
         adopt(loaded)
         self._states = [states[block.weight] for block in self.blocks]
         for state in self._states:
             for key in TURNED:  # until the change is made: an iteration may be interrupted
                 state.pop(key, None)
-        self._adopt_momenta(gradients, states, names)
+        follows = bool(loaded) or (self._is_left and self._versions == self._versions_now())
+        if not self._is_left:
+            self._adopt_momenta(gradients, states, names)
         here = [member for member in self._members if self.is_present[member.owner]]
         self._blend(gradients, here, self._advance(here, of))
-        self.settle(states)
-        self._follows = all(self.is_ready) and (are_left or bool(loaded))
+        if self._is_left:
+            self.is_ready = [*self.is_present]
+        else:
+            self.settle(states)
+        self._follows = all(self.is_ready) and follows
 
     def _adopt_momenta(self, gradients: Mapping[Tensor, Tensor], states: States, names: Mapping[Tensor, str]) -> None:
         """Take up momenta and counts, also of what has no gradient: it may hold views that are to be overwritten."""
@@ -197,7 +212,11 @@ class Several(Stack):
         else:
             torch._foreach_add_([member.step for member in here], 1.0)
         counts = self._steps.tolist()
-        weights = [newest(counts[member.number], of[member.parameter]["momentum"]) for member in here]
+        decays = [of[member.parameter]["momentum"] for member in here]
+        if is_whole and len({*counts}) == len({*decays}) == 1:
+            weights = [newest(counts[0], decays[0])] * len(here)
+        else:
+            weights = [newest(counts[m.number], decay) for m, decay in zip(here, decays, strict=True)]
         self.counts = [int(counts[number]) for number in self._weights]
         self._newest = weights[0] if is_whole and len({*weights}) == 1 else None
         return weights
@@ -229,7 +248,7 @@ class Several(Stack):
     def observe(self) -> None:
         """See :meth:`Stack.observe`."""
         others: list[tuple[State, str, Tensor, Any]] = []
-        for i, views in enumerate(self._own):
+        for i, views in enumerate(self._own if not self._is_left else ()):
             state = self._states[i]
             for key in FACTORS:
                 own, view = state.get(key), views.get(key)
@@ -239,10 +258,10 @@ class Several(Stack):
                 elif own is not view and (fits or self.is_present[i]):
                     others.append((state, key, view, own if fits else torch.zeros_like(view)))
         adopt(others)
-        if len({*self.counts}) > 1 or not all(self.is_present):
+        if self.is_alike():
+            self._take_into_factors(newest(self.counts[0], DECAY))
+        else:
             super().observe()
-            return
-        self._take_into_factors(newest(self.counts[0], DECAY))
 
     def _take_into_factors(self, weight: float) -> None:
         """Take the gradients of all matrices into their running means."""
@@ -310,16 +329,14 @@ class Several(Stack):
         self._versions = self._versions_now()
         return gradient, momentum
 
-    def _are_left(self, states: States) -> bool:
-        """Whether momenta, bases and the turned parts of the momenta are as the last iteration left them."""
-        for block, views, parts in zip(self.blocks, self._own, self._turned, strict=True):
-            state = states.get(block.weight, {})
-            if any(state.get(key) is not view for key, view in parts.items()):
-                return False
-            if any(state.get(key) is not views[key] for key in BASIS):
-                return False
-        momenta = (states.get(member.parameter, {}).get("momentum") is member.momentum for member in self._members)
-        return all(momenta) and self._versions == self._versions_now()
+    def _holds_views(self, states: States) -> bool:
+        """Whether the states hold all views, as the last iteration left them."""
+        for parameter, views in self._expected:
+            get = states.get(parameter, {}).get
+            for key, view in views:
+                if get(key) is not view:
+                    return False
+        return True
 
     def _loaded(self, states: States) -> list[tuple[State, str, Tensor, Any]]:
         """Turned parts to take up where all was loaded, if they are those of the momenta beside them."""

@@ -66,6 +66,9 @@ class Stack(ABC):
     def read(self, numbers: Sequence[Sequence[float]]) -> None:
         """Take products of gradients and last changes, and the norms of both: of each slice, or of all in one."""
         products, *norms = numbers
+        if len(products) == len(self.blocks):
+            self.angles = [*zip(*numbers, strict=True)]
+            return
         self.angles = [(sum(products[at]), *(math.hypot(*each[at]) for each in norms)) for at in self.slices]
 
     @abstractmethod
@@ -114,9 +117,15 @@ class Stack(ABC):
     def learn(self, squares: Tensor) -> None:
         """Take the squares of turned gradients into the second moments."""
         # what the moments began with counts as one observation
+        if self.is_alike():
+            self.moments.lerp_(squares, newest(self.counts[0] + 1, DECAY))
+            return
         weights = [newest(n + 1, DECAY) if here else 0.0 for n, here in zip(self.counts, self.is_present, strict=True)]
-        one = weights[0] if len({*weights}) == 1 else squares.new_tensor(self.of_slices(weights))[:, None, None]
-        self.moments.lerp_(squares, one)
+        self.moments.lerp_(squares, squares.new_tensor(self.of_slices(weights))[:, None, None])
+
+    def is_alike(self) -> bool:
+        """Whether all matrices are present, and have had as many gradients."""
+        return all(self.is_present) and len({*self.counts}) == 1
 
     @abstractmethod
     def means(self) -> Tensor:
@@ -124,6 +133,8 @@ class Stack(ABC):
 
     def of_slices(self, numbers: Sequence[float]) -> list[float]:
         """A number of each matrix, for each of its slices."""
+        if self.slices[-1].stop == len(self.blocks):
+            return [*numbers]
         return [number for number, block in zip(numbers, self.blocks, strict=True) for _ in range(block.groups)]
 
 

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from operator import attrgetter
 from typing import Any
 
@@ -33,20 +33,19 @@ class Stacks:
         self._blocks, self._alone = [*blocks], alone
         self._stacks: list[Stack] = []
         self._found: list[Stack] = []
+        self._outside: list[Tensor] = []
         self._loose: dict[Tensor, Tensor] = {}
         self._made_for: list[Any] = []
+        self._sought: Set[Tensor] = frozenset()  # parameters for which these were found
 
     def gather(self, gradients: Mapping[Tensor, Tensor], states: States, names: Mapping[Tensor, str]) -> float:
         """Take the gradients of an iteration to hand; the norm of all together. No value of a state changes."""
         kinds = [kind_of(p) for block in self._blocks for p in block.parameters]
         if kinds != self._made_for:
-            self._made_for, self._stacks = kinds, [*self._made()]
-        self._loose = {**gradients}
-        self._found = [stack for stack in self._stacks if stack.find(gradients)]
-        for stack in self._found:
-            for block in itertools.compress(stack.blocks, stack.is_present):
-                for parameter in block.parameters:
-                    del self._loose[parameter]
+            self._made_for, self._stacks, self._sought = kinds, [*self._made()], frozenset()
+        if gradients.keys() != self._sought:
+            self._find(gradients)
+        self._loose = {parameter: gradients[parameter] for parameter in self._outside}
         numbers = [stack.gather(gradients, states, names) for stack in self._found]
         numbers += [sizes([*self._loose.values()])[None]] if self._loose else []
         read = _read(numbers)
@@ -63,6 +62,14 @@ class Stacks:
             stack.take_in(gradients, states, names, of)
         take_in(self._loose, states, names, of)
         return self._found
+
+    def _find(self, gradients: Mapping[Tensor, Tensor]) -> None:
+        """Find the stacks of what has a gradient, and what is in none."""
+        self._sought = frozenset(gradients)
+        self._found = [stack for stack in self._stacks if stack.find(gradients)]
+        here = (block for stack in self._found for block in itertools.compress(stack.blocks, stack.is_present))
+        inside = {parameter for block in here for parameter in block.parameters}
+        self._outside = [parameter for parameter in gradients if parameter not in inside]
 
     def release(self) -> None:
         """Let go of the gradients."""

@@ -28,6 +28,7 @@ ASIDE = (
     "ocnopt/neural/memory_checks.py",
     "ocnopt/neural/state_layout.py",  # a tuple as one tensor
     "ocnopt/neural/times.py",
+    "ocnopt/neural/statistics.py",  # counts
     "ocnopt/optim/checks.py",
     "ocnopt/optim/draw_checks.py",
     "ocnopt/optim/gradient_checks.py",
