@@ -65,20 +65,21 @@ def adapt(
     lift = math.exp(adaptation * PERPENDICULAR * decline)
     whole = _of_matrices(stacks)
     loose = {**gradients}
-    members = [[p for p in block.parameters if loose.pop(p, None) is not None] for block in blocks]
-    members = [parameters for parameters in (*members, [*loose]) if parameters]
+    own: list[list[Tensor]] = [[p for p in block.parameters if loose.pop(p, None) is not None] for block in blocks]
+    members = [parameters for parameters in (*own, [*loose]) if parameters]
     partly = [parameters for parameters in members if parameters[0] not in whole]
     angles = iter(cosines([_apart(parameters, gradients, states) for parameters in partly]))
     for parameters in members:
         cosine = whole[parameters[0]] if parameters[0] in whole else next(angles)
-        own = [states[p] for p in parameters]
-        factor = _last(own)
+        known = [states[p] for p in parameters]
+        factor = _last(known)
         # batches that share no sample disagree, so that cosines are above zero however short steps are
-        factor = max(factor, min(1.0, factor ** (1.0 - RETURN) * lift)) * math.exp(-adaptation * cosine) / jump
+        factor = max(factor, min(1.0, factor ** (1.0 - RETURN) * lift))
+        factor *= math.exp(-adaptation * cosine) / jump
         if factor > 1.0:
             factor = min(factor, *(_most(groups[p], decline) for p in parameters))
         factor = max(BOUNDS[0], factor)
-        for state in own:
+        for state in known:
             state["factor"] = factor
 
 
