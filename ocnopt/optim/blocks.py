@@ -1,8 +1,9 @@
 """The matrices among a model's parameters, which SNOpt preconditions."""
 
 from collections import Counter
-from collections.abc import Collection, Mapping
-from typing import NamedTuple, TypeGuard
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeGuard
 
 from torch import Tensor, nn
 
@@ -63,6 +64,20 @@ def names_of(model: nn.Module) -> dict[Tensor, str]:
 def is_live(parameter: Tensor) -> bool:
     """Whether a parameter is trained at present."""
     return parameter.requires_grad
+
+
+@contextmanager
+def as_live(groups: Iterable[Mapping[str, Any]], live: Sequence[bool] | None) -> Iterator[None]:
+    """Frozen and free parameters as they were once, if that is known."""
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    were = [] if live is None else [(parameter, parameter.requires_grad) for parameter in parameters]
+    try:
+        for (parameter, _), is_free in zip(were, live or (), strict=True):
+            parameter.requires_grad_(is_free)
+        yield
+    finally:
+        for parameter, is_free in were:
+            parameter.requires_grad_(is_free)
 
 
 def find_blocks(model: nn.Module, trained: Collection[Tensor]) -> list[Block]:

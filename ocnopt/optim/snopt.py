@@ -41,7 +41,7 @@ from ocnopt.differential.kronecker import Collector, Samples, is_layer, release
 from ocnopt.errors import OcnoptError
 from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.optim import lengths, matrices, states
-from ocnopt.optim.blocks import Block, find_blocks, is_live, names_of
+from ocnopt.optim.blocks import Block, as_live, find_blocks, is_live, names_of
 from ocnopt.optim.checks import check_fields, check_recipe, is_distributed
 from ocnopt.optim.draw_checks import check_drawable, check_drawn, check_draws
 from ocnopt.optim.gradient_checks import check_dense, check_norm
@@ -97,9 +97,9 @@ class SNOpt(torch.optim.Optimizer):
     A ``torch.amp.GradScaler`` is used as with every torch optimiser: only directions and proportions of the samples
     enter, so that the scale of a loss does not matter, and a step that the scaler skips leaves no trace. What enters
     the factors belongs to the gradients that are in ``.grad`` at the step: several backward passes without
-    ``zero_grad`` add up, and what ``zero_grad`` threw away is forgotten. Forward passes of equal size that one backward
-    pass goes through count as several uses by the same samples: of different samples, give each its backward pass, or
-    join them in one batch. Every sample of a batch counts, also one of weight 0 in the loss.
+    ``zero_grad`` add up, and what ``zero_grad`` threw away is forgotten. Forward passes of equal size within a backward
+    pass count as uses by the same samples: give others a backward pass each, or join them in one batch. Every sample
+    of a batch counts, also one of weight 0 in the loss.
 
     Parameters without a gradient stay as they are with all that is known of them, so that parts may train in turn; a
     step without any gradient does nothing.
@@ -153,14 +153,13 @@ class SNOpt(torch.optim.Optimizer):
         self._is_whole, self._is_ready = param_groups is None, False
         # All parameters: one that is frozen gets no gradient, and takes part once it is set free.
         groups = [{"params": model.parameters()}] if param_groups is None else read_groups(param_groups)
-        options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "damping": damping}
-        super().__init__(groups, options)
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "damping": damping})
         check_groups(self.param_groups)
         self._start()
         warn_first_order([model] if everywhere else self._odes, self._blocks, self._trained)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_model", "_step_count", "_guard", "_unseen", "_is_whole", *_OPTIONS)
+        kept = ("_model", "_step_count", "_guard", "_unseen", "_is_whole", "_liveness", *_OPTIONS)
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -251,14 +250,13 @@ class SNOpt(torch.optim.Optimizer):
         options = {name: getattr(self, name) for name in _OPTIONS}
         saved = super().state_dict()
         saved["state"] = {index: states.in_own_memory(state) for index, state in saved["state"].items()}
-        return {**saved, "step_count": self._step_count, **self._guard.state(), **options}
+        return {**saved, "step_count": self._step_count, "live": [*self._liveness], **self._guard.state(), **options}
 
     def load_state_dict(self, state_dict: Mapping[str, Any] | Any) -> None:
         """Go on from a state that :meth:`state_dict` returned; its options replace those of the constructor.
 
         Raises:
-            ProblemError: the state is another optimiser's or model's, or damaged, or an option in it is wrong; this
-                optimiser stays as it was.
+            ProblemError: the state is of another optimiser or model, damaged or out of range; nothing has changed.
         """
         check_state(state_dict, self.param_groups, names_of(self._model), self._blocks)
         options = {name: state_dict.get(name, getattr(self, name)) for name in _OPTIONS}
@@ -268,7 +266,8 @@ class SNOpt(torch.optim.Optimizer):
         states.restore(self.param_groups, self.state, state_dict)
         self.__dict__.update(options, _step_count=state_dict["step_count"], _guard=Guard(state_dict))
         try:
-            self._find_blocks()
+            with as_live(self.param_groups, state_dict.get("live")):
+                self._find_blocks()
             states.begin_anew(states.misfits(self.state, self._blocks))
         except OcnoptError:
             self.__dict__.update(before)
@@ -279,7 +278,8 @@ class SNOpt(torch.optim.Optimizer):
         """Begin to watch, for as long as this optimiser is used."""
         self._handles, self._is_ready, self._is_new = [], True, False
         weakref.finalize(self, release, self._handles)
-        self._find_blocks()
+        with as_live(self.param_groups, self.__dict__.get("_liveness")):  # of a copy, as in its last step
+            self._find_blocks()
 
     def _begin_anew(self) -> None:
         """Take in what was frozen or set free: what was gathered, and what is usual, is of other matrices."""

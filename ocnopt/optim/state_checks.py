@@ -66,6 +66,12 @@ def check_state(
         raise ProblemError(
             f"the state is of another model: {', '.join(differ[:8])}; expected the shapes of this one: {cure}"
         )
+    live = state.get("live", [True] * len(indices))
+    if not (isinstance(live, list) and len(live) == len(indices) and all(isinstance(one, bool) for one in live)):
+        raise ProblemError(
+            f"live in the state is {live!r}; expected a list that says of each parameter whether it was trained, "
+            f"{len(indices)} times True or False: the state is damaged"
+        )
     columns = {block.weight: block.shape[-1] for block in blocks}
     for index, parameter in zip(indices, parameters, strict=True):
         entry, name = state["state"].get(index, {}), names.get(parameter, "no longer in the model")

@@ -142,6 +142,33 @@ def test_a_step_without_gradients_leaves_no_trace(at, curvature):
     assert same_state(*optimizers)
 
 
+@pytest.mark.parametrize("curvature", CURVATURES)
+@pytest.mark.parametrize("keys", [["0.weight", "0.bias"], ["5.bias"], ["1.field.net.0.weight", "2.weight"]])
+@pytest.mark.parametrize("frees", [False, True])
+def test_what_is_copied_or_loaded_behind_a_change_of_what_is_frozen_goes_on_bit_for_bit(curvature, keys, frees):
+    one, other = parts()[0], parts()[0]
+    for key in keys:
+        one.get_parameter(key).requires_grad_(not frees)
+    optimizer = SNOpt(one, curvature=curvature, refresh_every=4)
+    train_in_turn([one], [optimizer], [0] * 7)
+    for key in keys:
+        one.get_parameter(key).requires_grad_(frees)
+    copied, copied_optimizer = copy.deepcopy((one, optimizer))
+    other.load_state_dict(one.state_dict())
+    for p, q in zip(other.parameters(), one.parameters(), strict=True):
+        p.requires_grad_(q.requires_grad)
+    loaded = SNOpt(other)
+    loaded.load_state_dict(optimizer.state_dict())
+    pairs = [(one, optimizer), (copied, copied_optimizer), (other, loaded)]
+    for model, each in pairs:
+        assert all(model.get_parameter(key).requires_grad is frees for key in keys)
+        train_in_turn([model], [each], [0] * 6, 7)
+    assert same(one, copied)
+    assert same(one, other)
+    assert same_state(optimizer, loaded)
+    assert same_state(optimizer, copied_optimizer)
+
+
 def test_only_what_the_last_step_moved_is_taken_back():
     model = parts()
     optimizer = SNOpt(model, adaptation=0.0)
