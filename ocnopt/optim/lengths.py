@@ -38,7 +38,7 @@ JUMP = 3  # times the root mean square of the last gradients, above which one sh
 LATELY = 20  # iterations that are the last of them
 DECLINE = 0.25  # power of the decline of gradients with which the bound of factors above 1 falls
 GRADIENT = 10  # times the largest gradient that is usual
-SETTLED = 5  # iterations before evaluations are judged: they rise as a field leaves its first weights
+SETTLED = 5  # iterations before evaluations are judged: they rise as a field leaves its first weights; first ones
 
 
 def adapt(
@@ -214,7 +214,7 @@ class Guard:
             return f"the norm of the gradient, uphill along that step, from at most {largest:.3g} to {norm:.3g}"
         self.spent, self.norms = [*self.spent[1 - RECENT :], spent], [*self.norms[1 - RECENT :], norm]
         self.late = self._late()
-        self.largest = max(self.largest, self.late)
+        self.largest = max(self.largest, self.late) if len(self.norms) > SETTLED else self._first_largest()
         return None
 
     def _late(self) -> float:
@@ -222,6 +222,12 @@ class Guard:
         last = self.norms[-LATELY:]
         most = JUMP * median(last) if last else 0.0
         return _size([min(norm, most) for norm in last])
+
+    def _first_largest(self) -> float:
+        """The most that norms were, of few: of a first one that stands out only the next ones tell."""
+        most = JUMP * median(self.norms)
+        norms = [min(norm, most) for norm in self.norms]
+        return max(_size(norms[: i + 1]) for i in range(len(norms)))
 
 
 def _size(norms: Sequence[float]) -> float:
