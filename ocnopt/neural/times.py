@@ -10,6 +10,7 @@ from torch import Tensor
 from ocnopt.checks import float_tensor, numbers, times_in_order
 from ocnopt.errors import ProblemError
 from ocnopt.neural.checks import check_without_tangent
+from ocnopt.neural.trees import tensors
 from ocnopt.ocp import FreeHorizon
 
 Times = Sequence[Any] | Tensor  # numbers or 0-d tensors, or rows of them
@@ -21,9 +22,9 @@ def as_times(given: Any) -> Tensor:
     Raises:
         ProblemError: no numbers, or tensors in a list that do not fit together.
     """
-    if _holds_tensors(given):
+    if isinstance(given, list | tuple) and (held := tensors(given)):
         try:
-            given = _stacked(given)
+            given = _stacked(given, held[0].device)
         except (RuntimeError, TypeError, ValueError) as error:
             raise ProblemError(
                 f"times is a {type(given).__name__} of tensors that do not fit together ({error}); expected one number "
@@ -36,14 +37,10 @@ def as_times(given: Any) -> Tensor:
     return float_tensor("times", given, torch.float64)
 
 
-def _holds_tensors(given: Any) -> bool:
-    is_list = isinstance(given, list | tuple)
-    return is_list and any(isinstance(entry, Tensor) or _holds_tensors(entry) for entry in given)
-
-
-def _stacked(given: Any) -> Tensor:
-    is_list = isinstance(given, list | tuple)
-    return torch.stack([*map(_stacked, given)]) if is_list else numbers("times", given, torch.float64)
+def _stacked(given: Any, device: torch.device) -> Tensor:
+    if isinstance(given, list | tuple):
+        return torch.stack([_stacked(entry, device) for entry in given])
+    return numbers("times", given, torch.float64, device)
 
 
 def read_end(T: Tensor, horizon: FreeHorizon) -> float:
