@@ -33,6 +33,7 @@ RETURN = 0.03  # share of its logarithm by which a factor below 1 goes back towa
 PERPENDICULAR = 0.02  # cosine that counts as a right angle for factors below 1, while gradients are large
 LONGEST = 0.05  # of lr times a factor above 1: where gradients agree, the root mean square change of an entry
 RECENT = 50  # iterations that count as usual
+TURNS = 64  # sets of parameters that have gradients together, of which what is usual is known
 EVALUATIONS = 3  # times the most evaluations that are usual
 JUMP = 3  # times the root mean square of the last gradients, above which one shortens steps
 LATELY = 20  # iterations that are the last of them
@@ -58,9 +59,12 @@ def adapt(
         gradients: of this iteration.
         states: the last changes are there.
         groups: the options of each parameter.
-        adaptation: kappa.
+        adaptation: kappa; without it factors return to 1.
         guard: which knows how long gradients have been.
     """
+    if not adaptation:
+        recover(states[parameter] for parameter in gradients)
+        return
     jump, decline = guard.jump(), guard.decline()
     lift = math.exp(adaptation * PERPENDICULAR * decline)
     whole = _of_matrices(stacks)
@@ -121,13 +125,20 @@ def _most(options: Mapping[str, Any], decline: float) -> float:
     return max(1.0, decline**DECLINE * (BOUNDS[1] if lr * BOUNDS[1] <= LONGEST else LONGEST / lr))
 
 
-def take_back(changed: Iterable[tuple[Tensor, Tensor]], states: Mapping[Tensor, State]) -> None:
-    """Undo changes of parameters, and shorten the steps of all."""
-    for parameter, change in changed:
-        parameter.sub_(change)
-        del states[parameter]["change"]
-    for state in states.values():
+def take_back(parameters: Iterable[Tensor], states: Mapping[Tensor, State]) -> None:
+    """Undo the last changes of parameters, and shorten their steps."""
+    for parameter in parameters:
+        state = states[parameter]
+        if "change" in state:
+            parameter.sub_(state.pop("change"))
         state["factor"] = max(BOUNDS[0], state.get("factor", 1.0) * SHORTENED)
+
+
+def recover(states: Iterable[State]) -> None:
+    """Let factors that steps taken back have made small return, where nothing else moves them."""
+    for state in states:
+        if state.get("factor", 1.0) < 1.0:
+            state["factor"] **= 1.0 - RETURN
 
 
 def cosines(groups: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> list[float]:
@@ -149,6 +160,45 @@ def cosines(groups: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> list[float]:
         found.append(_cosine(math.fsum(along), *(math.hypot(*norms) for norms in sizes)))
         start += len(group)
     return found
+
+
+class Guards:
+    """A guard for the iterations in which all parameters have gradients, and one for each set of them that has alone.
+
+    Parts that train in turn differ in what is usual; of such sets the latest are known.
+
+    Attributes:
+        whole: that of all parameters.
+    """
+
+    def __init__(self, saved: Mapping[str, Any] | None = None) -> None:
+        self.whole = Guard(saved)
+        turns = (saved or {}).get("turns", {})
+        self._turns = {turn: Guard(of) for turn, of in turns.items()}
+
+    def state(self) -> dict[str, Any]:
+        """Plain numbers to go on from."""
+        return {**self.whole.state(), "turns": {turn: guard.state() for turn, guard in self._turns.items()}}
+
+    def of(self, present: Iterable[bool]) -> "Guard":
+        """The guard of the parameters that are present, of those that are trained.
+
+        >>> guards = Guards()
+        >>> guards.of([True, True]) is guards.whole, guards.of([True, False]) is guards.of([True, False])
+        (True, True)
+        """
+        turn = "".join("1" if here else "0" for here in present)
+        if "0" not in turn:
+            return self.whole
+        guard = self._turns[turn] = self._turns.pop(turn, Guard())
+        if len(self._turns) > TURNS:
+            del self._turns[next(iter(self._turns))]
+        return guard
+
+    def forget_gradients(self) -> None:
+        """Begin anew with what is usual of gradients."""
+        self.whole.forget_gradients()
+        self._turns.clear()
 
 
 class Guard:

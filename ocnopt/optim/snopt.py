@@ -46,7 +46,7 @@ from ocnopt.optim.checks import check_fields, check_recipe, is_distributed
 from ocnopt.optim.draw_checks import check_drawable, check_drawn, check_draws
 from ocnopt.optim.gradient_checks import check_dense, check_norm
 from ocnopt.optim.group_checks import add_group, check_groups, check_options_now, read_groups
-from ocnopt.optim.lengths import Guard
+from ocnopt.optim.lengths import Guard, Guards
 from ocnopt.optim.matrices import Pair, in_full_precision
 from ocnopt.optim.notices import warn_explosion, warn_first_order, warn_new_strangers, warn_unseen
 from ocnopt.optim.ranks import Ranks, Shared, beside, unwrapped
@@ -80,8 +80,8 @@ class SNOpt(torch.optim.Optimizer):
         adaptation: kappa of a factor f of lr for each matrix, f <- f exp(kappa c), with c in [-1, 1] the cosine of its
             negative gradient and its last step: lr grows while steps lead on in the direction of the last one, and
             shrinks where they turn back. Parameters that are in no matrix share one. How f returns towards 1, what it
-            does where gradients jump or vanish, and its bounds are in :mod:`ocnopt.optim.lengths`. adaptation=0 keeps
-            f, but for steps that are taken back.
+            does where gradients jump or vanish, and its bounds are in :mod:`ocnopt.optim.lengths`. adaptation=0 keeps f
+            at 1, to which it returns from steps that are taken back.
         length: "noise" makes the step l long, "division" leaves it as the division has it, whatever the sides are.
         reduction: "mean" or "sum": how the loss of a backward pass combines its samples, so that batches of different
             size weigh alike. Chunks of unequal size whose losses are sums over the size of the whole batch are "sum":
@@ -92,7 +92,7 @@ class SNOpt(torch.optim.Optimizer):
 
     A step is taken back, with a warning for the first, and each f becomes a quarter, if after it the dearest solves of
     the NeuralODEs spend three times as many evaluations as in any of the last 50 iterations (of five at least), or the
-    gradient is ten times as large as in any of them and points uphill along that step.
+    gradient is ten times as large as in any of them and points uphill along that step: of the parameters that have one.
 
     A ``torch.amp.GradScaler`` is used as with every torch optimiser: only directions and proportions of the samples
     enter, so that the scale of a loss does not matter, and a step that the scaler skips leaves no trace. What enters
@@ -101,15 +101,14 @@ class SNOpt(torch.optim.Optimizer):
     pass count as uses by the same samples: give others a backward pass each, or join them in one batch. Every sample
     of a batch counts, also one of weight 0 in the loss.
 
-    Parameters without a gradient stay as they are with all that is known of them, so that parts may train in turn; a
-    step without any gradient does nothing.
+    Parameters without a gradient stay as they are with all that is known of them, so that parts may train in turn; what
+    is usual is that of iterations with the same ones. A step without any gradient does nothing.
 
     A copy, by copy or pickle, trains the copy of the model that came with it; what is dropped lets go of its model.
     What is set free, and a matrix with other columns, begins with its next gradient as momentum and no f above 1.
 
     Raises:
-        ProblemError: an argument is wrong, a NeuralODE's backward pass cannot be observed, or parameters are sharded
-            (FSDP).
+        ProblemError: an argument is wrong, a NeuralODE cannot be observed, or parameters are sharded (FSDP).
 
     Source: Liu, Chen, Theodorou, "Second-order Neural ODE optimizer", arXiv 2109.14158.
 
@@ -142,7 +141,7 @@ class SNOpt(torch.optim.Optimizer):
     ) -> None:
         check_model(model)
         model, self._group = unwrapped(model, process_group) if is_distributed() else (model, process_group)
-        self._model, self._guard, self._step_count, self.refresh_every = model, Guard(), 0, refresh_every
+        self._model, self._guards, self._step_count, self.refresh_every = model, Guards(), 0, refresh_every
         self.curvature, self.power, self.adaptation = curvature, power, adaptation
         self.length, self.reduction, self.everywhere = length, reduction, everywhere
         check_recipe({name: getattr(self, name) for name in _OPTIONS})
@@ -159,7 +158,7 @@ class SNOpt(torch.optim.Optimizer):
         warn_first_order([model] if everywhere else self._odes, self._blocks, self._trained)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_model", "_step_count", "_guard", "_unseen", "_is_whole", "_liveness", *_OPTIONS)
+        kept = ("_model", "_step_count", "_guards", "_unseen", "_is_whole", "_liveness", *_OPTIONS)
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -199,7 +198,8 @@ class SNOpt(torch.optim.Optimizer):
             self._begin_anew()
         is_lacking = any(block.weight.grad is not None for block in self._due())
         check_drawn(self.curvature, any_drawn=bool(self._drawn) or not is_lacking)
-        spent = sum(ode.read_most_evaluations() for ode in self._odes) if present else 0
+        solved = [ode for ode, own in self._odes.items() if not own or any(p.grad is not None for p in own)]
+        spent = sum(ode.read_most_evaluations() for ode in solved) if present else 0
         device = next((p.device for p in self._trained), torch.device("cpu"))
         ranks = beside(self._group) if is_distributed() else None
         if ranks is not None:
@@ -211,13 +211,14 @@ class SNOpt(torch.optim.Optimizer):
         if not present:
             return loss
         gradients = states.received(self.param_groups)
+        guard = self._guards.of(p.grad is not None or not p.numel() for _, p in live)
         try:
             with in_full_precision(device.type):
                 norm = self._stacks.gather(gradients, self.state, self._trained)
                 check_norm(norm, live, gradients, self._step_count)
-                if self._takes_back(spent, norm):
+                if self._takes_back(gradients, guard, spent, norm):
                     return loss
-                self._update(gradients, ranks)
+                self._update(gradients, guard, ranks)
         finally:
             self._stacks.release()
         self._step_count += 1
@@ -250,7 +251,7 @@ class SNOpt(torch.optim.Optimizer):
         options = {name: getattr(self, name) for name in _OPTIONS}
         saved = super().state_dict()
         saved["state"] = {index: states.in_own_memory(state) for index, state in saved["state"].items()}
-        return {**saved, "step_count": self._step_count, "live": [*self._liveness], **self._guard.state(), **options}
+        return {**saved, "step_count": self._step_count, "live": [*self._liveness], **self._guards.state(), **options}
 
     def load_state_dict(self, state_dict: Mapping[str, Any] | Any) -> None:
         """Go on from a state that :meth:`state_dict` returned; its options replace those of the constructor.
@@ -264,7 +265,7 @@ class SNOpt(torch.optim.Optimizer):
         before = {**self.__dict__}
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         states.restore(self.param_groups, self.state, state_dict)
-        self.__dict__.update(options, _step_count=state_dict["step_count"], _guard=Guard(state_dict))
+        self.__dict__.update(options, _step_count=state_dict["step_count"], _guards=Guards(state_dict))
         try:
             with as_live(self.param_groups, state_dict.get("live")):
                 self._find_blocks()
@@ -286,7 +287,7 @@ class SNOpt(torch.optim.Optimizer):
         former = {(*map(id, block.parameters),) for block in self._blocks}
         turned = [p for p, was_live in zip(self._trained, self._liveness, strict=True) if is_live(p) != was_live]
         self._find_blocks()
-        self._guard.forget_gradients()
+        self._guards.forget_gradients()
         changed = [block.parameters for block in self._blocks if (*map(id, block.parameters),) not in former]
         states.forget_changes(self.state.get(parameter, {}) for parameter in turned)
         states.begin_anew(self.state.get(p, {}) for p in itertools.chain(filter(is_live, turned), *changed))
@@ -295,10 +296,11 @@ class SNOpt(torch.optim.Optimizer):
         names = names_of(self._model)
         self._trained = {p: names.get(p, "no longer in the model") for g in self.param_groups for p in g["params"]}
         self._liveness = [*map(is_live, self._trained)]
-        self._odes = [module for module in self._model.modules() if isinstance(module, NeuralODE)]
+        odes = [module for module in self._model.modules() if isinstance(module, NeuralODE)]
+        self._odes = {ode: [p for p in ode.parameters() if p in self._trained and is_live(p)] for ode in odes}
         timed = {module for ode in self._odes for module in ode.field.modules()}
         if not self.everywhere:
-            check_fields(self._odes)
+            check_fields([*self._odes])
         self._blocks = [b for b in find_blocks(self._model, self._trained) if self.everywhere or b.layer in timed]
         self._scales: dict[Tensor, float] = {p: block.width_scale for block in self._blocks for p in block.parameters}
         self._sampled = [block for block in self._blocks if self._has_samples(block)]
@@ -330,14 +332,13 @@ class SNOpt(torch.optim.Optimizer):
         options = [[group.get(key) for key in (*self.defaults, "initial_lr")] for group in self.param_groups]
         return [self._step_count, present, self._liveness, options, *(getattr(self, name) for name in _OPTIONS)]
 
-    def _update(self, gradients: dict[Tensor, Tensor], ranks: Ranks | None) -> None:
+    def _update(self, gradients: dict[Tensor, Tensor], guard: Guard, ranks: Ranks | None) -> None:
         """Refresh the eigenbases if it is time, and move all parameters that have gradients."""
         seen, drawn, self._drawn = self._collector.take(), self._drawn, []
         samples = joined(drawn) if drawn else seen
         groups = {parameter: group for group in self.param_groups for parameter in group["params"]}
         stacks = self._stacks.take_in(gradients, self.state, self._trained, groups)
-        if self.adaptation:
-            lengths.adapt(self._blocks, stacks, gradients, self.state, groups, float(self.adaptation), self._guard)
+        lengths.adapt(self._blocks, stacks, gradients, self.state, groups, float(self.adaptation), guard)
         self._learn(stacks, samples, ranks)
         scales = self._scales if self.length == "noise" else {}
         rates = {p: float(groups[p]["lr"]) * self.state[p].get("factor", 1.0) * scales.get(p, 1.0) for p in gradients}
@@ -348,14 +349,13 @@ class SNOpt(torch.optim.Optimizer):
         changes |= {p: states.first_order(self.state[p], gradients[p]).mul_(-rates[p]) for p in rest}
         matrices.move(changes, self.state, self._step_count)
 
-    def _takes_back(self, spent: int, norm: float) -> bool:
-        """Undo the last step, and shorten those that follow, if the guard objects to it."""
-        last = [(p, state) for p, state in self.state.items() if state.get("changed_at") == self._step_count - 1]
-        changed = [(p, state["change"]) for p, state in last if "change" in state and is_live(p)]
-        objection = self._guard.judge(spent, norm, changed)
+    def _takes_back(self, gradients: Iterable[Tensor], guard: Guard, spent: int, norm: float) -> bool:
+        """Undo the last step of what has gradients, and shorten those that follow, if the guard objects to it."""
+        known = [(p, self.state.get(p, {}).get("change")) for p in gradients]
+        objection = guard.judge(spent, norm, [(p, change) for p, change in known if change is not None])
         if objection is None:
             return False
-        lengths.take_back(changed, self.state)
+        lengths.take_back(gradients, self.state)
         self._drawn = []
         warn_explosion(self._step_count, objection, self._unseen)
         return True

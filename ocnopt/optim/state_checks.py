@@ -88,13 +88,14 @@ def _check_course(state: Mapping[str, Any]) -> None:
             raise ProblemError(f"{key} in the state is {one!r}; expected a list of numbers: the state is damaged")
     factors = [one["factor"] for one in (state, *state["state"].values()) if "factor" in one]
     steps = [one["changed_at"] for one in state["state"].values() if "changed_at" in one]
+    last = state["step_count"] - 1 if is_whole(state["step_count"]) else math.inf
     for key, values, (least, most), is_right in (
         ("step_count", [state["step_count"]], (0, math.inf), is_whole),
         ("spent", lists["spent"], (0, math.inf), is_whole),
         ("norms", lists["norms"], (0, math.inf), is_number),
         ("largest", [state.get("largest", 0.0)], (0, math.inf), is_number),
         ("factor", factors, BOUNDS, is_number),
-        ("changed_at", steps, (0, math.inf), is_whole),
+        ("changed_at", steps, (0, last), is_whole),
     ):
         wrong = [value for value in values if not (is_right(value) and least <= value <= most and value < math.inf)]
         if wrong:

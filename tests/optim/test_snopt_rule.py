@@ -285,7 +285,8 @@ def test_what_is_frozen_stays_where_it_is_when_a_step_is_taken_back():
     kept, moved = model[0].weight.detach().clone(), model[2].weight.detach().clone()
     factors = optimizer.factors
     jump(model, optimizer, x)
-    assert optimizer.factors == {name: max(BOUNDS[0], factor / 4.0) for name, factor in factors.items()}
+    shortened = {name: max(BOUNDS[0], factor / 4.0) for name, factor in factors.items() if name.startswith("2")}
+    assert optimizer.factors == {**factors, **shortened}
     assert torch.equal(model[0].weight, kept)
     assert not torch.equal(model[2].weight, moved)
 

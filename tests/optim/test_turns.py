@@ -9,7 +9,7 @@ from torch import nn
 
 import ocnopt as oc
 from ocnopt.neural.neural_ode import NeuralODE
-from ocnopt.optim.lengths import Guard
+from ocnopt.optim.lengths import TURNS, Guards
 from ocnopt.optim.snopt import SNOpt
 
 CURVATURES = ("gradient", "costate", "mixed")
@@ -77,22 +77,23 @@ def same_state(one, other):
     )
 
 
-TURNS = {"in turn": [0, 1] * 16, "rarely": [0, 0, 0, 1] * 6, "late": [0] * 7 + [1] * 13 + [0] * 6}
+SCHEDULES = {"in turn": [0, 1] * 16, "rarely": [0, 0, 0, 1] * 6, "late": [0] * 7 + [1] * 13 + [0] * 6}
 
 
 @pytest.mark.parametrize(
     ("turns", "curvature"),
     # a basis of samples begins by the number of all steps, so that one that comes late is another
-    [*((turns, "gradient") for turns in TURNS), *((t, c) for t in ("in turn", "rarely") for c in ("costate", "mixed"))],
+    [
+        *((turns, "gradient") for turns in SCHEDULES),
+        *((t, c) for t in ("in turn", "rarely") for c in ("costate", "mixed")),
+    ],
 )
-def test_parts_that_train_in_turn_equal_parts_with_optimisers_of_their_own(turns, curvature, monkeypatch):
-    for name, value in (("jump", 1.0), ("decline", 1.0), ("judge", None)):  # these are of all gradients together
-        monkeypatch.setattr(Guard, name, lambda *_, value=value: value)
+def test_parts_that_train_in_turn_equal_parts_with_optimisers_of_their_own(turns, curvature):
     together, apart = parts(), parts()
     one = SNOpt(together, curvature=curvature, refresh_every=4)
     own = [SNOpt(model, curvature=curvature, refresh_every=4) for model in apart]
-    train_in_turn(together, [one, one], TURNS[turns])
-    train_in_turn(apart, own, TURNS[turns])
+    train_in_turn(together, [one, one], SCHEDULES[turns])
+    train_in_turn(apart, own, SCHEDULES[turns])
     factors = {f"{k}.{name}": factor for k in (0, 1) for name, factor in own[k].factors.items()}
     assert one.factors == pytest.approx(factors, rel=1e-9)
     assert all(factor != 1.0 for factor in factors.values())
@@ -169,24 +170,102 @@ def test_what_is_copied_or_loaded_behind_a_change_of_what_is_frozen_goes_on_bit_
     assert same_state(optimizer, copied_optimizer)
 
 
-def test_only_what_the_last_step_moved_is_taken_back():
+def test_what_is_taken_back_is_the_last_step_of_the_part_whose_gradient_is_large():
     model = parts()
-    optimizer = SNOpt(model, adaptation=0.0)
+    optimizer = SNOpt(model)
     train_in_turn(model, [optimizer] * 2, [0, 1] * 5)
-    before = copy.deepcopy(model.state_dict())
+    before = copy.deepcopy(model[0].state_dict())
     train_in_turn(model, [optimizer] * 2, [0, 1], 10)
-    between = copy.deepcopy(model[0].state_dict())
-    for p in model.parameters():
-        p.grad = 1e6 * optimizer.state[p]["change"]  # uphill along the last changes of both parts
+    after, factors = copy.deepcopy(model[1].state_dict()), optimizer.factors
+    for p in model[0].parameters():
+        p.grad = 1e6 * optimizer.state[p]["change"]  # uphill along its last change
+    for p in model[1].parameters():
+        p.grad = None
     with pytest.warns(UserWarning, match="was taken back"):
         optimizer.step()
     for key, value in model[0].state_dict().items():
-        assert torch.equal(value, between[key])
-        assert not torch.equal(value, before[f"0.{key}"])
-    for key, value in model[1].state_dict().items():
-        torch.testing.assert_close(value, before[f"1.{key}"], rtol=0.0, atol=1e-15)
-    assert all("change" in optimizer.state[p] for p in model[0].parameters())
-    assert not any("change" in optimizer.state[p] for p in model[1].parameters())
+        torch.testing.assert_close(value, before[key], rtol=0.0, atol=1e-15)
+    assert all(torch.equal(value, after[key]) for key, value in model[1].state_dict().items())
+    for name, factor in optimizer.factors.items():
+        assert factor == (max(0.01, factors[name] / 4) if name.startswith("0") else factors[name])
+    assert not any("change" in optimizer.state[p] for p in model[0].parameters())
+    assert all("change" in optimizer.state[p] for p in model[1].parameters())
+
+
+def steps_in_turn(model, optimizer, turns):
+    """Each turn is a function of the model whose loss it gives."""
+    for turn in turns:
+        optimizer.zero_grad()
+        turn(model).backward()
+        optimizer.step()
+
+
+def test_what_is_usual_of_a_shared_trunk_is_so_for_each_of_its_heads():
+    torch.manual_seed(0)
+    trunk = nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh())
+    model, x = nn.ModuleDict({"trunk": trunk, "a": nn.Linear(32, 6), "b": nn.Linear(32, 6)}), torch.randn(64, 6)
+    optimizer = SNOpt(model)
+
+    def loss(head, target):
+        return lambda model: (model[head](model["trunk"](x)) - target).square().mean()
+
+    turns = [*[loss("a", torch.sin(2 * x))] * 29, loss("b", 50 * torch.cos(x))]  # taken back would warn
+    steps_in_turn(model, optimizer, turns * 6)
+    assert min(optimizer.factors.values()) > 0.05
+
+
+def test_a_neural_ode_that_joins_late_is_no_explosion():
+    torch.manual_seed(0)
+    odes = [NeuralODE(Field(4), 8.0, rtol=tolerance, atol=tolerance) for tolerance in (1e-1, 1e-7)]
+    model, x = nn.ModuleList([nn.Linear(4, 4), *odes]), torch.randn(16, 4)
+    optimizer = SNOpt(model)
+    turns = [lambda model, part=part: (model[part](x) - 2 * x).square().mean() for part in range(3)]
+    steps_in_turn(model, optimizer, [turns[0]] * 9 + [turns[1]] * 9 + [turns[2]] * 3)
+    assert model[2].read_most_evaluations() > 3 * model[1].read_most_evaluations() > 0
+
+
+def test_evaluations_of_what_is_absent_are_no_part_of_a_step():
+    x = torch.randn(16, 4)
+    models, optimizers = [], []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(nn.ModuleList([nn.Linear(4, 4), NeuralODE(Field(4))]))
+        optimizers.append(SNOpt(models[-1]))
+    turns = [lambda model, part=part: (model[part](x) - 2 * x).square().mean() for part in (0, 1)]
+    steps_in_turn(models[0], optimizers[0], [turns[1], *[turns[0]] * 6])
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    for model, optimizer in zip(models, optimizers, strict=True):
+        steps_in_turn(model, optimizer, [*[turns[0]] * 60, *[turns[1]] * 3])
+    assert same(*models)
+    assert same_state(*optimizers)
+
+
+def test_sets_of_parameters_that_were_not_seen_for_long_are_forgotten():
+    guards = Guards()
+    first = guards.of([True, False])
+    for i in range(1, TURNS):
+        guards.of([False, *map(bool, range(i))])
+        assert guards.of([True, False]) is first
+    for i in range(TURNS):
+        guards.of([False] * (i + 2))
+    assert guards.of([True, False]) is not first
+    assert len(guards.state()["turns"]) == TURNS
+
+
+def test_without_adaptation_factors_return_from_a_step_that_was_taken_back():
+    layer = nn.Linear(3, 2)
+    optimizer = SNOpt(layer, adaptation=0.0)
+    for i in range(80):
+        for p in layer.parameters():
+            p.grad = 1e6 * optimizer.state[p]["change"] if i == 10 else torch.ones_like(p)
+        if i == 10:
+            with pytest.warns(UserWarning, match="was taken back"):
+                optimizer.step()
+            assert optimizer.factors == {"weight": 0.25, "bias": 0.25}
+        else:
+            optimizer.step()
+    assert optimizer.factors == pytest.approx(dict.fromkeys(("weight", "bias"), 0.25 ** (0.97**69)))
 
 
 def test_a_state_from_before_parts_trained_in_turn_goes_on():
