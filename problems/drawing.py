@@ -81,7 +81,7 @@ def animation(drawing: Drawing, solution: Any, *, frames: int = 40) -> bytes:
     figure, axes = _stage(drawing, solution)
     _path(axes, drawing, solution, alpha=0.35)
     title = axes.set_title("t", fontsize="small", color=FIXED, loc="left", y=1.01)
-    unit = "step {:.0f}" if solution.problem.origin is None and solution.problem.nodes is None else "t = {:.2f}"
+    unit = "step {:.0f}" if solution.is_numbered else "t = {:.2f}"
     figure.draw_without_rendering()
     figure.set_layout_engine(None)  # one layout for all frames: to find it takes longer than to draw one
     fixed = set(axes.get_children())

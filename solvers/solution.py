@@ -232,6 +232,11 @@ class Solution:
 
         return feedback
 
+    @property
+    def is_numbered(self) -> bool:
+        """Whether its times are known to be the numbers of steps, as of a problem that was made of stages."""
+        return self.problem is not None and self.problem.origin is None and self.problem.nodes is None
+
     def plot(self, path: str | Path | None = None) -> Any:
         """Draw states, controls, gains and convergence; write the picture to ``path`` if one is given.
 
@@ -246,8 +251,7 @@ class Solution:
 
         for name in ("states", "controls", "K")[: 2 if self.gains is None else 3]:
             self._tensor(name)
-        numbered = self.problem is not None and self.problem.origin is None and self.problem.nodes is None
-        return saved(plot_solutions({"": self}, time="step" if numbered else "time"), path)
+        return saved(plot_solutions({"": self}, time="step" if self.is_numbered else "time"), path)
 
     def save(self, path: str | Path) -> None:
         """Write everything but functions and gradients to one file, read again by ``oc.load_solution``.

@@ -71,7 +71,7 @@ def run_solve(folder: RunFolder) -> Answer:
             tolerance=asked["tolerance"],
         )
         _keep(folder, CHECKPOINT, solution, asked["solver"])
-    table = solution_table(record, solution, asked["solver"], asked["steps"])
+    table = solution_table(asked, solution)
     title = f"{record.name} by {asked['solver']}"
     _write_page(folder, record, title, table, {asked["solver"]: solution}, draw_system(folder, record, solution))
     return Answer(table, [], solve_result(folder, solution), bool(solution.converged))
@@ -91,21 +91,22 @@ def run_compare(folder: RunFolder) -> Answer:
     for name, solution in comparison.solutions.items():
         _keep(folder, f"{name}.pt", solution, name)
     title = f"{record.name}: {' against '.join(comparison.solutions)}"
-    table = comparison_table(record.name, comparison, known_cost(record, asked["steps"]))
+    table = comparison_table(record.name, comparison, known_cost(asked))
     _write_page(folder, record, title, table, comparison.solutions)
     lines = [as_options(f"{row.solver}: {row.status}") for row in comparison.rows if row.solver in comparison.solutions]
     converged = all(row.converged for row in comparison.rows)
     return Answer(table, lines, compare_result(folder, comparison), converged)
 
 
-def known_cost(record: ControlRecord, steps: int) -> float | None:
-    """The best known cost of the problem on N steps, where the library has it.
+def known_cost(asked: Mapping[str, Any]) -> float | None:
+    """The best known cost of the discrete problem that is solved, where the library has it.
 
     Args:
-        record: of the problem.
-        steps: N.
+        asked: a :func:`request`.
     """
-    return record.discrete_values.get(steps)
+    record = control(asked["problem"])
+    is_another = asked["integrator"] != record.integrator or asked.get("solver") == "indirect"  # of the continuous one
+    return None if is_another else record.discrete_values.get(asked["steps"])
 
 
 def draw(
@@ -151,18 +152,16 @@ def draw_system(folder: RunFolder, record: ControlRecord, solution: Solution) ->
     return [Image(f"{PLOTS}/{film.name}", "The system from start to end."), Image(still, "The same at a few instants.")]
 
 
-def solution_table(record: ControlRecord, solution: Solution, solver: str, steps: int) -> Table:
+def solution_table(asked: Mapping[str, Any], solution: Solution) -> Table:
     """What came out, one line a quantity.
 
     Args:
-        record: of the problem.
+        asked: a :func:`request`.
         solution: of one problem, no batch.
-        solver: its name.
-        steps: N.
     """
-    known = known_cost(record, steps)
+    record, steps, known = control(asked["problem"]), asked["steps"], known_cost(asked)
     cost = float(solution.cost)
-    rows = [("solver", f"{solver}, {steps} steps"), ("cost", f"{cost:.10g}")]
+    rows = [("solver", f"{asked['solver']}, {steps} steps"), ("cost", f"{cost:.10g}")]
     if known is not None:
         rows.append((f"best known, {steps} steps", f"{known:.10g}  (difference {cost - known:+.1e})"))
     rows.append(("best known, exact", f"{record.optimal_cost:.10g}"))
@@ -208,7 +207,7 @@ def solve_result(folder: RunFolder, solution: Solution) -> dict[str, Any]:
         "status": as_options(str(solution.status)),
         "wall_time": solution.wall_time,
         "build_time": solution.build_time,
-        "best_known_cost": known_cost(record, asked["steps"]),
+        "best_known_cost": known_cost(asked),
         "best_known_cost_exact": record.optimal_cost,
         "folder": str(folder.path),
     }
@@ -227,7 +226,7 @@ def compare_result(folder: RunFolder, comparison: Comparison) -> dict[str, Any]:
         "rows": [
             {**asdict(row), "status": as_options(row.status), "note": as_options(row.note)} for row in comparison.rows
         ],
-        "best_known_cost": known_cost(control(asked["problem"]), asked["steps"]),
+        "best_known_cost": known_cost(asked),
         "folder": str(folder.path),
     }
 

@@ -11,8 +11,8 @@ from ocnopt.problems.learning.files import data_folder
 
 def data_table() -> Table:
     """Each data set with what it is, and whether it is there."""
-    rows = [(name, dataset.summary, "no" if dataset.missing() else "yes") for name, dataset in DATA_SETS.items()]
-    return Table(f"in {data_folder()}", ("data set", "what", "there"), rows, text=True)
+    rows = [(name, "no" if dataset.missing() else "yes", dataset.summary) for name, dataset in DATA_SETS.items()]
+    return Table(f"in {data_folder()}", ("data set", "there", "what"), rows, text=True)
 
 
 def run_fetch(action: str, name: str | None, console: Console) -> None:

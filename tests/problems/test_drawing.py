@@ -28,7 +28,8 @@ def path_of(name, steps=40):
     controls = torch.full((steps, m), 0.3, dtype=F64) if guess is None else guess(steps)["controls"]
     p = staged.start_parameters()
     states = rollout(staged, list(controls), staged.initial_state, p).states
-    return SimpleNamespace(times=staged.times(p), states=states, controls=controls, problem=staged)
+    numbered = staged.origin is None and staged.nodes is None
+    return SimpleNamespace(times=staged.times(p), states=states, controls=controls, is_numbered=numbered)
 
 
 def test_the_systems_that_move_are_drawn():
