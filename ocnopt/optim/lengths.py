@@ -15,8 +15,7 @@ and no noise is left that would make angles look worse. The guard takes back ste
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from statistics import median
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,6 +65,8 @@ def adapt(
         recover(states[parameter] for parameter in gradients)
         return
     jump, decline = guard.jump(), guard.decline()
+    options = {id(group): group for group in groups.values()}
+    bounds = {key: _most(group, decline) for key, group in options.items()}
     lift = math.exp(adaptation * PERPENDICULAR * decline)
     whole = _of_matrices(stacks)
     loose = {**gradients}
@@ -81,7 +82,7 @@ def adapt(
         factor = max(factor, min(1.0, factor ** (1.0 - RETURN) * lift))
         factor *= math.exp(-adaptation * cosine) / jump
         if factor > 1.0:
-            factor = min(factor, *(_most(groups[p], decline) for p in parameters))
+            factor = min(factor, *(bounds[id(groups[p])] for p in parameters))
         factor = max(BOUNDS[0], factor)
         for state in known:
             state["factor"] = factor
@@ -180,16 +181,16 @@ class Guards:
         """Plain numbers to go on from."""
         return {**self.whole.state(), "turns": {turn: guard.state() for turn, guard in self._turns.items()}}
 
-    def of(self, present: Iterable[bool]) -> "Guard":
+    def of(self, present: Collection[bool]) -> "Guard":
         """The guard of the parameters that are present, of those that are trained.
 
         >>> guards = Guards()
         >>> guards.of([True, True]) is guards.whole, guards.of([True, False]) is guards.of([True, False])
         (True, True)
         """
-        turn = "".join("1" if here else "0" for here in present)
-        if "0" not in turn:
+        if all(present):
             return self.whole
+        turn = "".join("1" if here else "0" for here in present)
         guard = self._turns[turn] = self._turns.pop(turn, Guard())
         if len(self._turns) > TURNS:
             del self._turns[next(iter(self._turns))]
@@ -270,14 +271,20 @@ class Guard:
     def _late(self) -> float:
         """The root mean square of the last norms; one that stands out counts as far as it is no jump."""
         last = self.norms[-LATELY:]
-        most = JUMP * median(last) if last else 0.0
+        most = JUMP * _median(last) if last else 0.0
         return _size([min(norm, most) for norm in last])
 
     def _first_largest(self) -> float:
         """The most that norms were, of few: of a first one that stands out only the next ones tell."""
-        most = JUMP * median(self.norms)
+        most = JUMP * _median(self.norms)
         norms = [min(norm, most) for norm in self.norms]
         return max(_size(norms[: i + 1]) for i in range(len(norms)))
+
+
+def _median(norms: Sequence[float]) -> float:
+    """Their median; that of statistics takes as long as all else here."""
+    rising = sorted(norms)
+    return (rising[(len(rising) - 1) // 2] + rising[len(rising) // 2]) / 2
 
 
 def _size(norms: Sequence[float]) -> float:

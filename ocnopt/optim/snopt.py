@@ -211,7 +211,7 @@ class SNOpt(torch.optim.Optimizer):
         if not present:
             return loss
         gradients = states.received(self.param_groups)
-        guard = self._guards.of(p.grad is not None or not p.numel() for _, p in live)
+        guard = self._guards.of([p.grad is not None or not p.numel() for _, p in live])
         try:
             with in_full_precision(device.type):
                 norm = self._stacks.gather(gradients, self.state, self._trained)
