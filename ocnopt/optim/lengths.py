@@ -38,7 +38,7 @@ JUMP = 3  # times the root mean square of the last gradients, above which one sh
 LATELY = 20  # iterations that are the last of them
 DECLINE = 0.25  # power of the decline of gradients with which the bound of factors above 1 falls
 GRADIENT = 10  # times the largest gradient that is usual
-SETTLED = 5  # iterations before evaluations are judged: they rise as a field leaves its first weights; first ones
+SETTLED = 5  # first iterations: evaluations rise as a field leaves its first weights, and one gradient may stand out
 
 
 def adapt(
@@ -115,9 +115,9 @@ def _apart(
 ) -> list[tuple[Tensor, Tensor]]:
     """The present gradients of parameters that moved in their last step together, beside these changes."""
     changed = [(p, states[p]) for p in parameters if "change" in states[p]]
-    last = max((state["changed_at"] for _, state in changed), default=0)
+    last = max((state.get("changed_at", 0) for _, state in changed), default=0)
     # contiguous as those of a state that was loaded
-    return [(gradients[p], state["change"].contiguous()) for p, state in changed if state["changed_at"] == last]
+    return [(gradients[p], state["change"].contiguous()) for p, state in changed if state.get("changed_at", 0) == last]
 
 
 def _most(options: Mapping[str, Any], decline: float) -> float:

@@ -82,10 +82,16 @@ def check_state(
 
 def _check_course(state: Mapping[str, Any]) -> None:
     """Refuse numbers in a state of SNOpt that none of its runs writes."""
-    lists = {key: state.get(key, ()) for key in ("spent", "norms")}
-    for key, one in lists.items():
+    turns = state.get("turns", {})
+    if not isinstance(turns, Mapping) or not all(isinstance(turn, Mapping) for turn in turns.values()):
+        raise ProblemError(
+            f"turns in the state is {turns!r}; expected a dictionary of dictionaries: the state is damaged"
+        )
+    lists: dict[str, list[Any]] = {"spent": [], "norms": []}
+    for key, one in ((key, each.get(key, ())) for each in (state, *turns.values()) for key in lists):
         if not isinstance(one, list | tuple):
             raise ProblemError(f"{key} in the state is {one!r}; expected a list of numbers: the state is damaged")
+        lists[key] += one
     factors = [one["factor"] for one in (state, *state["state"].values()) if "factor" in one]
     steps = [one["changed_at"] for one in state["state"].values() if "changed_at" in one]
     last = state["step_count"] - 1 if is_whole(state["step_count"]) else math.inf
@@ -93,7 +99,7 @@ def _check_course(state: Mapping[str, Any]) -> None:
         ("step_count", [state["step_count"]], (0, math.inf), is_whole),
         ("spent", lists["spent"], (0, math.inf), is_whole),
         ("norms", lists["norms"], (0, math.inf), is_number),
-        ("largest", [state.get("largest", 0.0)], (0, math.inf), is_number),
+        ("largest", [each.get("largest", 0.0) for each in (state, *turns.values())], (0, math.inf), is_number),
         ("factor", factors, BOUNDS, is_number),
         ("changed_at", steps, (0, last), is_whole),
     ):

@@ -160,7 +160,7 @@ def is_changed_together(states: Sequence[State]) -> bool:
     """Whether the last changes of all are known, and of one step."""
     first, *others = states
     is_known = all("change" in state for state in states)
-    return is_known and all(state["changed_at"] == first["changed_at"] for state in others)
+    return is_known and all(state.get("changed_at") == first.get("changed_at") for state in others)
 
 
 def forget_changes(states: Iterable[State]) -> None:
