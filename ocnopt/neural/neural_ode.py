@@ -170,8 +170,9 @@ class NeuralODE(nn.Module):
         Args:
             x: the state at the start: a tensor, or a tuple of tensors.
             times: where to report instead of at the end, in one direction, equal ones side by side; from the start of
-                the horizon, or its end where they run against it. Their gradients are exact too; a first one that is
-                the start moves it. With ``error_norm="sample"`` also ``(K, B)``, one row for one end of each sample.
+                the horizon, or its end where they run against it from there. Their gradients are exact too; a first one
+                that is the start moves it. With ``error_norm="sample"`` also ``(K, B)``, one row for one end of each
+                sample.
 
         Raises:
             ProblemError: the state, the times or the field's output do not fit.

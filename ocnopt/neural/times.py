@@ -95,12 +95,23 @@ def read_times(times: Any, t0: float, end: float) -> tuple[list[float], Tensor |
             f"times begin at {values[0]}, behind the start {start} of the path; expected times that lead on from "
             "there: set horizon=oc.Horizon(start, end)"
         )
+    if against and (values[0] - t0) * (end - t0) <= 1e-6 * (end - t0) ** 2:
+        raise ProblemError(_outside("times", values, (t0, end)))
     if not from_start:
         values, wanted = [start, *values], [i + 1 for i in wanted]
     if len(values) > 1:
         times_in_order(values)
     moving = given if from_start else torch.cat([given.new_full((1,), start), given])
     return values, moving if given.requires_grad else None, wanted
+
+
+def _outside(what: str, values: Sequence[float], span: tuple[float, float]) -> str:
+    """Of a path against the horizon that has left it before its first output; ``odeint`` takes x for that output."""
+    (t0, end), first, last = span, values[0], values[-1]
+    return (
+        f"{what} lead from {first} to {last}, away from the horizon, {t0} to {end}: against it x is that at {end}; "
+        f"expected a first one between them, or horizon=oc.Horizon({first}, {last}) if x is the state at {first}"
+    )
 
 
 def read_sample_times(
@@ -139,6 +150,10 @@ def read_sample_times(
             f"path towards {start if against else end}; expected times in that direction, equal ones side by side: "
             "sort them, or set horizon=oc.Horizon(start, end)"
         )
+    outside = against & ((times[1] - start) * horizon <= 1e-6 * horizon**2) & (times[1] != times[-1])
+    if bool(outside.any()):
+        sample = int(outside.nonzero()[0])
+        raise ProblemError(_outside(f"the times of sample {sample}", times[1:, sample].tolist(), span))
     return times, moving if moving.requires_grad else None
 
 

@@ -140,3 +140,25 @@ def test_autograd_follows_what_a_function_captures():
         )
         (found,) = torch.autograd.grad(y.sum(), a)
         torch.testing.assert_close(found, -y.detach().sum(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("error_norm", ["batch", "sample"])
+@pytest.mark.parametrize(
+    ("horizon", "times"),
+    [((0.0, 1.0), [0.0, -0.5, -1.0]), ((0.0, 1.0), [-0.5, -1.0]), ((1.0, 0.0), [1.0, 2.0])],
+)
+def test_a_path_that_turns_back_before_its_first_time_is_refused(horizon, times, error_norm):
+    ode, x = NeuralODE(Tanh(), Horizon(*horizon), error_norm=error_norm), start(2, 3)
+    away = rf"lead from {times[0]} to {times[-1]}, away from the horizon, {horizon[0]} to {horizon[1]}"
+    with pytest.raises(ProblemError, match=rf"{away}: .*horizon=oc\.Horizon\({times[0]}, {times[-1]}\) if x is"):
+        ode(x, times)
+    within = [0.5 * sum(horizon), *times]  # from the horizon's end through all of it
+    torch.testing.assert_close(
+        ode(x, within)[1:], NeuralODE(ode.field, Horizon(horizon[1], times[-1]))(x, times), rtol=1e-3, atol=1e-4
+    )
+
+
+def test_samples_that_end_where_the_horizon_starts_go_against_it():
+    ode, x = NeuralODE(Tanh(), error_norm="sample", rtol=1e-8, atol=1e-8), start(2, 3)
+    found = ode(x, torch.tensor([[0.4, 0.0], [0.2, 0.0]], dtype=torch.float64))
+    torch.testing.assert_close(found[1, 1], NeuralODE(ode.field, Horizon(1.0, 0.0))(x)[1], rtol=1e-3, atol=1e-4)
