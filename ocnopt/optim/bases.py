@@ -73,9 +73,12 @@ class Eigen(NamedTuple):
         rest = single.new_full((1, 1, 1), self.rest) if isinstance(self.rest, int) else self.rest
         return torch.cat([single.expand(len(rest), -1, -1), rest], -1)
 
-    def leading(self) -> Tensor:
-        """The vectors, those of the largest values first, as they need not be where they follow a factor."""
-        return self.vectors.take_along_dim(self.values.argsort(dim=-1, descending=True, stable=True)[:, None], -1)
+    def leading(self, count: int, of: Tensor) -> Tensor:
+        """What is of the largest values, of ``(groups, ..., r)``: where vectors follow a factor they have no order."""
+        if count >= self.values.shape[-1]:
+            return of
+        order = self.values.argsort(dim=-1, descending=True, stable=True)[:, :count]
+        return of.take_along_dim(order[:, None], -1)
 
     def spectrum(self) -> Tensor:
         """The eigenvalues, and behind them their mean over the rest, if there is one."""
@@ -114,11 +117,21 @@ class Basis(NamedTuple):
         """Whether there is no rest on either side."""
         return not self.input.is_part and not self.output.is_part
 
-    def turn(self, matrix: Tensor, out: Sequence[Tensor | None] = (None, None, None)) -> Turned:
-        """U_B^T M U_A, and U_B^T M and M U_A where there are rests; ``out`` may be memory for left, core and right."""
-        UA, UB = self.input.vectors, self.output.vectors
-        left = torch.bmm(UB.mT, matrix, out=out[0])
-        right = torch.bmm(matrix, UA, out=out[2]) if self.output.is_part else None
+    def turn(
+        self,
+        matrix: Tensor,
+        out: Sequence[Tensor | None] = (None, None, None),
+        known: tuple[Tensor | None, Tensor | None] = (None, None),
+    ) -> Turned:
+        """U_B^T M U_A, and U_B^T M and M U_A where there are rests.
+
+        ``out`` may be memory for left, core and right, and ``known`` left and right where they are at hand.
+        """
+        UA, UB, (left, right) = self.input.vectors, self.output.vectors, known
+        if left is None:
+            left = torch.bmm(UB.mT, matrix, out=out[0])
+        if right is None and self.output.is_part:
+            right = torch.bmm(matrix, UA, out=out[2])
         return Turned(matrix, left if self.input.is_part else None, torch.bmm(left, UA, out=out[1]), right)
 
     def spectrum(self) -> Tensor:
@@ -227,28 +240,32 @@ def of_rows(rows: Tensor, rank: int, old: Eigen | None, keep: float) -> Eigen:
         # Fewer rows than directions: a small eigenproblem in the span of the rows, by a stable route.
         span, triangle = torch.linalg.qr(rows.mT)
         values, small = eigh(triangle @ triangle.mT)
-        vectors = span @ small
+        vectors = span @ small.flip(-1)[..., :rank]
     else:
         values, vectors = eigh(rows.mT @ rows)
-    return Eigen(vectors.flip(-1)[..., :rank].contiguous(), values.flip(-1)[..., :rank].clamp(min=0.0))
+        vectors = vectors.flip(-1)[..., :rank].contiguous()
+    return Eigen(vectors, values.flip(-1)[..., :rank].clamp(min=0.0))
 
 
-def follow(matrix: Tensor, old: Eigen | None, other: Tensor | None) -> Eigen:
+def follow(matrix: Tensor, old: Eigen | None, other: Eigen | None, seen: Tensor | None = None) -> Eigen:
     """Leading eigenvectors of M^T M, averaged with the factor behind old ones, for a wide M ``(groups, b, a)``.
 
-    Of M the rows U_B^T M alone are seen, with U_B ``(groups, b, q)`` the ``other`` side's eigenvectors; both sides in
-    turn make that the power method. Without them the rows are random mixtures.
+    Of M the rows U_B^T M alone are seen, with U_B the ``other`` side's eigenvectors; both sides in turn make that the
+    power method. They may be ``seen`` already. Without the other side's they are random mixtures.
     """
     b, a = matrix.shape[1:]
     rank = kept(a, b)
     if other is None:
         generator = torch.Generator().manual_seed(0)  # the same in all processes, and in a run that is resumed
-        other = torch.randn(b, rank, generator=generator).to(matrix)
+        rows = torch.randn(b, rank, generator=generator).to(matrix).mT @ matrix
+    elif seen is None:
+        rows = other.leading(rank, other.vectors).mT @ matrix
+    else:
+        rows = other.leading(rank, seen.mT).mT
     leading = old and Eigen(old.vectors[..., :rank], old.values[..., :rank])
-    rows = other[..., :rank].mT @ matrix
     known = rows.shape[-2] + (0 if leading is None else leading.values.shape[-1])
-    # a row of zeros stands for any other direction
-    rows = torch.nn.functional.pad(rows, (0, 0, 0, max(0, rank - known)))
+    if known < rank:  # a row of zeros stands for any other direction
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, rank - known))
     return of_rows(rows, rank, leading, KEEP)
 
 

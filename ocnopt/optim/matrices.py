@@ -103,7 +103,7 @@ def _of_gradients(state: State, factor: str, momentum: Tensor, own: Eigen | None
     if not is_wide(momentum.shape[-1]):
         is_near = own is not None and not own.is_part and age(state) >= TURNING
         return tracked(state[factor], own.vectors) if own is not None and is_near else complete(state[factor])
-    return follow(momentum, own, None if other is None else other.leading())
+    return follow(momentum, own, other)
 
 
 def _go_over(pair: Pair, new: Basis) -> None:

@@ -58,4 +58,9 @@ class Narrow(Several):
         return Basis(*(side._replace(vectors=side.vectors * used) for side, used in pairs))
 
     def _turned_gradient(self) -> Turned:
-        return self.basis.turn(self._gradient, self._of_gradient)
+        left, right = self._early
+        return self.basis.turn(self._gradient, self._of_gradient, (left, right))
+
+    def _beside(self, side: int) -> Tensor:
+        (UA, *_), (UB, *_), G, out = *self.basis, self._gradient, self._of_gradient[2 * side]
+        return torch.bmm(G, UA, out=out) if side else torch.bmm(UB.mT, G, out=out)

@@ -97,7 +97,9 @@ class Several(Stack):
             for part, shape, is_used in zip(flat.split(sizes, 1), shapes, are_used, strict=True)
         ]
         (self._of_gradient, self._of_momentum), self._flat = zip(*parts, strict=True), flat.unbind()
-        self._follows = False  # whether the turned parts of the momentum are those of the last one
+        # whether the turned parts of the momentum, left and right, are those of the last one
+        self._follow = (False, False)
+        self._early: list[Tensor | None] = [None, None]  # those of the gradient where they are made, and taken in
         self._versions: list[object] = []
 
     @abstractmethod
@@ -110,7 +112,11 @@ class Several(Stack):
 
     @abstractmethod
     def _turned_gradient(self) -> Turned:
-        """The gradients, turned, in the memory for it."""
+        """The gradients, turned, in the memory for it, where some parts may be already."""
+
+    @abstractmethod
+    def _beside(self, side: int) -> Tensor:
+        """U_B^T G (0) or G U_A (1) of the gradients, in the memory for it."""
 
     @abstractmethod
     def _compare(self) -> tuple[Tensor, Tensor]:
@@ -186,7 +192,7 @@ class Several(Stack):
             self.is_ready = [*self.is_present]
         else:
             self.settle(states)
-        self._follows = all(self.is_ready) and follows
+        self._follow, self._early = (all(self.is_ready) and follows,) * 2, [None, None]
 
     def _adopt_momenta(self, gradients: Mapping[Tensor, Tensor], states: States, names: Mapping[Tensor, str]) -> None:
         """Take up momenta and counts, also of what has no gradient: it may hold views that are to be overwritten."""
@@ -233,7 +239,7 @@ class Several(Stack):
             if all(map(operator.is_, map(state.get, BASIS), map(views.get, BASIS))):
                 self.is_ready[i] = self.is_present[i]
                 continue
-            self._follows = False
+            self._follow = (False, False)
             fitting = [state[key].shape == views[key].shape for key in BASIS if key in state]
             fits = len(fitting) == len(BASIS) and all(fitting)
             self.is_ready[i] = fits and self.is_present[i]
@@ -274,8 +280,9 @@ class Several(Stack):
         has_factors = any(factor is not None for factor in self._factors)
         if has_factors and min(map(age, self._states)) < TURNING:
             return False
-        self._follows = False
         new = self._followed(turns=turns.pop())
+        left, right = self._follow
+        self._follow = (left and new.output is self.basis.output, right and new.input is self.basis.input)
         self.moments.copy_(carried_moments(self.moments, self.basis, new))
         for side, own in zip(new, self.basis, strict=True):
             if side is not own:
@@ -291,8 +298,21 @@ class Several(Stack):
         if A is not None and B is not None:
             return Basis(tracked(A, UA.vectors), tracked(B, UB.vectors))
         if not turns:
-            return Basis(follow(self.momentum, UA, UB.leading())._replace(rests=UA.rests), UB)
-        return Basis(UA, follow(self.momentum.mT, UB, UA.leading()) if B is None else tracked(B, UB.vectors))
+            return Basis(follow(self.momentum, UA, UB, self._seen(0))._replace(rests=UA.rests), UB)
+        if B is not None:
+            return Basis(UA, tracked(B, UB.vectors))
+        right = self._seen(1)
+        return Basis(UA, follow(self.momentum.mT, UB, UA, None if right is None else right.mT))
+
+    def _seen(self, side: int) -> Tensor | None:
+        """The turned momentum, left (0) or right (1), these gradients taken in, if it follows from the last."""
+        part = self._of_momentum[2 * side]
+        if part is None or self._newest is None or not self._follow[side]:
+            return None
+        if self._early[side] is None:
+            self._early[side] = new = self._beside(side)
+            part.lerp_(new, self._newest)
+        return part
 
     def means(self) -> Tensor:
         """See :meth:`Stack.means`."""
@@ -314,15 +334,17 @@ class Several(Stack):
     def turned(self) -> tuple[Turned, Turned]:
         """See :meth:`Stack.turned`.
 
-        Until the basis changes, the parts of the momenta follow those of the gradients, which spares their products.
+        Until their side of the basis changes, parts of momenta follow those of gradients, which spares their products.
         """
-        gradient = self._turned_gradient()
-        if self._newest is not None and self._follows:
+        if self._newest is not None and all(self._follow):
+            gradient = self._turned_gradient()
             of_gradient, of_momentum = self._flat
             of_momentum.lerp_(of_gradient, self._newest)
             momentum = Turned(self.momentum, *self._of_momentum)
         else:
-            momentum = self.basis.turn(self.momentum, self._of_momentum)
+            known = self._seen(0), self._seen(1)
+            gradient = self._turned_gradient()
+            momentum = self.basis.turn(self.momentum, self._of_momentum, known)
         for state, own, is_ready in zip(self._states, self._turned, self.is_ready, strict=True):
             if is_ready:
                 state.update(own)

@@ -54,6 +54,7 @@ from ocnopt.optim.sampling import cotangents, gather, joined
 from ocnopt.optim.stack import Stack
 from ocnopt.optim.stacks import Stacks
 from ocnopt.optim.state_checks import check_state
+from ocnopt.optim.step_hooks import with_hooks
 
 # What a state brings back besides the options of the groups.
 _OPTIONS = ("refresh_every", "curvature", "power", "adaptation", "length", "reduction", "everywhere")
@@ -177,6 +178,7 @@ class SNOpt(torch.optim.Optimizer):
         if self._is_ready:
             self._find_blocks()
 
+    @with_hooks
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move the parameters.
@@ -189,8 +191,7 @@ class SNOpt(torch.optim.Optimizer):
             ProblemError: a gradient is sparse, an option of a group is out of range by now, :meth:`sample` was not
                 called where the curvature needs it, or the processes are not about to take the same step.
         """
-        with torch.enable_grad():
-            loss = None if closure is None else closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         live = [(name, p) for p, name in self._trained.items() if is_live(p)]
         present = [gradient for _, gradient in check_dense(live)]
         self._is_new = bool(present) and [*map(is_live, self._trained)] != self._liveness
@@ -203,8 +204,7 @@ class SNOpt(torch.optim.Optimizer):
         device = next((p.device for p in self._trained), torch.device("cpu"))
         ranks = beside(self._group) if is_distributed() else None
         if ranks is not None:
-            compared = [parameter for _, parameter in live] if self._is_due(0) else []
-            spent = ranks.agree(present, compared, self._plan(), spent, device)
+            spent = ranks.agree(present, [p for _, p in live] if self._is_due(0) else [], self._plan(), spent, device)
         check_options_now(self.param_groups)  # behind agree(): all ranks refuse them together
         if not present or self._is_due(0):
             warn_new_strangers(self._model, self._trained, self._unseen, whole=self._is_whole)
@@ -310,9 +310,9 @@ class SNOpt(torch.optim.Optimizer):
         self._stacks = Stacks(self._blocks, {block.weight for block in self._sampled})
         self._watch()
 
-    def _is_due(self, count: int) -> bool:
+    def _is_due(self, count: int, shift: int = 0) -> bool:
         """Whether the gradient after so many of a matrix refreshes its basis; for the first one by the steps so far."""
-        return states.is_due(count or self._step_count, self.refresh_every)
+        return states.is_due(count or self._step_count, self.refresh_every, shift)
 
     def _due(self) -> list[Block]:
         """The matrices whose next gradient refreshes a basis that is made of samples."""
@@ -370,7 +370,7 @@ class SNOpt(torch.optim.Optimizer):
             is_gathered = self._has_samples(stack.blocks[0])
             if not is_gathered or self.curvature == "mixed":
                 stack.observe()
-            are_due = [self._is_due(count - 1) for count in stack.counts]
+            are_due = [self._is_due(count - 1, 0 if is_gathered else stack.shift) for count in stack.counts]
             if all(are_due) and ranks is None and stack.follow():
                 continue
             for i, block in enumerate(stack.blocks):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocnopt.optim.bases import Basis, Turned
+from ocnopt.optim.bases import Basis, Turned, is_wide
 from ocnopt.optim.blocks import Block
 from ocnopt.optim.states import DECAY, State, basis_of, fits, go_along, is_changed_together, newest, observe, take_in
 
@@ -53,6 +53,12 @@ class Stack(ABC):
         self.is_present, self.is_ready, self.is_changed = ([False] * len(blocks) for _ in range(3))
         counts = [block.groups for block in blocks]
         self.slices = [slice(end - count, end) for end, count in zip(itertools.accumulate(counts), counts, strict=True)]
+
+    @property
+    def shift(self) -> int:
+        """By how many iterations refreshes come later: those of wide matrices take long, and differ in it by size."""
+        short, long = sorted(self.blocks[0].shape[1:])
+        return short if is_wide(long) else 0
 
     def find(self, gradients: Mapping[Tensor, Tensor]) -> bool:
         """Whether there are gradients of all parameters of some of the matrices."""

@@ -18,7 +18,7 @@ from ocnopt.optim.bases import Basis, Eigen, is_wide
 from ocnopt.optim.blocks import Block, is_live
 from ocnopt.optim.checks import check_same_shape
 
-FIRST_GAPS = (1, 3, 5)  # further refreshes at the start, where the curvature changes fastest
+FIRST = (0, 1, 3, 5)  # refreshes at the start, where the curvature changes fastest
 DECAY = 0.95  # beta, of second moments and of factors made of gradients
 EPSILON = 1e-8  # keeps the first-order update of a parameter without gradients at zero
 
@@ -197,13 +197,15 @@ def observe(state: State, gradient: Tensor) -> None:
         state[side].baddbmm_(turned, turned.mT, beta=1.0 - weight, alpha=weight)
 
 
-def is_due(count: int, every: int) -> bool:
-    """Whether the gradient that follows so many refreshes an eigenbasis.
+def is_due(count: int, every: int, shift: int = 0) -> bool:
+    """Whether the gradient that follows so many refreshes an eigenbasis, perhaps later by a shift than those of others.
 
     >>> [count for count in range(25) if is_due(count, every=10)]
     [0, 1, 3, 5, 10, 20]
+    >>> [count for count in range(25) if is_due(count, every=10, shift=512)]
+    [0, 1, 2, 3, 5, 12, 22]
     """
-    return count % every == 0 or count in FIRST_GAPS
+    return (count - shift) % every == 0 or count in FIRST
 
 
 def age(state: Mapping[str, Any]) -> int:

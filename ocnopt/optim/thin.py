@@ -41,9 +41,12 @@ class Thin(Several):
         return self._gradients[i], self.momentum[self.slices[i]]
 
     def _turned_gradient(self) -> Turned:
-        (UA, *_), (UB, *_), (left, core, right) = *self.basis, self._of_gradient
-        for i, matrix in enumerate(self._each()):
-            torch.mm(UB[i].mT, matrix, out=left[i])
-            torch.mm(matrix, UA[i], out=right[i])
-        torch.bmm(left, UA, out=core)
+        left, right = (self._beside(side) if part is None else part for side, part in enumerate(self._early))
+        core = torch.bmm(left, self.basis.input.vectors, out=self._of_gradient[1])
         return Turned(self._nothing, left, core, right, self._norms.square()[:, None, None])
+
+    def _beside(self, side: int) -> Tensor:
+        (UA, *_), (UB, *_), found = *self.basis, self._of_gradient[2 * side]
+        for i, matrix in enumerate(self._each()):
+            torch.mm(*((matrix, UA[i]) if side else (UB[i].mT, matrix)), out=found[i])
+        return found

@@ -160,10 +160,10 @@ def test_wide_sides_follow_the_leading_singular_vectors(monkeypatch):
     left, right = (torch.linalg.qr(torch.randn(2, d, d)).Q[..., :5] for d in (8, 9))
     M = 1e-6 * left @ torch.diag(torch.tensor([3.0, 2.0, 1.5, 0.5, 0.1])) @ right.mT  # of any size
     UA = follow(M, None, None)
-    UB = follow(M.mT, None, UA.vectors)
+    UB = follow(M.mT, None, UA)
     for _ in range(40):
-        UA = follow(M, UA, UB.vectors)
-        UB = follow(M.mT, UB, UA.vectors)
+        UA = follow(M, UA, UB)
+        UB = follow(M.mT, UB, UA)
     for found, exact in ((UA, right), (UB, left)):
         assert found.vectors.shape[-1] == 3
         torch.testing.assert_close(found.vectors.mT @ found.vectors, torch.eye(3).expand(2, 3, 3))
@@ -171,6 +171,16 @@ def test_wide_sides_follow_the_leading_singular_vectors(monkeypatch):
         torch.testing.assert_close(overlaps, torch.eye(3).expand(2, 3, 3), rtol=0, atol=1e-6)
         expected = torch.tensor([9.0, 4.0, 2.25]) / 15.25
         torch.testing.assert_close(found.values, expected.expand(2, 3), rtol=0, atol=1e-6)
+
+
+def test_rows_that_were_seen_need_no_product(monkeypatch):
+    monkeypatch.setattr("ocnopt.optim.bases.WIDEST", 6)
+    monkeypatch.setattr("ocnopt.optim.bases.BESIDE_SHORT", 3)
+    M, UB = torch.randn(2, 5, 9), Eigen(torch.linalg.qr(torch.randn(2, 5, 5)).Q, torch.rand(2, 5))
+    for old in (None, Eigen(torch.linalg.qr(torch.randn(2, 9, 3)).Q, torch.rand(2, 3))):
+        found, expected = follow(M, old, UB, seen=UB.vectors.mT @ M), follow(M, old, UB)
+        torch.testing.assert_close(found.values, expected.values)
+        torch.testing.assert_close(found.vectors @ found.vectors.mT, expected.vectors @ expected.vectors.mT)
 
 
 def test_a_wide_side_without_gradients_has_a_basis():
