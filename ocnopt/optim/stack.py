@@ -56,9 +56,9 @@ class Stack(ABC):
 
     @property
     def shift(self) -> int:
-        """By how many iterations refreshes come later: those of wide matrices take long, and differ in it by size."""
-        short, long = sorted(self.blocks[0].shape[1:])
-        return short if is_wide(long) else 0
+        """By how many iterations refreshes come later: of sides that are both wide they take long, so by their size."""
+        short = min(self.blocks[0].shape[1:])
+        return short if is_wide(short) else 0
 
     def find(self, gradients: Mapping[Tensor, Tensor]) -> bool:
         """Whether there are gradients of all parameters of some of the matrices."""

@@ -95,22 +95,19 @@ def test_both_sides_are_refreshed_in_turn():
 
 
 @pytest.mark.parametrize("every", [1, 4, 10])
-def test_wide_matrices_of_other_sizes_are_refreshed_in_other_iterations(every):
-    layers = nn.ModuleList([nn.Linear(6, 7, bias=False), nn.Linear(8, 3), nn.Linear(7, 7, bias=False), nn.Linear(3, 8)])
+def test_matrices_that_are_wide_on_both_sides_are_refreshed_by_their_size(every):
+    layers = nn.ModuleList([nn.Linear(*sides, bias=False) for sides in ((6, 7), (8, 3), (7, 7), (3, 8))])
     optimizer, found = SNOpt(layers, 0.01, refresh_every=every), [[] for _ in layers]
-    renewals = [0 for _ in layers]
     for k in range(25):
+        before = [dict(optimizer.state[layer.weight]).get("basis_step", torch.zeros(())).clone() for layer in layers]
         optimizer.zero_grad()
         for layer in layers:
             layer(torch.randn(9, layer.in_features)).sin().sum().backward()
         optimizer.step()
-        for i, layer in enumerate(layers):
-            if (count := int(optimizer.state[layer.weight]["basis_step"])) > renewals[i]:
-                renewals[i] = count
-                found[i].append(k)
-    # the shorter side, with the bias that is a column where one side alone is wide
-    for short, own in zip((6, 3, 7, 4), found, strict=True):
-        assert own == [k for k in range(25) if k in {0, 1, 3, 5} or (k - short) % every == 0]
+        for layer, count, own in zip(layers, before, found, strict=True):
+            own += [k] * int(optimizer.state[layer.weight]["basis_step"] - count)
+    for shift, own in zip((6, 0, 7, 0), found, strict=True):
+        assert own == [k for k in range(25) if k in {0, 1, 3, 5} or (k - shift) % every == 0]
 
 
 def train(model, optimizer, steps, seed=0):
