@@ -44,6 +44,7 @@ ASIDE = (
     "ocnopt/optim/stacks.py",  # and the list of its parts
     "ocnopt/optim/states.py",  # running means, each in the state of its parameter
     "ocnopt/optim/bases.py",  # the algebra of a matrix, as torch.linalg is
+    "ocnopt/optim/step_hooks.py",  # what torch puts around each step
     "ocnopt/optim/lengths.py",  # a guard, and one number for each matrix
     "ocnopt/errors.py",
     "ocnopt/integrate/tableaus.py",
