@@ -98,7 +98,7 @@ class Several(Stack):
         ]
         (self._of_gradient, self._of_momentum), self._flat = zip(*parts, strict=True), flat.unbind()
         # whether the turned parts of the momentum, left and right, are those of the last one
-        self._follow = (False, False)
+        self._follows = (False, False)
         self._early: list[Tensor | None] = [None, None]  # those of the gradient where they are made, and taken in
         self._versions: list[object] = []
 
@@ -192,7 +192,7 @@ class Several(Stack):
             self.is_ready = [*self.is_present]
         else:
             self.settle(states)
-        self._follow, self._early = (all(self.is_ready) and follows,) * 2, [None, None]
+        self._follows, self._early = (all(self.is_ready) and follows,) * 2, [None, None]
 
     def _adopt_momenta(self, gradients: Mapping[Tensor, Tensor], states: States, names: Mapping[Tensor, str]) -> None:
         """Take up momenta and counts, also of what has no gradient: it may hold views that are to be overwritten."""
@@ -239,7 +239,7 @@ class Several(Stack):
             if all(map(operator.is_, map(state.get, BASIS), map(views.get, BASIS))):
                 self.is_ready[i] = self.is_present[i]
                 continue
-            self._follow = (False, False)
+            self._follows = (False, False)
             fitting = [state[key].shape == views[key].shape for key in BASIS if key in state]
             fits = len(fitting) == len(BASIS) and all(fitting)
             self.is_ready[i] = fits and self.is_present[i]
@@ -281,8 +281,8 @@ class Several(Stack):
         if has_factors and min(map(age, self._states)) < TURNING:
             return False
         new = self._followed(turns=turns.pop())
-        left, right = self._follow
-        self._follow = (left and new.output is self.basis.output, right and new.input is self.basis.input)
+        left, right = self._follows
+        self._follows = (left and new.output is self.basis.output, right and new.input is self.basis.input)
         self.moments.copy_(carried_moments(self.moments, self.basis, new))
         for side, own in zip(new, self.basis, strict=True):
             if side is not own:
@@ -307,7 +307,7 @@ class Several(Stack):
     def _seen(self, side: int) -> Tensor | None:
         """The turned momentum, left (0) or right (1), these gradients taken in, if it follows from the last."""
         part = self._of_momentum[2 * side]
-        if part is None or self._newest is None or not self._follow[side]:
+        if part is None or self._newest is None or not self._follows[side]:
             return None
         if self._early[side] is None:
             self._early[side] = new = self._beside(side)
@@ -336,7 +336,7 @@ class Several(Stack):
 
         Until their side of the basis changes, parts of momenta follow those of gradients, which spares their products.
         """
-        if self._newest is not None and all(self._follow):
+        if self._newest is not None and all(self._follows):
             gradient = self._turned_gradient()
             of_gradient, of_momentum = self._flat
             of_momentum.lerp_(of_gradient, self._newest)
