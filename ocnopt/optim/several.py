@@ -77,8 +77,9 @@ class Several(Stack):
         self._allocate_turned(like, ((q, columns), (q, r), (rows, r)), (r < columns, True, q < rows))
         self._allocate(like)
         self._norms = like.new_zeros(n)  # of gradients
-        self._steps = torch.zeros(sum(len(block.parameters) for block in self.blocks), dtype=torch.float32)
-        self._members = [*self._made()]
+        steps = torch.zeros(sum(len(block.parameters) for block in self.blocks), dtype=torch.float32, device="cpu")
+        self._counts = steps.numpy()  # in the same memory: torch counts more slowly
+        self._members = [*self._made(steps)]
         self._changes: list[dict[Tensor, Tensor]] = [{} for _ in self.blocks]
         for member in self._members:
             self._changes[member.owner][member.parameter] = member.change
@@ -122,8 +123,8 @@ class Several(Stack):
     def _compare(self) -> tuple[Tensor, Tensor]:
         """Products of gradients and changes ``(n,)``, and the norms of gradients ``(n,)``."""
 
-    def _made(self) -> Iterator[Member]:
-        steps = enumerate(self._steps.unbind())
+    def _made(self, counts: Tensor) -> Iterator[Member]:
+        steps = enumerate(counts.unbind())
         for i, place in enumerate(self._places):
             momentum, change = (place.block.parts(place.matrix(of)) for of in (self.momentum, self.change))
             for parameter in place.block.parameters:
@@ -155,7 +156,9 @@ class Several(Stack):
                 views |= {**dict.fromkeys(FACTORS), **own, **turned}
             yield member.parameter, [*views.items()]
 
-    def gather(self, gradients: Mapping[Tensor, Tensor], states: States, names: Mapping[Tensor, str]) -> Tensor:
+    def gather(
+        self, gradients: Mapping[Tensor, Tensor], states: States, names: Mapping[Tensor, str]
+    ) -> Sequence[Tensor]:
         """See :meth:`Stack.gather`."""
         self._receive(gradients, [member for member in self._members if self.is_present[member.owner]])
         own = [[states.get(parameter, {}) for parameter in block.parameters] for block in self.blocks]
@@ -170,7 +173,7 @@ class Several(Stack):
                 others.append((state, "change", member.change, change))
         adopt(others)
         products, self._norms = self._compare()
-        return torch.stack([products, self._norms, torch.linalg.vector_norm(self.change, dim=(1, 2))])
+        return products, self._norms, torch.linalg.vector_norm(self.change, dim=(1, 2))
 
     def take_in(
         self, gradients: Mapping[Tensor, Tensor], states: States, names: Mapping[Tensor, str], of: Groups
@@ -213,11 +216,8 @@ class Several(Stack):
     def _advance(self, here: Sequence[Member], of: Groups) -> list[float]:
         """Count the gradients; the weights of these in the momenta."""
         is_whole = len(here) == len(self._members)
-        if is_whole:
-            self._steps.add_(1.0)
-        else:
-            torch._foreach_add_([member.step for member in here], 1.0)
-        counts = self._steps.tolist()
+        self._counts[... if is_whole else [member.number for member in here]] += 1.0
+        counts = self._counts.tolist()
         decays = [of[member.parameter]["momentum"] for member in here]
         if is_whole and len({*counts}) == len({*decays}) == 1:
             weights = [newest(counts[0], decays[0])] * len(here)

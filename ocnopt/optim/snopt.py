@@ -345,8 +345,8 @@ class SNOpt(torch.optim.Optimizer):
         states.forget_changes(map(self.state.__getitem__, gradients))
         changes = matrices.changes(stacks, rates, groups, float(self.power), self.length)
         states.forget_squares(map(self.state.__getitem__, changes))
-        rest = [p for p in gradients if p not in changes]
-        changes |= {p: states.first_order(self.state[p], gradients[p]).mul_(-rates[p]) for p in rest}
+        rest = {p: gradient for p, gradient in gradients.items() if p not in changes}
+        changes |= states.first_order(rest, self.state, rates)
         matrices.move(changes, self.state, self._step_count)
 
     def _takes_back(self, gradients: Iterable[Tensor], guard: Guard, spent: int, norm: float) -> bool:

@@ -53,6 +53,8 @@ class Stack(ABC):
         self.is_present, self.is_ready, self.is_changed = ([False] * len(blocks) for _ in range(3))
         counts = [block.groups for block in blocks]
         self.slices = [slice(end - count, end) for end, count in zip(itertools.accumulate(counts), counts, strict=True)]
+        self._given, self._device = torch.empty(2, sum(counts), 1, 1, dtype=like.dtype, device="cpu"), like.device
+        self._table = self._given.view(2, -1).numpy()
 
     @property
     def shift(self) -> int:
@@ -66,8 +68,10 @@ class Stack(ABC):
         return any(self.is_present)
 
     @abstractmethod
-    def gather(self, gradients: Mapping[Tensor, Tensor], states: States, names: Mapping[Tensor, str]) -> Tensor:
-        """Take the gradients of an iteration to hand, and the last changes; what :meth:`read` wants ``(3, n)``."""
+    def gather(
+        self, gradients: Mapping[Tensor, Tensor], states: States, names: Mapping[Tensor, str]
+    ) -> Sequence[Tensor]:
+        """Take gradients to hand, and the last changes; three of :meth:`read`, each ``(n,)``."""
 
     def read(self, numbers: Sequence[Sequence[float]]) -> None:
         """Take products of gradients and last changes, and the norms of both: of each slice, or of all in one."""
@@ -137,6 +141,11 @@ class Stack(ABC):
     def means(self) -> Tensor:
         """The mean second moment of each slice ``(n, 1, 1)``: the trace of its curvature over its size."""
 
+    def spread(self, first: Sequence[float], second: Sequence[float]) -> tuple[Tensor, ...]:
+        """Two numbers of each matrix, for each of its slices ``(n, 1, 1)``, in memory that the next two are put in."""
+        self._table[:] = self.of_slices(first), self.of_slices(second)  # new tensors would take three times as long
+        return self._given.to(self._device).unbind()
+
     def of_slices(self, numbers: Sequence[float]) -> list[float]:
         """A number of each matrix, for each of its slices."""
         if self.slices[-1].stop == len(self.blocks):
@@ -154,7 +163,9 @@ class Single(Stack):
         self._parts: dict[Tensor, Tensor] = {}
         self.change = None
 
-    def gather(self, gradients: Mapping[Tensor, Tensor], states: States, names: Mapping[Tensor, str]) -> Tensor:
+    def gather(
+        self, gradients: Mapping[Tensor, Tensor], states: States, names: Mapping[Tensor, str]
+    ) -> Sequence[Tensor]:
         """See :meth:`Stack.gather`."""
         block = self._block
         self._gradient = block.matrix(gradients)
@@ -167,7 +178,7 @@ class Single(Stack):
                 go_along(state, names[p], gradients[p])
             self.change = block.matrix({p: state["change"] for p, state in own.items()}).contiguous()
         gradient, change = ((self._gradient if of is None else of).reshape(-1) for of in (self._gradient, self.change))
-        return torch.stack([gradient.dot(change), *map(torch.linalg.vector_norm, (gradient, change))])[:, None]
+        return [each[None] for each in (gradient.dot(change), *map(torch.linalg.vector_norm, (gradient, change)))]
 
     def take_in(
         self, gradients: Mapping[Tensor, Tensor], states: States, names: Mapping[Tensor, str], of: Groups

@@ -46,12 +46,12 @@ class Stacks:
         if gradients.keys() != self._sought:
             self._find(gradients)
         self._loose = {parameter: gradients[parameter] for parameter in self._outside}
-        numbers = [stack.gather(gradients, states, names) for stack in self._found]
-        numbers += [sizes([*self._loose.values()])[None]] if self._loose else []
-        read = _read(numbers)
-        loose = read[-1][0] if self._loose else []
-        for stack, found in zip(self._found, read, strict=False):
-            stack.read(found)
+        numbers = [*itertools.chain.from_iterable(stack.gather(gradients, states, names) for stack in self._found)]
+        numbers += [sizes([*self._loose.values()])] if self._loose else []
+        read = iter(_read(numbers))
+        for stack in self._found:
+            stack.read([*itertools.islice(read, 3)])
+        loose = next(read, [])
         return math.hypot(*loose, *(size for stack in self._found for _, size, _ in stack.angles))
 
     def take_in(
@@ -91,12 +91,10 @@ class Stacks:
                 yield make(bin_, torch.empty(0, dtype=dtype, device=device))
 
 
-def _read(tensors: Sequence[Tensor]) -> list[list[list[float]]]:
-    """Tensors of two axes as lists, read together."""
-    if len(tensors) < 2:
-        return [tensor.tolist() for tensor in tensors]
+def _read(tensors: Sequence[Tensor]) -> list[list[float]]:
+    """Tensors of one axis as lists, read together."""
     if len({*map(attrgetter("dtype", "device"), tensors)}) > 1:
         widest = functools.reduce(torch.promote_types, map(attrgetter("dtype"), tensors))
         tensors = [tensor.to(tensors[0].device, widest) for tensor in tensors]
-    rest = iter(torch.cat([tensor.reshape(-1) for tensor in tensors]).tolist())
-    return [[[*itertools.islice(rest, tensor.shape[1])] for _ in range(len(tensor))] for tensor in tensors]
+    rest = iter(torch.cat([*tensors]).tolist())
+    return [[*itertools.islice(rest, len(tensor))] for tensor in tensors]

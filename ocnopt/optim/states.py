@@ -80,11 +80,8 @@ def take_in(
             state.pop(key, None)
         if "momentum" not in state:
             state["momentum"] = gradient.clone()
-    steps = [states[parameter]["step"] for parameter in gradients]
-    torch._foreach_add_(steps, [torch.ones((), device="cpu")] * len(steps))  # numbers would become tensors, slowly
-    weights = [
-        newest(count, groups[p]["momentum"]) for p, count in zip(gradients, torch.stack(steps).tolist(), strict=True)
-    ]
+    counts = counted([states[parameter]["step"] for parameter in gradients])
+    weights = [newest(count, groups[p]["momentum"]) for p, count in zip(gradients, counts, strict=True)]
     average([states[parameter]["momentum"] for parameter in gradients], [*gradients.values()], weights)
 
 
@@ -121,19 +118,37 @@ def in_own_memory(state: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def first_order(state: State, gradient: Tensor) -> Tensor:
-    """The step of a parameter that is no such matrix, without lr: Adam's rule.
+def first_order(
+    gradients: Mapping[Tensor, Tensor], states: Mapping[Tensor, State], rates: Mapping[Tensor, float]
+) -> dict[Tensor, Tensor]:
+    """The changes of parameters that are no such matrix: Adam's rule, times -rate.
 
     A parameter may come to it late, with a momentum of other gradients: its squares count as one of them.
     """
-    momentum = state["momentum"]
-    if "squares" not in state or "squares_step" not in state:
-        state["squares_step"] = torch.ones((), dtype=torch.float32)
-        state["squares"] = torch.maximum(gradient.square(), momentum.square())
-    else:
-        state["squares_step"] += 1
-        state["squares"].lerp_(gradient.square(), newest(state["squares_step"], DECAY))
-    return momentum / state["squares"].sqrt().add_(EPSILON)
+    if not gradients:
+        return {}
+    own, known = [*map(states.__getitem__, gradients)], []
+    for state, gradient in zip(own, gradients.values(), strict=True):
+        if "squares" in state and "squares_step" in state:
+            known.append((state, gradient))
+        else:
+            state["squares_step"] = torch.ones((), dtype=torch.float32)
+            state["squares"] = torch.maximum(gradient.square(), state["momentum"].square())
+    if known:
+        counts = counted([state["squares_step"] for state, _ in known])
+        squares = torch._foreach_pow([gradient for _, gradient in known], 2)
+        average([state["squares"] for state, _ in known], [*squares], [newest(count, DECAY) for count in counts])
+    roots = torch._foreach_sqrt([state["squares"] for state in own])
+    torch._foreach_add_(roots, EPSILON)
+    found = torch._foreach_div([state["momentum"] for state in own], roots)
+    torch._foreach_mul_(found, [-rates[parameter] for parameter in gradients])
+    return dict(zip(gradients, found, strict=True))
+
+
+def counted(steps: list[Tensor]) -> list[float]:
+    """Count one more in each, and read them."""
+    torch._foreach_add_(steps, [torch.ones((), device="cpu")] * len(steps))  # numbers would become tensors, slowly
+    return torch.stack(steps).tolist()
 
 
 def misfits(states: Mapping[Tensor, State], blocks: Iterable[Block]) -> Iterator[State]:

@@ -171,6 +171,34 @@ def test_other_parameters_move_by_the_first_order_rule():
     torch.testing.assert_close(model.weight.detach(), before - 0.1 * (0.5 * first + second) / 1.5 / root)
 
 
+def test_vectors_that_move_together_each_follow_adams_rule():
+    torch.manual_seed(0)
+    precisions = (torch.float32, torch.float64, torch.float32, torch.float16)
+    model = nn.ParameterList([nn.Parameter(torch.randn(3 + i).to(dtype)) for i, dtype in enumerate(precisions)])
+    rates, decays = (0.1, 0.1, 0.01, 0.1), (0.5, 0.5, 0.9, 0.5)
+    groups = [{"params": [model[i]], "lr": rates[i], "momentum": decays[i]} for i in range(4)]
+    optimizer = SNOpt(model, param_groups=groups, adaptation=0.0)
+    seen = [[] for _ in model]
+    for k in range(7):
+        present = [i for i in range(4) if i != k % 3]
+        expected = {}
+        for i in present:
+            model[i].grad = torch.randn_like(model[i])
+            seen[i].append(model[i].grad.to(torch.promote_types(model[i].dtype, torch.float32)))
+            newest_first = [*enumerate(reversed(seen[i]))]
+            momentum = sum(decays[i] ** age * g for age, g in newest_first) / sum(
+                decays[i] ** age for age, _ in newest_first
+            )
+            squares = sum(0.95**age * g**2 for age, g in newest_first) / sum(0.95**age for age, _ in newest_first)
+            expected[i] = model[i].detach() - rates[i] * momentum / (squares.sqrt() + 1e-8)
+        others = {i: p.detach().clone() for i, p in enumerate(model) if i not in present}
+        optimizer.step()
+        optimizer.zero_grad()
+        for i in present:
+            torch.testing.assert_close(model[i].detach(), expected[i].to(model[i].dtype))
+        assert all(torch.equal(model[i].detach(), at) for i, at in others.items())
+
+
 def test_a_closure_returns_the_loss():
     layer, x = nn.Linear(3, 2), torch.randn(4, 3)
     optimizer = gathering(layer, 0.01)
