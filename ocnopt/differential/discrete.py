@@ -323,7 +323,7 @@ class DiscreteStep:
         field, moves = self._field.noted(taken.notes, self._stages(taken, tableau)), []
         inner = self._field.noted(())
         if self._times is not None:
-            moves = [_leaf((1.0,), start), _leaf((0.0,), start), _leaf([self._outputs[i] for i in inside], start)]
+            moves = [_leaf(1.0, start), _leaf(0.0, start), _leaf([self._outputs[i] for i in inside], start)]
             field, inner = (_moved(f, taken.time, *moves[:2]) for f in (field, inner))
         inputs = (*self._field.parameters, *moves)
 
@@ -348,7 +348,7 @@ class DiscreteStep:
         self, total: Tensor, taken: Taken, interval: int, inside: list[int], found: Sequence[Tensor | None]
     ) -> None:
         """An interval stretches its steps and moves their starts in proportion; outputs inside move alone."""
-        stretch, shift = (0.0 if v is None else v[0] for v in found[:2])
+        stretch, shift = (0.0 if v is None else v for v in found[:2])
         times, before = self._times or (), 0 if self._outputs else interval - 1
         length = times[interval] - times[before]
         stretch = stretch / length + shift * ((taken.time - times[before]) / length)
@@ -364,7 +364,7 @@ class DiscreteStep:
         return map(self._observer.stage, [abs(taken.size) * w for w in tableau.quadrature], repeat(1.0))
 
 
-def _leaf(values: Sequence[float], like: Tensor) -> Tensor:
+def _leaf(values: float | Sequence[float], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=torch.float64, device=like.device, requires_grad=True)
 
 

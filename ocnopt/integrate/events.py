@@ -2,8 +2,8 @@
 
 Along each accepted step g is looked at in a few points of the interpolant; where its sign has changed between two of
 them, the root on the interpolant is the first guess of the length of a step that ends at the event. That step is taken,
-and its length corrected by Newton's method, dg/dt = g_t + g_x F, until g is zero to rounding: the end of the path does
-not depend on how exact the interpolant is.
+and its length corrected, by dg/dt = g_t + g_x F and then by secants, until g is zero to rounding: the end of the path
+does not depend on how exact the interpolant is.
 """
 
 import math
@@ -18,7 +18,7 @@ from ocnopt.integrate.runge_kutta import Field, Stages, interpolate, step
 from ocnopt.integrate.tableaus import Tableau
 
 Event = Callable[[Tensor, Tensor], Any]
-# Looks at g in a step, Newton steps.
+# Looks at g in a step, corrections of its length.
 _LOOKS, _MOST = 8, 12
 
 
@@ -92,11 +92,13 @@ class Watch:
     def value(self, t: float, x: Tensor) -> Tensor:
         """g as a 0-d tensor, in the current gradient mode."""
         g = self._event(x.new_full((), t), x)
-        if not isinstance(g, Tensor) or g.numel() != 1:
-            came = f"a tensor of shape {tuple(g.shape)}" if isinstance(g, Tensor) else type(g).__name__
+        if not isinstance(g, Tensor) or g.numel() != 1 or not g.is_floating_point():
+            came = type(g).__name__
+            if isinstance(g, Tensor):
+                came = f"a tensor of shape {tuple(g.shape)}, {g.dtype}"
             raise ProblemError(
-                f"the event returned {came}; expected one number as a tensor, whose sign changes where the path is to "
-                "end: all samples end together, so reduce over them (x[..., 0].min())"
+                f"the event returned {came}; expected one real number as a tensor, whose sign changes where the path is "
+                "to end: all samples end together, so reduce over them (x[..., 0].min())"
             )
         return g.reshape(())
 
@@ -123,12 +125,20 @@ class Watch:
     def _corrected(
         self, tableau: Tableau, field: Field, t: float, h: float, length: float, x: Tensor, first: Tensor
     ) -> float:
-        """Newton's method on the length of the step itself."""
-        least, last = 4 * torch.finfo(x.dtype).eps * max(abs(t), abs(t + h)), math.inf
+        """The secant method on the length of the step itself, which begins with one step of Newton's.
+
+        dg/dt at the end is not how g changes with the length of a step that is coarse.
+        """
+        eps = torch.finfo(x.dtype).eps
+        least, last = 4 * eps * max(abs(t), abs(t + h)), math.inf
+        before, growth = (length, 0.0), 0.0
         for _ in range(_MOST):
             end, seen = step(tableau, field, t, length, x, first)
             rate = self._rate(t + length, end, seen.slopes[-1])
-            change = rate.value / rate.along
+            if abs(length - before[0]) > math.sqrt(eps) * abs(h):  # closer, the difference would be rounding
+                growth = (rate.value - before[1]) / (length - before[0])
+            change = rate.value / (growth or rate.along)
+            before = length, rate.value
             if abs(change) <= least or last / 2 <= abs(change) <= 1e-4 * abs(h):  # rounding of g, or no more to gain
                 self.met = Met(t + length, seen.slopes[-1], rate.along)
                 return length

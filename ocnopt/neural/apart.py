@@ -11,6 +11,7 @@ from ocnopt.integrate.samples import column
 from ocnopt.neural.evaluation import Evaluation
 
 _Call = Callable[[Tensor, Tensor], Tensor]
+_LOOKS = 4  # times that a field is evaluated at where it is called with one for all samples
 
 
 def require_apart(
@@ -47,11 +48,14 @@ def require_apart(
             return _called(evaluation, t, x, what)
 
         with torch.enable_grad(), surroundings.restored():
-            before = surroundings.noise()
-            t, leaf = _times(span, x, solves, each=each).requires_grad_(), x.detach().requires_grad_()
-            slope = call(t, leaf)
-            draws = surroundings.moved(before)
-            meets = not draws and _meet(call, slope, t, leaf, _slack(evaluation, x))
+            before, leaf = surroundings.noise(), x.detach().requires_grad_()
+            draws = meets = False
+            for t in _times(span, x, solves, each=each):
+                slope = call(t.requires_grad_(), leaf)
+                draws = surroundings.moved(before)
+                meets = not draws and _meet(call, slope, t, leaf, _slack(evaluation, x))
+                if draws or meets:
+                    break
         statistics.forward = forward
         if draws:
             raise ProblemError(
@@ -68,16 +72,17 @@ def require_apart(
     known[key] = solves
 
 
-def _times(span: tuple[float, float], x: Tensor, solves: int, *, each: bool) -> Tensor:
-    """Times over the horizon, distinct from sample to sample, others in every look."""
+def _times(span: tuple[float, float], x: Tensor, solves: int, *, each: bool) -> list[Tensor]:
+    """Times over the horizon, distinct from sample to sample or one after the other, others in every look."""
     first, last = span
     generator = torch.Generator().manual_seed(solves)
     if not each:
-        return x.new_full((), first + (last - first) * float(torch.rand((), generator=generator)))
+        places = (torch.arange(_LOOKS) + torch.rand(_LOOKS, generator=generator, dtype=torch.float64)) / _LOOKS
+        return [x.new_full((), first + (last - first) * place) for place in places.tolist()]
     places = torch.linspace(0.0, 1.0, len(x), dtype=torch.float64)
     if solves > 1 or len(x) == 1:
         places = torch.rand(len(x), generator=generator, dtype=torch.float64)
-    return column((first + (last - first) * places).to(x), x)
+    return [column((first + (last - first) * places).to(x), x)]
 
 
 def _slack(evaluation: Evaluation, x: Tensor) -> float:

@@ -291,8 +291,9 @@ def has_changed(names: Sequence[str | None]) -> OcnoptError:
     return OcnoptError(
         "the field has changed between the forward and the backward pass, which needs it as it was: "
         f"{named} is not what it was; expected the same field: call backward() before changing attributes, buffers "
-        'or adjoint_params, keep the forward pass in memory (raise checkpoint_bytes), or use adjoint="backprop"; '
-        'with error_norm="sample" a field in which samples meet looks so too, though nobody has changed it'
+        'or adjoint_params, or keep the forward pass in memory (raise checkpoint_bytes, or adjoint="backprop") and put '
+        'new tensors in the place of old ones instead of filling these; with error_norm="sample" or "kvaerno5" a field '
+        "in which samples meet looks so too, though nobody has changed it"
     )
 
 

@@ -195,8 +195,8 @@ class NeuralODE(nn.Module):
     def until(self, event: Callable[[Tensor, Any], Any], x: State, *, direction: int = 0) -> tuple[Tensor, State]:
         """The time when an event happens first, and the state then; both are differentiable.
 
-        Their gradients are those of the implicit function theorem, dt = -g_x x_theta / (g_t + g_x F), and reach what
-        the event itself depends on. Samples share steps and time: reduce over them, or call once for each.
+        Their gradients are those of the implicit function theorem, dt = -g_x x_theta / (g_t + g_x F), as exact as the
+        steps are, and reach what the event depends on. Samples share steps and time: reduce, or call once for each.
 
         Args:
             event: ``g(t, x)``, one number, whose change of sign is the event; t is a 0-d tensor. Each step is looked at

@@ -169,12 +169,31 @@ def test_what_does_not_happen_says_so():
         NeuralODE(Fall(), horizon=5.0).until(height, x, direction=1)
 
 
+@pytest.mark.parametrize("steps", [2, 3, 5, 8, 20, 21])
+def test_an_event_within_a_coarse_step(steps):
+    """Where dg/dt at the end is far from what a longer step changes; Euler's points lie on straight lines."""
+    h, before, time = 5.0 / steps, 1.0, 0.0
+    while before - h * before > 0.5:
+        before, time = before - h * before, time + h
+    for method, exact in (("euler", time + 1 - 0.5 / before), ("bosh3", None), ("kutta3", None)):
+        ode = NeuralODE(Plain(lambda t, x: -x), horizon=5.0, method=method, steps=steps)
+        found, end = ode.until(lambda t, x: x[0] - 0.5, torch.ones(1, dtype=torch.float64))
+        assert float(end) == pytest.approx(0.5, rel=1e-14)
+        if exact is not None:
+            assert float(found) == pytest.approx(exact, rel=1e-14)
+
+
 def test_wrong_events_are_named():
     ode, x = NeuralODE(Fall(), horizon=5.0), torch.tensor([10.0, 0.0], dtype=torch.float64)
-    with pytest.raises(ProblemError, match=r"returned a tensor of shape \(2,\); expected one number.*reduce over them"):
+    with pytest.raises(
+        ProblemError,
+        match=r"returned a tensor of shape \(2,\), torch.float64; expected one real number.*reduce over them",
+    ):
         ode.until(lambda t, x: x, x)
-    with pytest.raises(ProblemError, match="the event returned float; expected one number as a tensor"):
+    with pytest.raises(ProblemError, match="the event returned float; expected one real number as a tensor"):
         ode.until(lambda t, x: 1.0, x)
+    with pytest.raises(ProblemError, match=r"returned a tensor of shape \(\), torch.bool; expected one real number"):
+        ode.until(lambda t, x: x[0] < 0, x)
     with pytest.raises(ProblemError, match="no derivative in t and x; expected torch operations"):
         ode.until(lambda t, x: torch.tensor(x[0].item()), x)
     with pytest.raises(ProblemError, match=r"does not change along the path at t = 1.*expected a crossing"):

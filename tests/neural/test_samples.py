@@ -245,7 +245,7 @@ def test_a_coupling_between_looks_is_named_in_the_backward_pass():
     ode(x)
     weight += 1.0
     y = ode(x.requires_grad_())
-    with pytest.raises(OcnoptError, match='error_norm="sample" a field in which samples meet looks so too'):
+    with pytest.raises(OcnoptError, match='"kvaerno5" a field in which samples meet looks so too'):
         y.sum().backward()
 
 

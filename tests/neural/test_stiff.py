@@ -216,6 +216,8 @@ def test_fields_that_cannot_be_solved_sample_by_sample():
         (lambda t, x: torch.tanh(x.roll(2, 0)), "method='kvaerno5' met a field in which samples meet"),
         (lambda t, x: x - x.view(2, 4, 3).mean(0).repeat(2, 1), "method='kvaerno5' met a field in which samples meet"),
         (lambda t, x: x - t * x.mean(0), "method='kvaerno5' met a field in which samples meet"),
+        (lambda t, x: x - torch.relu(t - 0.75) * x.mean(0), "method='kvaerno5' met a field in which samples meet"),
+        (lambda t, x: x - (t < 0.25) * x.mean(0), "method='kvaerno5' met a field in which samples meet"),
         (lambda t, x: x * torch.rand(()).double(), "method='kvaerno5' met a field that draws random numbers"),
     ):
         with pytest.raises(ProblemError, match=match):

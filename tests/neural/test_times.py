@@ -9,7 +9,7 @@ from ocnopt.errors import ProblemError
 from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.ocp import FreeHorizon, Horizon
 from ocnopt.optim.horizon_policy import HorizonPolicy
-from tests.neural.cases import Tanh, start
+from tests.neural.cases import Plain, Tanh, start
 
 
 @pytest.mark.parametrize("method", ["heun2", "heun3", "explicit_adams"])
@@ -162,3 +162,26 @@ def test_samples_that_end_where_the_horizon_starts_go_against_it():
     ode, x = NeuralODE(Tanh(), error_norm="sample", rtol=1e-8, atol=1e-8), start(2, 3)
     found = ode(x, torch.tensor([[0.4, 0.0], [0.2, 0.0]], dtype=torch.float64))
     torch.testing.assert_close(found[1, 1], NeuralODE(ode.field, Horizon(1.0, 0.0))(x)[1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("adjoint", ["discrete", "continuous"])
+@pytest.mark.parametrize("method", ["dopri5", "rk4", "kvaerno5"])
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("shape", [(), (2,)])
+def test_the_field_is_called_with_a_0d_time_also_where_times_need_gradients(adjoint, method, dense, shape):
+    if method == "kvaerno5" and adjoint == "continuous":
+        return
+    called = []
+
+    def field(t, x):
+        called.append((t.shape, x.shape))
+        return torch.cos(t) * x
+
+    ode = NeuralODE(Plain(field), method=method, adjoint=adjoint, dense=dense, rtol=1e-9, atol=1e-9)
+    times = torch.tensor([0.3, 0.6, 0.9], dtype=torch.float64, requires_grad=True)
+    end = ode(torch.ones(shape, dtype=torch.float64), times)[-1]
+    end.sum().backward()
+    assert {*called} == {((), shape)}
+    slope = float((torch.cos(times.detach()[-1]) * end.detach()).sum())
+    assert float(times.grad[-1]) == pytest.approx(slope, rel=1e-5)
+    assert float(times.grad[0]) == pytest.approx(0.0, abs=1e-5)  # an output on the way
