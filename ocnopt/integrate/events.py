@@ -97,8 +97,8 @@ class Watch:
             if isinstance(g, Tensor):
                 came = f"a tensor of shape {tuple(g.shape)}, {g.dtype}"
             raise ProblemError(
-                f"the event returned {came}; expected one real number as a tensor, whose sign changes where the path is "
-                "to end: all samples end together, so reduce over them (x[..., 0].min())"
+                f"the event returned {came}; expected one real number as a tensor, whose sign changes where the path "
+                "is to end: all samples end together, so reduce over them (x[..., 0].min())"
             )
         return g.reshape(())
 

@@ -150,7 +150,8 @@ def _changed(stack: Stack, rates: list[float], damping: list[float], power: floa
     means = stack.means().clamp_(min=tiny)
     if not basis.is_complete:
         damping = [max(eps, one) for one in damping]  # where a rest has nothing, its moments are rounding
-    floors, factors = stack.spread(damping, [-rate for rate in rates])
+    numbers = means.new_tensor(stack.of_slices(damping) + stack.of_slices([-rate for rate in rates]))
+    floors, factors = numbers.view(2, *means.shape).unbind()
     scales = inverse_power(torch.addcmul(stack.moments, floors, means).clamp_(min=tiny), power)
     step = basis.scaled(momentum, scales, stack.room())  # memory costs more to allocate than to fill
     if length == "noise":

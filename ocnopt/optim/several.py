@@ -77,9 +77,8 @@ class Several(Stack):
         self._allocate_turned(like, ((q, columns), (q, r), (rows, r)), (r < columns, True, q < rows))
         self._allocate(like)
         self._norms = like.new_zeros(n)  # of gradients
-        steps = torch.zeros(sum(len(block.parameters) for block in self.blocks), dtype=torch.float32, device="cpu")
-        self._counts = steps.numpy()  # in the same memory: torch counts more slowly
-        self._members = [*self._made(steps)]
+        self._steps = torch.zeros(sum(len(block.parameters) for block in self.blocks), dtype=torch.float32)
+        self._members = [*self._made()]
         self._changes: list[dict[Tensor, Tensor]] = [{} for _ in self.blocks]
         for member in self._members:
             self._changes[member.owner][member.parameter] = member.change
@@ -123,8 +122,8 @@ class Several(Stack):
     def _compare(self) -> tuple[Tensor, Tensor]:
         """Products of gradients and changes ``(n,)``, and the norms of gradients ``(n,)``."""
 
-    def _made(self, counts: Tensor) -> Iterator[Member]:
-        steps = enumerate(counts.unbind())
+    def _made(self) -> Iterator[Member]:
+        steps = enumerate(self._steps.unbind())
         for i, place in enumerate(self._places):
             momentum, change = (place.block.parts(place.matrix(of)) for of in (self.momentum, self.change))
             for parameter in place.block.parameters:
@@ -216,8 +215,11 @@ class Several(Stack):
     def _advance(self, here: Sequence[Member], of: Groups) -> list[float]:
         """Count the gradients; the weights of these in the momenta."""
         is_whole = len(here) == len(self._members)
-        self._counts[... if is_whole else [member.number for member in here]] += 1.0
-        counts = self._counts.tolist()
+        if is_whole:
+            self._steps.add_(1.0)
+        else:
+            torch._foreach_add_([member.step for member in here], 1.0)
+        counts = self._steps.tolist()
         decays = [of[member.parameter]["momentum"] for member in here]
         if is_whole and len({*counts}) == len({*decays}) == 1:
             weights = [newest(counts[0], decays[0])] * len(here)

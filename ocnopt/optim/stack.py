@@ -53,8 +53,6 @@ class Stack(ABC):
         self.is_present, self.is_ready, self.is_changed = ([False] * len(blocks) for _ in range(3))
         counts = [block.groups for block in blocks]
         self.slices = [slice(end - count, end) for end, count in zip(itertools.accumulate(counts), counts, strict=True)]
-        self._given, self._device = torch.empty(2, sum(counts), 1, 1, dtype=like.dtype, device="cpu"), like.device
-        self._table = self._given.view(2, -1).numpy()
 
     @property
     def shift(self) -> int:
@@ -140,11 +138,6 @@ class Stack(ABC):
     @abstractmethod
     def means(self) -> Tensor:
         """The mean second moment of each slice ``(n, 1, 1)``: the trace of its curvature over its size."""
-
-    def spread(self, first: Sequence[float], second: Sequence[float]) -> tuple[Tensor, ...]:
-        """Two numbers of each matrix, for each of its slices ``(n, 1, 1)``, in memory that the next two are put in."""
-        self._table[:] = self.of_slices(first), self.of_slices(second)  # new tensors would take three times as long
-        return self._given.to(self._device).unbind()
 
     def of_slices(self, numbers: Sequence[float]) -> list[float]:
         """A number of each matrix, for each of its slices."""
