@@ -52,8 +52,7 @@ def float_tensor(name: str, value: Any, dtype: torch.dtype, device: torch.device
     """
     # a copy: what the user does to the numbers later does not reach the problem
     tensor = numbers(name, value, dtype, device).detach().clone()
-    if not bool(torch.isfinite(tensor).all()):
-        raise ProblemError(f"{name} holds NaN or infinity at {first_non_finite(tensor)}; expected finite numbers")
+    check_finite(name, tensor)
     return tensor
 
 
@@ -79,6 +78,16 @@ def _real(value: Any) -> Any:
     if isinstance(value, Tensor | np.ndarray | np.generic) and "complex" in str(value.dtype):
         raise TypeError("complex: write the real and the imaginary part as two real entries")
     return value
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        ProblemError: an entry is one of them.
+    """
+    if not bool(torch.isfinite(tensor).all()):
+        raise ProblemError(f"{name} holds NaN or infinity at {first_non_finite(tensor)}; expected finite numbers")
 
 
 def first_non_finite(tensor: Tensor) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocnopt.checks import float_tensor, numbers, times_in_order
+from ocnopt.checks import check_finite, float_tensor, numbers, times_in_order
 from ocnopt.errors import ProblemError
 from ocnopt.neural.checks import check_without_tangent
 from ocnopt.neural.trees import tensors
@@ -20,7 +20,7 @@ def as_times(given: Any) -> Tensor:
     """Times as a floating-point tensor, which has the graphs of tensors in a list too.
 
     Raises:
-        ProblemError: no numbers, or tensors in a list that do not fit together.
+        ProblemError: no finite numbers, or tensors in a list that do not fit together.
     """
     if isinstance(given, list | tuple) and (held := tensors(given)):
         try:
@@ -33,6 +33,7 @@ def as_times(given: Any) -> Tensor:
     if isinstance(given, Tensor):
         check_without_tangent(given)
         is_whole = not (given.is_floating_point() or given.is_complex() or given.dtype is torch.bool)
+        check_finite("times", given)
         return given.double() if is_whole else given
     return float_tensor("times", given, torch.float64)
 

@@ -1,6 +1,7 @@
 """Output times as users give them, their gradients, and the horizon as it is set."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -185,3 +186,12 @@ def test_the_field_is_called_with_a_0d_time_also_where_times_need_gradients(adjo
     slope = float((torch.cos(times.detach()[-1]) * end.detach()).sum())
     assert float(times.grad[-1]) == pytest.approx(slope, rel=1e-5)
     assert float(times.grad[0]) == pytest.approx(0.0, abs=1e-5)  # an output on the way
+
+
+@pytest.mark.parametrize("error_norm", ["batch", "sample"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_times_that_are_no_finite_numbers_are_named(error_norm, bad):
+    ode = NeuralODE(Tanh(), error_norm=error_norm)
+    for times in ([0.0, bad, 1.0], torch.tensor([0.0, bad, 1.0]), [torch.tensor(0.0), torch.tensor(bad)]):
+        with pytest.raises(ProblemError, match=r"times holds NaN or infinity at \(1,\); expected finite numbers"):
+            ode(start(2, 3), times)

@@ -11,7 +11,7 @@ from ocnopt.errors import ProblemError
 from ocnopt.neural.neural_ode import NeuralODE
 from ocnopt.optim.lengths import BOUNDS
 from ocnopt.optim.snopt import SNOpt
-from tests.optim.cases import backward
+from tests.optim.cases import Model, backward
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -342,3 +342,23 @@ def test_a_basis_of_other_groups_is_made_anew():
         backward(other, torch.randn(5, 2, 7))
         second.step()
     assert second.state[other.weight]["input_vectors"].shape == (1, 7, 7)
+
+
+@pytest.mark.parametrize("curvature", ["gradient", "costate", "mixed"])
+def test_a_power_of_two_times_the_loss_changes_no_bit_of_matrices(curvature):
+    """Not those that move by Adam's rule, whose epsilon is a size."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 170), nn.Tanh(), nn.Linear(170, 4))
+    convolution = nn.Sequential(
+        nn.Conv1d(2, 4, 2, groups=2, padding="same", bias=False), nn.Flatten(), nn.Linear(12, 4)
+    )
+    for model, shape in ((plain, (6,)), (convolution, (2, 3)), (Model(), (2,))):
+        pair = [model, copy.deepcopy(model)]
+        optimizers = [SNOpt(each, curvature=curvature) for each in pair]
+        for _ in range(12):
+            x, y = torch.randn(9, *shape), torch.randint(2, (9,))
+            for each, optimizer, scale in zip(pair, optimizers, (1.0, 2.0**12), strict=True):
+                optimizer.zero_grad()
+                (scale * nn.functional.cross_entropy(each(x), y)).backward()
+                optimizer.step()
+        assert all(torch.equal(p, q) for p, q in zip(*(each.parameters() for each in pair), strict=True))
