@@ -30,7 +30,7 @@ def meet(watch: Watch, met: Met, x: Tensor) -> tuple[Tensor, Tensor]:
     """The time of an event and the state there, differentiable by the implicit function theorem.
 
     With x differentiable at a fixed time: dt = -(g_x dx + dg) / (g_t + g_x F), dx_event = dx + F dt, dg the change of g
-    by what it depends on besides.
+    by what it depends on besides, and F how the state moves with the length of the last step.
     """
     g = watch.value(met.time, x)
     check_event_not_transformed((g, x))

@@ -195,8 +195,8 @@ class NeuralODE(nn.Module):
     def until(self, event: Callable[[Tensor, Any], Any], x: State, *, direction: int = 0) -> tuple[Tensor, State]:
         """The time when an event happens first, and the state then; both are differentiable.
 
-        Their gradients are those of the implicit function theorem, dt = -g_x x_theta / (g_t + g_x F), as exact as the
-        steps are, and reach what the event depends on. Samples share steps and time: reduce, or call once for each.
+        Their gradients are those of the implicit function theorem, dt = -g_x x_theta / (g_t + g_x F), sizes of steps
+        but the last held, and reach what g depends on. Samples share steps and time: reduce, or call once for each.
 
         Args:
             event: ``g(t, x)``, one number, whose change of sign is the event; t is a 0-d tensor. Each step is looked at
@@ -233,7 +233,7 @@ class NeuralODE(nn.Module):
         if direction not in (-1, 0, 1):
             raise ProblemError(f"direction is {direction!r}; expected 1 (rising), -1 (falling) or 0 (both)")
         layout, (values, _, _) = StateLayout.of(x), self._read_times(None)
-        watch = Watch(lambda t, x: event(t, layout.split(x)), direction)
+        watch = Watch(lambda t, x: event(t, layout.split(x)), direction, differentiated=torch.is_grad_enabled())
         (end,) = self._solve(layout, layout.join(x), values, None, watch)
         if watch.met is None:
             raise ConvergenceError(

@@ -69,7 +69,7 @@ class Stack(ABC):
     def gather(
         self, gradients: Mapping[Tensor, Tensor], states: States, names: Mapping[Tensor, str]
     ) -> Sequence[Tensor]:
-        """Take gradients to hand, and the last changes; three of :meth:`read`, each ``(n,)``."""
+        """Take gradients to hand, and the last changes; the three rows that :meth:`read` wants, each ``(n,)``."""
 
     def read(self, numbers: Sequence[Sequence[float]]) -> None:
         """Take products of gradients and last changes, and the norms of both: of each slice, or of all in one."""

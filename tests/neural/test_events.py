@@ -183,6 +183,31 @@ def test_an_event_within_a_coarse_step(steps):
             assert float(found) == pytest.approx(exact, rel=1e-14)
 
 
+@pytest.mark.parametrize(
+    ("method", "steps"), [("euler", 8), ("midpoint", 6), ("bosh3", 2), ("dopri5", 1), ("kvaerno5", 2)]
+)
+@pytest.mark.parametrize("adjoint", ["discrete", "backprop"])
+def test_gradients_are_those_of_the_steps_taken_however_coarse(method, steps, adjoint):
+    field, x = Tanh(), start(2, 3).requires_grad_()
+    ode = NeuralODE(field, horizon=3.0, method=method, steps=steps, adjoint=adjoint)
+
+    def value():
+        time, end = ode.until(lambda t, x: x.mean() + 0.2 * t**2 - threshold, x)
+        return 2 * time.sin() + end.square().sum()
+
+    threshold = torch.tensor(x.mean().item() + 0.5, dtype=torch.float64, requires_grad=True)
+    wanted = [x, threshold, field.inner.weight]
+    directions = [torch.randn_like(tensor) for tensor in wanted]
+    found = sum(float((g * d).sum()) for g, d in zip(torch.autograd.grad(value(), wanted), directions, strict=True))
+    eps, ends = 1e-5, []
+    with torch.no_grad():
+        for sign in (1, -2):
+            for tensor, direction in zip(wanted, directions, strict=True):
+                tensor += sign * eps * direction
+            ends.append(value().item())
+    assert found == pytest.approx((ends[0] - ends[1]) / (2 * eps), rel=1e-7)
+
+
 def test_wrong_events_are_named():
     ode, x = NeuralODE(Fall(), horizon=5.0), torch.tensor([10.0, 0.0], dtype=torch.float64)
     with pytest.raises(
