@@ -143,7 +143,7 @@ class Watch:
             if abs(change) <= least or last / 2 <= abs(change) <= 1e-4 * abs(h):  # rounding of g, or no more to gain
                 slope = seen.slopes[-1]
                 if self._differentiated:
-                    slope = _by_length(tableau, field, t, length, x, first)
+                    slope = _by_length(tableau, field, t, h, length, x, first)
                     rate = self._rate(t + length, end, slope)
                 self.met = Met(t + length, slope, rate.along)
                 return length
@@ -162,9 +162,10 @@ class Watch:
         return value
 
 
-def _by_length(tableau: Tableau, field: Field, t: float, length: float, x: Tensor, first: Tensor) -> Tensor:
+def _by_length(tableau: Tableau, field: Field, t: float, h: float, length: float, x: Tensor, first: Tensor) -> Tensor:
     """How the end of a step moves with its length, by differences of order four: F there, but for the step's error."""
-    delta = torch.finfo(x.dtype).eps ** 0.2 * length  # where rounding is as large as what the order leaves
+    # of the step tried, as one that ends soon would leave rounding; there it is as large as what the order leaves
+    delta = torch.finfo(x.dtype).eps ** 0.2 * h
     ends = {by: step(tableau, field, t, length + by * delta, x, first)[0] for by in (-2, -1, 1, 2)}
     return (8 * (ends[1] - ends[-1]) - (ends[2] - ends[-2])) / (12 * delta)
 
